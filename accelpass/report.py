@@ -1,0 +1,229 @@
+"""What ``explain`` returns: per pass and per site what was done and why not, and what it cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from accelpass.backends import CompiledGraph
+from accelpass.ir.derived import is_released
+from accelpass.lookup import Found, reads
+from accelpass.passes.base import Done
+from accelpass.passes.registry import registered
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One pass over all graphs. A site that was taken in any graph counts as taken.
+
+    Attributes:
+        took: site -> what was done, with bytes.
+        skipped: site -> why; a site that two graphs skip for two reasons has both.
+    """
+
+    name: str
+    phase: str
+    summary: str
+    paper: str
+    took: dict[str, Done] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GraphRow:
+    """One compiled graph. ``flops`` are None where nothing counted them."""
+
+    number: int
+    found: dict[str, int]
+    weight_bytes: tuple[int, int]
+    flops: tuple[int, int] | None
+    seconds: float
+    seconds_in_passes: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done to one compiled model.
+
+    Counts and costs are those of one forward. Graphs that read the same weights are recompilations of each other
+    (prefill and decode), of which the largest counts; graphs that read different weights are pieces of one forward that
+    a graph break parted, and are added.
+
+    Attributes:
+        model: class name.
+        found: call sites by kind.
+        weight_bytes: read by one forward, before and after.
+        flops: of one forward at the compiled sizes, before and after; None where nothing counted them.
+        memory: ``own``: bytes of the model's tensors that are in memory now; ``released``: given back by
+            ``free_weights``; ``derived``: packed forms, held besides.
+        seconds: spent in compiling all graphs; ``seconds_in_passes`` of them in accelpass.
+        notes: what a reader must know to read the figures right.
+    """
+
+    model: str
+    found: dict[str, int]
+    graphs: tuple[GraphRow, ...]
+    passes: dict[str, PassReport]
+    weight_bytes: tuple[int, int]
+    flops: tuple[int, int] | None
+    memory: dict[str, int]
+    seconds: float
+    seconds_in_passes: float
+    notes: tuple[str, ...]
+    modules: tuple[str, ...] = ()
+    """Paths of the modules that hold weights themselves, in the model's order: what the picture shows."""
+
+    @classmethod
+    def of(cls, found: Found) -> Report:
+        """The report of the graphs of one compiled model."""
+        graphs = [_row(g) for g in found.graphs]
+        chosen = _one_forward(found)
+        kinds = {k: 0 for g in graphs for k in g.found}
+        flops: tuple[int, int] | None = (0, 0)
+        before = after = derived = 0
+        for group in chosen:
+            rows = [r for r in graphs if r.number in {g.report.number for g in group}]
+            for kind in kinds:
+                kinds[kind] += max(r.found.get(kind, 0) for r in rows)
+            largest = max(rows, key=lambda r: r.weight_bytes[0])
+            before, after = _sum((before, after), largest.weight_bytes)
+            counted = [r.flops for r in rows if r.flops is not None]
+            flops = None if flops is None or not counted else _sum(flops, max(counted))
+            derived += max(g.binder.derived_bytes() if g.binder else 0 for g in group)
+        memory = {**_memory(found), "derived": derived}
+        return cls(
+            model=", ".join(type(m).__name__ for m in found.modules) or "function",
+            found={k: n for k, n in kinds.items() if n},
+            graphs=tuple(graphs),
+            passes=_passes(found.graphs),
+            weight_bytes=(before, after),
+            flops=flops,
+            memory=memory,
+            seconds=sum(g.seconds for g in graphs),
+            seconds_in_passes=sum(g.seconds_in_passes for g in graphs),
+            notes=tuple(_notes(found, memory, flops)),
+            modules=tuple(_leaves(found.modules)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values alone; ``format`` grows when the meaning of a field changes."""
+        return {"format": FORMAT, **json.loads(json.dumps(asdict(self)))}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page; returns where it is."""
+        from accelpass.page import render
+
+        target = Path(path).expanduser()
+        target.write_text(render(self), encoding="utf-8")
+        return target.resolve()
+
+    def __str__(self) -> str:
+        from accelpass.text import plain
+
+        return plain(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from accelpass.text import lines
+
+        yield from lines(self, options.max_width)
+
+
+def _row(graph: CompiledGraph) -> GraphRow:
+    r = graph.report
+    flops = (r.before.flops, r.after.flops) if r.before.flops and r.after.flops else None
+    return GraphRow(
+        r.number,
+        {k: n for k, n in r.before.found.items() if n},
+        (r.before.weight_bytes, r.after.weight_bytes),
+        flops,
+        r.seconds,
+        r.seconds_in_passes,
+        r.note,
+    )
+
+
+def _one_forward(found: Found) -> list[list[CompiledGraph]]:
+    """Graphs grouped into recompilations of each other, by the tensors that they read.
+
+    A graph that reads a part of what another reads is taken for a recompilation of that part (a decode step without
+    the image tower), so that its sites are not counted twice.
+    """
+    read = {g.report.number: reads(g, found) for g in found.graphs}
+    groups: dict[frozenset[object], list[CompiledGraph]] = {}
+    for g in sorted(found.graphs, key=lambda g: (-len(read[g.report.number]), g.report.number)):
+        mine = read[g.report.number]
+        whole = next((key for key in groups if mine <= key), mine)
+        groups.setdefault(whole, []).append(g)
+    return list(groups.values())
+
+
+def _passes(graphs: Sequence[CompiledGraph]) -> dict[str, PassReport]:
+    found: dict[str, PassReport] = {}
+    for graph in graphs:
+        of = {p.name: type(p) for p in graph.options.passes}
+        for record in graph.report.records:
+            made = of.get(record.name) or registered().get(record.name)
+            summary, phase, paper = (made.summary, made.phase, made.paper) if made else ("", "", "")
+            into = found.setdefault(record.name, PassReport(record.name, phase, summary, paper))
+            for site, done in record.took.items():
+                into.took.setdefault(site, done)
+                into.skipped.pop(site, None)
+            for site, why in record.skipped.items():
+                if site not in into.took and why not in into.skipped.get(site, "").split("; or "):
+                    into.skipped[site] = "; or ".join(filter(None, (into.skipped.get(site), why)))
+    return found
+
+
+def _memory(found: Found) -> dict[str, int]:
+    tensors = [t for m in found.modules for t in (*m.parameters(), *m.buffers())]
+    if not tensors:
+        tensors = [t for g in found.graphs for t in (r() for r in g.owners) if t is not None]
+    each = {id(t): t for t in tensors}.values()
+    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in each if not is_released(t)}
+    released = sum(t.numel() * t.element_size() for t in each if is_released(t))
+    return {"own": sum(own.values()), "released": released}
+
+
+def _notes(found: Found, memory: dict[str, int], flops: tuple[int, int] | None) -> list[str]:
+    notes = []
+    if found.shared:
+        notes.append("Compiled for another instance of this class: Dynamo shares one graph among instances.")
+    notes += dict.fromkeys(f"graph {g.report.number}: {g.report.note}" for g in found.graphs if g.report.note)
+    packed = any(g.options.free_weights for g in found.graphs)
+    if memory["derived"] and not packed:
+        notes.append(
+            "The model still holds its float weights beside the packed ones; options={'free_weights': True} gives the "
+            "memory of those that nothing reads any more back."
+        )
+    if any(g.options.lowering == "eager" for g in found.graphs):
+        notes.append("lowering='eager': the rewritten graph runs uncompiled, and compile time is that of the passes.")
+    if flops is None:
+        notes.append("FLOPs were not counted for these graphs.")
+    return notes
+
+
+def _leaves(modules: Sequence[nn.Module]) -> list[str]:
+    found = []
+    for module in modules:
+        for path, part in module.named_modules(remove_duplicate=False):
+            if any(True for _ in part.parameters(recurse=False)):
+                found.append(path or type(module).__name__)
+    return list(dict.fromkeys(found))
+
+
+def _sum(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return a[0] + b[0], a[1] + b[1]

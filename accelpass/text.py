@@ -1,0 +1,110 @@
+"""The report in a terminal: about forty lines, however large the model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from accelpass.grouping import alike, collapse
+from accelpass.report import PassReport, Report
+
+WIDTH = 100
+LINES = 40
+_REASONS = 5
+"""Groups of sites shown for each pass and kind; what is left is counted."""
+
+
+def plain(report: Report) -> str:
+    """The report as text of :data:`WIDTH` columns, without colour."""
+    out = io.StringIO()
+    console = Console(file=out, width=WIDTH, color_system=None, force_terminal=False)
+    for line in lines(report):
+        console.print(line)
+    return out.getvalue().rstrip()
+
+
+def size(count: int) -> str:
+    """Bytes as a person says them; decimal, as on a disk's label."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
+
+
+def flops(count: int) -> str:
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}FLOP"
+    return f"{count} FLOP"
+
+
+def ratio(before: int, after: int) -> str:
+    """`` (2.5x less)``, or nothing where nothing changed."""
+    if not before or not after or before == after:
+        return ""
+    return f" ({before / after:.2f}x less)" if before > after else f" ({after / before:.2f}x more)"
+
+
+def counts(found: dict[str, int]) -> str:
+    return ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in found.items()) or "nothing that passes look for"
+
+
+def lines(report: Report, width: int = WIDTH) -> Iterator[RenderableType]:
+    """The lines, one renderable each, for a terminal of ``width`` columns."""
+    yield Text.assemble((report.model, "bold"), f": {counts(report.found)}; {len(report.graphs)} graph(s)")
+    before, after = report.weight_bytes
+    yield _figure("weights read", f"{size(before)} -> {size(after)}{ratio(before, after)}")
+    if report.flops is not None:
+        yield _figure("FLOPs", f"{flops(report.flops[0])} -> {flops(report.flops[1])}{ratio(*report.flops)}")
+    held = f"{size(report.memory['own'])} of the model + {size(report.memory['derived'])} packed"
+    if report.memory["released"]:
+        held += f"; {size(report.memory['released'])} given back"
+    yield _figure("in memory", held)
+    share = report.seconds_in_passes / report.seconds if report.seconds else 0.0
+    yield _figure("compile time", f"{report.seconds:.1f} s, {share:.0%} of it in passes")
+    room = max(2, min(_REASONS, (LINES - 8 - len(report.notes)) // max(1, len(report.passes)) - 2))
+    for done in report.passes.values():
+        yield from _pass(done, room, width)
+    if not report.passes:
+        yield Text("no pass ran", style="dim")
+    for note in report.notes:
+        yield Text.assemble(("note  ", "yellow"), note)
+
+
+def sites_said(sites: list[str], limit: int = 60) -> str:
+    """The sites collapsed, cut at ``limit`` characters, with their count."""
+    said = ", ".join(collapse(sites))
+    if len(said) > limit:
+        said = said[: limit - 3] + "..."
+    return f"{said} ×{len(sites)}" if len(sites) > 1 else said
+
+
+def _pass(done: PassReport, room: int, width: int) -> Iterator[Text]:
+    before = sum(d.bytes_before for d in done.took.values())
+    after = sum(d.bytes_after for d in done.took.values())
+    saved = f", {size(before)} -> {size(after)}" if before else ""
+    head = f"  took {len(done.took)}, skipped {len(done.skipped)}{saved}"
+    yield Text.assemble((done.name, "bold cyan"), head)
+    shown = {site: d.what for site, d in done.took.items()}
+    for mark, style, groups in (("+", "green", alike(shown)), ("-", "yellow", alike(done.skipped))):
+        for reason, sites in groups[:room]:
+            yield _group(mark, style, sites, reason, width)
+        left = sum(len(sites) for _, sites in groups[room:])
+        if left:
+            what = "took" if mark == "+" else "skipped"
+            yield Text(f"    ... and {left} more; see .passes[{done.name!r}].{what}", style="dim")
+
+
+def _group(mark: str, style: str, sites: list[str], reason: str, width: int) -> Text:
+    room = width - 12 - len(reason)
+    line = Text.assemble((f"  {mark} ", style), sites_said(sites, max(36, min(60, room))), ("  ", ""), (reason, "dim"))
+    # One line each, so that the whole fits; the full sentence is in the data and on the page.
+    line.no_wrap, line.overflow = True, "ellipsis"
+    return line
+
+
+def _figure(name: str, value: str) -> Text:
+    return Text.assemble((f"  {name:<13}", "dim"), value)

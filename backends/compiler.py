@@ -1,0 +1,176 @@
+"""What ``torch.compile(model, backend="accelpass")`` calls for each graph."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from accelpass.backends.lowering import lower
+from accelpass.ir import attention
+from accelpass.ir.capture import NotCanonical, from_dynamo
+from accelpass.ir.derived import is_released
+from accelpass.ir.errors import CompilerMissingError, PassError, ReleasedWeightError
+from accelpass.ir.program import Program
+from accelpass.ir.tensors import Binder, FromInputs
+from accelpass.passes.base import Record
+from accelpass.passes.manager import run
+from accelpass.passes.options import Options, parse
+from accelpass.passes.report import GraphReport, measure
+
+_COMPILED: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+
+
+@dataclass(eq=False)
+class CompiledGraph:
+    """One compiled graph: what Dynamo calls, and the report of how it came about."""
+
+    fn: Callable[..., Any]
+    binder: Binder | None
+    options: Options
+    given: dict[str, Any] | None
+    report: GraphReport
+    owners: tuple[weakref.ref[Tensor], ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        _COMPILED.add(self)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.fn(*(args if self.binder is None else self.binder(args)))
+
+
+def graphs_of(module: torch.nn.Module) -> list[CompiledGraph]:
+    """The live graphs that were compiled for this very module, oldest first."""
+    mine = {id(t) for t in (*module.parameters(), *module.buffers())}
+    return [c for c in compiled_graphs() if any(id(r()) in mine for r in c.owners)]
+
+
+def compiled_graphs() -> list[CompiledGraph]:
+    """The graphs that are alive now, oldest first."""
+    return sorted(_COMPILED, key=lambda c: c.report.number)
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> CompiledGraph:
+    """Compile one Dynamo graph.
+
+    Raises:
+        OptionError: an option, a pass or a field that does not exist or is out of range.
+        PassError: a pass failed, or gradients are wanted through one that has none.
+    """
+    started = time.perf_counter()
+    chosen = parse(options, mode)
+    if any(isinstance(t, Tensor) and t.device.type == "cuda" for t in example_inputs) and not torch.cuda.is_available():
+        raise PassError("the model is on CUDA, and torch sees no GPU")
+    report = GraphReport.start()
+    needs_grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
+    if needs_grad:
+        lossy = sorted(p.name for p in chosen.passes if not p.exact)
+        if lossy:
+            raise PassError(
+                f"{', '.join(lossy)}: there is no gradient through packed weights. "
+                "Call the compiled model under torch.no_grad() or torch.inference_mode()."
+            )
+        report.note = (
+            "gradients are wanted, so the graph was compiled without passes; use torch.no_grad() for inference"
+        )
+        return _plain(gm, example_inputs, chosen, options, report, started)
+    try:
+        program = _captured(gm, example_inputs, report)
+    except NotCanonical as cause:
+        report.note = f"not canonicalised: {cause}"
+        return _plain(gm, example_inputs, chosen, options, report, started)
+    tensors = program.tensors
+    assert isinstance(tensors, FromInputs)
+    with torch.no_grad():
+        report.before = measure(program)
+        report.note = "; ".join(filter(None, (report.note, *report.before.failed)))
+        if chosen.plan is not None:
+            chosen.plan.check(program)
+        observers = []
+        if chosen.debug:
+            from accelpass.backends.debug import replay
+
+            observers.append(replay(program, example_inputs))
+        records: list[Record] = run(program, chosen.passes, observers)
+        report.records = records
+        report.after = measure(program)
+        attention.lower(program)
+        if chosen.lowering != "eager":
+            lower(program)
+        binder = tensors.binder(release=chosen.free_weights)
+        program.gm.recompile()
+        _refuse_released(tensors, binder, example_inputs)
+        inputs = binder(example_inputs)
+    report.seconds_in_passes = time.perf_counter() - started
+    fn: Callable[..., Any] = _inductor(program.gm, inputs, chosen) if chosen.lowering == "inductor" else program.gm
+    report.seconds = time.perf_counter() - started
+    owners = tuple(weakref.ref(example_inputs[tensors.position(n)]) for n in tensors.paths)
+    report.derived_bytes = binder.derived_bytes()
+    return CompiledGraph(fn, binder, chosen, options, report, owners)
+
+
+def _captured(gm: fx.GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> Program:
+    """The canonical program with its attentions as semantic nodes."""
+    program = from_dynamo(gm, example_inputs)
+    try:
+        with torch.no_grad():
+            attention.insert(program)
+    except Exception as cause:
+        # An unforeseen spelling must not stop a model that compiles without us: take the graph anew, without the
+        # semantic nodes, and say so.
+        report.note = f"attention stays as the model wrote it: {type(cause).__name__}: {cause}"
+        program = from_dynamo(gm, example_inputs)
+    return program
+
+
+def _plain(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    chosen: Options,
+    given: dict[str, Any] | None,
+    report: GraphReport,
+    started: float,
+) -> CompiledGraph:
+    """Compile what Dynamo gave, unrewritten."""
+    fn = _inductor(gm, list(example_inputs), chosen) if chosen.lowering == "inductor" else gm.forward
+    report.seconds = time.perf_counter() - started
+    owners = tuple(weakref.ref(t) for t in example_inputs if isinstance(t, torch.nn.Parameter))
+    return CompiledGraph(fn, None, chosen, given, report, owners)
+
+
+def _inductor(gm: fx.GraphModule, inputs: list[Any], chosen: Options) -> Callable[..., Any]:
+    import torch._inductor
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    config = {**(torch._inductor.list_mode_options(chosen.mode) if chosen.mode else {}), **chosen.inductor}
+    try:
+        return compile_fx(gm, inputs, config_patches=config or None)
+    except InductorError as failure:
+        if isinstance(failure.inner_exception, InvalidCxxCompiler):
+            raise CompilerMissingError(
+                f"Inductor needs a C++ compiler: {failure.inner_exception} Install one (apt install g++) or name yours in "
+                "the environment variable CXX. options={'lowering': 'eager'} runs without one, slowly."
+            ) from failure
+        raise
+
+
+def _refuse_released(tensors: FromInputs, binder: Binder, inputs: Sequence[Any]) -> None:
+    for position in binder.kept:
+        if isinstance(inputs[position], Tensor) and is_released(inputs[position]):
+            path = next((p for n, (p, _) in tensors.paths.items() if tensors.position(n) == position), "a weight")
+            raise ReleasedWeightError(
+                f"this graph needs {path} as floats, and free_weights released it. "
+                "Load the model again, or compile without free_weights."
+            )

@@ -1,0 +1,123 @@
+"""Packed linears on CPU as ATen that Inductor vectorises.
+
+One row: dequantize, multiply and sum in one loop over the packed bytes, which is bound by streaming them. Many rows: a
+float matrix for the matrix unit, made from the packed one in front of each product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from accelpass.ir.analyses.linear import rows
+from accelpass.ir.graph import aten, call, shape, value
+
+GEMV_ROWS = 4
+"""Up to this many rows the packed matrix is streamed once a row; beyond, expanding it for a matrix product is cheaper."""
+
+
+class Emit:
+    """Shorthand for emitting ATen calls with the provenance of one node."""
+
+    def __init__(self, graph: fx.Graph, like: fx.Node):
+        self.graph, self.like = graph, like
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return call(self.graph, self.like, target, *args, **kwargs)
+
+    def cast(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return x if value(x).dtype == dtype else self(aten.to.dtype, x, dtype)
+
+    def finish(self, y: fx.Node, bias: fx.Node | None) -> fx.Node:
+        """Bias, the original's dtype and its shape."""
+        if bias is not None:
+            y = self(aten.add.Tensor, y, bias)
+        y = self.cast(y, value(self.like).dtype)
+        return self(aten.reshape.default, y, list(self._sizes()))
+
+    def _sizes(self) -> list[Any]:
+        return [int(s) if isinstance(s, int) else -1 for s in shape(self.like)]
+
+
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """What many-row products run in: bfloat16 (float32 sums) where the CPU multiplies it in hardware, else float32."""
+    if x.dtype != torch.float32:
+        return x.dtype
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _fast_bf16() else torch.float32
+
+
+def _fast_bf16() -> bool:
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def int8(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Lower ``accelpass::int8_linear``."""
+    e = Emit(graph, node)
+    x, q, scale, bias = node.args
+    count = rows(x)
+    if count is not None and count <= GEMV_ROWS:
+        flat = e.cast(e(aten.reshape.default, x, [count, -1]), torch.float32)
+        wide = e.cast(q, torch.float32)
+        parts = []
+        for row in range(count):
+            one = flat if count == 1 else e(aten.slice.Tensor, flat, 0, row, row + 1)
+            parts.append(e(aten.mul.Tensor, e(aten.sum.dim_IntList, e(aten.mul.Tensor, wide, one), [-1]), scale))
+        y = parts[0] if count == 1 else e(aten.stack.default, parts, 0)
+        return e.finish(y, bias)
+    dtype = matmul_dtype(value(x))
+    # Integers up to 127 are exact in bfloat16; the scale is applied to the product, in float32.
+    y = e.cast(e(aten.linear.default, e.cast(x, dtype), e.cast(q, dtype)), torch.float32)
+    return e.finish(e(aten.mul.Tensor, y, scale), bias)
+
+
+def int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Lower ``accelpass::int4_linear``."""
+    e = Emit(graph, node)
+    x, q, scale, zero, bias, group = node.args
+    count = rows(x)
+    out, groups = (int(s) for s in shape(scale))
+    half = group // 2
+    packed = e(aten.reshape.default, q, [out, groups, half])
+    low = e(aten.bitwise_and.Scalar, packed, 15)
+    scales = e(aten.unsqueeze.default, scale, -1)
+    if count is not None and count <= GEMV_ROWS:
+        # A byte is low + 16 high, so low x1 + high x2 = byte (x2 / 16) + low (x1 - x2 / 16): no shift. The offset leaves
+        # the loop too: the sum over a group of offset * x is the offset times the sum of the group's x.
+        flat = e.cast(e(aten.reshape.default, x, [count, groups, 2, half]), torch.float32)
+        byte, nibble = e.cast(packed, torch.float32), e.cast(low, torch.float32)
+        offsets = e(aten.mul.Scalar, scale, 8.0) if zero is None else e(aten.mul.Tensor, scale, zero)
+        parts = []
+        for row in range(count):
+            one = e(aten.select.int, flat, 0, row)
+            x_high = e(aten.div.Scalar, e(aten.select.int, one, 1, 1), 16.0)
+            x_low = e(aten.sub.Tensor, e(aten.select.int, one, 1, 0), x_high)
+            products = e(aten.add.Tensor, e(aten.mul.Tensor, byte, x_high), e(aten.mul.Tensor, nibble, x_low))
+            summed = e(aten.sum.dim_IntList, e(aten.mul.Tensor, products, scales), [1, 2])
+            group_sums = e(aten.sum.dim_IntList, one, [1, 2])
+            shift = e(aten.sum.dim_IntList, e(aten.mul.Tensor, offsets, group_sums), [-1])
+            parts.append(e(aten.sub.Tensor, summed, shift))
+        y = parts[0] if count == 1 else e(aten.stack.default, parts, 0)
+        return e.finish(y, bias)
+    high = e(aten.__rshift__.Scalar, packed, 4)
+    offset = 8.0 if zero is None else e(aten.unsqueeze.default, zero, -1)
+    minus = aten.sub.Scalar if zero is None else aten.sub.Tensor
+    dtype = matmul_dtype(value(x))
+    # Two products of half the width, so that the nibbles need not be woven together in memory.
+    lead = list(shape(x)[:-1])
+    halves = e(aten.reshape.default, e.cast(x, dtype), [*_sizes(lead), groups, 2, half])
+    parts = []
+    for index, nibble in enumerate((low, high)):
+        centred = e(minus, e.cast(nibble, torch.float32), offset)
+        weight = e.cast(e(aten.mul.Tensor, centred, scales), dtype)
+        weight = e(aten.reshape.default, weight, [out, groups * half])
+        mine = e(aten.select.int, halves, -2, index)
+        mine = e(aten.reshape.default, mine, [*_sizes(lead), groups * half])
+        parts.append(e.cast(e(aten.linear.default, mine, weight), torch.float32))
+    return e.finish(e(aten.add.Tensor, *parts), bias)
+
+
+def _sizes(lead: list[Any]) -> list[Any]:
+    """Sizes for a reshape of at most one symbolic dimension."""
+    return [int(s) if isinstance(s, int) else -1 for s in lead]

@@ -1,0 +1,169 @@
+"""``make bench``: quality, memory, compile time, decode and prefill of SmolLM2-135M on this machine.
+
+    python -m benchmarks.run --only decode,prefill        # some of them
+    python -m benchmarks.run --only none --write docs/benchmarks.md   # the tables, from the results that lie there
+
+Each part writes a JSON under benchmarks/results; the tables are made from those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accelpass.backends import graphs_of
+from accelpass.models_zoo import load
+from benchmarks import compile_time, decode, memory, quality
+
+Content = dict[str, Any]
+NOTE = (
+    "The model was quantized once before it came here (Q4_1, groups of 32), so int4 results with groups of 32 are flattered. "
+    "Timings are medians; candidates take turns within one process."
+)
+QUALITY = {
+    "dense": None,
+    "int8_weights": ["int8_weights"],
+    "int4_weights, groups of 64": ["int4_weights"],
+    "int4_weights, groups of 32": [{"name": "int4_weights", "group_size": 32}],
+    "int4_weights, groups of 64, asymmetric": [{"name": "int4_weights", "symmetric": False}],
+}
+
+
+def measure_quality(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """Perplexity, agreement and weight bytes of each pass set; the lowered graphs are run without Inductor."""
+    ids, dense = quality.prose(tokenizer), quality.answers(model, tokenizer)
+    rows: list[dict[str, Any]] = []
+    for name, passes in QUALITY.items():
+        torch._dynamo.reset()
+        run = model if passes is None else torch.compile(
+            model, backend="accelpass", options={"passes": passes, "lowering": "aten"}, dynamic=True
+        )  # fmt: skip
+        call = lambda ids, run=run: run(input_ids=ids, use_cache=False).logits  # noqa: E731
+        row = {"name": name, "perplexity": quality.perplexity(call, ids), "agreement": quality.agreement(call, dense)}
+        reports = [g.report for g in graphs_of(model)] if passes else []
+        full = sum(p.numel() * p.element_size() for p in model.parameters())
+        row["weight_bytes"] = reports[-1].after.weight_bytes if reports else full
+        row["share_of_f32"] = row["weight_bytes"] / full
+        rows.append(row)
+        print(f"{name:40s} perplexity {row['perplexity']:.3f}  agreement {row['agreement']:.3f}  "
+              f"bytes {row['share_of_f32']:.3f}", flush=True)  # fmt: skip
+    return rows
+
+
+def weight_bytes(candidates: list[decode.Candidate]) -> dict[str, int]:
+    """Bytes of weights that a decode step of each candidate reads."""
+    sizes = {}
+    for c in candidates:
+        graphs = graphs_of(c.model)
+        plain = {t.data_ptr(): t for t in (*c.model.parameters(), *c.model.buffers())}.values()
+        sizes[c.name] = graphs[-1].report.after.weight_bytes if graphs else sum(_bytes(t) for t in plain)
+    return sizes
+
+
+def _bytes(t: torch.Tensor) -> int:
+    inner = [getattr(t, n) for n in t.__tensor_flatten__()[0]] if hasattr(t, "__tensor_flatten__") else [t]
+    return sum(i.numel() * i.element_size() for i in inner)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _quality(model: Any, tokenizer: Any) -> Content:
+    return {"rows": measure_quality(model, tokenizer)}
+
+
+def _memory(model: Any, tokenizer: Any) -> Content:
+    return {"rows": memory.measure()}
+
+
+def _compile(model: Any, tokenizer: Any) -> Content:
+    return {"rows": compile_time.measure(model, _say), "layers": compile_time.LAYERS}
+
+
+def _decode(model: Any, tokenizer: Any) -> Content:
+    candidates = decode.measure(model, list(decode.CANDIDATES), _say)
+    stream = decode.bandwidth()
+    return {"rows": decode.rows(candidates, weight_bytes(candidates), stream), "bandwidth_gb_s": stream / 1e9}
+
+
+def _prefill(model: Any, tokenizer: Any) -> Content:
+    names = ["inductor bf16", "accelpass int8_weights", "accelpass int4_weights"]
+    return {"rows": decode.prefill_rows(decode.measure_prefill(model, names, _say))}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One benchmark: how to run it and how its table is headed ({} is filled from the result)."""
+
+    run: Callable[[Any, Any], Content]
+    title: str
+
+
+PARTS = {
+    "quality": Part(_quality, "Quality: 4096 tokens of English prose, greedy agreement on 20 prompts"),
+    "memory": Part(_memory, "Resident memory, float weights released"),
+    "compile": Part(_compile, "Compile time of {layers} layers, all caches off"),
+    "decode": Part(_decode, "Decode, batch 1, after 128 tokens; memory streams at {bandwidth_gb_s:.1f} GB/s here"),
+    "prefill": Part(_prefill, "Prefill of 512 tokens"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}, or none")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--write", type=Path, help="write the tables as Markdown here")
+    given = parser.parse_args()
+    wanted = [] if given.only == "none" else given.only.split(",")
+    if set(wanted) - set(PARTS):
+        parser.error(f"no benchmark {', '.join(sorted(set(wanted) - set(PARTS)))}; there are {', '.join(PARTS)}")
+    torch.set_grad_enabled(False)
+    given.results.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load("smollm2-135m") if wanted else (None, None)
+    for name in wanted:
+        torch._dynamo.reset()
+        _say(f"== {name}")
+        content = {"device": _device(), **PARTS[name].run(model, tokenizer)}
+        (given.results / f"smollm2_{name}_cpu.json").write_text(json.dumps(content, indent=1) + "\n")
+        _say(_table(PARTS[name].title.format(**content), content["rows"]))
+    if given.write:
+        given.write.write_text(_page(given.results))
+
+
+def _device() -> str:
+    model = (
+        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    )
+    cpu = model.group(1) if model else platform.processor() or platform.machine()
+    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _page(results: Path) -> str:
+    parts = ["# Benchmarks", "SmolLM2-135M-Instruct, made by `make bench` (`python -m benchmarks.run`).", NOTE]
+    for name, part in PARTS.items():
+        path = results / f"smollm2_{name}_cpu.json"
+        if path.exists():
+            content = json.loads(path.read_text())
+            parts.append(_table(part.title.format(**content), content["rows"]) + f"\nOn: {content['device']}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0])
+    cell = lambda v: f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)  # noqa: E731
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    lines += [f"| {' | '.join(cell(r[n]) for n in names)} |" for r in rows]
+    return f"## {title}\n\n" + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Semantic attention: every way of writing attention becomes one node with a spec that passes edit.
+
+``detect`` finds, ``insert`` replaces, passes call ``set_spec(node, spec_of(node).edited(by=...))``, ``lower`` gives
+operators back: the model's own where nothing was edited.
+"""
+
+from accelpass.ir.attention.detect import Attention, NearMiss, Survey, detect, near_misses, survey
+from accelpass.ir.attention.insert import insert
+from accelpass.ir.attention.lower import Lowering, Lowerings, NoLowering, lower, register_lowering
+from accelpass.ir.attention.op import attend, is_attention, set_spec, spec_of, want
+from accelpass.ir.attention.spec import (
+    All,
+    AttentionSpec,
+    BlockList,
+    Dense,
+    Part,
+    Select,
+    SinksAndWindow,
+    Step,
+    Store,
+)
+
+__all__ = [
+    "All",
+    "Attention",
+    "AttentionSpec",
+    "BlockList",
+    "Dense",
+    "Lowering",
+    "Lowerings",
+    "NearMiss",
+    "NoLowering",
+    "Part",
+    "Select",
+    "SinksAndWindow",
+    "Step",
+    "Store",
+    "Survey",
+    "attend",
+    "detect",
+    "insert",
+    "is_attention",
+    "lower",
+    "near_misses",
+    "register_lowering",
+    "set_spec",
+    "spec_of",
+    "survey",
+    "want",
+]

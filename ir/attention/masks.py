@@ -1,0 +1,84 @@
+"""What a mask is, where its values can be computed while compiling; unknown masks stay ``tensor``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from accelpass.ir.attention.effects import writes
+from accelpass.ir.attention.spec import AttentionSpec
+
+_MOST_NODES = 200
+_MOST_TOKENS = 4096
+_HIDDEN = -1e4  # an additive mask hides a key with at most this
+
+
+def bias_of(spec: AttentionSpec, extras: Sequence[fx.Node], rows: Any, columns: Any) -> tuple[str, int | None]:
+    """(one of BIAS_KINDS, window). Only a single mask that depends on nothing but positions is named."""
+    steps = [s for s in spec.steps if s.kind != "sink" and s.extra is not None]
+    if not steps:
+        return ("causal" if spec.causal else "none"), None
+    if len(steps) != 1 or spec.causal or not all(isinstance(n, int) and n <= _MOST_TOKENS for n in (rows, columns)):
+        return "tensor", None
+    (step,) = steps
+    assert step.extra is not None
+    mask = constant(extras[step.extra])
+    if mask is None:
+        return "tensor", None
+    if step.kind == "keep":
+        seen = mask.bool()
+    elif step.kind == "fill":
+        seen = mask.logical_not()
+    elif step.kind == "add":
+        seen = mask > _HIDDEN
+        if bool((mask[seen] != 0).any()):
+            return "tensor", None
+    else:
+        return "tensor", None
+    try:
+        seen = seen.expand(*seen.shape[:-2], rows, columns).reshape(-1, rows, columns)
+    except RuntimeError:
+        return "tensor", None
+    if bool(seen.all()):
+        return "none", None
+    if not bool((seen == seen[0]).all()):
+        return "tensor", None
+    behind = (torch.arange(rows) + columns - rows).unsqueeze(-1) - torch.arange(columns)
+    if torch.equal(seen[0], behind >= 0):
+        return "causal", None
+    visible = behind[seen[0]]
+    window = int(visible.max()) + 1 if visible.numel() else 0
+    if window and torch.equal(seen[0], (behind >= 0) & (behind < window)):
+        return "sliding_window", window
+    return "tensor", None
+
+
+def constant(node: fx.Node) -> Tensor | None:
+    """The value of a node that depends on no input, computed; None if it does, or writes anything."""
+    order: dict[fx.Node, None] = {}
+    front = [node]
+    while front:
+        current = front.pop()
+        if current in order:
+            continue
+        order[current] = None
+        random = torch.Tag.nondeterministic_seeded in getattr(current.target, "tags", ())
+        if current.op != "call_function" or len(order) > _MOST_NODES or writes(current) or random:
+            return None
+        front.extend(current.all_input_nodes)
+    if any(written in order for n in order for user in n.users for written in writes(user)):
+        return None
+    values: dict[fx.Node, Any] = {}
+    try:
+        for current in sorted(order):
+            args, kwargs = fx.map_arg((current.args, current.kwargs), values.__getitem__)
+            kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
+            assert callable(current.target)
+            values[current] = current.target(*args, **kwargs)
+    except Exception:  # an operator that cannot run here; the mask stays unknown
+        return None
+    found = values[node]
+    return found if isinstance(found, Tensor) else None

@@ -1,0 +1,245 @@
+"""What one attention computes, and what passes want of it instead."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+import torch
+
+from accelpass.ir.errors import SpecConflict
+
+KINDS = ("self", "cross", "joint", "channel", "unknown")
+BIAS_KINDS = ("none", "causal", "sliding_window", "alibi", "tensor")
+STATISTICS = ("lse",)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation on the scores ``(..., q_heads, q_tokens, k_tokens)``; what the kinds mean is in ``steps.py``.
+
+    Attributes:
+        kind: a name from ``steps.STEPS``.
+        extra: index of the tensor operand among the op's ``extras``.
+        other: index of a second tensor operand.
+        value: a JSON value (a number, a dtype's name, a list).
+    """
+
+    kind: str
+    extra: int | None = None
+    other: int | None = None
+    value: Any = None
+
+    def shown(self) -> str:
+        parts = [f"#{i}" for i in (self.extra, self.other) if i is not None]
+        parts += [] if self.value is None else [str(self.value)]
+        return f"{self.kind}({', '.join(parts)})" if parts else self.kind
+
+
+_PARTS: dict[str, type[Part]] = {}
+
+
+@dataclass(frozen=True)
+class Part:
+    """An editable part of a spec. A pass adds its own by subclassing with a ``part`` name; fields are JSON values."""
+
+    part: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.part:
+            _PARTS[cls.part] = cls
+
+    def to_json(self) -> dict[str, Any]:
+        return {"part": self.part, **asdict(self)}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Any:
+        given = dict(data)
+        cls = _PARTS[given.pop("part")]
+        return cls(**{k: _tuples(v) for k, v in given.items()})
+
+
+class Store(Part):
+    """How keys and values are kept."""
+
+
+class Select(Part):
+    """Which keys each query attends to."""
+
+
+@dataclass(frozen=True)
+class Dense(Store):
+    """Keys and values as they are."""
+
+    part: ClassVar[str] = "dense"
+
+
+@dataclass(frozen=True)
+class All(Select):
+    """Every key that the model itself lets through."""
+
+    part: ClassVar[str] = "all"
+
+
+@dataclass(frozen=True)
+class SinksAndWindow(Select):
+    """The first ``sinks`` keys, and the keys at most ``window - 1`` before the query."""
+
+    part: ClassVar[str] = "sinks_and_window"
+    sinks: int
+    window: int
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0 or self.window < 1:
+            raise ValueError(f"sinks={self.sinks}, window={self.window}: need sinks >= 0 and window >= 1")
+
+
+@dataclass(frozen=True)
+class BlockList(Select):
+    """Listed (query block, key block) pairs of ``size`` tokens, per query head if ``per_head``."""
+
+    part: ClassVar[str] = "block_list"
+    size: int
+    blocks: tuple[Any, ...]
+    per_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size={self.size}: a block has at least one token")
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What one ``accelpass::attention`` computes.
+
+    Scores are ``q @ k^T * scale``, cut to ``causal`` (query i sees keys 0..i, as sdpa's ``is_causal``), then changed by
+    ``steps`` in order. Exactly one step is the softmax; steps after it work on the probabilities.
+
+    Attributes:
+        groups: query heads per key/value head; k and v are not repeated.
+        kind: where queries and keys come from: one of KINDS.
+        bias: what is known of the additive or boolean mask: one of BIAS_KINDS. ``tensor`` means unknown.
+        window: keys that a query sees, if ``bias`` is ``sliding_window``.
+        edits: (pass name, part name) of every edit.
+    """
+
+    groups: int = 1
+    scale: float = 1.0
+    causal: bool = False
+    steps: tuple[Step, ...] = (Step("softmax"),)
+    kind: str = "unknown"
+    bias: str = "none"
+    window: int | None = None
+    store: Store = field(default_factory=Dense)
+    select: Select = field(default_factory=All)
+    statistics: frozenset[str] = frozenset()
+    edits: tuple[tuple[str, str], ...] = ()
+    site: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} is not one of {', '.join(KINDS)}")
+        if self.bias not in BIAS_KINDS:
+            raise ValueError(f"bias={self.bias!r} is not one of {', '.join(BIAS_KINDS)}")
+        unknown = self.statistics.difference(STATISTICS)
+        if unknown:
+            raise ValueError(f"statistics {sorted(unknown)} are not known; known: {', '.join(STATISTICS)}")
+        if sum(s.kind in ("softmax", "safe_softmax") for s in self.steps) != 1:
+            raise ValueError("an attention has exactly one softmax step")
+
+    @property
+    def softcap(self) -> float | None:
+        """Scores are ``softcap * tanh(scores / softcap)``; None without."""
+        return next((s.value for s in self.before if s.kind == "softcap"), None)
+
+    @property
+    def sinks(self) -> bool:
+        """A learned logit takes part in the softmax and is dropped after it."""
+        return any(s.kind == "sink" for s in self.steps)
+
+    @property
+    def softmax(self) -> Step:
+        return next(s for s in self.steps if s.kind in ("softmax", "safe_softmax"))
+
+    @property
+    def softmax_dtype(self) -> torch.dtype | None:
+        """The dtype that the softmax asks for; None for that of its input."""
+        return getattr(torch, self.softmax.value) if self.softmax.value else None
+
+    @property
+    def before(self) -> tuple[Step, ...]:
+        """Steps on the logits."""
+        return self.steps[: self.steps.index(self.softmax)]
+
+    @property
+    def after(self) -> tuple[Step, ...]:
+        """Steps on the probabilities."""
+        return self.steps[self.steps.index(self.softmax) + 1 :]
+
+    @property
+    def is_edited(self) -> bool:
+        return bool(self.edits)
+
+    @property
+    def extras(self) -> int:
+        """How many extra tensors the steps read."""
+        used = [i for s in self.steps for i in (s.extra, s.other) if i is not None]
+        return max(used, default=-1) + 1
+
+    def edited(
+        self,
+        *,
+        by: str,
+        store: Store | None = None,
+        select: Select | None = None,
+        statistics: frozenset[str] | set[str] = frozenset(),
+    ) -> AttentionSpec:
+        """This spec as pass ``by`` wants it.
+
+        Raises:
+            SpecConflict: another pass already gave the attention a store, or a selection.
+        """
+        edits = list(self.edits)
+        changes: dict[str, Any] = {}
+        for name, new in (("store", store), ("select", select)):
+            if new is None:
+                continue
+            owner = next((who for who, part in edits if part == name), None)
+            if owner is not None and owner != by and getattr(self, name) != new:
+                raise SpecConflict(
+                    f"{by!r} wants {name}={new.part} for the attention at {self.site or 'an unnamed site'}, but "
+                    f"{owner!r} already gave it {name}={getattr(self, name).part}. Use one of the two passes there."
+                )
+            changes[name] = new
+            edits.append((by, name))
+        if not statistics <= self.statistics:
+            changes["statistics"] = self.statistics | statistics
+            edits.append((by, "statistics"))
+        return replace(self, **changes, edits=tuple(dict.fromkeys(edits)))
+
+    def to_json(self) -> str:
+        data: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["steps"] = [[s.kind, s.extra, s.other, s.value] for s in self.steps]
+        data["store"], data["select"] = self.store.to_json(), self.select.to_json()
+        data["statistics"] = sorted(self.statistics)
+        default = AttentionSpec()
+        kept = {k: v for k, v in data.items() if k in ("steps", "scale") or getattr(self, k) != getattr(default, k)}
+        return json.dumps(kept, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> AttentionSpec:
+        data = json.loads(text)
+        data["steps"] = tuple(Step(k, e, o, _tuples(v)) for k, e, o, v in data["steps"])
+        for name in ("store", "select"):
+            if name in data:
+                data[name] = Part.from_json(data[name])
+        data["statistics"] = frozenset(data.get("statistics", ()))
+        data["edits"] = tuple((a, b) for a, b in data.get("edits", ()))
+        return AttentionSpec(**data)
+
+
+def _tuples(found: Any) -> Any:
+    """JSON has no tuples; a frozen spec holds nothing else."""
+    return tuple(_tuples(v) for v in found) if isinstance(found, list) else found

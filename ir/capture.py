@@ -1,0 +1,115 @@
+"""Two doors into one IR: a Dynamo graph and an exported program both become pre-dispatch ATen.
+
+Dynamo's graph has many spellings for one operation (``@``, ``torch.matmul``, ``.matmul``); retracing it gives one, the
+same as ``torch.export``'s. Dynamo still owns the graph that it passes to a backend, so nothing here edits it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import AttrSource, ConstantSource, DictGetItemSource
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from accelpass.ir.errors import AccelpassError
+from accelpass.ir.graph import clean_path, placeholders
+from accelpass.ir.program import Program
+from accelpass.ir.tensors import FromInputs, FromModule
+
+_TABLES = {"_parameters": "param", "_buffers": "buffer", "_modules": None}
+
+
+class NotCanonical(AccelpassError):
+    """The graph could not be retraced; it can still be compiled as it is."""
+
+
+def path_of(source: Any) -> tuple[str, str] | None:
+    """(path, ``param`` or ``buffer``) of a Dynamo source, or None for anything that is not module state."""
+    parts: list[str] = []
+    kind = None
+    while source is not None:
+        base = getattr(source, "base", None)
+        table = getattr(base, "member", None)
+        if isinstance(source, DictGetItemSource) and table in _TABLES:
+            parts.append(str(source.index))
+            kind = kind or _TABLES[table]
+            source = base.base
+        elif kind and type(source) is AttrSource:
+            parts.append(source.member)
+            source = base
+        elif kind:
+            source = base
+        else:
+            return None
+    return (clean_path(".".join(reversed(parts))), kind) if kind else None
+
+
+def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
+    """Capture what Dynamo gave to a backend.
+
+    Args:
+        gm: Dynamo's graph; left untouched.
+        example_inputs: the real inputs, model parameters among them.
+
+    Raises:
+        NotCanonical: the graph cannot be retraced (it holds batched tensors, for one); the cause is chained.
+    """
+    old = placeholders(gm)
+    fakes = [n.meta["example_value"] for n in old]
+    mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
+    if mode is None:
+        raise NotCanonical("the graph has no tensor inputs")
+    try:
+        with mode, fx.traceback.preserve_node_meta():
+            new = make_fx(lambda *a: fx.Interpreter(gm).run(*a), pre_dispatch=True)(*fakes)
+    except Exception as cause:  # anything an op's tracing may raise; the caller compiles the graph unrewritten
+        raise NotCanonical(f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}") from cause
+    paths: dict[fx.Node, tuple[str, str]] = {}
+    for o, n in zip(old, placeholders(new), strict=True):
+        n._dynamo_source = source = getattr(o, "_dynamo_source", None)  # type: ignore[attr-defined]
+        n.meta["tensor_dict"] = o.meta.get("tensor_dict") or {}
+        if n.meta["tensor_dict"].get("_dynamo_static_input_type"):
+            # A tensor kept as a plain attribute has no table in its source, yet is model state like a parameter.
+            paths[n] = path_of(source) or (clean_path(str(source.name) if source else n.name), "constant")
+    new.meta.update(gm.meta)
+    new._param_name_to_source = dict(getattr(gm, "_param_name_to_source", {}))  # type: ignore[assignment]
+    for name, _ in new.named_buffers():
+        new._param_name_to_source.setdefault(name, ConstantSource(name))  # type: ignore[operator, union-attr]
+    _drop_noise(new)
+    return Program(new, FromInputs(new, example_inputs, paths), "dynamo")
+
+
+def from_export(exported: torch.export.ExportedProgram) -> Program:
+    """Capture an exported program; weights are ``get_attr`` nodes that keep their paths."""
+    gm = exported.module(check_guards=False)
+    values = {n.name: n.meta.get("val") for n in exported.graph.nodes}
+    mode = next((v.fake_mode for v in values.values() if isinstance(v, FakeTensor)), None)
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and "val" not in node.meta and mode is not None:
+            held: Any = gm
+            for part in str(node.target).split("."):
+                held = getattr(held, part, None)
+            if isinstance(held, Tensor):
+                node.meta["val"] = mode.from_tensor(held, static_shapes=True)
+    _drop_noise(gm)
+    return Program(gm, FromModule(gm), "export")
+
+
+def _drop_noise(gm: fx.GraphModule) -> None:
+    """Remove what has no meaning for inference: unused values, detach, dropout that does nothing."""
+    aten = torch.ops.aten
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        off = node.target in (aten.dropout.default, aten.feature_dropout.default) and (
+            node.args[1] == 0 or node.args[2] is False
+        )
+        if off or node.target is aten.detach.default or node.target is aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()

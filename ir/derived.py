@@ -1,0 +1,194 @@
+"""Tensors derived from weights (packed, concatenated) and state that passes declare, kept beside the weights themselves.
+
+Dynamo shares one compiled graph among all instances of a class and does not recompile when a weight is swapped or
+reloaded. What a pass computes from a weight is therefore found by the identity of the weight that was passed in.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accelpass.ir.errors import ReleasedWeightError
+
+Stamp = tuple[int, int | None]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """A tensor that a pass remembers between calls, for one model instance.
+
+    Attributes:
+        name: unique within the pass: ``h2o.scores``.
+        shape, dtype, fill: how it starts, and what ``reset`` makes of it.
+        lifetime: what ends it: ``sequence``, ``sampling_run`` or ``model``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    lifetime: str
+    fill: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lifetime not in ("sequence", "sampling_run", "model"):
+            raise ValueError(f"lifetime={self.lifetime!r} is not known; use sequence, sampling_run or model")
+
+    def recipe(self) -> Recipe:
+        """State is derived from its anchor weight in one respect: it lives with it, on its device."""
+
+        def fresh(anchor: Tensor) -> tuple[Tensor]:
+            return (torch.full(self.shape, self.fill, dtype=self.dtype, device=anchor.device),)
+
+        return Recipe(("state", self.name, self.shape, str(self.dtype), self.lifetime, self.fill), fresh, self)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to derive tensors from model tensors. Equal recipes on equal tensors share their result.
+
+    ``key`` must identify everything that changes the result (method, options, format version), because derived tensors
+    are shared between graphs by it. ``fn`` takes the source tensors (detached) and returns the derived ones.
+    """
+
+    key: tuple[Any, ...]
+    fn: Callable[..., tuple[Tensor, ...]]
+    state: StateSpec | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.key == other.key
+
+    def after(self, parts: Sequence[tuple[Recipe | None, int, int, int]]) -> Recipe:
+        """This recipe applied to outputs of other recipes: (recipe or None, its output, first and end source)."""
+        if all(inner is None for inner, *_ in parts):
+            return self
+
+        def fn(*sources: Tensor) -> tuple[Tensor, ...]:
+            # Several outputs of one derivation come from one run of it.
+            made = {a: i.fn(*sources[a:b]) for i, _, a, b in parts if i}
+            return self.fn(*(made[a][o] if i else sources[a] for i, o, a, _ in parts))
+
+        return Recipe((self.key, *((i.key if i else None, o, a, b) for i, o, a, b in parts)), fn)
+
+
+def stamp(tensor: Tensor) -> Stamp:
+    """Changes when the tensor is written in place or re-pointed; a write through ``.data`` is invisible."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
+def is_released(tensor: Tensor) -> bool:
+    """True if ``free_weights`` gave the tensor's memory back; shape and dtype remain."""
+    return tensor.numel() > 0 and tensor.untyped_storage().size() == 0
+
+
+def owns_storage(tensor: Tensor) -> bool:
+    """True if no other tensor can live in the same memory, and it has not been given back yet."""
+    return tensor.untyped_storage().size() == tensor.numel() * tensor.element_size()
+
+
+@dataclass
+class Entry:
+    """Derived tensors and what they were derived from."""
+
+    refs: tuple[weakref.ref[Tensor], ...]
+    stamps: tuple[Stamp, ...]
+    """Empty for state, which outlives a change of its anchor's values."""
+    tensors: tuple[Tensor, ...]
+
+    def serves(self, sources: Sequence[Tensor]) -> bool:
+        same = all(r() is s for r, s in zip(self.refs, sources, strict=True))
+        return same and (not self.stamps or self.stamps == tuple(map(stamp, sources)))
+
+
+class DerivedTensors:
+    """All derived tensors of the process, each owned by the source tensors that it was derived from."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[tuple[int, ...], Recipe], Entry] = {}
+        self._lock = threading.RLock()
+
+    def get(self, sources: Sequence[Tensor], recipe: Recipe, path: str = "") -> Entry:
+        """The derived tensors; computed if they are missing or a source changed since."""
+        key = (tuple(map(id, sources)), recipe)
+        entry = self._entries.get(key)
+        if entry is not None and entry.serves(sources):
+            return entry
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None and entry.serves(sources):
+                return entry
+            if recipe.state is None and any(map(is_released, sources)):
+                raise ReleasedWeightError(
+                    f"the memory of {path or 'a weight'} was released by free_weights, and it is needed again by "
+                    f"{_pass_name(recipe.key)}. Load the model again, or compile it once with all the passes you want."
+                )
+            with torch.no_grad():
+                made = recipe.fn(*(s.detach() for s in sources))
+            return self._store(key, sources, made)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def seed(self, sources: Sequence[Tensor], recipe: Recipe, tensors: tuple[Tensor, ...]) -> None:
+        """Put in tensors that were derived earlier (a saved packed model)."""
+        with self._lock:
+            self._store((tuple(map(id, sources)), recipe), sources, tensors)
+
+    def release(self, sources: Sequence[Tensor]) -> int:
+        """Give back the memory of ``sources``; returns the bytes. What was derived from them stays valid."""
+        wanted = set(map(id, sources))
+        freed = 0
+        with self._lock:
+            for tensor in sources:
+                storage = tensor.untyped_storage()
+                freed += storage.size()
+                storage.resize_(0)
+            for (ids, _), entry in self._entries.items():
+                if entry.stamps and wanted.intersection(ids):
+                    alive = [r() for r in entry.refs]
+                    entry.stamps = tuple(stamp(t) for t in alive if t is not None)
+        return freed
+
+    def forget(self, sources: Sequence[Tensor]) -> None:
+        """Drop what was derived from ``sources`` so that the next call derives it anew (after a ``.data`` write)."""
+        wanted = set(map(id, sources))
+        with self._lock:
+            for key in [k for k in self._entries if wanted.intersection(k[0])]:
+                entry = self._entries[key]
+                if entry.stamps and not any(t is not None and is_released(t) for t in (r() for r in entry.refs)):
+                    entry.stamps = ((-1, None),) * len(entry.refs)  # compiled graphs hold the entry too
+                    del self._entries[key]
+
+    def of(self, sources: Sequence[Tensor]) -> list[tuple[Recipe, tuple[int, ...], tuple[Tensor, ...]]]:
+        """What is held for ``sources``: (recipe, ids of its sources, tensors)."""
+        wanted = set(map(id, sources))
+        with self._lock:
+            return [(k[1], k[0], e.tensors) for k, e in self._entries.items() if wanted.issuperset(k[0])]
+
+    def _store(self, key: tuple[tuple[int, ...], Recipe], sources: Sequence[Tensor], made: tuple[Tensor, ...]) -> Entry:
+        def drop(_: object, key: tuple[tuple[int, ...], Recipe] = key) -> None:
+            self._entries.pop(key, None)
+
+        stamps = () if key[1].state else tuple(map(stamp, sources))
+        entry = Entry(tuple(weakref.ref(s, drop) for s in sources), stamps, tuple(made))
+        self._entries[key] = entry
+        return entry
+
+
+def _pass_name(key: tuple[Any, ...]) -> str:
+    """The first name in a recipe's key, which composition nests."""
+    while not isinstance(key[0], str):
+        key = key[0]
+    return key[0]
+
+
+DERIVED = DerivedTensors()

@@ -1,0 +1,33 @@
+"""Errors a user may see. Each message says what was seen, what was needed and what to do next."""
+
+
+class AccelpassError(Exception):
+    """Base of every error that accelpass raises on purpose."""
+
+
+class OptionError(AccelpassError, ValueError):
+    """An option, pass name or pass field that does not exist or is out of range."""
+
+
+class GraphError(AccelpassError):
+    """A graph that breaks a rule of the IR; names the pass after which it was found."""
+
+
+class SpecConflict(AccelpassError):
+    """Two passes want incompatible things of one attention."""
+
+
+class PassError(AccelpassError):
+    """A pass failed; names the pass and, where known, the site."""
+
+
+class PlanError(AccelpassError, ValueError):
+    """A plan or a packed model that is damaged or belongs to another model."""
+
+
+class ReleasedWeightError(AccelpassError):
+    """A weight whose memory was released by ``free_weights`` is needed again."""
+
+
+class CompilerMissingError(AccelpassError):
+    """Inductor found no C++ compiler that works."""

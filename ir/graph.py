@@ -1,0 +1,140 @@
+"""Small operations on FX graphs that capture, analyses and passes share."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+
+
+def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    """Placeholders in the order of the graph's inputs."""
+    return list(gm.graph.find_nodes(op="placeholder"))
+
+
+def value(node: object) -> Any:
+    """The fake value of a node (a FakeTensor, a SymInt, a tuple, ...); other objects are returned as they are."""
+    return node.meta.get("val", node.meta.get("example_value")) if isinstance(node, fx.Node) else node
+
+
+def shape(node: fx.Node) -> torch.Size:
+    """Shape of a node's tensor; sizes may be symbolic."""
+    return value(node).shape
+
+
+def fake_mode(gm: fx.GraphModule) -> FakeTensorMode | None:
+    """The mode in which the graph's values were faked; None for a graph without tensors."""
+    for node in gm.graph.nodes:
+        found = value(node)
+        if isinstance(found, FakeTensor):
+            return found.fake_mode
+    return None
+
+
+def known(condition: Any) -> bool:
+    """True only if the condition holds for all sizes; unlike ``bool`` this never adds a guard."""
+    return condition if isinstance(condition, bool) else statically_known_true(condition)
+
+
+def append_placeholder(gm: fx.GraphModule, name: str, fake: Tensor) -> fx.Node:
+    """A new input at the end of the inputs that AOTAutograd takes for model state, not for a user's tensor."""
+    last = placeholders(gm)[-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(name)
+    node._dynamo_source = None  # type: ignore[attr-defined]  # AOTAutograd insists on the attribute; None is allowed
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node.meta["val"] = fake
+    return node
+
+
+def call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call with its fake value and the provenance (module path, stack trace) of ``like``."""
+    node = graph.call_function(target, args, kwargs)
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    refresh(node)
+    return node
+
+
+def refresh(node: fx.Node) -> None:
+    """Compute a call node's fake value from those of its arguments."""
+    args = fx.map_arg(node.args, value)
+    kwargs = fx.map_arg(node.kwargs, value)
+    mode = next((a.fake_mode for a in _flat(args, kwargs) if isinstance(a, FakeTensor)), None)
+    assert callable(node.target)
+    if mode is None:
+        node.meta["val"] = node.target(*args, **kwargs)
+        return
+    with mode, torch.no_grad():
+        node.meta["val"] = node.target(*args, **kwargs)
+
+
+def _flat(*trees: Any) -> Iterator[Any]:
+    return iter(torch.utils._pytree.tree_leaves(trees))
+
+
+def is_call(node: object, *targets: Any) -> bool:
+    """True if ``node`` is a call of one of ``targets`` (overloads or overload packets)."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    return node.target in targets or getattr(node.target, "overloadpacket", None) in targets
+
+
+def mutates(node: fx.Node) -> list[fx.Node]:
+    """The argument nodes that a call writes to."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        return []
+    written = []
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            written += [n for n in _flat(given) if isinstance(n, fx.Node)]
+    return written
+
+
+def root(node: fx.Node) -> fx.Node:
+    """The tensor whose memory ``node`` may be, by what the operators' schemas declare."""
+    while node.op == "call_function":
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node):
+            break
+        schema = getattr(node.target, "_schema", None)
+        aliases = schema is not None and schema.arguments and schema.arguments[0].alias_info is not None
+        if node.target is not operator.getitem and not aliases:
+            break
+        node = first
+    return node
+
+
+def written_inputs(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Inputs and attributes that the graph writes to: key/value caches, running statistics."""
+    written = (root(target) for node in graph.nodes for target in mutates(node))
+    return frozenset(n for n in written if n.op in ("placeholder", "get_attr"))
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made the node, without Dynamo's root (``layers.3.self_attn``)."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    return clean_path(path)
+
+
+def clean_path(path: str) -> str:
+    """``L['self'].model.layers.slice(..)[3].mlp`` and ``L['self']._modules['a']`` as a user would write them."""
+    path = re.sub(r"^L\['\w+'\]\.?", "", path)
+    path = re.sub(r"\.slice\([^)]*\)", "", path)
+    path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path)
+    path = re.sub(r"\b(__dict__|_modules|_parameters|_buffers)\.", "", path)
+    return path.strip(".")

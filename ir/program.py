@@ -1,0 +1,42 @@
+"""A captured model part: its canonical graph and the tensors behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import fx
+
+from accelpass.ir.tensors import TensorSource
+
+T = TypeVar("T")
+
+
+@dataclass
+class Program:
+    """What analyses read and passes rewrite.
+
+    Attributes:
+        gm: graph in pre-dispatch ATen; never the graph that Dynamo owns.
+        tensors: paths and values of the model's own tensors.
+        door: ``dynamo`` or ``export``.
+    """
+
+    gm: fx.GraphModule
+    tensors: TensorSource
+    door: str
+    _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+    def analysis(self, kind: Any) -> Any:
+        """The result of an analysis (a function of the program), cached until :meth:`changed`."""
+        if kind not in self._analyses:
+            self._analyses[kind] = kind(self)
+        return self._analyses[kind]
+
+    def changed(self) -> None:
+        """Forget cached analyses; the manager calls it after each pass that rewrote something."""
+        self._analyses.clear()

@@ -1,0 +1,258 @@
+"""Where a graph's constant tensors come from, and how a pass adds tensors derived from them.
+
+Dynamo shares one compiled graph among all instances of a class and does not recompile when a weight is swapped or
+reloaded. A tensor computed from a weight (packed int8, concatenated rows) is therefore never baked into the graph: it
+becomes one more graph input, found at every call by the identity of the weight that was passed in.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from accelpass.ir.derived import DERIVED, Entry, Recipe, StateSpec, owns_storage
+from accelpass.ir.graph import append_placeholder, placeholders, value, written_inputs
+
+
+class TensorSource(ABC):
+    """The model tensors behind a graph's nodes."""
+
+    @abstractmethod
+    def path(self, node: fx.Node) -> str | None:
+        """Parameter path (``model.layers.3.self_attn.k_proj.weight``) if the node is model state, else None."""
+
+    @abstractmethod
+    def value(self, node: fx.Node) -> Tensor | None:
+        """The tensor itself at compile time; None for user inputs, computed values and derived tensors."""
+
+    @abstractmethod
+    def derive(self, nodes: Sequence[fx.Node], recipe: Recipe, names: Sequence[str]) -> list[fx.Node]:
+        """Add nodes that hold ``recipe`` of ``nodes``; these may be model state or themselves derived."""
+
+    @abstractmethod
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        """The model-state nodes that ``node`` is, or is derived from; empty if it is neither, or if the graph writes to it."""
+
+    def is_state(self, node: fx.Node) -> bool:
+        """True for state that a pass declared; its values change from call to call."""
+        return False
+
+    def is_constant(self, node: object) -> bool:
+        """True for model state and for what is derived from it."""
+        return isinstance(node, fx.Node) and bool(self.sources(node))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One derivation: the positions of its sources among the graph's inputs, and its recipe."""
+
+    positions: tuple[int, ...]
+    recipe: Recipe
+
+
+class FromInputs(TensorSource):
+    """torch.compile: model tensors are graph inputs. Derived tensors become further inputs, looked up at each call."""
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], paths: dict[fx.Node, tuple[str, str]]):
+        self.gm = gm
+        self._written = written_inputs(gm.graph)
+        self.inputs = list(example_inputs)
+        self.paths = paths
+        self._position = {n: i for i, n in enumerate(placeholders(gm))}
+        self._derived: dict[fx.Node, tuple[_Group, int]] = {}
+
+    def path(self, node: fx.Node) -> str | None:
+        found = self.paths.get(node)
+        if found is None and node in self._derived:
+            group, _ = self._derived[node]
+            nodes = list(self._position)
+            return "+".join(self.paths[nodes[p]][0] for p in group.positions)
+        return found[0] if found else None
+
+    def kind(self, node: fx.Node) -> str | None:
+        """``param``, ``buffer`` or ``constant``; None if the node is not model state."""
+        return self.paths[node][1] if node in self.paths else None
+
+    def value(self, node: fx.Node) -> Tensor | None:
+        return self.inputs[self._position[node]] if node in self.paths else None
+
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        if node in self._derived:
+            nodes = list(self._position)
+            return [nodes[p] for p in self._derived[node][0].positions]
+        return [node] if node in self.paths and node not in self._written else []
+
+    def derive(self, nodes: Sequence[fx.Node], recipe: Recipe, names: Sequence[str]) -> list[fx.Node]:
+        group = self._composed(nodes, recipe)
+        for other, _ in list(self._derived.values()):
+            if other == group:  # the same derivation twice is one set of inputs
+                return [n for n, (g, _) in self._derived.items() if g == group]
+        # Only shapes are needed here. The tensors are made once all passes have run, so that a derivation which a
+        # later pass derives further from is never computed on its own.
+        fakes = [value(n) for n in nodes]
+        with fakes[0].fake_mode, torch.no_grad():
+            shapes = recipe.fn(*fakes)
+        made = []
+        for index, (name, fake) in enumerate(zip(names, shapes, strict=True)):
+            node = append_placeholder(self.gm, name, fake)
+            self._derived[node] = (group, index)
+            made.append(node)
+        return made
+
+    def state(self, anchor: fx.Node, spec: StateSpec) -> fx.Node:
+        """Declare state that lives with the weight ``anchor``; the same declaration in another graph shares it.
+
+        Write to the returned node with an in-place ATen op; AOTAutograd and Inductor see a mutated model buffer.
+        """
+        (node,) = self.derive([anchor], spec.recipe(), [spec.name.replace(".", "_")])
+        return node
+
+    def is_state(self, node: fx.Node) -> bool:
+        return node in self._derived and self._derived[node][0].recipe.state is not None
+
+    def arguments(self, args: Sequence[Any]) -> list[Any]:
+        """``args`` of a call, and the derived tensors, for every placeholder that the graph has now."""
+        out = []
+        for node in placeholders(self.gm):
+            if node in self._derived:
+                group, output = self._derived[node]
+                entry = DERIVED.get([args[p] for p in group.positions], group.recipe, self.path(node) or "")
+                out.append(entry.tensors[output])
+            else:
+                out.append(args[self._position[node]])
+        return out
+
+    def _composed(self, nodes: Sequence[fx.Node], recipe: Recipe) -> _Group:
+        """The derivation from model tensors alone: sources that are derived themselves are looked through."""
+        positions: list[int] = []
+        starts: dict[_Group | int, int] = {}
+        parts: list[tuple[Recipe | None, int, int, int]] = []  # inner recipe, its output, span of its sources
+        for node in nodes:
+            derived = self._derived.get(node)
+            inner, output = derived if derived else (None, 0)
+            mine = inner.positions if inner else (self._position[node],)
+            start = starts.setdefault(inner or self._position[node], len(positions))
+            if start == len(positions):
+                positions += mine
+            parts.append((inner.recipe if inner else None, output, start, start + len(mine)))
+        return _Group(tuple(positions), recipe.after(parts))
+
+    @property
+    def inputs_nodes(self) -> list[fx.Node]:
+        """The graph's original inputs, in order."""
+        return list(self._position)
+
+    def position(self, node: fx.Node) -> int:
+        """Where an original input stands among a call's arguments."""
+        return self._position[node]
+
+    def binder(self, release: bool = False) -> Binder:
+        """Drop unused inputs from the graph and return what maps a call's arguments to the graph's new inputs."""
+        kept: list[int] = []
+        derived: list[tuple[_Group, int]] = []
+        for node in placeholders(self.gm):
+            if not node.users:
+                self.gm.graph.erase_node(node)
+            elif node in self._derived:
+                derived.append(self._derived[node])
+            else:
+                kept.append(self._position[node])
+        used = {p for group, _ in derived for p in group.positions}
+        unused = used.difference(kept)
+        paths = {p: self.paths[n][0] for n, p in self._position.items() if p in used}
+        return Binder(tuple(kept), tuple(derived), paths, frozenset(unused) if release else frozenset())
+
+
+class Binder:
+    """Maps the arguments of a call to those of the rewritten graph: the kept ones, then the derived tensors."""
+
+    def __init__(
+        self,
+        kept: tuple[int, ...],
+        derived: tuple[tuple[_Group, int], ...],
+        paths: dict[int, str],
+        replaced: frozenset[int],
+    ):
+        self.kept = kept
+        self.groups = list(dict.fromkeys(group for group, _ in derived))
+        self._outputs = [(self.groups.index(group), output) for group, output in derived]
+        self.paths = paths
+        self.released = replaced
+        """Positions of inputs that only derived tensors need and whose memory is given back once those exist."""
+        self._memo: list[Entry | None] = [None] * len(self.groups)
+
+    def __call__(self, args: Sequence[Any]) -> list[Any]:
+        made, missed = [], False
+        for index, group in enumerate(self.groups):
+            sources = [args[p] for p in group.positions]
+            entry = self._memo[index]
+            if entry is None or not entry.serves(sources):
+                entry = DERIVED.get(sources, group.recipe, self.paths[group.positions[0]])
+                self._memo[index] = entry
+                missed = True
+            made.append(entry.tensors)
+        if missed and self.released:
+            DERIVED.release([args[p] for p in self.released if owns_storage(args[p])])
+        return [args[p] for p in self.kept] + [made[group][output] for group, output in self._outputs]
+
+    def tensors(self) -> list[Tensor]:
+        """The derived tensors that the last call used; each once."""
+        return list({id(t): t for entry in self._memo if entry for t in entry.tensors}.values())
+
+    def derived_bytes(self) -> int:
+        """Bytes of :meth:`tensors`."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+class FromModule(TensorSource):
+    """torch.export: model tensors are ``get_attr`` nodes. Derived tensors become buffers of the graph module."""
+
+    def __init__(self, gm: fx.GraphModule):
+        self.gm = gm
+        self._written = written_inputs(gm.graph)
+        self._derived: dict[fx.Node, list[fx.Node]] = {}
+
+    def path(self, node: fx.Node) -> str | None:
+        if node in self._derived:
+            return "+".join(str(n.target) for n in self._derived[node])
+        return str(node.target) if isinstance(self._attribute(node), Tensor) else None
+
+    def value(self, node: fx.Node) -> Tensor | None:
+        return None if node in self._derived else self._attribute(node)
+
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        if node in self._derived:
+            return self._derived[node]
+        return [node] if self._attribute(node) is not None and node not in self._written else []
+
+    def derive(self, nodes: Sequence[fx.Node], recipe: Recipe, names: Sequence[str]) -> list[fx.Node]:
+        values = [self._attribute(n) for n in nodes]
+        assert all(v is not None for v in values)
+        tensors = DERIVED.get([v for v in values if v is not None], recipe, self.path(nodes[0]) or "").tensors
+        made = []
+        for name, tensor in zip(names, tensors, strict=True):
+            attribute = name
+            while hasattr(self.gm, attribute):
+                attribute += "_"
+            self.gm.register_buffer(attribute, tensor)
+            last = max(nodes)
+            with self.gm.graph.inserting_after(last):
+                node = self.gm.graph.get_attr(attribute)
+            fake = nodes[0].meta["val"].fake_mode.from_tensor(tensor)
+            node.meta["val"] = fake
+            self._derived[node] = [s for n in nodes for s in self.sources(n)]
+            made.append(node)
+        return made
+
+    def _attribute(self, node: fx.Node) -> Tensor | None:
+        if node.op != "get_attr":
+            return None
+        value: Any = self.gm
+        for part in str(node.target).split("."):
+            value = getattr(value, part, None)
+        return value if isinstance(value, Tensor) else None

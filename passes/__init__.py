@@ -1,0 +1,6 @@
+"""Passes: their base, registry, manager, options and plans; one folder for each redundancy that is exploited."""
+
+from accelpass.passes.base import Done, Pass, Record, SitePatterns, Skip, Take, Verdict
+from accelpass.passes.registry import make, registered
+
+__all__ = ["Done", "Pass", "Record", "SitePatterns", "Skip", "Take", "Verdict", "make", "registered"]

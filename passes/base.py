@@ -1,0 +1,203 @@
+"""What a pass is: a frozen dataclass of typed options, a phase, and ``apply``."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, ClassVar, Self, get_type_hints
+
+from accelpass.ir.errors import OptionError
+from accelpass.ir.program import Program
+
+PHASES = ("structure", "attention", "cache", "weights", "fusion", "kernels", "schedule")
+
+
+@dataclass(frozen=True)
+class Take:
+    """This site is taken."""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """This site is left alone; ``why`` is read by a user: what was seen and what was needed."""
+
+    why: str
+
+
+Verdict = Take | Skip
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was done at one site, with the bytes of its weights before and after."""
+
+    what: str
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+@dataclass
+class Record:
+    """What one pass did to one graph, site by site."""
+
+    name: str
+    took: dict[str, Done] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    difference: float | None = None
+    """Largest relative change of an output, measured in debug mode."""
+
+    def skip(self, site: str, why: str) -> None:
+        self.skipped[self._unique(site, self.skipped)] = why
+
+    def take(self, site: str, done: Done) -> None:
+        self.took[self._unique(site, self.took)] = done
+
+    @staticmethod
+    def _unique(site: str, taken: dict[str, Any]) -> str:
+        name, number = site, 2
+        while name in taken:
+            name, number = f"{site} #{number}", number + 1
+        return name
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of every pass. Subclasses are frozen dataclasses whose fields are the user's options.
+
+    Class attributes:
+        name: what a user types; lower case, no version, no author.
+        phase: one of :data:`PHASES`; the manager sorts by it.
+        summary: one line for ``accelpass passes``.
+        paper: the published source, or ``""`` for plain compiler work.
+        exact: the result equals the dense model's up to the order of float additions.
+        after, before: names of passes of the same phase that must run earlier or later.
+        excludes: names of passes that this one cannot be combined with, and why.
+    """
+
+    name: ClassVar[str]
+    phase: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str] = ""
+    exact: ClassVar[bool] = False
+    after: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ()
+    excludes: ClassVar[dict[str, str]] = {}
+
+    def apply(self, program: Program, record: Record) -> None:
+        """Rewrite ``program.graph``; put every site into ``record`` as taken, or skipped with a reason."""
+        raise TypeError(f"{type(self).__name__} does not define apply()")
+
+    @classmethod
+    def from_options(cls, given: dict[str, Any]) -> Pass:
+        """Build the pass from what a user typed; names the nearest field on a mistake."""
+        known = [f.name for f in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise OptionError(f"{cls.name}: unknown option {key!r}{nearest(key, known)}; known: {', '.join(known)}")
+        hints = get_type_hints(cls)
+        values = {}
+        for f in fields(cls):
+            if f.name in given:
+                values[f.name] = _typed(cls.name, f.name, given[f.name], hints[f.name])
+            elif f.default is MISSING and f.default_factory is MISSING:
+                raise OptionError(f"{cls.name}: option {f.name!r} is required")
+        return cls(**values)
+
+    def fail(self, field_name: str, legal: str) -> OptionError:
+        """The error for a field out of range."""
+        return OptionError(f"{self.name}: {field_name}={getattr(self, field_name)!r} is not supported; use {legal}")
+
+
+@dataclass(frozen=True)
+class SitePatterns(Pass):
+    """Mix-in: choose sites by path with shell patterns, ``*.mlp.*`` or a whole part such as ``lm_head``.
+
+    Attributes:
+        include, exclude: which sites are taken at all.
+        sites: other settings for some of them, ``{"*.down_proj": {"group_size": 32}}``; later patterns win.
+    """
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def wanted(self, path: str) -> Verdict:
+        """Whether the patterns admit a site."""
+        if not _matches(path, self.include):
+            return Skip(f"not named in include={list(self.include)}")
+        if _matches(path, self.exclude):
+            return Skip(f"named in exclude={list(self.exclude)}")
+        return Take()
+
+    def at(self, paths: Sequence[str]) -> Self:
+        """The pass with the settings that ``sites`` gives for any of ``paths`` (one weight may have several).
+
+        Raises:
+            OptionError: ``sites`` names a field that does not exist or is out of range.
+        """
+        changes: dict[str, Any] = {}
+        for pattern, given in self.sites.items():
+            if any(_matches(path, (pattern,)) for path in paths):
+                changes |= self._overrides(pattern, given)
+        return replace(self, sites={}, **changes) if changes else self
+
+    def check_sites(self) -> None:
+        """Raise :class:`OptionError` for a setting in ``sites`` that no site could have; call it in ``__post_init__``."""
+        for pattern, given in self.sites.items():
+            replace(self, sites={}, **self._overrides(pattern, given))
+
+    def _overrides(self, pattern: str, given: Any) -> dict[str, Any]:
+        own = [f.name for f in fields(self) if f.name not in {f.name for f in fields(SitePatterns)}]
+        if not isinstance(given, dict):
+            raise OptionError(f"{self.name}: sites[{pattern!r}] is {given!r}; it takes a dict of {', '.join(own)}")
+        for key in given:
+            if key not in own:
+                known = ", ".join(own) or "none"
+                raise OptionError(f"{self.name}: sites[{pattern!r}] sets {key!r}{nearest(key, own)}; known: {known}")
+        hints = get_type_hints(type(self))
+        return {key: _typed(self.name, key, value, hints[key]) for key, value in given.items()}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` or nothing."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(path, p) or p in path.split(".") for p in patterns)
+
+
+def _typed(owner: str, name: str, given: Any, hint: Any) -> Any:
+    """``given`` as the field's type; lists from JSON become tuples. bool is not taken for int."""
+    import types
+    import typing
+
+    origin = typing.get_origin(hint)
+    options = typing.get_args(hint) if origin in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        base = typing.get_origin(option) or option
+        if option is type(None):
+            if given is None:
+                return None
+        elif base is typing.Literal:
+            if given in typing.get_args(option):
+                return given
+        elif base is tuple:
+            if isinstance(given, list | tuple) and all(isinstance(g, str) for g in given):
+                return tuple(given)
+        elif base is float:
+            if isinstance(given, int | float) and not isinstance(given, bool):
+                return float(given)
+        elif base is int:
+            if isinstance(given, int) and not isinstance(given, bool):
+                return given
+        elif isinstance(given, base):
+            return given
+    wanted = " or ".join(
+        str(list(typing.get_args(o))) if typing.get_origin(o) is typing.Literal else getattr(o, "__name__", str(o))
+        for o in options
+    )
+    raise OptionError(f"{owner}: option {name!r} is {given!r} ({type(given).__name__}); it takes {wanted}")

@@ -1,0 +1,71 @@
+"""Runs passes over a program: order, verification, analyses, and the record of what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+
+from accelpass.ir.errors import AccelpassError, OptionError, PassError
+from accelpass.ir.program import Program
+from accelpass.ir.verify import signature, verify
+from accelpass.passes.base import PHASES, Pass, Record
+
+
+def ordered(passes: Sequence[Pass]) -> list[Pass]:
+    """Passes in running order: by phase, then by the declared constraints, then by name.
+
+    Raises:
+        OptionError: two passes exclude each other, or their constraints form a circle; names them.
+    """
+    by_name = {p.name: p for p in passes}
+    graph = nx.DiGraph()
+    graph.add_nodes_from(by_name)
+    for p in passes:
+        for other, why in p.excludes.items():
+            if other in by_name:
+                raise OptionError(f"{p.name} cannot be used with {other}: {why}")
+        graph.add_edges_from((other, p.name) for other in p.after if other in by_name)
+        graph.add_edges_from((p.name, other) for other in p.before if other in by_name)
+    for a in passes:
+        graph.add_edges_from((a.name, b.name) for b in passes if PHASES.index(a.phase) < PHASES.index(b.phase))
+    try:
+        return [by_name[n] for n in nx.lexicographical_topological_sort(graph)]
+    except nx.NetworkXUnfeasible:
+        circle = " -> ".join(a for a, _ in nx.find_cycle(graph))
+        raise OptionError(f"these passes each ask to run before the other: {circle}") from None
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Looks at the program after each pass; used by debug mode and by the tests."""
+
+    after: Callable[[Program, Record], None]
+
+
+def run(program: Program, passes: Sequence[Pass], observers: Sequence[Observer] = ()) -> list[Record]:
+    """Apply ``passes`` in order. The graph is valid after each, or an error names the pass and the rule."""
+    records = []
+    before = signature(program)
+    for p in ordered(passes):
+        record = Record(p.name)
+        try:
+            # Fake values are computed for new nodes: never under autograd, which would trace gradients of them.
+            with torch.no_grad():
+                p.apply(program, record)
+        except AccelpassError:
+            raise
+        except Exception as cause:
+            # Dynamo re-raises some types as they are and turns others into a silent graph break.
+            raise PassError(f"the pass {p.name!r} failed: {type(cause).__name__}: {cause}") from cause
+        if record.took:
+            program.graph.eliminate_dead_code()
+            program.gm.recompile()
+            program.changed()
+            verify(program, before, after=p.name)
+        for observer in observers:
+            observer.after(program, record)
+        records.append(record)
+    return records

@@ -1,0 +1,153 @@
+"""The family's base: find the sites, decide, replace each linear, embedding and expert by its packed form."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from accelpass.ir.analyses.linear import Embedding, ExpertStack, Linear, embeddings, expert_stacks, linears
+from accelpass.ir.derived import Recipe, is_released
+from accelpass.ir.graph import aten, call, shape, value
+from accelpass.ir.program import Program
+from accelpass.passes.base import Done, Record, SitePatterns, Skip, Take, Verdict
+
+
+@dataclass(frozen=True)
+class WeightOnly(SitePatterns):
+    """Base of weight-only quantization; a method says how a weight is packed and which ops read it.
+
+    A weight is packed only if every use of it can read the packed form: a second float copy would make the model larger,
+    not smaller. A tied embedding is therefore packed together with the output head, or not at all.
+    """
+
+    phase: ClassVar[str] = "weights"
+
+    def __post_init__(self) -> None:
+        self.check_sites()
+
+    @abstractmethod
+    def recipe(self, transposed: bool) -> tuple[Recipe, tuple[str, ...]]:
+        """How to pack a weight (stored as (in, out) if ``transposed``), and the names of the packed tensors."""
+
+    @abstractmethod
+    def check(self, in_features: int) -> Verdict:
+        """Whether the form can hold rows of this length."""
+
+    @abstractmethod
+    def linear(
+        self, graph: fx.Graph, like: fx.Node, x: fx.Node, packed: list[fx.Node], bias: fx.Node | None
+    ) -> fx.Node:
+        """Emit the packed linear."""
+
+    @abstractmethod
+    def embedding(self, graph: fx.Graph, like: fx.Node, indices: fx.Node, packed: list[fx.Node]) -> fx.Node:
+        """Emit the packed look-up, in the dtype of ``like``."""
+
+    @abstractmethod
+    def matrix(self, graph: fx.Graph, like: fx.Node, packed: list[fx.Node], dtype: torch.dtype) -> fx.Node:
+        """Emit the weight itself in ``dtype``, for batched and grouped expert products."""
+
+    def apply(self, program: Program, record: Record) -> None:
+        sites: dict[fx.Node, list[Linear | Embedding | ExpertStack]] = {}
+        for analysis in (linears, embeddings, expert_stacks):
+            for site in program.analysis(analysis):
+                sites.setdefault(site.weight, []).append(site)
+        if not any(isinstance(s, Linear | ExpertStack) for group in sites.values() for s in group):
+            record.skip("(model)", "no linear layer with a constant weight was found in this graph")
+        order = {n: i for i, n in enumerate(program.graph.nodes)}
+        for weight, group in sites.items():
+            group.sort(key=lambda s: order[s.node])
+            here = self.at([s.path for s in group])
+            verdict = here._judge(program, weight, group)
+            done = here._rewrite(program, weight, group) if isinstance(verdict, Take) else None
+            for number, site in enumerate(group):
+                if isinstance(verdict, Skip):
+                    record.skip(site.path, verdict.why)
+                elif number == 0 and done is not None:
+                    record.take(site.path, done)
+                else:
+                    record.take(site.path, Done(f"shares the packed weight of {group[0].path}"))
+
+    def _judge(self, program: Program, weight: fx.Node, group: list[Any]) -> Verdict:
+        for site in group:
+            wanted = self.wanted(site.path)
+            if isinstance(wanted, Skip):
+                return wanted if len(group) == 1 else Skip(f"{site.path} shares this weight and is {wanted.why}")
+        if not any(isinstance(s, Linear | ExpertStack) for s in group):
+            return Skip(
+                "an embedding alone: rows are looked up, not multiplied, so packing would save bytes but no time"
+            )
+        for site in group:
+            if isinstance(site, Linear) and site.kind.endswith("_conv"):
+                return Skip(f"a {site.kind} keeps its float weight")
+        transposed = {s.transposed for s in group if not isinstance(s, Embedding)}
+        if len(transposed) > 1:
+            return Skip("the weight is used both as (out, in) and as (in, out)")
+        readers = sum(len(self._entry_users(weight, s)) for s in group)
+        if readers < len(weight.users):
+            return Skip(f"{len(weight.users) - readers} other use(s) of the weight need its float form")
+        if value(weight).dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return Skip(f"the weight is {value(weight).dtype}; float32, bfloat16 and float16 are packed")
+        verdict = self.check(next(s.in_features for s in group if not isinstance(s, Embedding)))
+        real = program.tensors.value(weight)
+        if isinstance(verdict, Take) and real is not None and not is_released(real) and not _finite(real):
+            return Skip("the weight holds NaN or infinity")
+        return verdict
+
+    @staticmethod
+    def _entry_users(weight: fx.Node, site: Any) -> list[fx.Node]:
+        """The direct users of ``weight`` through which ``site`` reads it."""
+        return [u for u in weight.users if u is site.node or _leads_to(u, site.node)]
+
+    def _rewrite(self, program: Program, weight: fx.Node, group: list[Any]) -> Done:
+        """Let every site read the packed weight; returns what that did to its bytes."""
+        graph = program.graph
+        recipe, suffixes = self.recipe(_transposed(group))
+        names = [f"{weight.name}_{s}" for s in suffixes]
+        packed = program.tensors.derive([weight], recipe, names)
+        form = f"{'x'.join(str(int(s)) for s in shape(weight))} {self.name.split('_')[0]}"
+        done = Done(form, _bytes(weight), sum(map(_bytes, packed)))
+        for site in group:
+            with graph.inserting_before(site.node):
+                if isinstance(site, Embedding):
+                    new = self.embedding(graph, site.node, site.node.args[1], packed)
+                elif isinstance(site, ExpertStack):
+                    entry = self._entry_users(weight, site)
+                    for user in entry:
+                        with graph.inserting_before(user):
+                            w = self.matrix(graph, user, packed, value(weight).dtype)
+                            if site.transposed:
+                                w = call(graph, user, aten.transpose.int, w, -1, -2)
+                        user.replace_input_with(weight, w)
+                    continue
+                else:
+                    mine = packed
+                    if site.select is not None:
+                        mine = [call(graph, site.node, aten.select.int, p, 0, site.select.args[2]) for p in packed]
+                    new = self.linear(graph, site.node, site.operand(), mine, site.bias)
+            site.node.replace_all_uses_with(new)
+            graph.erase_node(site.node)
+        return done
+
+
+def _bytes(node: fx.Node) -> int:
+    return int(value(node).numel() * value(node).element_size())
+
+
+def _transposed(group: list[Any]) -> bool:
+    return any(s.transposed for s in group if not isinstance(s, Embedding))
+
+
+def _finite(w: torch.Tensor) -> bool:
+    # min and max carry NaN and infinity, in one pass over the weight and without a temporary of its size.
+    low, high = w.detach().aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _leads_to(node: fx.Node, target: fx.Node, depth: int = 4) -> bool:
+    """Whether ``target`` reads ``node`` through a few views."""
+    return depth > 0 and any(u is target or _leads_to(u, target, depth - 1) for u in node.users)

@@ -1,0 +1,51 @@
+"""Passes by name. Ours and third parties' come through one door: the entry-point group ``accelpass.passes``."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from accelpass.ir.errors import OptionError
+from accelpass.passes.base import PHASES, Pass, nearest
+
+GROUP = "accelpass.passes"
+
+
+@cache
+def registered() -> dict[str, type[Pass]]:
+    """All installed passes by the name that a user types.
+
+    Raises:
+        OptionError: two packages registered one name, or an entry is not a pass; names the package.
+    """
+    found: dict[str, type[Pass]] = {}
+    owners: dict[str, str] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
+        owner = entry.dist.name if entry.dist else entry.value
+        loaded = entry.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+            raise OptionError(f"entry point {entry.name!r} of {owner} is {loaded!r}, which is not an accelpass Pass")
+        if loaded.phase not in PHASES:
+            raise OptionError(
+                f"pass {loaded.name!r} of {owner} has phase {loaded.phase!r}; phases: {', '.join(PHASES)}"
+            )
+        if loaded.name in found and found[loaded.name] is not loaded:
+            raise OptionError(f"the pass name {loaded.name!r} is registered by {owners[loaded.name]} and by {owner}")
+        found[loaded.name], owners[loaded.name] = loaded, owner
+    return found
+
+
+def make(given: Any) -> Pass:
+    """A pass from what a user typed: a name, ``{"name": ..., option: value}``, or a pass object."""
+    if isinstance(given, Pass):
+        return given
+    if isinstance(given, str):
+        given = {"name": given}
+    if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+        raise OptionError(f"{given!r} is not a pass; give a name, {{'name': ..., option: value}} or a pass object")
+    name = given["name"]
+    known = registered()
+    if name not in known:
+        raise OptionError(f"unknown pass {name!r}{nearest(name, known)}; known: {', '.join(sorted(known))}")
+    return known[name].from_options({k: v for k, v in given.items() if k != "name"})

@@ -1,0 +1,80 @@
+"""What was done to each graph, as data. Rendering is the public face's business."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from accelpass.ir.program import Program
+from accelpass.passes.base import Record
+
+_NUMBERS = itertools.count(1)
+
+
+@dataclass
+class Measured:
+    """Counts and costs of one graph.
+
+    Attributes:
+        found: sites by kind: ``attention``, ``linear``, ``embedding``, ``norm``, ...
+        flops: multiply-adds count as two; one call at the compiled sizes.
+        weight_bytes: constants that the graph reads, each counted once.
+        failed: sentences about kinds that could not be counted.
+    """
+
+    found: dict[str, int] = field(default_factory=dict)
+    flops: int = 0
+    weight_bytes: int = 0
+    failed: tuple[str, ...] = ()
+
+
+@dataclass
+class GraphReport:
+    """One graph: what was found, what each pass did, and what it cost to compile."""
+
+    number: int
+    before: Measured = field(default_factory=Measured)
+    after: Measured = field(default_factory=Measured)
+    records: list[Record] = field(default_factory=list)
+    note: str = ""
+    seconds: float = 0.0
+    seconds_in_passes: float = 0.0
+    derived_bytes: int = 0
+
+    @classmethod
+    def start(cls) -> GraphReport:
+        return cls(next(_NUMBERS))
+
+
+def measure(program: Program) -> Measured:
+    """Count sites and costs in the graph as it is now."""
+    from accelpass.ir.analyses.block import blocks
+    from accelpass.ir.analyses.cost import at_compiled_sizes, total, weight_bytes
+    from accelpass.ir.analyses.kv_cache import kv_caches
+    from accelpass.ir.analyses.linear import embeddings, expert_stacks, linears
+    from accelpass.ir.analyses.mlp import mlps
+    from accelpass.ir.analyses.moe import moes
+    from accelpass.ir.analyses.norm import norms
+    from accelpass.ir.analyses.output_head import output_heads
+    from accelpass.ir.attention import detect
+
+    found = {
+        "attention": len(detect(program)),
+        "linear": len(program.analysis(linears)),
+        "embedding": len(program.analysis(embeddings)),
+        "expert_stack": len(program.analysis(expert_stacks)),
+    }
+    failed = []
+    structure = {"norm": norms, "mlp": mlps, "moe": moes, "kv_cache": kv_caches, "block": blocks}
+    for kind, analysis in {**structure, "output_head": output_heads}.items():
+        try:
+            records = program.analysis(analysis)
+        except Exception as cause:  # an unforeseen graph must not stop a model that compiles without these counts
+            failed.append(f"{kind} not counted: {type(cause).__name__}: {cause}")
+            continue
+        if kind == "mlp":
+            gated = sum(mlp.kind == "gated_mlp" for mlp in records)
+            found.update(mlp=len(records) - gated, gated_mlp=gated)
+        else:
+            found[kind] = len(records)
+    return Measured(found, at_compiled_sizes(program, total(program).flops), weight_bytes(program), tuple(failed))

@@ -1,0 +1,122 @@
+"""Both doors lead to one form, weights keep their paths, and what torch does with a backend is as we rely on."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from accelpass.ir.capture import from_dynamo, from_export
+from accelpass.ir.graph import placeholders
+from accelpass.ir.program import Program
+from tests.small_models import Mlp, tiny_lm
+
+
+def dynamo_program(model: nn.Module, *args: torch.Tensor) -> Program:
+    kept = []
+
+    def backend(gm, inputs):
+        kept.append(from_dynamo(gm, inputs))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(model.eval(), backend=backend, fullgraph=True)(*args)
+    (program,) = kept
+    return program
+
+
+def operators(program: Program) -> Counter[str]:
+    return Counter(str(n.target) for n in program.graph.nodes if n.op == "call_function")
+
+
+class Kinds(nn.Module):
+    """Every way in which a module holds a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(4, 4)
+        self.listed = nn.ModuleList([nn.Linear(4, 4)])
+        self.named = nn.ModuleDict({"a": nn.Linear(4, 4)})
+        self.inner = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
+        self.single = nn.Parameter(torch.randn(4))
+        self.many = nn.ParameterList([torch.randn(4)])
+        self.keyed = nn.ParameterDict({"k": torch.randn(4)})
+        self.register_buffer("kept", torch.randn(4))
+        self.constant = torch.randn(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(self.named["a"](self.listed[0](self.plain(x))))
+        return x + self.single + self.many[0] + self.keyed["k"] + self.kept + self.constant
+
+
+def test_paths_are_those_of_the_state_dict():
+    model = Kinds()
+    program = dynamo_program(model, torch.randn(2, 4))
+    tensors = program.tensors
+    found = {tensors.path(n): tensors.value(n) for n in placeholders(program.gm) if tensors.path(n)}
+    wanted = {**model.state_dict(keep_vars=True), "constant": model.constant}
+    assert set(found) == set(wanted)
+    assert all(found[path] is wanted[path] for path in wanted)
+
+
+@pytest.mark.parametrize("build", [lambda: (Mlp(), torch.randn(2, 64)), lambda: (tiny_lm(), torch.arange(6)[None])])
+def test_both_doors_give_the_same_operators(build):
+    model, x = build()
+    with torch.no_grad():
+        exported = from_export(torch.export.export(model.eval(), (x,)))
+    assert operators(dynamo_program(model, x)) == operators(exported)
+
+
+def test_the_graph_that_dynamo_owns_is_left_alone():
+    before, after = [], []
+
+    def backend(gm, inputs):
+        before.append(str(gm.graph))
+        program = from_dynamo(gm, inputs)
+        for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+            node.args = (node.args[0], node.args[1])
+        after.append(str(gm.graph))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(nn.Linear(4, 4), backend=backend)(torch.ones(1, 4))
+    assert before == after
+
+
+def test_deepcopy_loses_sources():
+    """Why capture retraces instead of copying: AOTAutograd needs the source of every input."""
+    lost = []
+
+    def backend(gm, inputs):
+        twin = copy.deepcopy(gm)
+        lost.append(any(getattr(n, "_dynamo_source", None) is None for n in placeholders(twin)))
+        program = from_dynamo(gm, inputs)
+        assert all(hasattr(n, "_dynamo_source") for n in placeholders(program.gm))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(nn.Linear(4, 4), backend=backend)(torch.ones(1, 4))
+    assert lost == [True], "torch keeps them now: capture may be simplified"
+
+
+class Cached(nn.Module):
+    """A cache among the module's buffers, which the graph writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.register_buffer("cache", torch.zeros(3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache.copy_(self.proj(x))
+        return self.cache * 2
+
+
+def test_what_the_graph_writes_to_is_no_constant():
+    program = dynamo_program(Cached(), torch.ones(3, 4))
+    constant = {program.tensors.path(n) for n in placeholders(program.gm) if program.tensors.is_constant(n)}
+    assert constant == {"proj.weight", "proj.bias"}
+    assert "cache" in {program.tensors.path(n) for n in placeholders(program.gm)}

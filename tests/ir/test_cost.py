@@ -1,0 +1,76 @@
+"""The cost model against counts done by hand, with symbolic sizes, and against torch's own counter."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from accelpass.backends import graphs_of
+from accelpass.ir import attention
+from accelpass.ir.analyses.cost import at_compiled_sizes, costs, total, weight_bytes
+from accelpass.ir.capture import from_dynamo
+from accelpass.ir.program import Program
+from tests.small_models import Mlp
+
+
+def captured(model: nn.Module, *args, dynamic: bool | None = None) -> Program:
+    kept = []
+
+    def keep(gm, inputs):
+        kept.append(from_dynamo(gm, inputs))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=keep, dynamic=dynamic)(*args)
+    return kept[0]
+
+
+def test_flops_of_an_mlp_are_exact_and_agree_with_torch():
+    model, x = Mlp().eval(), torch.randn(5, 64)
+    program = captured(model, x)
+    by_hand = 3 * 2 * 5 * 64 * 96
+    assert total(program).flops == by_hand
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    assert counter.get_total_flops() == by_hand
+    assert weight_bytes(program) == 4 * (3 * 64 * 96 + 64)
+
+
+def test_flops_are_expressions_in_symbolic_sizes():
+    program = captured(Mlp().eval(), torch.randn(7, 64), dynamic=True)
+    flops = total(program).flops
+    (rows,) = flops.free_symbols
+    assert sympy.simplify(flops - 3 * 2 * rows * 64 * 96) == 0
+    assert at_compiled_sizes(program, flops) == 3 * 2 * 7 * 64 * 96
+
+
+def test_attention_costs_the_same_as_a_semantic_node():
+    class Attend(nn.Module):
+        def forward(self, q, k, v):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    q, k, v = torch.randn(2, 4, 6, 16), torch.randn(2, 4, 9, 16), torch.randn(2, 4, 9, 16)
+    program = captured(Attend(), q, k, v)
+    before = total(program).flops
+    assert before == 4 * 2 * 4 * 6 * 9 * 16
+    attention.insert(program)
+    assert total(program).flops == before
+
+
+def test_bytes_of_a_linear():
+    program = captured(nn.Linear(8, 4, bias=False).eval(), torch.randn(3, 8))
+    (cost,) = (c for c in program.analysis(costs).values() if c.flops)
+    assert (cost.read, cost.written, cost.state) == (4 * (8 * 4 + 3 * 8), 4 * 12, 0)
+
+
+def test_report_counts_flops_and_bytes():
+    model = Mlp().eval()
+    with torch.no_grad():
+        torch.compile(model, backend="accelpass", options={"lowering": "eager", "passes": ["int8_weights"]})(
+            torch.randn(2, 64)
+        )
+    report = graphs_of(model)[0].report
+    assert report.before.flops == report.after.flops == 3 * 2 * 2 * 64 * 96
+    assert report.after.weight_bytes < 0.3 * report.before.weight_bytes

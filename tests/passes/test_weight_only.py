@@ -1,0 +1,268 @@
+"""int8 and int4 weights: packing against its definition, the sites, and the lowered forms against the ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from accelpass.backends import graphs_of
+from accelpass.ir import weight_only_ops as ops
+from accelpass.ir.errors import OptionError
+from accelpass.passes.base import Record
+from accelpass.passes.options import parse
+from accelpass.passes.quantization.packing import pack_int4, pack_int8
+from tests.small_models import Mlp, relative_error, tiny_lm
+
+
+def compiled(model, *passes, **options):
+    return torch.compile(model, backend="accelpass", options={"lowering": "eager", "passes": list(passes), **options})
+
+
+def records(model) -> dict[str, Record]:
+    return {r.name: r for r in graphs_of(model)[-1].report.records}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**31))
+def test_int8_packing_is_within_half_a_step(out, width, seed):
+    w = torch.randn(out, width, generator=torch.Generator().manual_seed(seed))
+    q, scale = pack_int8(w)
+    assert q.dtype == torch.int8
+    error = (ops.dequantize_int8(q, scale, torch.float32) - w).abs()
+    assert (error <= scale[:, None] * 0.5001).all()
+    assert (q.abs().amax(1) == 127).all(), "the largest weight of a row takes the whole range"
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 4), st.sampled_from([32, 64, 128]), st.booleans(), st.integers(0, 2**31))
+def test_int4_packing_against_a_loop(out, groups, size, symmetric, seed):
+    """The oracle unpacks byte by byte, as the layout is documented, and holds every weight to half a step."""
+    w = torch.randn(out, groups * size, generator=torch.Generator().manual_seed(seed))
+    q, scale, zero = (*pack_int4(w, size, symmetric), None)[:3]
+    assert q.shape == (out, groups * size // 2)
+    unpacked = torch.empty_like(w)
+    half = size // 2
+    for row in range(out):
+        for group in range(groups):
+            for j in range(half):
+                byte = int(q[row, group * half + j])
+                offset = 8 if zero is None else float(zero[row, group])
+                unpacked[row, group * size + j] = ((byte & 15) - offset) * scale[row, group]
+                unpacked[row, group * size + j + half] = ((byte >> 4) - offset) * scale[row, group]
+    assert torch.allclose(ops.dequantize_int4(q, scale, zero, size, torch.float32), unpacked)
+    # Symmetric: 16 levels around the signed extreme; the far end of the other sign may be clipped by one step.
+    steps = 1.001 if symmetric else 0.501
+    assert ((unpacked - w).abs() <= scale.abs().repeat_interleave(size, 1) * steps + 1e-6).all()
+
+
+def test_identity_settings_equal_the_dense_model():
+    """Weights that already lie on the grid are packed without loss."""
+    model = Mlp().eval()
+    with torch.no_grad():
+        for p in (model.gate_proj.weight, model.up_proj.weight, model.down_proj.weight):
+            p.copy_(torch.randint(-8, 8, p.shape).float() * 0.25)
+            p.view(p.shape[0], -1, 32)[..., 0] = -2.0  # each group holds its extreme, -8 steps
+        x = torch.randn(3, 64)
+        got = compiled(model, {"name": "int4_weights", "group_size": 32})(x)
+        assert relative_error(got, model(x)) < 1e-6
+
+
+@pytest.mark.parametrize("op", [ops.int8_linear, ops.int8_embedding, ops.int8_matrix])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_ops_pass_opcheck(op, dtype):
+    q, scale = pack_int8(torch.randn(6, 32))
+    args = {
+        ops.int8_linear: (torch.randn(2, 3, 32, dtype=dtype), q, scale, torch.randn(6)),
+        ops.int8_embedding: (torch.tensor([[1, 5]]), q, scale, dtype),
+        ops.int8_matrix: (q, scale, dtype),
+    }[op]
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("op", [ops.int4_linear, ops.int4_embedding, ops.int4_matrix])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_ops_pass_opcheck(op, symmetric):
+    q, scale, zero = (*pack_int4(torch.randn(6, 64), 32, symmetric), None)[:3]
+    args = {
+        ops.int4_linear: (torch.randn(2, 3, 64), q, scale, zero, None, 32),
+        ops.int4_embedding: (torch.tensor([[1, 5]]), q, scale, zero, 32, torch.float32),
+        ops.int4_matrix: (q, scale, zero, 32, torch.float32),
+    }[op]
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_sites_and_their_names():
+    model = tiny_lm()
+    with torch.no_grad():
+        compiled(model, "int8_weights")(torch.arange(4)[None])
+    record = records(model)["int8_weights"]
+    assert set(record.took) == {
+        "embed", "lm_head",
+        *(f"layers.{i}.{n}_proj" for i in range(2) for n in ("gate", "up", "down")),
+    }  # fmt: skip
+    assert not record.skipped
+    assert record.took["layers.0.up_proj"].bytes_after == 96 * 64 + 4 * 96
+    assert "shares the packed weight" in record.took["lm_head"].what
+    fusion = records(model)["horizontal_fusion"]
+    assert set(fusion.took) == {f"layers.{i}.{{gate_proj,up_proj}}" for i in range(2)}
+
+
+def test_include_and_exclude():
+    model = tiny_lm()
+    with torch.no_grad():
+        compiled(model, {"name": "int8_weights", "include": ["layers.*"], "exclude": ["down_proj"]})(
+            torch.arange(4)[None]
+        )
+    record = records(model)["int8_weights"]
+    assert set(record.took) == {f"layers.{i}.{n}_proj" for i in range(2) for n in ("gate", "up")}
+    assert record.skipped["layers.1.down_proj"] == "named in exclude=['down_proj']"
+    assert "lm_head" in record.skipped
+
+
+def test_int8_for_the_head_and_int4_for_the_rest():
+    """Two weight passes on one model: the first takes what it is told to, the second the rest."""
+    model = tiny_lm()
+    ids = torch.arange(4)[None]
+    with torch.no_grad():
+        passes = ({"name": "int8_weights", "include": ["lm_head", "embed"]}, {"name": "int4_weights", "group_size": 32})
+        got = compiled(model, *passes)(ids)
+        assert relative_error(got, model(ids)) < 0.3
+    assert set(records(model)["int8_weights"].took) == {"embed", "lm_head"}
+    assert len(records(model)["int4_weights"].took) == 6
+
+
+def test_settings_for_each_site():
+    model, ids = tiny_lm(), torch.arange(4)[None]
+    sites = {"down_proj": {"group_size": 32}, "layers.1.down_proj": {"symmetric": False}}
+    with torch.no_grad():
+        assert relative_error(compiled(model, {"name": "int4_weights", "sites": sites})(ids), model(ids)) < 0.3
+    bytes_of = {site: done.bytes_after for site, done in records(model)["int4_weights"].took.items()}
+    weights = 64 * 96
+    assert bytes_of["layers.0.up_proj"] == weights // 2 + 4 * weights // 64
+    # 96 input channels fit groups of 32 alone
+    assert bytes_of["layers.0.down_proj"] == weights // 2 + 4 * weights // 32
+    assert bytes_of["layers.1.down_proj"] == weights // 2 + 2 * 4 * weights // 32, "a zero point for each group"
+
+
+@pytest.mark.parametrize(
+    ("sites", "says"),
+    [
+        ({"a": {"group": 32}}, "did you mean 'group_size'"),
+        ({"a": {"group_size": 33}}, "group_size=33 is not supported"),
+        ({"a": {"group_size": "x"}}, "it takes int"),
+        ({"a": 3}, r"takes a dict of group_size, symmetric"),
+        ({"a": {"include": ["b"]}}, "sets 'include'"),
+    ],
+)
+def test_bad_settings_for_a_site(sites, says):
+    with pytest.raises(OptionError, match=says):
+        parse({"passes": [{"name": "int4_weights", "sites": sites}]})
+
+
+class Conv1d(nn.Module):
+    """GPT-2's linear: the weight is stored as (in, out)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 32))
+        self.bias = nn.Parameter(torch.randn(32))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, 64), self.weight).view(*x.shape[:-1], 32)
+
+
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 32))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Experts(nn.Module):
+    """A stack of experts used one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 32, 64))
+
+    def forward(self, x):
+        return sum(torch.nn.functional.linear(x, self.weight[i]) for i in range(3))
+
+
+class BatchedExperts(nn.Module):
+    """A stack of experts in one product, stored as (experts, in, out)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 64, 32))
+
+    def forward(self, x):
+        return torch.bmm(x.reshape(1, -1, 64).expand(3, -1, -1), self.weight)
+
+
+@pytest.mark.parametrize("kind", [Conv1d, Product, Experts, BatchedExperts])
+@pytest.mark.parametrize("name", ["int8_weights", "int4_weights"])
+def test_spellings_of_a_linear(kind, name):
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(2, 5, 64)
+    with torch.no_grad():
+        got, want = compiled(model, name)(x), model(x)
+        assert 0 < relative_error(got, want) < (0.02 if name == "int8_weights" else 0.25)
+    assert records(model)[name].took
+
+
+def test_a_weight_with_another_use_stays_float():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight) + self.weight.sum()
+
+    model, x = Odd().eval(), torch.randn(2, 64)
+    with torch.no_grad():
+        assert relative_error(compiled(model, "int8_weights")(x), model(x)) < 1e-5
+    (why,) = records(model)["int8_weights"].skipped.values()
+    assert why == "1 other use(s) of the weight need its float form"
+
+
+def test_a_convolution_is_named_and_left():
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4)).eval()
+    with torch.no_grad():
+        compiled(model, "int8_weights")(torch.randn(1, 3, 8, 8))
+    assert "a patch_conv keeps its float weight" in records(model)["int8_weights"].skipped.values()
+
+
+def test_bytes_of_the_packed_forms():
+    """int4 in groups of 64 with float32 scales: 1/8 of float32 and one scale for 64 weights, 0.1406 in all."""
+    model = tiny_lm()
+    with torch.no_grad():
+        compiled(model, {"name": "int4_weights", "group_size": 64, "include": ["gate_proj"]})(torch.arange(4)[None])
+    for done in records(model)["int4_weights"].took.values():
+        assert done.bytes_after / done.bytes_before == (0.5 + 4 / 64) / 4
+
+
+def test_debug_mode_measures_each_pass(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELPASS_DEBUG", str(tmp_path))
+    model = tiny_lm()
+    with torch.no_grad():
+        compiled(model, "int8_weights", debug=True)(torch.arange(4)[None])
+    made = records(model)
+    assert 0 < made["int8_weights"].difference < 0.05
+    assert made["horizontal_fusion"].difference < 1e-5
+    assert len(list(tmp_path.glob("*int8_weights*.py"))) == 2
+
+
+@pytest.mark.parametrize("passes", [["int8_weights"], ["int4_weights"], ["cpu_gemv"]])
+def test_linears_in_a_row(passes):
+    """The input of the second is the output of the first, which the pass has replaced by then."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))).eval(), torch.randn(1, 64)
+    with torch.no_grad():
+        assert relative_error(compiled(model, *passes)(x), model(x)) < 0.3
