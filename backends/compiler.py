@@ -21,7 +21,7 @@ from accelpass.ir.tensors import Binder, FromInputs
 from accelpass.passes.base import Record
 from accelpass.passes.manager import run
 from accelpass.passes.options import Options, parse
-from accelpass.passes.report import GraphReport, measure
+from accelpass.passes.report import GraphReport, costs, measure
 
 _COMPILED: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
@@ -104,7 +104,7 @@ def backend(
             observers.append(replay(program, example_inputs))
         records: list[Record] = run(program, chosen.passes, observers)
         report.records = records
-        report.after = measure(program)
+        report.after = costs(program)
         attention.lower(program)
         if chosen.lowering != "eager":
             lower(program)

@@ -16,7 +16,7 @@ class Measured:
     """Counts and costs of one graph.
 
     Attributes:
-        found: sites by kind: ``attention``, ``linear``, ``embedding``, ``norm``, ...
+        found: sites by kind, counted before the passes alone: ``attention``, ``linear``, ``embedding``, ``norm``, ...
         flops: multiply-adds count as two; one call at the compiled sizes.
         weight_bytes: constants that the graph reads, each counted once.
         failed: sentences about kinds that could not be counted.
@@ -46,10 +46,16 @@ class GraphReport:
         return cls(next(_NUMBERS))
 
 
-def measure(program: Program) -> Measured:
-    """Count sites and costs in the graph as it is now."""
-    from accelpass.ir.analyses.block import blocks
+def costs(program: Program) -> Measured:
+    """What one call of the graph costs as it is now."""
     from accelpass.ir.analyses.cost import at_compiled_sizes, total, weight_bytes
+
+    return Measured(flops=at_compiled_sizes(program, total(program).flops), weight_bytes=weight_bytes(program))
+
+
+def measure(program: Program) -> Measured:
+    """The same, and how many sites of each kind the graph has."""
+    from accelpass.ir.analyses.block import blocks
     from accelpass.ir.analyses.kv_cache import kv_caches
     from accelpass.ir.analyses.linear import embeddings, expert_stacks, linears
     from accelpass.ir.analyses.mlp import mlps
@@ -58,23 +64,23 @@ def measure(program: Program) -> Measured:
     from accelpass.ir.analyses.output_head import output_heads
     from accelpass.ir.attention import detect
 
-    found = {
-        "attention": len(detect(program)),
+    measured = costs(program)
+    measured.found = {
+        "attention": len(program.analysis(detect)),
         "linear": len(program.analysis(linears)),
         "embedding": len(program.analysis(embeddings)),
         "expert_stack": len(program.analysis(expert_stacks)),
     }
-    failed = []
     structure = {"norm": norms, "mlp": mlps, "moe": moes, "kv_cache": kv_caches, "block": blocks}
     for kind, analysis in {**structure, "output_head": output_heads}.items():
         try:
             records = program.analysis(analysis)
         except Exception as cause:  # an unforeseen graph must not stop a model that compiles without these counts
-            failed.append(f"{kind} not counted: {type(cause).__name__}: {cause}")
+            measured.failed += (f"{kind} not counted: {type(cause).__name__}: {cause}",)
             continue
         if kind == "mlp":
             gated = sum(mlp.kind == "gated_mlp" for mlp in records)
-            found.update(mlp=len(records) - gated, gated_mlp=gated)
+            measured.found.update(mlp=len(records) - gated, gated_mlp=gated)
         else:
-            found[kind] = len(records)
-    return Measured(found, at_compiled_sizes(program, total(program).flops), weight_bytes(program), tuple(failed))
+            measured.found[kind] = len(records)
+    return measured

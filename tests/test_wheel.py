@@ -20,7 +20,7 @@ def test_wheel_works_without_the_checkout(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("accelpass-*.whl")
     venv.create(tmp_path / "venv", with_pip=False)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
+    install = [sys.executable, "-m", "pip", "--python", tmp_path / "venv", "install", "--quiet", "--no-deps", wheel]
     subprocess.run(install, check=True)
     # torch and the rest come from here. A path in a .pth file brings packages, not the .pth files beside them, so the
     # checkout that is installed here as editable stays out of reach.

@@ -173,7 +173,7 @@ def _stream(program: Program, node: fx.Node) -> fx.Node:
 def _described(
     program: Program, node: fx.Node, start: fx.Node, branch: fx.Node, inside: frozenset[fx.Node]
 ) -> Sublayer | None:
-    attentions = tuple(a for a in program.analysis(_attentions) if (a.node or a.out) in inside)
+    attentions = tuple(a for a in program.analysis(detect) if (a.node or a.out) in inside)
     experts = tuple(m for m in program.analysis(moes) if m.nodes[-1] in inside)
     shared = {m.shared.node for m in experts if m.shared is not None}
     dense = tuple(m for m in program.analysis(mlps) if m.node in inside and m.node not in shared)
@@ -204,10 +204,6 @@ def _beside(
         if not any(between(program, node, a) or between(program, a, node) for a in attended):
             return True
     return False
-
-
-def _attentions(program: Program) -> list[Attention]:
-    return detect(program)
 
 
 def _mixes_tokens(node: fx.Node, sites: set[fx.Node]) -> bool:

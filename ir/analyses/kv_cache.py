@@ -62,7 +62,7 @@ def kv_caches(program: Program) -> list[KVCache]:
     returned = set(output_nodes(program))
     place = program.analysis(positions)
     found: dict[Pair, KVCache] = {}
-    for attention in detect(program):
+    for attention in program.analysis(detect):
         at = place[attention.node or attention.out]
         sides = [_side(program, operand, at, written, returned) for operand in (attention.k, attention.v)]
         k, v = sides

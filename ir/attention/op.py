@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention import steps
 from accelpass.ir.attention.spec import All, AttentionSpec, BlockList, Select, SinksAndWindow
+from accelpass.ir.errors import GraphError
 from accelpass.ir.graph import call, is_call
 
 _OPERANDS = 3  # q, k and v come before the extras and the spec.
@@ -82,7 +83,7 @@ def selection(select: Select, rows: int, columns: int, offset: int, like: Tensor
         grid[head, pairs[..., 0], pairs[..., 1]] = True
         full = grid.repeat_interleave(select.size, 1).repeat_interleave(select.size, 2)[:, :rows, :columns]
         return full if select.per_head else full[0]
-    raise NotImplementedError(f"select={select.part} has no reference; register a lowering for it")
+    raise GraphError(f"select={select.part} has no reference; register a lowering for it (register_lowering)")
 
 
 @torch.library.custom_op("accelpass::attention", mutates_args=())
