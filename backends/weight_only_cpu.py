@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from accelpass.ir.analyses.linear import rows
-from accelpass.ir.graph import aten, call, shape, value
+from accelpass.ir.graph import aten, call, shape, stored, value
 
 GEMV_ROWS = 4
 """Up to this many rows the packed matrix is streamed once a row; beyond, expanding it for a matrix product is cheaper."""
@@ -58,7 +58,7 @@ def int8(graph: fx.Graph, node: fx.Node) -> fx.Node:
     x, q, scale, bias = node.args
     count = rows(x)
     if count is not None and count <= GEMV_ROWS:
-        flat = e.cast(e(aten.reshape.default, x, [count, -1]), torch.float32)
+        flat = e.cast(e(aten.reshape.default, stored(x), [count, -1]), torch.float32)
         wide = e.cast(q, torch.float32)
         parts = []
         for row in range(count):
@@ -85,7 +85,7 @@ def int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if count is not None and count <= GEMV_ROWS:
         # A byte is low + 16 high, so low x1 + high x2 = byte (x2 / 16) + low (x1 - x2 / 16): no shift. The offset leaves
         # the loop too: the sum over a group of offset * x is the offset times the sum of the group's x.
-        flat = e.cast(e(aten.reshape.default, x, [count, groups, 2, half]), torch.float32)
+        flat = e.cast(e(aten.reshape.default, stored(x), [count, groups, 2, half]), torch.float32)
         byte, nibble = e.cast(packed, torch.float32), e.cast(low, torch.float32)
         offsets = e(aten.mul.Scalar, scale, 8.0) if zero is None else e(aten.mul.Tensor, scale, zero)
         parts = []

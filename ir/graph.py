@@ -78,6 +78,19 @@ def refresh(node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)
 
 
+def stored(x: fx.Node) -> fx.Node:
+    """``x`` in memory before it is read, for a reader that reads it many times over.
+
+    Inductor would compute a norm or an activation anew for each row of a product that it vectorises. ``as_strided`` is
+    the one view that it stores its operand for. The insertion point of ``x``'s graph must be set.
+    """
+    tensor = value(x)
+    layout = [*tensor.shape, *tensor.stride(), tensor.storage_offset()]
+    if x.op == "placeholder" or layout[-1] != 0 or not all(isinstance(n, int) for n in layout):
+        return x
+    return call(x.graph, x, aten.as_strided.default, x, list(tensor.shape), list(tensor.stride()))
+
+
 def _flat(*trees: Any) -> Iterator[Any]:
     return iter(torch.utils._pytree.tree_leaves(trees))
 

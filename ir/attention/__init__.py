@@ -6,7 +6,7 @@ operators back: the model's own where nothing was edited.
 
 from accelpass.ir.attention.detect import Attention, NearMiss, Survey, detect, near_misses, survey
 from accelpass.ir.attention.insert import insert
-from accelpass.ir.attention.lower import Lowering, Lowerings, NoLowering, lower, register_lowering
+from accelpass.ir.attention.lower import Lowering, Lowerings, NoLowering, is_as_inserted, lower, register_lowering
 from accelpass.ir.attention.op import attend, is_attention, set_spec, spec_of, want
 from accelpass.ir.attention.spec import (
     All,
@@ -39,6 +39,7 @@ __all__ = [
     "attend",
     "detect",
     "insert",
+    "is_as_inserted",
     "is_attention",
     "lower",
     "near_misses",

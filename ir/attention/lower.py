@@ -105,7 +105,7 @@ def lower(program: Program, lowerings: Lowerings | None = None) -> dict[str, str
     plan: list[tuple[fx.Node, Lowering | None]] = []
     for node in program.graph.nodes:
         if is_attention(node):
-            plan.append((node, None if _is_as_inserted(node) else lowerings.pick(spec_of(node), node)))
+            plan.append((node, None if is_as_inserted(node) else lowerings.pick(spec_of(node), node)))
     alive = {n.name: n for n in program.graph.nodes}
     used = {}
     for node, lowering in plan:
@@ -120,7 +120,7 @@ def lower(program: Program, lowerings: Lowerings | None = None) -> dict[str, str
     return used
 
 
-def _is_as_inserted(node: fx.Node) -> bool:
+def is_as_inserted(node: fx.Node) -> bool:
     """No pass changed the spec, nor gave different tensors to operands that were one."""
     return (
         node.target is ATTENTION

@@ -9,7 +9,7 @@ import torch
 
 from accelpass.ir.analyses.linear import linears, rows
 from accelpass.ir.gemv_probe import blas_and_stream_seconds
-from accelpass.ir.graph import aten, call, is_call, shape, value
+from accelpass.ir.graph import aten, call, is_call, shape, stored, value
 from accelpass.ir.program import Program
 from accelpass.passes.base import Done, Pass, Record
 
@@ -48,7 +48,9 @@ class CpuGemv(Pass):
                     record.skip(site.path, f"the BLAS takes {blas * 1e6:.0f} us here, a row sum {stream * 1e6:.0f} us")
                     continue
                 with program.graph.inserting_before(site.node):
-                    flat = call(program.graph, site.node, aten.reshape.default, site.operand(), [1, site.in_features])
+                    flat = call(
+                        program.graph, site.node, aten.reshape.default, stored(site.operand()), [1, site.in_features]
+                    )
                     product = call(program.graph, site.node, aten.mul.Tensor, site.weight, flat)
                     y = call(program.graph, site.node, aten.sum.dim_IntList, product, [-1])
                     if site.bias is not None:
