@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.backends.lowering import lower
+from accelpass.backends.regions import compile_regions
 from accelpass.ir import attention
 from accelpass.ir.capture import NotCanonical, from_dynamo
 from accelpass.ir.derived import is_released
@@ -113,7 +114,9 @@ def backend(
         _refuse_released(tensors, binder, example_inputs)
         inputs = binder(example_inputs)
     report.seconds_in_passes = time.perf_counter() - started
-    fn: Callable[..., Any] = _inductor(program.gm, inputs, chosen) if chosen.lowering == "inductor" else program.gm
+    fn: Callable[..., Any] = program.gm
+    if chosen.lowering == "inductor":
+        fn = _by_regions(program.gm, inputs, chosen) or _inductor(program.gm, inputs, chosen)
     report.seconds = time.perf_counter() - started
     owners = tuple(weakref.ref(example_inputs[tensors.position(n)]) for n in tensors.paths)
     report.derived_bytes = binder.derived_bytes()
@@ -147,6 +150,13 @@ def _plain(
     report.seconds = time.perf_counter() - started
     owners = tuple(weakref.ref(t) for t in example_inputs if isinstance(t, torch.nn.Parameter))
     return CompiledGraph(fn, None, chosen, given, report, owners)
+
+
+def _by_regions(gm: fx.GraphModule, inputs: list[Any], chosen: Options) -> Callable[..., Any] | None:
+    """Equal blocks compiled once, on CPU alone: on a GPU the whole graph in one launch sequence is worth more."""
+    if not chosen.regions or any(isinstance(t, Tensor) and t.device.type != "cpu" for t in inputs):
+        return None
+    return compile_regions(gm, inputs, lambda part, given: _inductor(part, given, chosen))
 
 
 def _inductor(gm: fx.GraphModule, inputs: list[Any], chosen: Options) -> Callable[..., Any]:

@@ -33,6 +33,8 @@ class Options:
         free_weights: give back the memory of weights that only packed forms still need.
         mode: a ``torch.compile`` mode; goes here because torch refuses ``mode`` beside ``options``.
         inductor: Inductor settings for this compilation.
+        regions: on CPU, compile equal blocks of a model once and call that code for each; False compiles the whole
+            graph as one, which fuses across blocks and takes longer the deeper the model is.
     """
 
     passes: tuple[Pass, ...] = ()
@@ -42,6 +44,7 @@ class Options:
     free_weights: bool = False
     mode: str | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
+    regions: bool = True
     asked: frozenset[str] = frozenset()
     """Names of passes that the user typed, as opposed to those that are on by default."""
 
@@ -62,7 +65,7 @@ def parse(options: dict[str, Any] | None, mode: str | None = None) -> Options:
         modes = list(torch._inductor.list_mode_options())
         if mode not in modes:
             raise OptionError(f"unknown mode {mode!r}{nearest(str(mode), modes)}; known: default, {', '.join(modes)}")
-    for flag in ("debug", "free_weights"):
+    for flag in ("debug", "free_weights", "regions"):
         if not isinstance(given.get(flag, False), bool):
             raise OptionError(f"option {flag!r} is {given[flag]!r}; it takes True or False")
     if given.get("lowering", "inductor") not in LOWERINGS:
