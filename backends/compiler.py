@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -156,7 +156,9 @@ def _by_regions(gm: fx.GraphModule, inputs: list[Any], chosen: Options) -> Calla
     """Equal blocks compiled once, on CPU alone: on a GPU the whole graph in one launch sequence is worth more."""
     if not chosen.regions or any(isinstance(t, Tensor) and t.device.type != "cpu" for t in inputs):
         return None
-    return compile_regions(gm, inputs, lambda part, given: _inductor(part, given, chosen))
+    # What passes between parts was made by other parts: only the graph's own inputs are checked, by Dynamo's guards.
+    settings = replace(chosen, inductor={"size_asserts": False, **chosen.inductor})
+    return compile_regions(gm, inputs, lambda part, given: _inductor(part, given, settings))
 
 
 def _inductor(gm: fx.GraphModule, inputs: list[Any], chosen: Options) -> Callable[..., Any]:

@@ -105,8 +105,14 @@ class Entry:
     tensors: tuple[Tensor, ...]
 
     def serves(self, sources: Sequence[Tensor]) -> bool:
-        same = all(r() is s for r, s in zip(self.refs, sources, strict=True))
-        return same and (not self.stamps or self.stamps == tuple(map(stamp, sources)))
+        """Whether ``sources`` are the tensors that these were derived from, unchanged. Runs for each weight at each call."""
+        for ref, source in zip(self.refs, sources, strict=True):
+            if ref() is not source:
+                return False
+        for (pointer, version), source in zip(self.stamps, sources, strict=False):  # no stamps for state
+            if source.data_ptr() != pointer or (version is not None and source._version != version):
+                return False
+        return True
 
 
 class DerivedTensors:

@@ -86,7 +86,7 @@ def stored(x: fx.Node) -> fx.Node:
     """
     tensor = value(x)
     layout = [*tensor.shape, *tensor.stride(), tensor.storage_offset()]
-    if x.op == "placeholder" or layout[-1] != 0 or not all(isinstance(n, int) for n in layout):
+    if layout[-1] != 0 or not all(isinstance(n, int) for n in layout):
         return x
     return call(x.graph, x, aten.as_strided.default, x, list(tensor.shape), list(tensor.stride()))
 

@@ -11,7 +11,7 @@ from accelpass.passes.base import Pass, nearest
 from accelpass.passes.registry import make, registered
 
 LOWERINGS = ("inductor", "aten", "eager")
-DEFAULTS = ("horizontal_fusion", "grouped_query", "cpu_gemv")
+DEFAULTS = ("horizontal_fusion", "cpu_decode_attention", "grouped_query", "cpu_gemv")
 PRESETS: dict[str, tuple[Any, ...]] = {
     "exact": DEFAULTS,
     "llm": ("int8_weights", *DEFAULTS),

@@ -6,8 +6,9 @@ operators back: the model's own where nothing was edited.
 
 from accelpass.ir.attention.detect import Attention, NearMiss, Survey, detect, near_misses, survey
 from accelpass.ir.attention.insert import insert
-from accelpass.ir.attention.lower import Lowering, Lowerings, NoLowering, is_as_inserted, lower, register_lowering
+from accelpass.ir.attention.lower import Lowering, Lowerings, NoLowering, lower, register_lowering
 from accelpass.ir.attention.op import attend, is_attention, set_spec, spec_of, want
+from accelpass.ir.attention.sdpa import SdpaCall, sdpa_call
 from accelpass.ir.attention.spec import (
     All,
     AttentionSpec,
@@ -31,6 +32,7 @@ __all__ = [
     "NearMiss",
     "NoLowering",
     "Part",
+    "SdpaCall",
     "Select",
     "SinksAndWindow",
     "Step",
@@ -39,11 +41,11 @@ __all__ = [
     "attend",
     "detect",
     "insert",
-    "is_as_inserted",
     "is_attention",
     "lower",
     "near_misses",
     "register_lowering",
+    "sdpa_call",
     "set_spec",
     "spec_of",
     "survey",

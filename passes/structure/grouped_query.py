@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
-from accelpass.ir.attention import Attention, detect, is_as_inserted
-from accelpass.ir.graph import aten, value
+from accelpass.ir.attention import Attention, SdpaCall, detect, sdpa_call
+from accelpass.ir.graph import value
 from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Pass, Record, Skip, Take, Verdict
+from accelpass.passes.base import Done, Pass, Record
 
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -32,59 +31,32 @@ class GroupedQuery(Pass):
 
     def apply(self, program: Program, record: Record) -> None:
         for attention in program.analysis(detect):
-            verdict = _judge(attention)
-            if isinstance(verdict, Skip):
-                record.skip(attention.path, verdict.why)
+            call = _suitable(attention)
+            if isinstance(call, str):
+                record.skip(attention.path, call)
                 continue
-            assert attention.node is not None
-            saved = _grouped(attention.node.meta["attention_origin"], attention)
-            what = f"{attention.heads} query heads read {attention.kv_heads} key/value heads; "
-            record.take(attention.path, Done(f"{what}{saved / 1e3:.0f} kB a call are not copied"))
+            copied = sum(_bytes(call.argument(i)) for i in (1, 2))
+            call.node.args = (call.q, call.k, call.v, *call.node.args[3:])
+            call.node.kwargs = {**call.node.kwargs, "enable_gqa": True}
+            call.replace(call.node)
+            what = f"{attention.heads} query heads read {attention.kv_heads} key/value heads"
+            record.take(attention.path, Done(f"{what}; {copied / 1e3:.0f} kB a call are not copied"))
 
 
-def _judge(attention: Attention) -> Verdict:
-    node = attention.node
+def _suitable(attention: Attention) -> SdpaCall | str:
     if attention.spec.groups == 1:
-        return Skip("every query head has keys and values of its own")
-    if node is None or not is_as_inserted(node):
-        return Skip("another pass computes this attention")
-    call = _sdpa(node.meta["attention_origin"])
-    if call is None:
-        return Skip("the model writes its softmax out; only scaled_dot_product_attention groups heads")
-    q, k, v = (value(n) for n in node.args[:3])
-    if _argument(call, 0) is not next(iter(call.graph.nodes)) or q.dim() != 4:
-        return Skip("queries are rearranged in front of the attention")
-    if _argument(call, 1) is _argument(call, 2) or q.shape[-1] != v.shape[-1]:
-        return Skip("keys and values are one tensor, or of different width")
-    if q.device.type != "cpu" and (_argument(call, 3) is not None or q.dtype not in _HALF):
-        return Skip(f"on {q.device.type} the fast kernels group heads in half precision and without a mask alone")
-    if k.dtype != q.dtype:
-        return Skip(f"keys are {k.dtype}, queries {q.dtype}")
-    return Take()
-
-
-def _sdpa(origin: fx.GraphModule) -> fx.Node | None:
-    found = origin.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
-    return found[0] if len(found) == 1 else None
-
-
-def _argument(call: fx.Node, position: int) -> Any:
-    if position < len(call.args):
-        return call.args[position]
-    return call.kwargs.get(_ARGUMENTS[position])
-
-
-def _grouped(origin: fx.GraphModule, attention: Attention) -> int:
-    """Rewrite what the node lowers to; returns the bytes of the copies that are gone."""
-    call = _sdpa(origin)
-    assert call is not None
-    q, k, v = origin.graph.find_nodes(op="placeholder")[:3]
-    copied = sum(_bytes(_argument(call, i)) for i in (1, 2))
-    call.args = (q, k, v, *call.args[3:])
-    call.kwargs = {**{n: a for n, a in call.kwargs.items() if n not in _ARGUMENTS[:3]}, "enable_gqa": True}
-    origin.graph.eliminate_dead_code()
-    origin.recompile()
-    return copied
+        return "every query head has keys and values of its own"
+    call = sdpa_call(attention)
+    if isinstance(call, str):
+        return call
+    if call.argument(1) is call.k:
+        return "the model groups its heads already"
+    if call.argument(1) is call.argument(2) or value(call.q).shape[-1] != value(call.v).shape[-1]:
+        return "keys and values are one tensor, or of different width"
+    q = value(call.q)
+    if q.device.type != "cpu" and (call.mask is not None or q.dtype not in _HALF):
+        return f"on {q.device.type} the fast kernels group heads in half precision and without a mask alone"
+    return call
 
 
 def _bytes(node: fx.Node) -> int:

@@ -1,0 +1,71 @@
+"""The ``scaled_dot_product_attention`` call that an unedited attention lowers back to, for passes that write it anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from accelpass.ir.attention.detect import Attention
+from accelpass.ir.attention.lower import is_as_inserted
+from accelpass.ir.graph import aten, value
+
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+@dataclass(frozen=True)
+class SdpaCall:
+    """One call inside the origin of a semantic node.
+
+    Attributes:
+        origin: what the node lowers to; its first placeholders are q, k and v of the semantic op, k and v not repeated.
+        node: the call.
+        mask: its mask in the origin, or None.
+    """
+
+    origin: fx.GraphModule
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    causal: bool
+    scale: float
+
+    def argument(self, position: int) -> Any:
+        """An argument of the call by its position, or None."""
+        return _argument(self.node, position)
+
+    def replace(self, new: fx.Node) -> None:
+        """Let the origin return what ``new`` computes."""
+        if new is not self.node:
+            self.node.replace_all_uses_with(new)
+            self.origin.graph.erase_node(self.node)
+        self.origin.graph.eliminate_dead_code()
+        self.origin.recompile()
+
+
+def sdpa_call(attention: Attention) -> SdpaCall | str:
+    """The call that computes ``attention``, or why it cannot be written anew."""
+    node = attention.node
+    if node is None or not is_as_inserted(node):
+        return "another pass computes this attention"
+    origin: fx.GraphModule = node.meta["attention_origin"]
+    found = origin.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    if len(found) != 1:
+        return "no scaled_dot_product_attention call computes it"
+    (call,) = found
+    q, k, v = origin.graph.find_nodes(op="placeholder")[:3]
+    if _argument(call, 0) is not q or value(q).dim() != 4:
+        return "queries are rearranged in front of the attention"
+    if _argument(call, 4):
+        return "dropout is on"
+    if value(k).dtype != value(q).dtype:
+        return f"keys are {value(k).dtype}, queries {value(q).dtype}"
+    scale = call.kwargs.get("scale") or value(q).shape[-1] ** -0.5
+    return SdpaCall(origin, call, q, k, v, _argument(call, 3), bool(_argument(call, 5)), scale)  # type: ignore[arg-type]
+
+
+def _argument(call: fx.Node, position: int) -> Any:
+    return call.args[position] if position < len(call.args) else call.kwargs.get(_ARGUMENTS[position])
