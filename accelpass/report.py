@@ -50,6 +50,8 @@ class GraphRow:
     seconds: float
     seconds_in_passes: float
     note: str
+    parts: tuple[int, int] = (0, 0)
+    """Calls of compiled parts, and different parts; zeros if the graph was compiled as one."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def _row(graph: CompiledGraph) -> GraphRow:
         r.seconds,
         r.seconds_in_passes,
         r.note,
+        (r.parts, r.parts_compiled),
     )
 
 

@@ -64,7 +64,9 @@ def lines(report: Report, width: int = WIDTH) -> Iterator[RenderableType]:
         held += f"; {size(report.memory['released'])} given back"
     yield _figure("in memory", held)
     share = report.seconds_in_passes / report.seconds if report.seconds else 0.0
-    yield _figure("compile time", f"{report.seconds:.1f} s, {share:.0%} of it in passes")
+    parts, different = (sum(g.parts[i] for g in report.graphs) for i in (0, 1))
+    shared = f"; {parts} parts, {different} of them different" if parts else ""
+    yield _figure("compile time", f"{report.seconds:.1f} s, {share:.0%} of it in passes{shared}")
     room = max(2, min(_REASONS, (LINES - 8 - len(report.notes)) // max(1, len(report.passes)) - 2))
     for done in report.passes.values():
         yield from _pass(done, room, width)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from accelpass.backends.inductor import compile_graph, compile_whole
 from accelpass.backends.lowering import lower
-from accelpass.backends.regions import compile_regions
+from accelpass.backends.regions import Regions
 from accelpass.ir import attention
 from accelpass.ir.capture import NotCanonical, from_dynamo
 from accelpass.ir.derived import is_released
-from accelpass.ir.errors import CompilerMissingError, PassError, ReleasedWeightError
+from accelpass.ir.errors import PassError, ReleasedWeightError
 from accelpass.ir.program import Program
 from accelpass.ir.tensors import Binder, FromInputs
 from accelpass.passes.base import Record
@@ -116,7 +117,10 @@ def backend(
     report.seconds_in_passes = time.perf_counter() - started
     fn: Callable[..., Any] = program.gm
     if chosen.lowering == "inductor":
-        fn = _by_regions(program.gm, inputs, chosen) or _inductor(program.gm, inputs, chosen)
+        rewritten = {record.name for record in records if record.took}
+        fn = compile_graph(program.gm, inputs, chosen, all(p.exact for p in chosen.passes if p.name in rewritten))
+        if isinstance(fn, Regions):
+            report.parts, report.parts_compiled = len(fn.steps), fn.compiled
     report.seconds = time.perf_counter() - started
     owners = tuple(weakref.ref(example_inputs[tensors.position(n)]) for n in tensors.paths)
     report.derived_bytes = binder.derived_bytes()
@@ -146,36 +150,10 @@ def _plain(
     started: float,
 ) -> CompiledGraph:
     """Compile what Dynamo gave, unrewritten."""
-    fn = _inductor(gm, list(example_inputs), chosen) if chosen.lowering == "inductor" else gm.forward
+    fn = compile_whole(gm, list(example_inputs), chosen) if chosen.lowering == "inductor" else gm.forward
     report.seconds = time.perf_counter() - started
     owners = tuple(weakref.ref(t) for t in example_inputs if isinstance(t, torch.nn.Parameter))
     return CompiledGraph(fn, None, chosen, given, report, owners)
-
-
-def _by_regions(gm: fx.GraphModule, inputs: list[Any], chosen: Options) -> Callable[..., Any] | None:
-    """Equal blocks compiled once, on CPU alone: on a GPU the whole graph in one launch sequence is worth more."""
-    if not chosen.regions or any(isinstance(t, Tensor) and t.device.type != "cpu" for t in inputs):
-        return None
-    # What passes between parts was made by other parts: only the graph's own inputs are checked, by Dynamo's guards.
-    settings = replace(chosen, inductor={"size_asserts": False, **chosen.inductor})
-    return compile_regions(gm, inputs, lambda part, given: _inductor(part, given, settings))
-
-
-def _inductor(gm: fx.GraphModule, inputs: list[Any], chosen: Options) -> Callable[..., Any]:
-    import torch._inductor
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.exc import InductorError, InvalidCxxCompiler
-
-    config = {**(torch._inductor.list_mode_options(chosen.mode) if chosen.mode else {}), **chosen.inductor}
-    try:
-        return compile_fx(gm, inputs, config_patches=config or None)
-    except InductorError as failure:
-        if isinstance(failure.inner_exception, InvalidCxxCompiler):
-            raise CompilerMissingError(
-                f"Inductor needs a C++ compiler: {failure.inner_exception} Install one (apt install g++) or name yours in "
-                "the environment variable CXX. options={'lowering': 'eager'} runs without one, slowly."
-            ) from failure
-        raise
 
 
 def _refuse_released(tensors: FromInputs, binder: Binder, inputs: Sequence[Any]) -> None:

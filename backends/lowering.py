@@ -52,17 +52,16 @@ def _int4_matrix(graph: fx.Graph, node: fx.Node) -> fx.Node:
 def _unpacked(
     e: weight_only_cpu.Emit, q: fx.Node, scale: fx.Node, zero: fx.Node | None, group: int, dtype: torch.dtype
 ) -> fx.Node:
-    lead, groups = list(value(scale).shape[:-1]), int(value(scale).shape[-1])
-    sizes = [int(s) if isinstance(s, int) else -1 for s in lead]
-    packed = e(aten.reshape.default, q, [*sizes, groups, group // 2])
+    packed = e(aten.unflatten.int, q, -1, [int(value(scale).shape[-1]), group // 2])
     nibbles = [e(aten.bitwise_and.Scalar, packed, 15), e(aten.__rshift__.Scalar, packed, 4)]
-    wide = e.cast(e(aten.cat.default, nibbles, -1), torch.float32)
+    # Cast first: Inductor leaves a concatenation of bytes to a library call.
+    wide = e(aten.cat.default, [e.cast(n, torch.float32) for n in nibbles], -1)
     if zero is None:
         centred = e(aten.sub.Scalar, wide, 8.0)
     else:
         centred = e(aten.sub.Tensor, wide, e(aten.unsqueeze.default, zero, -1))
     w = e(aten.mul.Tensor, centred, e(aten.unsqueeze.default, scale, -1))
-    return e.cast(e(aten.reshape.default, w, [*sizes, groups * group]), dtype)
+    return e.cast(e(aten.flatten.using_ints, w, -2, -1), dtype)
 
 
 def _on_cuda(op_name: str, cpu: Lowering) -> Lowering:

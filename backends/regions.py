@@ -7,6 +7,7 @@ repeats itself; a part that equals an earlier one takes that one's code, with it
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -54,16 +55,20 @@ class Regions:
     """The whole graph as calls of its parts, in order.
 
     Attributes:
+        constants: tensors that the graph itself holds; their slots follow those of the arguments.
+        slots: how many values there are in all.
         compiled: how many different parts were compiled for the steps.
     """
 
     steps: list[Step]
+    constants: list[Tensor]
     slots: int
     results: tuple[Any, ...]
     compiled: int
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        values = [*args, *[None] * (self.slots - len(args))]
+        values = [*args, *self.constants]
+        values += [None] * (self.slots - len(values))
         for step in self.steps:
             made = step.fn(*[values[i] for i in step.inputs])
             for slot, one in zip(step.outputs, made, strict=True):
@@ -107,10 +112,11 @@ def compile_regions(gm: fx.GraphModule, inputs: Sequence[Any], compile_part: Com
     if not all(isinstance(value(n), Tensor) for part in parts for n in part.made):
         return None
     (output,) = gm.graph.find_nodes(op="output")
-    kept = {*output.all_input_nodes, *placeholders(gm)}
+    held = [n for n in gm.graph.nodes if n.op == "get_attr"]
+    kept = {*output.all_input_nodes, *placeholders(gm), *held}
     last = {n: i for i, part in enumerate(parts) for n in part.given if n not in kept}
     slot: dict[fx.Node, int] = {}
-    for node in (*placeholders(gm), *(n for part in parts for n in part.made)):
+    for node in (*placeholders(gm), *held, *(n for part in parts for n in part.made)):
         slot[node] = len(slot)
     code: dict[Hashable, Fn] = {}
     steps = []
@@ -122,7 +128,7 @@ def compile_regions(gm: fx.GraphModule, inputs: Sequence[Any], compile_part: Com
         groups = (part.given, part.made, [n for n in part.given if last.get(n) == i])
         steps.append(Step(code[key], *(tuple(slot[n] for n in group) for group in groups)))
     results = tuple(_Slot(slot[r]) if isinstance(r, fx.Node) else r for r in output.args[0])  # type: ignore[union-attr]
-    return Regions(steps, len(slot), results, len(code))
+    return Regions(steps, [_attribute(gm, n) for n in held], len(slot), results, len(code))
 
 
 def _part(nodes: Sequence[fx.Node]) -> _Part:
@@ -239,7 +245,9 @@ def _can_cut(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
         return False
     for node in gm.graph.nodes:
         held = value(node)
-        if node.op not in ("placeholder", "call_function", "output"):
+        if node.op == "get_attr" and not isinstance(_attribute(gm, node), Tensor):
+            return False
+        if node.op in ("call_module", "call_method"):
             return False
         if _is_random(node):
             return False
@@ -253,6 +261,10 @@ def _can_cut(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
         for node, t in zip(placeholders(gm), inputs, strict=True)
         if node in written and isinstance(t, Tensor)
     )
+
+
+def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
+    return operator.attrgetter(str(node.target))(gm)
 
 
 def _is_random(node: fx.Node) -> bool:

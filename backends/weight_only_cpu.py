@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from accelpass.ir.analyses.linear import rows
-from accelpass.ir.graph import aten, call, shape, stored, value
+from accelpass.ir.graph import aten, call, known, shape, stored, value
 
 GEMV_ROWS = 4
 """Up to this many rows the packed matrix is streamed once a row; beyond, expanding it for a matrix product is cheaper."""
@@ -35,10 +35,10 @@ class Emit:
         if bias is not None:
             y = self(aten.add.Tensor, y, bias)
         y = self.cast(y, value(self.like).dtype)
-        return self(aten.reshape.default, y, list(self._sizes()))
-
-    def _sizes(self) -> list[Any]:
-        return [int(s) if isinstance(s, int) else -1 for s in shape(self.like)]
+        wanted = shape(self.like)
+        if len(shape(y)) == len(wanted) and all(known(a == b) for a, b in zip(shape(y), wanted, strict=True)):
+            return y
+        return self(aten.reshape.default, y, [int(s) for s in wanted])  # a few rows alone: no size is symbolic
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
@@ -83,21 +83,25 @@ def int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
     low = e(aten.bitwise_and.Scalar, packed, 15)
     scales = e(aten.unsqueeze.default, scale, -1)
     if count is not None and count <= GEMV_ROWS:
-        # A byte is low + 16 high, so low x1 + high x2 = byte (x2 / 16) + low (x1 - x2 / 16): no shift. The offset leaves
-        # the loop too: the sum over a group of offset * x is the offset times the sum of the group's x.
+        # A byte is low + 16 high, so low x1 + high x2 = byte (x2 / 16) + low (x1 - x2 / 16): no shift. What depends on x
+        # alone is computed once and not for each output.
         flat = e.cast(e(aten.reshape.default, stored(x), [count, groups, 2, half]), torch.float32)
         byte, nibble = e.cast(packed, torch.float32), e.cast(low, torch.float32)
-        offsets = e(aten.mul.Scalar, scale, 8.0) if zero is None else e(aten.mul.Tensor, scale, zero)
         parts = []
         for row in range(count):
             one = e(aten.select.int, flat, 0, row)
-            x_high = e(aten.div.Scalar, e(aten.select.int, one, 1, 1), 16.0)
-            x_low = e(aten.sub.Tensor, e(aten.select.int, one, 1, 0), x_high)
-            products = e(aten.add.Tensor, e(aten.mul.Tensor, byte, x_high), e(aten.mul.Tensor, nibble, x_low))
-            summed = e(aten.sum.dim_IntList, e(aten.mul.Tensor, products, scales), [1, 2])
-            group_sums = e(aten.sum.dim_IntList, one, [1, 2])
-            shift = e(aten.sum.dim_IntList, e(aten.mul.Tensor, offsets, group_sums), [-1])
-            parts.append(e(aten.sub.Tensor, summed, shift))
+            first, second = (e(aten.select.int, one, 1, i) for i in (0, 1))
+            x_high = e(aten.mul.Scalar, second, 1 / 16)
+            x_low = e(aten.sub.Tensor, first, x_high)
+            both = e(aten.add.Tensor, first, second)
+            if zero is None:
+                offset = stored(e(aten.mul.Scalar, both, 8.0))
+            else:
+                offset = e(aten.mul.Tensor, e(aten.unsqueeze.default, zero, -1), stored(both))
+            products = e(aten.mul.Tensor, byte, stored(x_high))
+            products = e(aten.add.Tensor, products, e(aten.mul.Tensor, nibble, stored(x_low)))
+            products = e(aten.mul.Tensor, e(aten.sub.Tensor, products, offset), scales)
+            parts.append(e(aten.sum.dim_IntList, products, [1, 2]))
         y = parts[0] if count == 1 else e(aten.stack.default, parts, 0)
         return e.finish(y, bias)
     high = e(aten.__rshift__.Scalar, packed, 4)
@@ -105,19 +109,12 @@ def int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
     minus = aten.sub.Scalar if zero is None else aten.sub.Tensor
     dtype = matmul_dtype(value(x))
     # Two products of half the width, so that the nibbles need not be woven together in memory.
-    lead = list(shape(x)[:-1])
-    halves = e(aten.reshape.default, e.cast(x, dtype), [*_sizes(lead), groups, 2, half])
+    halves = e(aten.unflatten.int, e.cast(x, dtype), -1, [groups, 2, half])
     parts = []
     for index, nibble in enumerate((low, high)):
         centred = e(minus, e.cast(nibble, torch.float32), offset)
         weight = e.cast(e(aten.mul.Tensor, centred, scales), dtype)
         weight = e(aten.reshape.default, weight, [out, groups * half])
-        mine = e(aten.select.int, halves, -2, index)
-        mine = e(aten.reshape.default, mine, [*_sizes(lead), groups * half])
+        mine = e(aten.flatten.using_ints, e(aten.select.int, halves, -2, index), -2, -1)
         parts.append(e.cast(e(aten.linear.default, mine, weight), torch.float32))
     return e.finish(e(aten.add.Tensor, *parts), bias)
-
-
-def _sizes(lead: list[Any]) -> list[Any]:
-    """Sizes for a reshape of at most one symbolic dimension."""
-    return [int(s) if isinstance(s, int) else -1 for s in lead]

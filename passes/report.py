@@ -30,7 +30,12 @@ class Measured:
 
 @dataclass
 class GraphReport:
-    """One graph: what was found, what each pass did, and what it cost to compile."""
+    """One graph: what was found, what each pass did, and what it cost to compile.
+
+    Attributes:
+        parts, parts_compiled: calls of compiled code that make up the graph, and how many different ones there are;
+            0 if it was compiled as one.
+    """
 
     number: int
     before: Measured = field(default_factory=Measured)
@@ -40,6 +45,8 @@ class GraphReport:
     seconds: float = 0.0
     seconds_in_passes: float = 0.0
     derived_bytes: int = 0
+    parts: int = 0
+    parts_compiled: int = 0
 
     @classmethod
     def start(cls) -> GraphReport:

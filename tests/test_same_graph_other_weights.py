@@ -229,3 +229,17 @@ def hold_lowering(lowering: str, which: str, rows: int) -> None:
         # Many rows are multiplied in bfloat16 where the CPU does so in hardware: 2^-8 relative for each operand.
         tolerance = TOLERANCE if rows <= 4 or which in ("default", "copying fusion") else 2e-2
         assert relative_error(fast(ids), expected(model, which, ids)) < tolerance
+
+
+@pytest.mark.parametrize("lowering", ["eager", "aten"])
+def test_one_graph_serves_every_length(which: str, lowering: str):
+    model = tiny_lm()
+    options = {"lowering": lowering} | ({"passes": PASSES[which]} if PASSES[which] is not None else {})
+    fast = torch.compile(model, backend="accelpass", options=options, dynamic=True)
+    with torch.no_grad():
+        for length in (6, 9, 17):
+            ids = torch.arange(2 * length).reshape(2, length)
+            # Products of many rows of a packed weight run in bfloat16 where the CPU has hardware for it.
+            tolerance = TOLERANCE if lowering == "eager" or which in ("default", "copying fusion") else 2e-2
+            assert relative_error(fast(ids), expected(model, which, ids)) < tolerance
+    assert len(graphs_of(model)) == 1

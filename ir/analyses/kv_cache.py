@@ -8,7 +8,7 @@ from torch import fx
 
 from accelpass.ir.analyses.flow import CASTS, VIEWS, output_nodes, positions, writes
 from accelpass.ir.attention.detect import Attention, detect
-from accelpass.ir.graph import aten, is_call, mutates, root, value
+from accelpass.ir.graph import aten, is_call, known, mutates, root, value
 from accelpass.ir.program import Program
 
 _LAYOUT = (*CASTS, *VIEWS, aten.repeat_interleave, aten.repeat, aten.slice, aten.roll)
@@ -181,7 +181,7 @@ def _stored_elsewhere(node: fx.Node, written: dict[fx.Node, list[fx.Node]]) -> _
 
 def _joined(cat: fx.Node, operand: fx.Node, returned: set[fx.Node]) -> _Side | None:
     """Old and new along the tokens, the result (or a part of it) going back to the caller."""
-    parts = [p for p in cat.args[0] if isinstance(p, fx.Node) and value(p).numel() != 0]  # type: ignore[union-attr]
+    parts = [p for p in cat.args[0] if isinstance(p, fx.Node) and not known(value(p).numel() == 0)]  # type: ignore[union-attr]
     dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
     rank = value(cat).dim()
     if not isinstance(dim, int) or dim % rank == rank - 1 or not _is_returned(cat, returned):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -207,5 +208,5 @@ def _list(v: object) -> list[int]:
 
 def rows(x: fx.Node) -> int | None:
     """How many vectors a linear is applied to, or None if that is symbolic."""
-    count = shape(x)[:-1].numel()
+    count = math.prod(shape(x)[:-1])  # Size.numel() would make a symbolic size a number, and the graph serve it alone
     return count if isinstance(count, int) else None

@@ -1,0 +1,58 @@
+"""From a rewritten graph to machine code: Inductor, once for each different part of the graph or once for the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from accelpass.backends.regions import compile_regions
+from accelpass.ir.errors import CompilerMissingError
+from accelpass.passes.options import Options
+
+FUSED_MULTIPLY_ADD = {"cpp.enable_floating_point_contract_flag": "fast"}
+"""One rounding in place of two. A tenth of an int4 product's time, and below the rounding of any packed weight."""
+
+
+def compile_graph(gm: fx.GraphModule, inputs: list[Any], chosen: Options, exact: bool) -> Callable[..., Any]:
+    """Compile for inference.
+
+    Args:
+        inputs: real inputs.
+        exact: results must equal the model's up to the order of float additions.
+    """
+    if not exact:
+        chosen = replace(chosen, inductor={**FUSED_MULTIPLY_ADD, **chosen.inductor})
+    # On a GPU the whole graph, launched in one sequence, is worth more than a short compilation.
+    on_cpu = all(t.device.type == "cpu" for t in inputs if isinstance(t, Tensor))
+    if chosen.regions and on_cpu:
+        # What passes between parts was made by other parts; the graph's own inputs are checked by Dynamo's guards.
+        settings = replace(chosen, inductor={"size_asserts": False, **chosen.inductor})
+        regions = compile_regions(gm, inputs, lambda part, given: compile_whole(part, given, settings))
+        if regions is not None:
+            return regions
+    return compile_whole(gm, inputs, chosen)
+
+
+def compile_whole(gm: fx.GraphModule, inputs: list[Any], chosen: Options) -> Callable[..., Any]:
+    """Compile a graph, or a part, as one.
+
+    Raises:
+        CompilerMissingError: there is no C++ compiler that works.
+    """
+    import torch._inductor
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    config = {**(torch._inductor.list_mode_options(chosen.mode) if chosen.mode else {}), **chosen.inductor}
+    try:
+        return compile_fx(gm, inputs, config_patches=config or None)
+    except InductorError as failure:
+        if isinstance(failure.inner_exception, InvalidCxxCompiler):
+            raise CompilerMissingError(
+                f"Inductor needs a C++ compiler: {failure.inner_exception} Install one (apt install g++) or name yours in "
+                "the environment variable CXX. options={'lowering': 'eager'} runs without one, slowly."
+            ) from failure
+        raise
