@@ -133,19 +133,9 @@ def _alive(graph: CompiledGraph) -> set[int]:
 
 
 def _could_be(graph: CompiledGraph, modules: tuple[nn.Module, ...]) -> bool:
-    """Whether the graph fits the modules: the shapes of owners still alive, and the weights that passes packed."""
-    own = {path: t for m in modules for path, t in m.named_parameters(remove_duplicate=False)}
-    shapes = {(tuple(t.shape), t.dtype) for t in _tensors(modules)}
-    parameters = [t for t in (ref() for ref in graph.owners) if isinstance(t, nn.Parameter)]
-    if any((tuple(t.shape), t.dtype) not in shapes for t in parameters):
-        return False
-    named = set(graph.binder.paths.values()) if graph.binder else set()
-    for record in graph.report.records:
-        for site, done in record.took.items():
-            weight = own.get(f"{site}.weight", own.get(site))
-            if weight is not None and done.bytes_before not in (0, weight.numel() * weight.element_size()):
-                return False
-    return named <= set(own) and bool(parameters or named)
+    """Whether the modules have every parameter that the graph reads, under the same path and of the same shape."""
+    own = {path: (t.shape, t.dtype) for m in modules for path, t in m.named_parameters(remove_duplicate=False)}
+    return bool(graph.parameters) and graph.parameters.items() <= own.items()
 
 
 def _filled(cell: Any) -> bool:

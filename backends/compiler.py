@@ -30,7 +30,12 @@ _COMPILED: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
 @dataclass(eq=False)
 class CompiledGraph:
-    """One compiled graph: what Dynamo calls, and the report of how it came about."""
+    """One compiled graph: what Dynamo calls, and the report of how it came about.
+
+    Attributes:
+        owners: the model's tensors that it was compiled for; they may be gone, and another model of the class use it.
+        parameters: shape and dtype of each parameter that it reads, by path.
+    """
 
     fn: Callable[..., Any]
     binder: Binder | None
@@ -38,6 +43,7 @@ class CompiledGraph:
     given: dict[str, Any] | None
     report: GraphReport
     owners: tuple[weakref.ref[Tensor], ...] = field(default=(), repr=False)
+    parameters: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         _COMPILED.add(self)
@@ -122,9 +128,10 @@ def backend(
         if isinstance(fn, Regions):
             report.parts, report.parts_compiled = len(fn.steps), fn.compiled
     report.seconds = time.perf_counter() - started
-    owners = tuple(weakref.ref(example_inputs[tensors.position(n)]) for n in tensors.paths)
+    mine = {path: example_inputs[tensors.position(n)] for n, (path, _) in tensors.paths.items()}
     report.derived_bytes = binder.derived_bytes()
-    return CompiledGraph(fn, binder, chosen, options, report, owners)
+    parameters = {path: (t.shape, t.dtype) for path, t in mine.items() if isinstance(t, torch.nn.Parameter)}
+    return CompiledGraph(fn, binder, chosen, options, report, tuple(map(weakref.ref, mine.values())), parameters)
 
 
 def _captured(gm: fx.GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> Program:

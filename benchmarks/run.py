@@ -86,7 +86,7 @@ def _memory(model: Any, tokenizer: Any) -> Content:
 
 
 def _compile(model: Any, tokenizer: Any) -> Content:
-    return {"rows": compile_time.measure(model, _say), "layers": compile_time.LAYERS}
+    return {"rows": compile_time.measure(model, _say), "layers": model.config.num_hidden_layers}
 
 
 def _decode(model: Any, tokenizer: Any) -> Content:

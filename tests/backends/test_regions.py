@@ -119,30 +119,24 @@ def test_what_cannot_be_cut_stays_whole(why: str, monkeypatch: pytest.MonkeyPatc
     assert seen == [None]
 
 
-def _sum_of_periods(period: list[Callable[[Tensor], Tensor]], times: int, before: int, after: int) -> Any:
-    def run(x: Tensor) -> Tensor:
-        for _ in range(before):
-            x = x.cos()
-        for _ in range(times):
-            for op in period:
-                x = op(x)
-        for _ in range(after):
-            x = x.sigmoid()
-        return x
-
-    return torch.fx.experimental.proxy_tensor.make_fx(run)(torch.ones(3))
+OPS = [torch.sin, torch.exp, torch.abs, torch.tanh, torch.relu, torch.neg]
 
 
-OPS: list[Callable[[Tensor], Tensor]] = [torch.sin, torch.exp, torch.abs, torch.tanh, lambda x: x * 2, lambda x: x + 1]
+def chain(ops: list[Callable[[Tensor], Tensor]]) -> list[torch.fx.Node]:
+    graph = torch.fx.Graph()
+    nodes = [graph.placeholder("x")]
+    for op in ops:
+        nodes.append(graph.call_function(op, (nodes[-1],)))
+    graph.output(nodes[-1])
+    return nodes[1:]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=24), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5))
 def test_repetitions_are_disjoint_and_repeat(period: list[int], times: int, before: int, after: int):
-    gm = _sum_of_periods([OPS[i] for i in period], times, before, after)
-    calls = [n for n in gm.graph.nodes if n.op == "call_function"]
+    calls = chain([torch.cos] * before + [OPS[i] for i in period] * times + [torch.sigmoid] * after)
     found = regions.repetitions(calls)
-    signs = [(str(n.target), str([a for a in n.args if not isinstance(a, torch.fx.Node)])) for n in calls]
+    signs = [n.target for n in calls]
     end = 0
     for one in found:
         assert one.start >= end
@@ -152,5 +146,6 @@ def test_repetitions_are_disjoint_and_repeat(period: list[int], times: int, befo
         assert all(s == stretches[0] for s in stretches)
         end = one.end
     assert end <= len(calls)
-    if len(period) >= regions.LEAST_NODES and times >= regions.LEAST_TIMES + 1:
+    once = any(period.count(i) == 1 for i in period)  # else a shorter period may hide in the longer one
+    if once and len(period) >= regions.LEAST_NODES and times >= regions.LEAST_TIMES + 1:
         assert sum(one.period * one.times for one in found) >= len(period) * (times - 1)
