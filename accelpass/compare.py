@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -104,15 +105,18 @@ def compare(
     ]
     for c in contenders:
         on_step(f"{c.name}: compiling the prompt's graph")
-        warm_up(
-            c.fast, ids, c.cache, max_new_tokens, lambda _, c=c: on_step(f"{c.name}: compiling the graph of one token")
-        )
+        warm_up(c.fast, ids, c.cache, max_new_tokens, partial(_prompt_done, on_step, c))
     for number in range(rounds):
         for c in contenders:
             on_step(f"{c.name}: answering, {number + 1} of {rounds}")
             c.runs.append(greedy(c.fast, ids, c.cache, max_new_tokens, eos))
     answers = {c.name: tokenizer.decode(_answer(c.runs[-1].tokens, eos)) for c in contenders}
-    return Comparison(*contenders, answers, accelpass.explain(contenders[1].fast))
+    baseline, candidate = contenders
+    return Comparison(baseline, candidate, answers, accelpass.explain(candidate.fast))
+
+
+def _prompt_done(on_step: Callable[[str], None], contender: Contender, _: int) -> None:
+    on_step(f"{contender.name}: compiling the graph of one token")
 
 
 def warm_up(fast: Any, ids: Tensor, cache: Any, room: int, after_prompt: Callable[[int], None]) -> None:

@@ -128,10 +128,11 @@ def backend(
         if isinstance(fn, Regions):
             report.parts, report.parts_compiled = len(fn.steps), fn.compiled
     report.seconds = time.perf_counter() - started
-    mine = {path: example_inputs[tensors.position(n)] for n, (path, _) in tensors.paths.items()}
+    mine: dict[str, Tensor] = {path: example_inputs[tensors.position(n)] for n, (path, _) in tensors.paths.items()}
     report.derived_bytes = binder.derived_bytes()
+    owners = tuple(weakref.ref(t) for t in mine.values())
     parameters = {path: (t.shape, t.dtype) for path, t in mine.items() if isinstance(t, torch.nn.Parameter)}
-    return CompiledGraph(fn, binder, chosen, options, report, tuple(map(weakref.ref, mine.values())), parameters)
+    return CompiledGraph(fn, binder, chosen, options, report, owners, parameters)
 
 
 def _captured(gm: fx.GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> Program:
@@ -159,8 +160,8 @@ def _plain(
     """Compile what Dynamo gave, unrewritten."""
     fn = compile_whole(gm, list(example_inputs), chosen) if chosen.lowering == "inductor" else gm.forward
     report.seconds = time.perf_counter() - started
-    owners = tuple(weakref.ref(t) for t in example_inputs if isinstance(t, torch.nn.Parameter))
-    return CompiledGraph(fn, None, chosen, given, report, owners)
+    parameters: list[Tensor] = [t for t in example_inputs if isinstance(t, torch.nn.Parameter)]
+    return CompiledGraph(fn, None, chosen, given, report, tuple(weakref.ref(t) for t in parameters))
 
 
 def _refuse_released(tensors: FromInputs, binder: Binder, inputs: Sequence[Any]) -> None:

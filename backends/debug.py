@@ -27,7 +27,7 @@ def replay(program: Program, example_inputs: Sequence[Any]) -> Observer:
     tensors = program.tensors
     assert isinstance(tensors, FromInputs)
     folder = os.environ.get("ACCELPASS_DEBUG")
-    last = {"outputs": _run(program, tensors, example_inputs), "code": program.gm.code}
+    last: dict[str, Any] = {"outputs": _run(program, tensors, example_inputs), "code": program.gm.code}
 
     def after(program: Program, record: Record) -> None:
         outputs = _run(program, tensors, example_inputs)

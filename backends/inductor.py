@@ -48,7 +48,8 @@ def compile_whole(gm: fx.GraphModule, inputs: list[Any], chosen: Options) -> Cal
 
     config = {**(torch._inductor.list_mode_options(chosen.mode) if chosen.mode else {}), **chosen.inductor}
     try:
-        return compile_fx(gm, inputs, config_patches=config or None)
+        compiled: Any = compile_fx(gm, inputs, config_patches=config or None)
+        return compiled
     except InductorError as failure:
         if isinstance(failure.inner_exception, InvalidCxxCompiler):
             raise CompilerMissingError(

@@ -127,7 +127,7 @@ def compile_regions(gm: fx.GraphModule, inputs: Sequence[Any], compile_part: Com
                 code[key] = compile_part(part.gm, [value(n) for n in part.given])
         groups = (part.given, part.made, [n for n in part.given if last.get(n) == i])
         steps.append(Step(code[key], *(tuple(slot[n] for n in group) for group in groups)))
-    results = tuple(_Slot(slot[r]) if isinstance(r, fx.Node) else r for r in output.args[0])  # type: ignore[union-attr]
+    results = tuple(_Slot(slot[r]) if isinstance(r, fx.Node) else r for r in output.args[0])
     return Regions(steps, [_attribute(gm, n) for n in held], len(slot), results, len(code))
 
 

@@ -37,7 +37,7 @@ def path_of(source: Any) -> tuple[str, str] | None:
         if isinstance(source, DictGetItemSource) and table in _TABLES:
             parts.append(str(source.index))
             kind = kind or _TABLES[table]
-            source = base.base
+            source = getattr(base, "base", None)
         elif kind and type(source) is AttrSource:
             parts.append(source.member)
             source = base
@@ -70,7 +70,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
         raise NotCanonical(f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}") from cause
     paths: dict[fx.Node, tuple[str, str]] = {}
     for o, n in zip(old, placeholders(new), strict=True):
-        n._dynamo_source = source = getattr(o, "_dynamo_source", None)  # type: ignore[attr-defined]
+        n._dynamo_source = source = getattr(o, "_dynamo_source", None)
         n.meta["tensor_dict"] = o.meta.get("tensor_dict") or {}
         if n.meta["tensor_dict"].get("_dynamo_static_input_type"):
             # A tensor kept as a plain attribute has no table in its source, yet is model state like a parameter.

@@ -18,7 +18,7 @@ from accelpass.ir.analyses.axis_factors import Factors, divided, fresh, leaves, 
 from accelpass.ir.graph import known, shape, value
 
 Dims = list[Factors]
-Rule = Callable[["Flow", fx.Node], "Dims | list[Dims]"]
+Rule = Callable[["Flow", fx.Node], "Dims | list[Dims] | None"]
 RULES: dict[str, Rule] = {}
 
 # Element-wise without saying so in their tags, or with more than one result.
@@ -87,10 +87,10 @@ class Flow:
                 self.tables.update([node] if whole in self.tables else [])
             return
         if node.target is torch.ops.aten.sym_size.int:
-            self.counts[node] = self.of(node.args[0])[node.args[1]]  # type: ignore[index]
+            self.counts[node] = self.of(node.args[0])[node.args[1]]
             return
         if node.target is operator.mul and all(a in self.counts for a in node.args):
-            self.counts[node] = tuple(f for a in node.args for f in self.counts[a])  # type: ignore[index]
+            self.counts[node] = tuple(f for a in node.args for f in self.counts[a])
             return
         if not any(isinstance(t, Tensor) for t in _flat(value(node))):
             return

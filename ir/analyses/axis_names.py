@@ -81,9 +81,9 @@ def _spread(flow: Flow, found: dict[Factor, Naming]) -> None:
         before = len(found)
         while any(_give(leaf, _shared(whole, found), found) for whole, part in down for leaf in part):
             pass
-        for whole, parts in up.items():
+        for factor, parts in up.items():
             names = [n for n in (_shared(part, found) for part in parts) if n]
-            _give(whole, frozenset.intersection(*names) if names else frozenset(), found)
+            _give(factor, frozenset.intersection(*names) if names else frozenset(), found)
 
 
 def _give(leaf: Factor, names: frozenset[str], found: dict[Factor, Naming]) -> bool:
@@ -139,7 +139,7 @@ def _of_attention(flow: Flow, node: fx.Node) -> Iterator[Seed]:
 
 
 def _of_convolution(flow: Flow, node: fx.Node) -> Iterator[Seed]:
-    spatial = {aten.conv1d: ("token",), aten.conv2d: GRID[1:], aten.conv3d: GRID}[node.target.overloadpacket]  # type: ignore[union-attr]
+    spatial = {aten.conv1d: ("token",), aten.conv2d: GRID[1:], aten.conv3d: GRID}[node.target.overloadpacket]
     for dims in (flow.of(node.args[0]), flow.of(node)):
         yield Seed(dims[-1 - len(spatial)], "channel", node, False)
         for dim, name in zip(dims[-len(spatial) :], spatial, strict=True):
@@ -173,7 +173,7 @@ def _of_vocabulary(program: Program, flow: Flow, sites: list[Linear]) -> Iterato
         yield Seed(indices[0], "batch", site.node, False)
         source = site.indices
         while is_call(source, *_READS_ONLY):
-            source = source.args[0]  # type: ignore[assignment]
+            source = source.args[0]
         if source.op == "placeholder" and not program.tensors.is_constant(source):
             tables.append(site)
             yield Seed(table[0], "vocabulary", site.node)

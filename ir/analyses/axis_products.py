@@ -19,7 +19,7 @@ from accelpass.ir.graph import known, shape, value
 def _linear(flow: Flow, node: fx.Node) -> Dims:
     x, weight = node.args[:2]
     rows, *columns = flow.of(weight)
-    if same_size(shape(x)[-1], shape(weight)[1]):  # type: ignore[arg-type]  # int4 packs two columns in a byte
+    if same_size(shape(x)[-1], shape(weight)[1]):  # int4 packs two columns in a byte
         flow.together(flow.of(x)[-1], columns[0])
     for name in ("bias", "scale", "zero"):
         other = argument(node, name)
@@ -91,8 +91,8 @@ def _einsum(flow: Flow, node: fx.Node) -> Dims | None:
 def _convolution(flow: Flow, node: fx.Node) -> Dims:
     x, weight, bias = node.args[0], node.args[1], argument(node, "bias")
     rows, columns, *_ = flow.of(weight)
-    before, sizes = flow.of(x), shape(x)  # type: ignore[arg-type]
-    at = len(before) - len(shape(weight)) + 1  # type: ignore[arg-type]  # the batch may be missing
+    before, sizes = flow.of(x), shape(x)
+    at = len(before) - len(shape(weight)) + 1  # the batch may be missing
     if argument(node, "groups", 1) == 1 and not argument(node, "transposed"):
         flow.together(before[at], columns)
     elif same_size(sizes[at], argument(node, "groups", 1)) and same_size(sizes[at], shape(node)[at]):
@@ -105,7 +105,7 @@ def _convolution(flow: Flow, node: fx.Node) -> Dims:
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _convolution_transpose(flow: Flow, node: fx.Node) -> Dims:
     before = flow.of(node.args[0])
-    at = len(before) - len(shape(node.args[1])) + 1  # type: ignore[arg-type]
+    at = len(before) - len(shape(node.args[1])) + 1
     flow.together(before[at], flow.of(node.args[1])[0])
     grouped = argument(node, "groups", 1) != 1
     rows = fresh(shape(node)[at], node.name) if grouped else flow.of(node.args[1])[1]
@@ -114,7 +114,7 @@ def _convolution_transpose(flow: Flow, node: fx.Node) -> Dims:
 
 def _windows(flow: Flow, node: fx.Node, at: int) -> Dims:
     """Spatial dimensions: as many positions as before are the same positions, others are a resampled axis."""
-    out, sizes = [], shape(node.args[0])  # type: ignore[arg-type]
+    out, sizes = [], shape(node.args[0])
     for i in range(at, len(shape(node))):
         old, new = flow.of(node.args[0])[i], shape(node)[i]
         if not same_size(sizes[i], new):
@@ -201,13 +201,13 @@ def _with_statistics(flow: Flow, node: fx.Node, out: Dims) -> Any:
 def attention(flow: Flow, node: fx.Node) -> Any:
     """Queries meet keys over head channels, probabilities meet values over key tokens; heads may be grouped."""
     q, k, v = (flow.of(n) for n in node.args[:3])
-    q_shape, k_shape = (shape(n) for n in node.args[:2])  # type: ignore[arg-type]
+    q_shape, k_shape = (shape(n) for n in node.args[:2])
     flow.together(q[-1], k[-1])
     flow.together(k[-2], v[-2])
     if len(q) > 2:
         flow.together(k[-3], v[-3])
         _heads(flow, q[-3], k[-3], q_shape[-3], k_shape[-3], node.name)
-    operands = [(flow.of(n)[:-3], shape(n)[:-3]) for n in node.args[:3]]  # type: ignore[arg-type]
+    operands = [(flow.of(n)[:-3], shape(n)[:-3]) for n in node.args[:3]]
     lead = flow.broadcast(operands, q_shape[:-3], node.name)
     scores, sizes = [*lead, *q[-3:-1], k[-2]], [*q_shape[:-1], k_shape[-2]]
     if is_attention(node):

@@ -26,7 +26,7 @@ _NEW = (
 
 def axis(node: fx.Node, name: str = "dim", default: Any = None, rank: int | None = None) -> int:
     """A dimension argument, counted from the front."""
-    rank = len(shape(node.args[0])) if rank is None else rank  # type: ignore[arg-type]
+    rank = len(shape(node.args[0])) if rank is None else rank
     given = argument(node, name, default)
     return int(given) % max(rank, 1)
 
@@ -67,7 +67,7 @@ def _creation(flow: Flow, node: fx.Node) -> Dims:
     listed = list(given) if isinstance(given, list | tuple) else [argument(node, "end", argument(node, "steps"))]
     if argument(node, "start") not in (None, 0) or argument(node, "step") not in (None, 1):
         listed = [None]
-    return [flow.counts.get(g) or fresh(s, node.name) for g, s in zip(listed, shape(node), strict=True)]  # type: ignore[call-overload]
+    return [flow.counts.get(g) or fresh(s, node.name) for g, s in zip(listed, shape(node), strict=True)]
 
 
 # --- views
@@ -102,7 +102,7 @@ def _transpose(flow: Flow, node: fx.Node) -> Dims:
 def _movedim(flow: Flow, node: fx.Node) -> Dims:
     before = flow.of(node.args[0])
     pairs = [a if isinstance(a, list | tuple) else [a] for a in node.args[1:3]]
-    source, target = ([int(d) % len(before) for d in p] for p in pairs)  # type: ignore[call-overload]
+    source, target = ([int(d) % len(before) for d in p] for p in pairs)
     rest = iter(d for d in range(len(before)) if d not in source)
     return [before[source[target.index(i)] if i in target else next(rest)] for i in range(len(before))]
 
@@ -116,7 +116,7 @@ def _unsqueeze(flow: Flow, node: fx.Node) -> Dims:
 
 @rule("squeeze")
 def _squeeze(flow: Flow, node: fx.Node) -> Dims:
-    before, sizes, dims = flow.of(node.args[0]), shape(node.args[0]), argument(node, "dim")  # type: ignore[arg-type]
+    before, sizes, dims = flow.of(node.args[0]), shape(node.args[0]), argument(node, "dim")
     listed = dims if isinstance(dims, list | tuple) else range(len(before)) if dims is None else [dims]
     gone = {d % len(before) for d in listed if known(sizes[d] == 1)}
     return [d for i, d in enumerate(before) if i not in gone]
@@ -125,7 +125,7 @@ def _squeeze(flow: Flow, node: fx.Node) -> Dims:
 @rule("expand", "expand_as", "broadcast_to")
 def _expand(flow: Flow, node: fx.Node) -> Dims:
     source, sizes = node.args[0], shape(node)
-    operands = [(flow.of(source), shape(source))]  # type: ignore[arg-type]
+    operands: list[tuple[Dims, Any]] = [(flow.of(source), shape(source))]
     if isinstance(node.args[1], fx.Node):  # expand_as
         operands.append((flow.of(node.args[1]), shape(node.args[1])))
     elif isinstance(node.args[1], list | tuple):
@@ -136,7 +136,7 @@ def _expand(flow: Flow, node: fx.Node) -> Dims:
 
 @rule("repeat", "tile")
 def _repeat(flow: Flow, node: fx.Node) -> Dims:
-    before, sizes, after = flow.of(node.args[0]), shape(node.args[0]), shape(node)  # type: ignore[arg-type]
+    before, sizes, after = flow.of(node.args[0]), shape(node.args[0]), shape(node)
     lead = len(after) - len(before)
     out = [fresh(s, node.name) for s in after[:lead]]
     for dim, size, now in zip(before, sizes, after[lead:], strict=True):
@@ -149,7 +149,7 @@ def _repeat_interleave(flow: Flow, node: fx.Node) -> Dims | None:
     if not isinstance(argument(node, "repeats"), int) or argument(node, "dim") is None:
         return None
     before, dim = list(flow.of(node.args[0])), axis(node)
-    before[dim] = _times(before[dim], shape(node.args[0])[dim], shape(node)[dim], node.name)  # type: ignore[arg-type]
+    before[dim] = _times(before[dim], shape(node.args[0])[dim], shape(node)[dim], node.name)
     return before
 
 
@@ -167,7 +167,7 @@ def _times(dim: Factors, size: Any, now: Any, made: str, outer: bool = False) ->
 
 @rule("slice", "narrow")
 def _slice(flow: Flow, node: fx.Node) -> Dims:
-    out, sizes, dim = list(flow.of(node.args[0])), shape(node.args[0]), axis(node, default=0)  # type: ignore[arg-type]
+    out, sizes, dim = list(flow.of(node.args[0])), shape(node.args[0]), axis(node, default=0)
     start = value(argument(node, "start"))
     start = 0 if start is None else start
     if not known(start >= 0):
@@ -183,7 +183,7 @@ def _slice(flow: Flow, node: fx.Node) -> Dims:
 @rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
 def _split(flow: Flow, node: fx.Node) -> list[Dims]:
     before, dim = flow.of(node.args[0]), axis(node, default=0)
-    of, start, out = shape(node.args[0])[dim], 0, []  # type: ignore[arg-type]
+    of, start, out = shape(node.args[0])[dim], 0, []
     for part in value(node):
         dims = list(before)
         dims[dim] = flow.piece(before[dim], start, part.shape[dim], of, node.name)
@@ -221,7 +221,7 @@ def _stack(flow: Flow, node: fx.Node) -> Dims:
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
 def _pad(flow: Flow, node: fx.Node) -> Dims:
     out, pads = list(flow.of(node.args[0])), list(argument(node, "pad") or argument(node, "padding"))
-    before, after = shape(node.args[0]), shape(node)  # type: ignore[arg-type]
+    before, after = shape(node.args[0]), shape(node)
     for i, left in enumerate(pads[::2]):
         dim, left = len(out) - 1 - i, value(left)
         if same_size(before[dim], after[dim]):
@@ -239,7 +239,7 @@ def _pad(flow: Flow, node: fx.Node) -> Dims:
 def _diff(flow: Flow, node: fx.Node) -> Dims:
     """Row i is the difference to the row before: with one more row in front there are as many rows as before."""
     out, dim = list(flow.of(node.args[0])), axis(node, default=-1)
-    before, after = shape(node.args[0])[dim], shape(node)[dim]  # type: ignore[arg-type]
+    before, after = shape(node.args[0])[dim], shape(node)[dim]
     if not same_size(before, after):
         out[dim] = flow.piece(out[dim], before - after, after, before, node.name)
     return out
@@ -275,7 +275,7 @@ def _embedding(flow: Flow, node: fx.Node) -> Dims:
 @rule("int8_embedding", "int4_embedding")
 def _packed_embedding(flow: Flow, node: fx.Node) -> Dims:
     columns = flow.of(node.args[1])[1]
-    same = same_size(shape(node)[-1], shape(node.args[1])[1])  # type: ignore[arg-type]
+    same = same_size(shape(node)[-1], shape(node.args[1])[1])
     return [*flow.of(node.args[0]), columns if same else fresh(shape(node)[-1], node.name)]
 
 
@@ -308,7 +308,7 @@ def _walks(index: fx.Node) -> fx.Node | None:
     while is_call(index, aten.unsqueeze, aten.view, aten.reshape, aten.to) or (
         is_call(index, aten.add) and index.args[1] == 0
     ):
-        index = index.args[0]  # type: ignore[assignment]
+        index = index.args[0]
     ranged = is_call(index, aten.arange) and argument(index, "start") in (None, 0)
     return index if ranged and argument(index, "step") in (None, 1) else None
 
@@ -363,7 +363,7 @@ def _aligned(flow: Flow, node: fx.Node, picked: fx.Node) -> None:
     """Position i along any other dimension of the index is position i of the source."""
     source, dim = node.args[0], axis(node)
     for i, size in enumerate(shape(picked)):
-        if i != dim and same_size(size, shape(source)[i]):  # type: ignore[arg-type]
+        if i != dim and same_size(size, shape(source)[i]):
             flow.together(flow.of(source)[i], flow.of(picked)[i])
 
 

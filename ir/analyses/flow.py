@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -51,7 +52,7 @@ def constant(program: Program, node: object) -> fx.Node | None:
     return None
 
 
-def fixed(program: Program, node: object) -> bool:
+def fixed(program: Program, node: Any) -> bool:
     """True for a number, and for what only constants of the model are computed into."""
     if not isinstance(node, fx.Node) or not isinstance(value(node), Tensor):
         return True
@@ -122,7 +123,7 @@ def output_nodes(program: Program) -> list[fx.Node]:
 
 def writes(program: Program) -> dict[fx.Node, list[fx.Node]]:
     """By graph input: the calls that write to it, in order."""
-    inputs = {n: [] for n in placeholders(program.gm)}
+    inputs: dict[fx.Node, list[fx.Node]] = {n: [] for n in placeholders(program.gm)}
     for node in program.graph.nodes:
         for written in mutates(node):
             base = root(written)

@@ -136,7 +136,7 @@ def _added(write: fx.Node, base: fx.Node) -> fx.Node:
         if node is not write and mutates(node):
             return _added(node, base)
         if is_call(node, aten.cat):
-            fresh = [p for p in node.args[0] if isinstance(p, fx.Node) and _origin(p) is not base]  # type: ignore[union-attr]
+            fresh = [p for p in node.args[0] if isinstance(p, fx.Node) and _origin(p) is not base]
             return fresh[-1] if fresh else node
         patches = [u for u in _touching(node) if any(root(m) is root(node) for m in mutates(u))]
         if patches:
@@ -181,7 +181,7 @@ def _stored_elsewhere(node: fx.Node, written: dict[fx.Node, list[fx.Node]]) -> _
 
 def _joined(cat: fx.Node, operand: fx.Node, returned: set[fx.Node]) -> _Side | None:
     """Old and new along the tokens, the result (or a part of it) going back to the caller."""
-    parts = [p for p in cat.args[0] if isinstance(p, fx.Node) and not known(value(p).numel() == 0)]  # type: ignore[union-attr]
+    parts = [p for p in cat.args[0] if isinstance(p, fx.Node) and not known(value(p).numel() == 0)]
     dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
     rank = value(cat).dim()
     if not isinstance(dim, int) or dim % rank == rank - 1 or not _is_returned(cat, returned):

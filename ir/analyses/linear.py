@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -138,7 +139,7 @@ def _linear(program: Program, node: fx.Node) -> Linear | None:
 
 
 def _site(
-    program: Program, node: fx.Node, x: fx.Node, w: object, bias: fx.Node | None, stored_out_in: bool
+    program: Program, node: fx.Node, x: fx.Node, w: Any, bias: fx.Node | None, stored_out_in: bool
 ) -> Linear | None:
     """A site if ``w`` is a constant matrix, looking through transposes, casts to its own dtype and expert slices."""
     if not isinstance(w, fx.Node) or not isinstance(value(w), Tensor) or value(w).dim() != 2:

@@ -86,7 +86,7 @@ def norms(program: Program) -> list[Norm]:
 
 
 def _native(program: Program, node: fx.Node) -> Norm | None:
-    kind = _NATIVE.get(getattr(node.target, "overloadpacket", None))
+    kind = next((name for packet, name in _NATIVE.items() if is_call(node, packet)), None)
     if kind is None or not isinstance(node.args[0], fx.Node):
         return None
     x = node.args[0]

@@ -87,10 +87,10 @@ def _behind(program: Program, node: fx.Node, sites: dict[fx.Node, Linear]) -> tu
             node = above
         elif is_call(node, aten.tanh, aten.tanh_) and isinstance(node.args[0], fx.Node):
             cap, node = factor, node.args[0]
-        elif is_call(node, *CASTS, *VIEWS, aten.slice, aten.select) and isinstance(node.args[0], fx.Node):
+        elif (is_call(node, *CASTS, *VIEWS, aten.slice, aten.select) and isinstance(node.args[0], fx.Node)) or (
+            is_call(node, aten.add, aten.add_, aten.sub) and fixed(program, node.args[1])
+        ):
             node = node.args[0]
-        elif is_call(node, aten.add, aten.add_, aten.sub) and fixed(program, node.args[1]):
-            node = node.args[0]  # type: ignore[assignment]
         else:
             return None
     return None

@@ -54,9 +54,7 @@ def product(node: object) -> Product | None:
         bias = node.args[0] if scalars["beta"] != 0 else None
         if made is None:
             return None
-        return Product(
-            **{**vars(made), "bias": bias, "alpha": float(scalars["alpha"]), "beta": float(scalars["beta"])}  # type: ignore[arg-type]
-        )
+        return Product(**{**vars(made), "bias": bias, "alpha": float(scalars["alpha"]), "beta": float(scalars["beta"])})
     if is_call(node, aten.einsum):
         return _einsum(node)
     return None
@@ -98,7 +96,7 @@ def _einsum(node: fx.Node) -> Product | None:
         labels.append((*head, *middle, *tail))
     if any(len(set(found)) != len(found) for found in labels):
         return None
-    return Product(node, lhs, rhs, *labels)
+    return Product(node, lhs, rhs, labels[0], labels[1], labels[2])
 
 
 def permutation(labels: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[int, ...] | None:

@@ -28,7 +28,8 @@ def insert(program: Program) -> list[Attention]:
     """
     found = program.analysis(survey).attentions
     replaced: dict[fx.Node, fx.Node] = {}
-    records, kept = [], []
+    records: list[Attention] = []
+    kept: list[fx.Node] = []
     for attention in found:
         if attention.match is None:  # a semantic node already
             records.append(attention)
@@ -75,7 +76,7 @@ def _insert_one(
 
 def shared(node: fx.Node) -> tuple[int, ...]:
     """Which operands of a semantic node are one tensor: the origin cannot tell these apart."""
-    bases = [base(n) for n in (*node.args[:3], *node.args[3])]  # type: ignore[misc]
+    bases = [base(n) for n in (*node.args[:3], *node.args[3])]
     return tuple(bases.index(n) for n in bases)
 
 

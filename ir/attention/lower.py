@@ -132,7 +132,7 @@ def is_as_inserted(node: fx.Node) -> bool:
 
 def _inline_origin(graph: fx.Graph, node: fx.Node, alive: dict[str, fx.Node]) -> None:
     origin: fx.GraphModule = node.meta["attention_origin"]
-    operands = [*node.args[:3], *node.args[3]]  # type: ignore[misc]
+    operands = [*node.args[:3], *node.args[3]]
     env: dict[fx.Node, Any] = dict(zip(origin.graph.find_nodes(op="placeholder"), operands, strict=True))
     (output,) = origin.graph.find_nodes(op="output")
     result = output.args[0]
@@ -168,7 +168,7 @@ def _is_adapter(node: Any) -> bool:
 
 def _cancelled(given: fx.Node, adapter: fx.Node) -> fx.Node | None:
     """What is under an adapter of the graph that ``adapter`` undoes."""
-    if _is_adapter(given) and tuple(given.args[1]) == inverse(tuple(adapter.args[1])):  # type: ignore[arg-type]
+    if _is_adapter(given) and tuple(given.args[1]) == inverse(tuple(adapter.args[1])):
         return base(given)
     return None
 
@@ -201,7 +201,7 @@ def _erase_adapters(graph: fx.Graph, operands: Sequence[Any]) -> None:
 def _inline_traced(program: Program, node: fx.Node, lowering: Lowering) -> None:
     """Trace a lowering on the node's fake operands and put its operators in the node's place."""
     graph, spec = program.graph, spec_of(node)
-    operands = [*node.args[:3], *node.args[3]]  # type: ignore[misc]
+    operands = [*node.args[:3], *node.args[3]]
     many = node.target is not ATTENTION
     wanted = value(node)[0] if many else value(node)
 
@@ -228,7 +228,7 @@ def _inline_traced(program: Program, node: fx.Node, lowering: Lowering) -> None:
                     refresh(env[old])
     if many:
         for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            user.replace_all_uses_with(results[user.args[1]])
             graph.erase_node(user)
     else:
         node.replace_all_uses_with(results[0])

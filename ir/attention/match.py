@@ -252,7 +252,7 @@ def _checked(found: Match, effects: Effects) -> Match:
         if is_call(node, aten.type_as, aten.expand_as, aten.view_as, aten.reshape_as):
             (like,) = node.args[1:2]
             if like not in found.region and like not in found.inputs():
-                found.extra(like)  # type: ignore[arg-type]  # no step reads it, only the origin does
+                found.extra(like)  # no step reads it, only the origin does
     q, k, v = found.q.shape(), found.k.shape(), found.v.shape()
     if not len(q) == len(k) == len(v) >= 3:
         raise NoMatch(

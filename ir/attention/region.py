@@ -56,7 +56,7 @@ class Match:
         """Index of a tensor that a step reads; a mask that is only spread over the scores is read as it was before."""
         if is_call(node, aten.expand_as) and node.args[1] in self.region:
             self.region.add(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         if node not in self.extras:
             self.extras.append(node)
         return self.extras.index(node)
@@ -76,7 +76,7 @@ def unmerge(found: Match) -> None:
             if tuple(order[i] for i in operand.order or ()) != tuple(range(len(order))):
                 return
             passed.append(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         elif operand.order is not None:
             return
         views = [r for r in readings(node) if r.kind == "view"]
@@ -103,11 +103,11 @@ def grow(found: Match, operands: tuple[fx.Node, ...]) -> None:
         passed, node = [], given
         while is_call(node, aten.clone, aten.contiguous):
             passed.append(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         order = permutation_of(node)
         if order is not None and tuple(order[i] for i in operand.order) == tuple(range(len(order))):
             found.region.update([*passed, node])
-            setattr(found, name, Operand(node.args[0]))  # type: ignore[arg-type]
+            setattr(found, name, Operand(node.args[0]))
 
 
 def peel_groups(found: Match) -> None:
@@ -136,7 +136,7 @@ def _unrepeated(operand: Operand) -> tuple[fx.Node, int, list[fx.Node]] | None:
     def skip(node: fx.Node) -> fx.Node:
         while len(node.all_input_nodes) == 1 and any(r.kind == "same" for r in readings(node)):
             passed.append(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         return node
 
     node = skip(node)
@@ -144,21 +144,21 @@ def _unrepeated(operand: Operand) -> tuple[fx.Node, int, list[fx.Node]] | None:
     if is_call(node, aten.repeat_interleave):
         times, dim = argument(node, "repeats"), argument(node, "dim")
         if isinstance(times, int) and isinstance(dim, int) and dim % rank == rank - 3:
-            return node.args[0], times, [*passed, node]  # type: ignore[return-value]
+            return node.args[0], times, [*passed, node]
         return None
     if not is_call(node, aten.reshape, aten.view, aten._unsafe_view, aten.flatten):
         return None
     passed.append(node)
-    wide = skip(node.args[0])  # type: ignore[arg-type]
+    wide = skip(node.args[0])
     if not is_call(wide, aten.expand, aten.repeat) or value(wide).dim() != rank + 1:
         return None
     passed.append(wide)
-    thin = skip(wide.args[0])  # type: ignore[arg-type]
+    thin = skip(wide.args[0])
     if not is_call(thin, aten.unsqueeze) or value(thin).dim() != rank + 1:
         return None
     passed.append(thin)
-    source = skip(thin.args[0])  # type: ignore[arg-type]
-    if thin.args[1] % (rank + 1) != rank - 2:  # type: ignore[operator]
+    source = skip(thin.args[0])
+    if thin.args[1] % (rank + 1) != rank - 2:
         return None
     old, times = value(source).shape, value(wide).shape[-3]
     if not isinstance(times, int) or not same_sizes(value(wide).shape, (*old[:-2], times, *old[-2:])):

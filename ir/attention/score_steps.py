@@ -58,7 +58,7 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """An argument by its schema name, wherever it was given."""
     if name in node.kwargs:
         return node.kwargs[name]
-    for index, declared in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for index, declared in enumerate(node.target._schema.arguments):
         if declared.name == name:
             if index < len(node.args):
                 return node.args[index]
@@ -86,16 +86,16 @@ def last_axis(node: fx.Node, dim: Any) -> bool:
     return isinstance(dim, int) and dim in (-1, value(node).dim() - 1)
 
 
-def permutation_of(node: object) -> tuple[int, ...] | None:
+def permutation_of(node: Any) -> tuple[int, ...] | None:
     """``p`` with ``node = source.permute(p)``."""
     if is_call(node, aten.permute):
-        dims = node.args[1]  # type: ignore[union-attr]
+        dims = node.args[1]
         return tuple(d % len(dims) for d in dims)
     if is_call(node, aten.transpose, aten.t, aten.mT, aten.swapaxes, aten.movedim, aten.numpy_T):
         rank = value(node).dim()
         order = list(range(rank))
         if is_call(node, aten.transpose, aten.swapaxes):
-            a, b = (d % rank for d in node.args[1:3])  # type: ignore[union-attr]
+            a, b = (d % rank for d in node.args[1:3])
         elif is_call(node, aten.t) and rank == 2:
             a, b = 0, 1
         elif is_call(node, aten.mT):
@@ -200,7 +200,12 @@ def _row_maximum(scores: fx.Node, candidate: Any) -> tuple[fx.Node, ...]:
     if nodes and is_call(nodes[-1], operator.getitem) and nodes[-1].args[1] == 0:
         nodes.append(nodes[-1].args[0])
     last = nodes[-1] if nodes else None
-    if not is_call(last, aten.amax, aten.max) or last.target is aten.max.other or last.args[0] is not scores:
+    if (
+        last is None
+        or not is_call(last, aten.amax, aten.max)
+        or last.target is aten.max.other
+        or last.args[0] is not scores
+    ):
         return ()
     if len(last.args) < 2 or not last_axis(scores, last.args[1]) or not argument(last, "keepdim"):
         return ()

@@ -64,7 +64,7 @@ def sdpa_call(attention: Attention) -> SdpaCall | str:
     if value(k).dtype != value(q).dtype:
         return f"keys are {value(k).dtype}, queries {value(q).dtype}"
     scale = call.kwargs.get("scale") or value(q).shape[-1] ** -0.5
-    return SdpaCall(origin, call, q, k, v, _argument(call, 3), bool(_argument(call, 5)), scale)  # type: ignore[arg-type]
+    return SdpaCall(origin, call, q, k, v, _argument(call, 3), bool(_argument(call, 5)), scale)
 
 
 def _argument(call: fx.Node, position: int) -> Any:
