@@ -136,6 +136,7 @@ def main() -> None:
         (given.results / f"smollm2_{name}_cpu.json").write_text(json.dumps(content, indent=1) + "\n")
         _say(_table(PARTS[name].title.format(**content), content["rows"]))
     if given.write:
+        given.write.parent.mkdir(parents=True, exist_ok=True)
         given.write.write_text(_page(given.results))
 
 

@@ -68,6 +68,9 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
             new = make_fx(lambda *a: fx.Interpreter(gm).run(*a), pre_dispatch=True)(*fakes)
     except Exception as cause:  # anything an op's tracing may raise; the caller compiles the graph unrewritten
         raise NotCanonical(f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}") from cause
+    if any(isinstance(t, FakeTensor) for t in new.buffers()):
+        # A value computed under a transform (vmap inside a scan) came out without its computation.
+        raise NotCanonical("retracing lost how a value is computed, as it does inside associative_scan")
     paths: dict[fx.Node, tuple[str, str]] = {}
     for o, n in zip(old, placeholders(new), strict=True):
         n._dynamo_source = source = getattr(o, "_dynamo_source", None)

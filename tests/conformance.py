@@ -44,6 +44,11 @@ PARTIAL = Path(__file__).parent / "data" / "conformance.partial"
 
 EXCEPTIONS: dict[str, str] = {
     "image/dinat": "not built: needs the natten package, which has no CPU wheel",
+    "causal_lm/jamba": "the selective scan cannot be retraced, so the graph is compiled as it is",
+    "causal_lm/zamba": "the selective scan cannot be retraced, so the graph is compiled as it is",
+    "masked_lm/longformer": "scores of overlapping chunks are skewed into a band: no product of queries and keys",
+    "image/siglip": "eager computes the pooling head's attention and drops it; the graph does not hold it",
+    "image/shieldgemma2": "its SigLIP tower computes the pooling head's attention and drops it",
 }
 """Families whose counts differ, and why."""
 
@@ -267,10 +272,12 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(table(measured))
     console.print(summary(measured), soft_wrap=True)
     if given.write:
+        given.write.parent.mkdir(parents=True, exist_ok=True)
         given.write.write_text(markdown(measured))
     if not chosen:
         PARTIAL.unlink(missing_ok=True)
-    return int(any(not is_right(r) and r["true"] is not None and r["key"] not in EXCEPTIONS for r in measured))
+    wrong = (r for r in measured if not is_right(r) and not r["note"].startswith("not built"))
+    return int(any(r["key"] not in EXCEPTIONS for r in wrong))
 
 
 if __name__ == "__main__":
