@@ -95,6 +95,24 @@ def owns_storage(tensor: Tensor) -> bool:
     return tensor.untyped_storage().size() == tensor.numel() * tensor.element_size()
 
 
+def _give_back(tensor: Tensor) -> int:
+    """Free the tensor's memory, keeping its shape; returns the bytes."""
+    storage = tensor.untyped_storage()
+    size = storage.size()
+    if not storage.resizable():  # memory of somebody else, a loaded file's for one: let go of it
+        tensor.data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        storage = tensor.untyped_storage()
+    storage.resize_(0)
+    return size
+
+
+def leave_file(tensors: Sequence[Tensor]) -> None:
+    """Copy tensors that live in a file's mapping: the whole of it stays in memory until the last one has left."""
+    for tensor in tensors:
+        if not tensor.untyped_storage().resizable() and tensor.device.type == "cpu":
+            tensor.data = tensor.detach().clone()
+
+
 @dataclass
 class Entry:
     """Derived tensors and what they were derived from."""
@@ -152,12 +170,8 @@ class DerivedTensors:
     def release(self, sources: Sequence[Tensor]) -> int:
         """Give back the memory of ``sources``; returns the bytes. What was derived from them stays valid."""
         wanted = set(map(id, sources))
-        freed = 0
         with self._lock:
-            for tensor in sources:
-                storage = tensor.untyped_storage()
-                freed += storage.size()
-                storage.resize_(0)
+            freed = sum(map(_give_back, sources))
             for (ids, _), entry in self._entries.items():
                 if entry.stamps and wanted.intersection(ids):
                     alive = [r() for r in entry.refs]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.derived import DERIVED, Entry, Recipe, StateSpec, owns_storage
+from accelpass.ir.derived import DERIVED, Entry, Recipe, StateSpec, leave_file, owns_storage
 from accelpass.ir.graph import append_placeholder, placeholders, value, written_inputs
 
 
@@ -165,7 +165,10 @@ class FromInputs(TensorSource):
         used = {p for group, _ in derived for p in group.positions}
         unused = used.difference(kept)
         paths = {p: self.paths[n][0] for n, p in self._position.items() if p in used}
-        return Binder(tuple(kept), tuple(derived), paths, frozenset(unused) if release else frozenset())
+        if not release:
+            return Binder(tuple(kept), tuple(derived), paths)
+        own = [self._position[n] for n in self.paths if self._position[n] in kept and self._position[n] not in used]
+        return Binder(tuple(kept), tuple(derived), paths, frozenset(unused), tuple(own))
 
 
 class Binder:
@@ -176,7 +179,8 @@ class Binder:
         kept: tuple[int, ...],
         derived: tuple[tuple[_Group, int], ...],
         paths: dict[int, str],
-        replaced: frozenset[int],
+        replaced: frozenset[int] = frozenset(),
+        staying: tuple[int, ...] = (),
     ):
         self.kept = kept
         self.groups = list(dict.fromkeys(group for group, _ in derived))
@@ -184,6 +188,8 @@ class Binder:
         self.paths = paths
         self.released = replaced
         """Positions of inputs that only derived tensors need and whose memory is given back once those exist."""
+        self.staying = staying
+        """Positions of the model's other tensors; any of them would keep a mapped file in memory."""
         self._memo: list[Entry | None] = [None] * len(self.groups)
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
@@ -199,6 +205,7 @@ class Binder:
             made.append(entry.tensors)
         if missed and self.released:
             DERIVED.release([args[p] for p in self.released if owns_storage(args[p])])
+            leave_file([args[p] for p in self.staying])
         return [args[p] for p in self.kept] + [made[group][output] for group, output in self._outputs]
 
     def tensors(self) -> list[Tensor]:

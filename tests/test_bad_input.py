@@ -231,6 +231,23 @@ def test_free_weights_leaves_a_shared_storage_alone():
     assert model.down_proj.weight.untyped_storage().size() == 0
 
 
+def test_free_weights_lets_go_of_memory_that_it_cannot_shrink():
+    model, x = Mlp().eval(), torch.randn(2, 64)
+    with torch.no_grad():
+        want = model(x)
+        loaded = torch.frombuffer(bytearray(model.up_proj.weight.numpy().tobytes()), dtype=torch.float32)
+        model.up_proj.weight.data = loaded.view(96, 64)  # as weights from a file are: not torch's own memory
+        bias = model.down_proj.bias
+        bias.data = torch.frombuffer(bytearray(bias.numpy().tobytes()), dtype=torch.float32)
+        assert not model.up_proj.weight.untyped_storage().resizable()
+        fast = compiled(model, passes=["int8_weights"], free_weights=True)
+        for _ in range(2):
+            assert relative_error(fast(x), want) < 0.05
+    assert model.up_proj.weight.untyped_storage().size() == 0
+    assert model.up_proj.weight.shape == (96, 64)
+    assert bias.untyped_storage().resizable()  # it would keep a mapped file in memory
+
+
 def test_save_and_load(tmp_path, monkeypatch):
     from accelpass.packed import load, save
 
