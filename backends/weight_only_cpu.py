@@ -108,13 +108,10 @@ def int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
     offset = 8.0 if zero is None else e(aten.unsqueeze.default, zero, -1)
     minus = aten.sub.Scalar if zero is None else aten.sub.Tensor
     dtype = matmul_dtype(value(x))
-    # Two products of half the width, so that the nibbles need not be woven together in memory.
-    halves = e(aten.unflatten.int, e.cast(x, dtype), -1, [groups, 2, half])
-    parts = []
-    for index, nibble in enumerate((low, high)):
+    # The bytes of a group hold its first half low and its second half high, so the halves are joined and not woven.
+    halves = []
+    for nibble in (low, high):
         centred = e(minus, e.cast(nibble, torch.float32), offset)
-        weight = e.cast(e(aten.mul.Tensor, centred, scales), dtype)
-        weight = e(aten.reshape.default, weight, [out, groups * half])
-        mine = e(aten.flatten.using_ints, e(aten.select.int, halves, -2, index), -2, -1)
-        parts.append(e.cast(e(aten.linear.default, mine, weight), torch.float32))
-    return e.finish(e(aten.add.Tensor, *parts), bias)
+        halves.append(stored(e.cast(e(aten.mul.Tensor, centred, scales), dtype)))
+    weight = e(aten.flatten.using_ints, e(aten.cat.default, halves, -1), -2, -1)
+    return e.finish(e.cast(e(aten.linear.default, e.cast(x, dtype), weight), torch.float32), bias)

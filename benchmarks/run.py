@@ -63,7 +63,7 @@ def weight_bytes(candidates: list[decode.Candidate]) -> dict[str, int]:
     sizes = {}
     for c in candidates:
         graphs = graphs_of(c.model)
-        plain = {t.data_ptr(): t for t in (*c.model.parameters(), *c.model.buffers())}.values()
+        plain = {id(t): t for t in (*c.model.parameters(), *c.model.buffers())}.values()
         sizes[c.name] = graphs[-1].report.after.weight_bytes if graphs else sum(_bytes(t) for t in plain)
     return sizes
 
