@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 
-from accelpass.ir.graph import aten, fake_mode, is_call, placeholders, root, value, written_inputs
+from accelpass.ir.graph import aten, fake_mode, is_call, placeholders, value, written_inputs
 
 Fn = Callable[..., Any]
 Compile = Callable[[fx.GraphModule, list[Any]], Fn]
@@ -150,8 +150,8 @@ def _key(part: _Part) -> Hashable:
     """Equal for parts that the same code can run: the same calls on tensors that are laid out and overlap alike."""
     nodes = list(part.gm.graph.nodes)
     number = {n: f"%{i}" for i, n in enumerate(nodes)}
-    roots = [root(n) for n in part.given]
-    overlap = tuple(roots.index(r) for r in roots)
+    storages = [value(n).untyped_storage()._cdata if isinstance(value(n), Tensor) else n for n in part.given]
+    overlap = tuple(storages.index(s) for s in storages)
     calls = tuple(
         (n.op, n.target if n.op == "call_function" else "", str(fx.map_arg((n.args, n.kwargs), number.__getitem__)))
         for n in nodes

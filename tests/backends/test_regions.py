@@ -93,6 +93,19 @@ def test_packed_blocks_share_their_code():
     assert 0 < ours.report.parts_compiled <= 3 < ours.report.parts
 
 
+def test_two_instances_and_inference_mode():
+    torch.manual_seed(0)
+    first, second = Stack(6).eval(), Stack(6).eval()
+    for model, mode in ((first, torch.no_grad), (second, torch.no_grad), (first, torch.inference_mode)):
+        fast = torch.compile(model, backend="accelpass", options={"passes": ["int8_weights"]})
+        with mode():
+            for case in range(2):
+                x, caches = torch.randn(2, WIDTH), [torch.randn(4, WIDTH) for _ in range(6)]
+                theirs = [c.clone() for c in caches]
+                assert relative_error(fast(x, caches)[0], model(x, theirs)[0]) < 0.05, (mode, case)
+                assert all(relative_error(a, b) < 0.05 for a, b in zip(caches, theirs, strict=True))
+
+
 @pytest.mark.parametrize("why", ["one tensor written twice", "random", "symbolic sizes"])
 def test_what_cannot_be_cut_stays_whole(why: str, monkeypatch: pytest.MonkeyPatch):
     seen: list[Any] = []
