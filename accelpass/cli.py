@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -66,6 +67,9 @@ PromptOption = Annotated[str, typer.Option("--prompt", help="What to ask.")]
 
 def main() -> None:
     """The console entry."""
+    # torchao, which transformers imports where it is installed, reports kernels for GPUs that are not here.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except KeyboardInterrupt:
