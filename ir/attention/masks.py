@@ -10,14 +10,24 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.effects import writes
 from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.graph import aten, is_call
 
+_LAYOUT = (
+    *(aten.to, aten._to_copy, aten.type_as, aten.view, aten.reshape, aten.squeeze, aten.unsqueeze, aten.expand),
+    *(aten.repeat, aten.repeat_interleave, aten.slice, aten.contiguous, aten.clone, aten.transpose, aten.permute),
+)
 _MOST_NODES = 200
 _MOST_TOKENS = 4096
 _HIDDEN = -1e4  # an additive mask hides a key with at most this
 
 
 def bias_of(spec: AttentionSpec, extras: Sequence[fx.Node], rows: Any, columns: Any) -> tuple[str, int | None]:
-    """(one of BIAS_KINDS, window). Only a single mask that depends on nothing but positions is named."""
+    """(one of BIAS_KINDS, window). A mask is named if it is the only one and depends on nothing but positions.
+
+    ``alibi`` says that a bias grows with position; masks beside it stay steps without a name.
+    """
+    if any(s.kind == "add" and s.extra is not None and is_alibi(extras[s.extra]) for s in spec.steps):
+        return "alibi", None
     steps = [s for s in spec.steps if s.kind != "sink" and s.extra is not None]
     if not steps:
         return ("causal" if spec.causal else "none"), None
@@ -54,6 +64,40 @@ def bias_of(spec: AttentionSpec, extras: Sequence[fx.Node], rows: Any, columns: 
     if window and torch.equal(seen[0], (behind >= 0) & (behind < window)):
         return "sliding_window", window
     return "tensor", None
+
+
+def is_alibi(bias: fx.Node) -> bool:
+    """True for slopes times positions (Press et al. 2022, section 3): one slope a head, none larger than 1."""
+    product = _bare(bias)
+    if not is_call(product, aten.mul) or not all(isinstance(n, fx.Node) for n in product.args[:2]):
+        return False
+    for slopes, positions in (product.args[:2], product.args[1::-1]):
+        found = constant(slopes)
+        if found is None or not found.is_floating_point() or found.numel() < 2 or max(found.shape) != found.numel():
+            continue
+        size = found.abs().flatten()
+        if bool((size <= 1).all() & (size > 0).all()) and size.unique().numel() == size.numel() and _counts(positions):
+            return True
+    return False
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node is positions: a range, or a running sum of a mask, moved and zeroed where the mask is."""
+    for _ in range(_MOST_NODES):
+        node = _bare(node)
+        if is_call(node, aten.arange, aten.cumsum):
+            return True
+        if not is_call(node, aten.add, aten.sub, aten.mul, aten.neg) or not isinstance(node.args[0], fx.Node):
+            return False
+        node = node.args[0]
+    return False
+
+
+def _bare(node: fx.Node) -> fx.Node:
+    """What ``node`` is a cast, a view, a part or a repetition of."""
+    while is_call(node, *_LAYOUT) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def constant(node: fx.Node) -> Tensor | None:

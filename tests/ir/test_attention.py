@@ -236,6 +236,27 @@ def test_window_is_read_from_the_mask(x):
     assert (record.spec.bias, record.spec.window) == ("sliding_window", 3)
 
 
+@pytest.mark.parametrize(
+    ("spelled", "bias"), [("constant", "alibi"), ("padding", "alibi"), ("masked", "alibi"), ("one slope", "tensor")]
+)
+def test_slopes_times_positions_are_alibi(spelled, bias, x):
+    def core(q, k, v):
+        heads = 1 if spelled == "one slope" else HEADS
+        slopes = (0.5 ** torch.arange(1, heads + 1)).view(-1, 1, 1)
+        if spelled == "padding":
+            seen = (k[:, 0, :, 0] > -10).long()
+            places = ((seen.cumsum(-1) - 1) * seen)[:, None, None, :]
+        else:
+            places = torch.arange(TOKENS)
+        scores = q @ k.transpose(-1, -2) * 0.3 + slopes * places
+        if spelled == "masked":
+            scores = scores.masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)
+        return scores.softmax(-1) @ v
+
+    (record,), *_ = compiled(Attend(core), x)
+    assert record.spec.bias == bias
+
+
 def test_cross_and_joint(x):
     (record,), *_ = compiled(Attend(by_hand), x, torch.randn(BATCH, 3, 32))
     assert record.kind == "cross"
