@@ -20,6 +20,7 @@ from accelpass.ir.graph import clean_path, placeholders
 from accelpass.ir.program import Program
 from accelpass.ir.tensors import FromInputs, FromModule
 
+_DATA = getattr(torch._C._autograd, "_get_data_attr", torch)
 _TABLES = {"_parameters": "param", "_buffers": "buffer", "_modules": None}
 
 
@@ -48,6 +49,15 @@ def path_of(source: Any) -> tuple[str, str] | None:
     return (clean_path(".".join(reversed(parts))), kind) if kind else None
 
 
+class _Interpreter(fx.Interpreter):
+    """Runs Dynamo's graph; ``x.data`` is no operator that a tracer sees, so it is run as the ``detach`` that it is."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is _DATA:
+            return args[0].detach()
+        return super().call_function(target, args, kwargs)
+
+
 def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
     """Capture what Dynamo gave to a backend.
 
@@ -65,12 +75,9 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
         raise NotCanonical("the graph has no tensor inputs")
     try:
         with mode, fx.traceback.preserve_node_meta():
-            new = make_fx(lambda *a: fx.Interpreter(gm).run(*a), pre_dispatch=True)(*fakes)
+            new = make_fx(lambda *a: _Interpreter(gm).run(*a), pre_dispatch=True)(*fakes)
     except Exception as cause:  # anything an op's tracing may raise; the caller compiles the graph unrewritten
         raise NotCanonical(f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}") from cause
-    if any(isinstance(t, FakeTensor) for t in new.buffers()):
-        # A value computed under a transform (vmap inside a scan) came out without its computation.
-        raise NotCanonical("retracing lost how a value is computed, as it does inside associative_scan")
     paths: dict[fx.Node, tuple[str, str]] = {}
     for o, n in zip(old, placeholders(new), strict=True):
         n._dynamo_source = source = getattr(o, "_dynamo_source", None)
@@ -83,6 +90,10 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
     for name, _ in new.named_buffers():
         new._param_name_to_source.setdefault(name, ConstantSource(name))  # type: ignore[operator, union-attr]
     _drop_noise(new)
+    held = (getattr(new, str(n.target), None) for n in new.graph.find_nodes(op="get_attr"))
+    if any(isinstance(t, FakeTensor) for t in held):
+        # A value computed under a transform (vmap inside a scan) came out without its computation.
+        raise NotCanonical("retracing lost how a value is computed, as it does inside associative_scan")
     return Program(new, FromInputs(new, example_inputs, paths), "dynamo")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import accelpass
 from accelpass.ir.capture import from_dynamo, from_export
 from accelpass.ir.graph import placeholders
 from accelpass.ir.program import Program
@@ -120,3 +121,35 @@ def test_what_the_graph_writes_to_is_no_constant():
     constant = {program.tensors.path(n) for n in placeholders(program.gm) if program.tensors.is_constant(n)}
     assert constant == {"proj.weight", "proj.bias"}
     assert "cache" in {program.tensors.path(n) for n in placeholders(program.gm)}
+
+
+def test_a_write_through_data_is_kept():
+    class Padded(torch.nn.Module):
+        def forward(self, x):
+            joint = x.new_zeros(x.shape[0], 5)
+            joint.data[:, 2:].copy_(x)
+            return joint * 2
+
+    x = torch.randn(4, 3)
+    fast = torch.compile(Padded(), backend="accelpass", options={"lowering": "aten"})
+    with torch.no_grad():
+        assert torch.equal(fast(x), Padded()(x))
+    (graph,) = accelpass.explain(fast).graphs
+    assert "not canonicalised" not in graph.note
+
+
+def test_what_cannot_be_retraced_is_compiled_as_it_is():
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    class Scan(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            return associative_scan(lambda a, b: a * 0.5 + b, self.linear(x), 0, combine_mode="generic")
+
+    model, x = Scan().eval(), torch.randn(6, 3)
+    fast = torch.compile(model, backend="accelpass", options={"lowering": "aten"})
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), atol=1e-6)
