@@ -12,8 +12,7 @@ from accelpass.backends.regions import compile_regions
 from accelpass.ir.errors import CompilerMissingError
 from accelpass.passes.options import Options
 
-FUSED_MULTIPLY_ADD = {"cpp.enable_floating_point_contract_flag": "fast"}
-"""One rounding in place of two. A tenth of an int4 product's time, and below the rounding of any packed weight."""
+_CONTRACT = "enable_floating_point_contract_flag"
 
 
 def compile_graph(gm: fx.GraphModule, inputs: list[Any], chosen: Options, exact: bool) -> Callable[..., Any]:
@@ -24,7 +23,7 @@ def compile_graph(gm: fx.GraphModule, inputs: list[Any], chosen: Options, exact:
         exact: results must equal the model's up to the order of float additions.
     """
     if not exact:
-        chosen = replace(chosen, inductor={**FUSED_MULTIPLY_ADD, **chosen.inductor})
+        chosen = replace(chosen, inductor={**_fused_multiply_add(), **chosen.inductor})
     # On a GPU the whole graph, launched in one sequence, is worth more than a short compilation.
     on_cpu = all(t.device.type == "cpu" for t in inputs if isinstance(t, Tensor))
     if chosen.regions and on_cpu:
@@ -34,6 +33,14 @@ def compile_graph(gm: fx.GraphModule, inputs: list[Any], chosen: Options, exact:
         if regions is not None:
             return regions
     return compile_whole(gm, inputs, chosen)
+
+
+def _fused_multiply_add() -> dict[str, Any]:
+    """One rounding in place of two: a tenth of an int4 product's time, and below the rounding of any packed weight."""
+    from torch._inductor import config
+
+    known = isinstance(getattr(config.cpp, _CONTRACT, None), str)  # a switch, or missing, in other versions of torch
+    return {f"cpp.{_CONTRACT}": "fast"} if known else {}
 
 
 def compile_whole(gm: fx.GraphModule, inputs: list[Any], chosen: Options) -> Callable[..., Any]:
