@@ -128,10 +128,12 @@ def backend(
         if isinstance(fn, Regions):
             report.parts, report.parts_compiled = len(fn.steps), fn.compiled
     report.seconds = time.perf_counter() - started
-    mine: dict[str, Tensor] = {path: example_inputs[tensors.position(n)] for n, (path, _) in tensors.paths.items()}
+    mine: list[tuple[str, Tensor]] = [
+        (path, example_inputs[tensors.position(n)]) for n, (path, _) in tensors.paths.items()
+    ]
+    owners = tuple(weakref.ref(t) for _, t in mine)
     report.derived_bytes = binder.derived_bytes()
-    owners = tuple(weakref.ref(t) for t in mine.values())
-    parameters = {path: (t.shape, t.dtype) for path, t in mine.items() if isinstance(t, torch.nn.Parameter)}
+    parameters = {path: (t.shape, t.dtype) for path, t in mine if isinstance(t, torch.nn.Parameter)}
     return CompiledGraph(fn, binder, chosen, options, report, owners, parameters)
 
 

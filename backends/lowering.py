@@ -34,7 +34,7 @@ def _int4_embedding(graph: fx.Graph, node: fx.Node) -> fx.Node:
     indices, q, scale, zero, group, dtype = node.args
     e = weight_only_cpu.Emit(graph, node)
     taken = [None if t is None else e(aten.index.Tensor, t, [indices]) for t in (q, scale, zero)]
-    return _unpacked(e, taken[0], taken[1], taken[2], group, dtype)
+    return weight_only_cpu.unpacked(e, taken[0], taken[1], taken[2], group, dtype)
 
 
 def _int8_matrix(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -46,22 +46,7 @@ def _int8_matrix(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 def _int4_matrix(graph: fx.Graph, node: fx.Node) -> fx.Node:
     q, scale, zero, group, dtype = node.args
-    return _unpacked(weight_only_cpu.Emit(graph, node), q, scale, zero, group, dtype)
-
-
-def _unpacked(
-    e: weight_only_cpu.Emit, q: fx.Node, scale: fx.Node, zero: fx.Node | None, group: int, dtype: torch.dtype
-) -> fx.Node:
-    packed = e(aten.unflatten.int, q, -1, [int(value(scale).shape[-1]), group // 2])
-    nibbles = [e(aten.bitwise_and.Scalar, packed, 15), e(aten.__rshift__.Scalar, packed, 4)]
-    # Cast first: Inductor leaves a concatenation of bytes to a library call.
-    wide = e(aten.cat.default, [e.cast(n, torch.float32) for n in nibbles], -1)
-    if zero is None:
-        centred = e(aten.sub.Scalar, wide, 8.0)
-    else:
-        centred = e(aten.sub.Tensor, wide, e(aten.unsqueeze.default, zero, -1))
-    w = e(aten.mul.Tensor, centred, e(aten.unsqueeze.default, scale, -1))
-    return e.cast(e(aten.flatten.using_ints, w, -2, -1), dtype)
+    return weight_only_cpu.unpacked(weight_only_cpu.Emit(graph, node), q, scale, zero, group, dtype)
 
 
 def _on_cuda(op_name: str, cpu: Lowering) -> Lowering:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 
+from accelpass.ir.attention.score_steps import argument
 from accelpass.ir.graph import aten, fake_mode, is_call, placeholders, value, written_inputs
 
 Fn = Callable[..., Any]
@@ -241,8 +242,6 @@ def _layout(held: Any) -> Hashable:
 
 def _can_cut(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     """Every size is a number, nothing is random, no graph inside the graph, and written inputs overlap no other."""
-    if fake_mode(gm) is None:
-        return False
     for node in gm.graph.nodes:
         held = value(node)
         if node.op == "get_attr" and not isinstance(_attribute(gm, node), Tensor):
@@ -271,6 +270,5 @@ def _is_random(node: fx.Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     if is_call(node, aten.scaled_dot_product_attention):
-        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return dropout != 0.0
+        return argument(node, "dropout_p") != 0.0
     return not (is_call(node, aten.dropout, aten.feature_dropout) and node.args[2] is False)

@@ -77,12 +77,11 @@ def int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
     e = Emit(graph, node)
     x, q, scale, zero, bias, group = node.args
     count = rows(x)
-    out, groups = (int(s) for s in shape(scale))
-    half = group // 2
-    packed = e(aten.reshape.default, q, [out, groups, half])
-    low = e(aten.bitwise_and.Scalar, packed, 15)
-    scales = e(aten.unsqueeze.default, scale, -1)
     if count is not None and count <= GEMV_ROWS:
+        (out, groups), half = (int(s) for s in shape(scale)), group // 2
+        packed = e(aten.reshape.default, q, [out, groups, half])
+        low = e(aten.bitwise_and.Scalar, packed, 15)
+        scales = e(aten.unsqueeze.default, scale, -1)
         # A byte is low + 16 high, so low x1 + high x2 = byte (x2 / 16) + low (x1 - x2 / 16): no shift. What depends on x
         # alone is computed once and not for each output.
         flat = e.cast(e(aten.reshape.default, stored(x), [count, groups, 2, half]), torch.float32)
@@ -104,14 +103,25 @@ def int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
             parts.append(e(aten.sum.dim_IntList, products, [1, 2]))
         y = parts[0] if count == 1 else e(aten.stack.default, parts, 0)
         return e.finish(y, bias)
-    high = e(aten.__rshift__.Scalar, packed, 4)
-    offset = 8.0 if zero is None else e(aten.unsqueeze.default, zero, -1)
-    minus = aten.sub.Scalar if zero is None else aten.sub.Tensor
     dtype = matmul_dtype(value(x))
-    # The bytes of a group hold its first half low and its second half high, so the halves are joined and not woven.
-    halves = []
-    for nibble in (low, high):
-        centred = e(minus, e.cast(nibble, torch.float32), offset)
-        halves.append(stored(e.cast(e(aten.mul.Tensor, centred, scales), dtype)))
-    weight = e(aten.flatten.using_ints, e(aten.cat.default, halves, -1), -2, -1)
+    weight = unpacked(e, q, scale, zero, group, dtype)
     return e.finish(e.cast(e(aten.linear.default, e.cast(x, dtype), weight), torch.float32), bias)
+
+
+def unpacked(e: Emit, q: fx.Node, scale: fx.Node, zero: fx.Node | None, group: int, dtype: torch.dtype) -> fx.Node:
+    """The matrix, or rows of it, as floats.
+
+    The bytes of a group hold its first half low and its second half high, so the halves are joined and not woven. They
+    are floats before that: Inductor leaves a concatenation of bytes to a library call.
+    """
+    packed = e(aten.unflatten.int, q, -1, [int(shape(scale)[-1]), group // 2])
+    scales = e(aten.unsqueeze.default, scale, -1)
+    halves = []
+    for nibble in (e(aten.bitwise_and.Scalar, packed, 15), e(aten.__rshift__.Scalar, packed, 4)):
+        wide = e.cast(nibble, torch.float32)
+        if zero is None:
+            centred = e(aten.sub.Scalar, wide, 8.0)
+        else:
+            centred = e(aten.sub.Tensor, wide, e(aten.unsqueeze.default, zero, -1))
+        halves.append(stored(e.cast(e(aten.mul.Tensor, centred, scales), dtype)))
+    return e(aten.flatten.using_ints, e(aten.cat.default, halves, -1), -2, -1)

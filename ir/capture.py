@@ -20,7 +20,7 @@ from accelpass.ir.graph import clean_path, placeholders
 from accelpass.ir.program import Program
 from accelpass.ir.tensors import FromInputs, FromModule
 
-_DATA = getattr(torch._C._autograd, "_get_data_attr", torch)
+_DATA = getattr(torch._C._autograd, "_get_data_attr", None)
 _TABLES = {"_parameters": "param", "_buffers": "buffer", "_modules": None}
 
 

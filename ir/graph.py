@@ -44,6 +44,18 @@ def known(condition: Any) -> bool:
     return condition if isinstance(condition, bool) else statically_known_true(condition)
 
 
+def hint(size: Any) -> int:
+    """What a size was when the graph was traced, to sort and report by; this never adds a guard."""
+    return size if isinstance(size, int) else size.node.hint
+
+
+def through(node: Any, *targets: Any) -> Any:
+    """What ``node`` is, with calls of ``targets`` on it looked through to their first operand."""
+    while is_call(node, *targets) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
 def append_placeholder(gm: fx.GraphModule, name: str, fake: Tensor) -> fx.Node:
     """A new input at the end of the inputs that AOTAutograd takes for model state, not for a user's tensor."""
     last = placeholders(gm)[-1]

@@ -194,13 +194,12 @@ class Binder:
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
         made, missed = [], False
-        memo = self._memo
         for index, group in enumerate(self.groups):
             sources = [args[p] for p in group.positions]
-            entry = memo[index]
+            entry = self._memo[index]
             if entry is None or not entry.serves(sources):
                 entry = DERIVED.get(sources, group.recipe, self.paths[group.positions[0]])
-                memo[index] = entry
+                self._memo[index] = entry
                 missed = True
             made.append(entry.tensors)
         if missed and self.released:

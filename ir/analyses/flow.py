@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.graph import aten, is_call, mutates, placeholders, root, value
+from accelpass.ir.graph import aten, is_call, mutates, placeholders, root, through, value
 from accelpass.ir.program import Program
 
 CASTS = (
@@ -29,9 +29,7 @@ _FAR = 8  # casts, views and slices between a use of a constant and the constant
 
 def bare(node: fx.Node, *passed: object) -> fx.Node:
     """What ``node`` is a cast or a copy of; ``passed`` are further operations to look through."""
-    while is_call(node, *CASTS, *passed) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+    return through(node, *CASTS, *passed)
 
 
 def tensors(node: fx.Node) -> list[fx.Node]:

@@ -8,7 +8,7 @@ from torch import fx
 
 from accelpass.ir.analyses.flow import CASTS, VIEWS, output_nodes, positions, writes
 from accelpass.ir.attention.detect import Attention, detect
-from accelpass.ir.graph import aten, is_call, known, mutates, root, value
+from accelpass.ir.graph import aten, is_call, known, mutates, root, through, value
 from accelpass.ir.program import Program
 
 _LAYOUT = (*CASTS, *VIEWS, aten.repeat_interleave, aten.repeat, aten.slice, aten.roll)
@@ -164,9 +164,7 @@ def _touching(node: fx.Node) -> list[fx.Node]:
 
 def _origin(node: fx.Node) -> fx.Node:
     """The tensor that ``node`` is a layout, a part or a rotation of."""
-    while is_call(node, *_LAYOUT) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+    return through(node, *_LAYOUT)
 
 
 def _stored_elsewhere(node: fx.Node, written: dict[fx.Node, list[fx.Node]]) -> _Side | None:

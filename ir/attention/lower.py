@@ -16,7 +16,7 @@ from accelpass.ir.attention.op import ATTENTION, attend, is_attention, spec_of
 from accelpass.ir.attention.spec import All, AttentionSpec, BlockList, Dense, SinksAndWindow
 from accelpass.ir.attention.steps import STEPS
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.graph import fake_mode, module_path, refresh, value
+from accelpass.ir.graph import fake_mode, hint, module_path, refresh, value
 from accelpass.ir.program import Program
 
 Run = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], AttentionSpec], tuple[Tensor, dict[str, Tensor]]]
@@ -240,13 +240,8 @@ def _like(out: Tensor, wanted: Tensor) -> Tensor:
     """``out`` with its dimensions in memory as ``wanted`` has them: the model may view the result."""
     if wanted.is_contiguous():
         return out
-    order = sorted(range(wanted.dim()), key=lambda d: _hint(wanted.stride(d)), reverse=True)
+    order = sorted(range(wanted.dim()), key=lambda d: hint(wanted.stride(d)), reverse=True)
     return out.permute(order).contiguous().permute(inverse(tuple(order)))
-
-
-def _hint(size: Any) -> int:
-    """A number to sort by; the order of strides does not depend on the sizes behind them."""
-    return size if isinstance(size, int) else size.node.hint
 
 
 def _constant(program: Program, node: fx.Node, tensor: Tensor) -> fx.Node:

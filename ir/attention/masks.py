@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.effects import writes
 from accelpass.ir.attention.spec import AttentionSpec
-from accelpass.ir.graph import aten, is_call
+from accelpass.ir.graph import aten, is_call, through
 
 _LAYOUT = (
     *(aten.to, aten._to_copy, aten.type_as, aten.view, aten.reshape, aten.squeeze, aten.unsqueeze, aten.expand),
@@ -68,7 +68,7 @@ def bias_of(spec: AttentionSpec, extras: Sequence[fx.Node], rows: Any, columns: 
 
 def is_alibi(bias: fx.Node) -> bool:
     """True for slopes times positions (Press et al. 2022, section 3): one slope a head, none larger than 1."""
-    product = _bare(bias)
+    product = through(bias, *_LAYOUT)
     if not is_call(product, aten.mul) or not all(isinstance(n, fx.Node) for n in product.args[:2]):
         return False
     for slopes, positions in (product.args[:2], product.args[1::-1]):
@@ -84,20 +84,13 @@ def is_alibi(bias: fx.Node) -> bool:
 def _counts(node: fx.Node) -> bool:
     """Whether a node is positions: a range, or a running sum of a mask, moved and zeroed where the mask is."""
     for _ in range(_MOST_NODES):
-        node = _bare(node)
+        node = through(node, *_LAYOUT)
         if is_call(node, aten.arange, aten.cumsum):
             return True
         if not is_call(node, aten.add, aten.sub, aten.mul, aten.neg) or not isinstance(node.args[0], fx.Node):
             return False
         node = node.args[0]
     return False
-
-
-def _bare(node: fx.Node) -> fx.Node:
-    """What ``node`` is a cast, a view, a part or a repetition of."""
-    while is_call(node, *_LAYOUT) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
 
 
 def constant(node: fx.Node) -> Tensor | None:

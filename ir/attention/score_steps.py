@@ -199,13 +199,10 @@ def _row_maximum(scores: fx.Node, candidate: Any) -> tuple[fx.Node, ...]:
         nodes.append(nodes[-1].args[0])
     if nodes and is_call(nodes[-1], operator.getitem) and nodes[-1].args[1] == 0:
         nodes.append(nodes[-1].args[0])
-    last = nodes[-1] if nodes else None
-    if (
-        last is None
-        or not is_call(last, aten.amax, aten.max)
-        or last.target is aten.max.other
-        or last.args[0] is not scores
-    ):
+    if not nodes:
+        return ()
+    last = nodes[-1]
+    if not is_call(last, aten.amax, aten.max) or last.target is aten.max.other or last.args[0] is not scores:
         return ()
     if len(last.args) < 2 or not last_axis(scores, last.args[1]) or not argument(last, "keepdim"):
         return ()

@@ -9,9 +9,8 @@ from torch import fx
 
 from accelpass.ir.attention.detect import Attention
 from accelpass.ir.attention.lower import is_as_inserted
+from accelpass.ir.attention.score_steps import argument
 from accelpass.ir.graph import aten, value
-
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,9 @@ class SdpaCall:
     causal: bool
     scale: float
 
-    def argument(self, position: int) -> Any:
-        """An argument of the call by its position, or None."""
-        return _argument(self.node, position)
+    def argument(self, name: str) -> Any:
+        """An argument of the call by its schema name."""
+        return argument(self.node, name)
 
     def replace(self, new: fx.Node) -> None:
         """Let the origin return what ``new`` computes."""
@@ -57,15 +56,11 @@ def sdpa_call(attention: Attention) -> SdpaCall | str:
         return "no scaled_dot_product_attention call computes it"
     (call,) = found
     q, k, v = origin.graph.find_nodes(op="placeholder")[:3]
-    if _argument(call, 0) is not q or value(q).dim() != 4:
+    if argument(call, "query") is not q or value(q).dim() != 4:
         return "queries are rearranged in front of the attention"
-    if _argument(call, 4):
+    if argument(call, "dropout_p"):
         return "dropout is on"
     if value(k).dtype != value(q).dtype:
         return f"keys are {value(k).dtype}, queries {value(q).dtype}"
-    scale = call.kwargs.get("scale") or value(q).shape[-1] ** -0.5
-    return SdpaCall(origin, call, q, k, v, _argument(call, 3), bool(_argument(call, 5)), scale)
-
-
-def _argument(call: fx.Node, position: int) -> Any:
-    return call.args[position] if position < len(call.args) else call.kwargs.get(_ARGUMENTS[position])
+    scale = argument(call, "scale") or value(q).shape[-1] ** -0.5
+    return SdpaCall(origin, call, q, k, v, argument(call, "attn_mask"), argument(call, "is_causal"), scale)

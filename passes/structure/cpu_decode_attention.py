@@ -9,16 +9,16 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from accelpass.ir.attention import Attention, SdpaCall, detect, sdpa_call
+from accelpass.ir.attention import Attention, SdpaCall, sdpa_call
 from accelpass.ir.graph import aten, call, stored, value
-from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Pass, Record
+from accelpass.passes.base import Done
+from accelpass.passes.structure.sdpa_rewrite import SdpaRewrite
 
 _SIDE_BY_SIDE = 8  # query heads that share keys and values in one loop
 
 
 @dataclass(frozen=True)
-class CpuDecodeAttention(Pass):
+class CpuDecodeAttention(SdpaRewrite):
     """One query row on CPU: product, softmax and weighted sum as vectorised loops, in float32.
 
     A library call packs its operands for matrix products of many rows, and reads keys and values once for each query
@@ -27,39 +27,31 @@ class CpuDecodeAttention(Pass):
     """
 
     name: ClassVar[str] = "cpu_decode_attention"
-    phase: ClassVar[str] = "kernels"
     summary: ClassVar[str] = "attention of one new token on CPU as loops in place of a library call"
-    exact: ClassVar[bool] = True
     before: ClassVar[tuple[str, ...]] = ("grouped_query",)
 
-    def apply(self, program: Program, record: Record) -> None:
-        for attention in program.analysis(detect):
-            sdpa = _suitable(attention)
-            if isinstance(sdpa, str):
-                record.skip(attention.path, sdpa)
-                continue
-            with sdpa.origin.graph.inserting_before(sdpa.node):
-                new = _emit(sdpa, attention.spec.groups)
-            sdpa.replace(new)
-            record.take(attention.path, Done(f"one row over {value(sdpa.k).shape[-2]} keys as loops"))
-
-
-def _suitable(attention: Attention) -> SdpaCall | str:
-    sdpa = sdpa_call(attention)
-    if isinstance(sdpa, str):
+    def suitable(self, attention: Attention) -> SdpaCall | str:
+        sdpa = sdpa_call(attention)
+        if isinstance(sdpa, str):
+            return sdpa
+        q, v = value(sdpa.q), value(sdpa.v)
+        if q.device.type != "cpu":
+            return f"queries are on {q.device.type}"
+        if not isinstance(q.shape[-2], int) or q.shape[-2] != 1:
+            return f"{q.shape[-2]} query rows; decoding has one"
+        if not all(isinstance(n, int) for n in (*q.shape, v.shape[-3], v.shape[-1])):
+            return "the number of sequences or heads is symbolic"
+        if sdpa.causal:
+            return "is_causal lets a single row see the first key alone, which is left as it is"
+        if sdpa.mask is not None and value(sdpa.mask).dim() not in (2, 4):
+            return f"a mask of {value(sdpa.mask).dim()} dimensions"
         return sdpa
-    q, v = value(sdpa.q), value(sdpa.v)
-    if q.device.type != "cpu":
-        return f"queries are on {q.device.type}"
-    if not isinstance(q.shape[-2], int) or q.shape[-2] != 1:
-        return f"{q.shape[-2]} query rows; decoding has one"
-    if not all(isinstance(n, int) for n in (*q.shape, v.shape[-3], v.shape[-1])):
-        return "the number of sequences or heads is symbolic"
-    if sdpa.causal:
-        return "is_causal lets a single row see the first key alone, which is left as it is"
-    if sdpa.mask is not None and value(sdpa.mask).dim() not in (2, 4):
-        return f"a mask of {value(sdpa.mask).dim()} dimensions"
-    return sdpa
+
+    def rewrite(self, attention: Attention, sdpa: SdpaCall) -> Done:
+        with sdpa.origin.graph.inserting_before(sdpa.node):
+            new = _emit(sdpa, attention.spec.groups)
+        sdpa.replace(new)
+        return Done(f"one row over {value(sdpa.k).shape[-2]} keys as loops")
 
 
 def _emit(sdpa: SdpaCall, groups: int) -> fx.Node:

@@ -18,9 +18,9 @@ from tests.small_models import relative_error
 class Attend(nn.Module):
     """A cache of few heads read by many, as transformers writes it."""
 
-    def __init__(self, groups: int, scale: float | None = None, causal: bool = False, swapped: bool = False):
+    def __init__(self, groups: int, scale: float | None = None, causal: bool = False):
         super().__init__()
-        self.groups, self.scale, self.causal, self.swapped = groups, scale, causal, swapped
+        self.groups, self.scale, self.causal = groups, scale, causal
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         def repeated(x: Tensor) -> Tensor:

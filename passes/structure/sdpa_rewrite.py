@@ -1,0 +1,35 @@
+"""The base of passes that write a ``scaled_dot_product_attention`` call anew."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from accelpass.ir.attention import Attention, SdpaCall, detect
+from accelpass.ir.program import Program
+from accelpass.passes.base import Done, Pass, Record
+
+
+@dataclass(frozen=True)
+class SdpaRewrite(Pass):
+    """Finds the calls; a pass says which it takes and what it puts in their place."""
+
+    phase: ClassVar[str] = "kernels"
+    exact: ClassVar[bool] = True
+
+    @abstractmethod
+    def suitable(self, attention: Attention) -> SdpaCall | str:
+        """The call to rewrite, or why this attention is left alone."""
+
+    @abstractmethod
+    def rewrite(self, attention: Attention, sdpa: SdpaCall) -> Done:
+        """Rewrite the call; says what was done."""
+
+    def apply(self, program: Program, record: Record) -> None:
+        for attention in program.analysis(detect):
+            sdpa = self.suitable(attention)
+            if isinstance(sdpa, str):
+                record.skip(attention.path, sdpa)
+            else:
+                record.take(attention.path, self.rewrite(attention, sdpa))
