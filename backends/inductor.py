@@ -7,9 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
 
 from accelpass.backends.regions import compile_regions
 from accelpass.ir.errors import CompilerMissingError
+from accelpass.ir.graph import placeholders, value
 from accelpass.passes.options import Options
 
 _CONTRACT = "enable_floating_point_contract_flag"
@@ -32,7 +35,20 @@ def compile_graph(gm: fx.GraphModule, inputs: list[Any], chosen: Options, exact:
         regions = compile_regions(gm, inputs, lambda part, given: compile_whole(part, given, settings))
         if regions is not None:
             return regions
-    return compile_whole(gm, inputs, chosen)
+    return compile_whole(gm, _with_known_sizes(gm, inputs), chosen)
+
+
+def _with_known_sizes(gm: fx.GraphModule, inputs: list[Any]) -> list[Any]:
+    """``inputs`` with a fake tensor for each that Dynamo has not seen.
+
+    AOTAutograd would give a new tensor symbolic sizes that no guard can name: slower code, and guards without a source.
+    """
+    context = TracingContext.try_get()
+    known = context.tensor_to_context if context is not None else {}
+    return [
+        value(node) if isinstance(given, Tensor) and given not in known and isinstance(value(node), FakeTensor) else given
+        for node, given in zip(placeholders(gm), inputs, strict=True)
+    ]
 
 
 def _fused_multiply_add() -> dict[str, Any]:
