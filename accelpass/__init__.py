@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from accelpass.ir.errors import (
         AccelpassError,
+        CacheError,
         GraphError,
         OptionError,
         PassError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         ReleasedWeightError,
         SpecConflict,
     )
+    from accelpass.kv_cache import KVCache
     from accelpass.packed import load, save
     from accelpass.report import Report
     from accelpass.stateful import reset, state
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccelpassError",
+    "CacheError",
     "GraphError",
+    "KVCache",
     "OptionError",
     "PassError",
     "PlanError",
@@ -48,6 +52,7 @@ __all__ = [
 _ERRORS = "accelpass.ir.errors"
 _HOMES = {
     "AccelpassError": _ERRORS,
+    "CacheError": _ERRORS,
     "GraphError": _ERRORS,
     "OptionError": _ERRORS,
     "PassError": _ERRORS,
@@ -55,6 +60,7 @@ _HOMES = {
     "ReleasedWeightError": _ERRORS,
     "SpecConflict": _ERRORS,
     "Report": "accelpass.report",
+    "KVCache": "accelpass.kv_cache",
     "load": "accelpass.packed",
     "save": "accelpass.packed",
     "reset": "accelpass.stateful",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from accelpass.backends.caches import CacheCalls
 from accelpass.backends.inductor import compile_graph, compile_whole
 from accelpass.backends.lowering import lower
 from accelpass.backends.regions import Regions
@@ -18,6 +19,7 @@ from accelpass.ir import attention
 from accelpass.ir.capture import NotCanonical, from_dynamo
 from accelpass.ir.derived import is_released
 from accelpass.ir.errors import PassError, ReleasedWeightError
+from accelpass.ir.kv import lower as kv
 from accelpass.ir.program import Program
 from accelpass.ir.tensors import Binder, FromInputs
 from accelpass.passes.base import Record
@@ -44,12 +46,19 @@ class CompiledGraph:
     report: GraphReport
     owners: tuple[weakref.ref[Tensor], ...] = field(default=(), repr=False)
     parameters: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict, repr=False)
+    caches: CacheCalls | None = None
 
     def __post_init__(self) -> None:
         _COMPILED.add(self)
 
     def __call__(self, *args: Any) -> Any:
-        return self.fn(*(args if self.binder is None else self.binder(args)))
+        if self.caches is None:
+            return self.fn(*(args if self.binder is None else self.binder(args)))
+        assert self.binder is not None
+        tokens = self.caches.check(args)
+        made = self.fn(*self.binder(args))
+        self.caches.note(args, tokens)
+        return made
 
 
 def graphs_of(module: torch.nn.Module) -> list[CompiledGraph]:
@@ -113,6 +122,7 @@ def backend(
         records: list[Record] = run(program, chosen.passes, observers)
         report.records = records
         report.after = costs(program)
+        uses = kv.lower(program)
         attention.lower(program)
         if chosen.lowering != "eager":
             lower(program)
@@ -134,7 +144,8 @@ def backend(
     owners = tuple(weakref.ref(t) for _, t in mine)
     report.derived_bytes = binder.derived_bytes()
     parameters = {path: (t.shape, t.dtype) for path, t in mine if isinstance(t, torch.nn.Parameter)}
-    return CompiledGraph(fn, binder, chosen, options, report, owners, parameters)
+    caches = CacheCalls.of(uses, tensors) if uses else None
+    return CompiledGraph(fn, binder, chosen, options, report, owners, parameters, caches)
 
 
 def _captured(gm: fx.GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> Program:

@@ -35,6 +35,8 @@ class StateSpec:
     dtype: torch.dtype
     lifetime: str
     fill: float = 0.0
+    batched: bool = False
+    """One such tensor for each sequence: the anchor's first dimension comes before ``shape``."""
 
     def __post_init__(self) -> None:
         if self.lifetime not in ("sequence", "sampling_run", "model"):
@@ -44,9 +46,11 @@ class StateSpec:
         """State is derived from its anchor weight in one respect: it lives with it, on its device."""
 
         def fresh(anchor: Tensor) -> tuple[Tensor]:
-            return (torch.full(self.shape, self.fill, dtype=self.dtype, device=anchor.device),)
+            shape = (anchor.shape[0], *self.shape) if self.batched else self.shape
+            return (torch.full(shape, self.fill, dtype=self.dtype, device=anchor.device),)
 
-        return Recipe(("state", self.name, self.shape, str(self.dtype), self.lifetime, self.fill), fresh, self)
+        key = ("state", self.name, self.shape, str(self.dtype), self.lifetime, self.fill, self.batched)
+        return Recipe(key, fresh, self)
 
 
 @dataclass(frozen=True)

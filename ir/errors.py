@@ -31,3 +31,7 @@ class ReleasedWeightError(AccelpassError):
 
 class CompilerMissingError(AccelpassError):
     """Inductor found no C++ compiler that works."""
+
+
+class CacheError(AccelpassError, ValueError):
+    """A key/value cache is used for what it cannot hold: too many tokens, another model, another form."""

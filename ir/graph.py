@@ -61,6 +61,7 @@ def append_placeholder(gm: fx.GraphModule, name: str, fake: Tensor) -> fx.Node:
     last = placeholders(gm)[-1]
     with gm.graph.inserting_after(last):
         node = gm.graph.placeholder(name)
+    node.target = node.name  # the name that was free; arguments of one name would be one
     node._dynamo_source = None  # AOTAutograd insists on the attribute; None is allowed
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     node.meta["val"] = fake

@@ -71,8 +71,12 @@ class FromInputs(TensorSource):
         if found is None and node in self._derived:
             group, _ = self._derived[node]
             nodes = list(self._position)
-            return "+".join(self.paths[nodes[p]][0] for p in group.positions)
+            return "+".join(self._named(nodes[p]) for p in group.positions)
         return found[0] if found else None
+
+    def _named(self, node: fx.Node) -> str:
+        """The path of model state; of a user's input, which anchors state, its name."""
+        return self.paths[node][0] if node in self.paths else node.name
 
     def kind(self, node: fx.Node) -> str | None:
         """``param``, ``buffer`` or ``constant``; None if the node is not model state."""
@@ -105,7 +109,7 @@ class FromInputs(TensorSource):
         return made
 
     def state(self, anchor: fx.Node, spec: StateSpec) -> fx.Node:
-        """Declare state that lives with the weight ``anchor``; the same declaration in another graph shares it.
+        """Declare state that lives with the graph input ``anchor``; the same declaration in another graph shares it.
 
         Write to the returned node with an in-place ATen op; AOTAutograd and Inductor see a mutated model buffer.
         """
@@ -163,8 +167,8 @@ class FromInputs(TensorSource):
             else:
                 kept.append(self._position[node])
         used = {p for group, _ in derived for p in group.positions}
-        unused = used.difference(kept)
-        paths = {p: self.paths[n][0] for n, p in self._position.items() if p in used}
+        unused = used.difference(kept).intersection(self._position[n] for n in self.paths)
+        paths = {p: self._named(n) for n, p in self._position.items() if p in used}
         if not release:
             return Binder(tuple(kept), tuple(derived), paths)
         own = [self._position[n] for n in self.paths if self._position[n] in kept and self._position[n] not in used]

@@ -4,6 +4,7 @@
 operators back: the model's own where nothing was edited.
 """
 
+from accelpass.ir.attention import blocks as blocks  # registers its lowering
 from accelpass.ir.attention.detect import Attention, NearMiss, Survey, detect, near_misses, survey
 from accelpass.ir.attention.insert import insert
 from accelpass.ir.attention.lower import Lowering, Lowerings, NoLowering, lower, register_lowering
@@ -14,6 +15,8 @@ from accelpass.ir.attention.spec import (
     AttentionSpec,
     BlockList,
     Dense,
+    Format,
+    Native,
     Part,
     Select,
     SinksAndWindow,
@@ -27,8 +30,10 @@ __all__ = [
     "AttentionSpec",
     "BlockList",
     "Dense",
+    "Format",
     "Lowering",
     "Lowerings",
+    "Native",
     "NearMiss",
     "NoLowering",
     "Part",

@@ -16,9 +16,7 @@ from accelpass.ir.attention.region import Operand, dimension
 from accelpass.ir.attention.score_steps import aten
 from accelpass.ir.graph import call, root, value
 from accelpass.ir.program import Program
-
-KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
-
+from accelpass.ir.splice import KEPT
 
 def insert(program: Program) -> list[Attention]:
     """Replace each detected attention by an ``accelpass::attention`` node; returns the records, ``node`` set.

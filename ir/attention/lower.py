@@ -6,18 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from accelpass.ir.attention.insert import KEPT, base, inverse, shared
+from accelpass.ir.attention.insert import base, inverse, shared
 from accelpass.ir.attention.op import ATTENTION, attend, is_attention, spec_of
 from accelpass.ir.attention.spec import All, AttentionSpec, BlockList, Dense, SinksAndWindow
 from accelpass.ir.attention.steps import STEPS
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.graph import fake_mode, hint, module_path, refresh, value
+from accelpass.ir.graph import hint, module_path, value
 from accelpass.ir.program import Program
+from accelpass.ir.splice import KEPT, splice, trace
 
 Run = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], AttentionSpec], tuple[Tensor, dict[str, Tensor]]]
 
@@ -207,25 +205,9 @@ def _inline_traced(program: Program, node: fx.Node, lowering: Lowering) -> None:
 
     def run(*given: Tensor) -> list[Tensor]:
         out, found = lowering.run(given[0], given[1], given[2], given[3:], spec)
-        return [_like(out, wanted), *(found[name] for name in sorted(spec.statistics))]
+        return [like_in_memory(out, wanted), *(found[name] for name in sorted(spec.statistics))]
 
-    mode = fake_mode(program.gm)
-    assert mode is not None
-    with mode, torch.no_grad():
-        traced = make_fx(run, pre_dispatch=True)(*(value(n) for n in operands))
-    env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
-    results: Sequence[Any] = ()
-    with graph.inserting_before(node):
-        for old in traced.graph.nodes:
-            if old.op == "output":
-                results = [env[n] for n in old.args[0]]
-            elif old.op == "get_attr":
-                env[old] = _constant(program, node, getattr(traced, str(old.target)))
-            elif old.op != "placeholder":
-                env[old] = graph.node_copy(old, env.__getitem__)
-                env[old].meta = {"val": old.meta.get("val"), **{k: node.meta[k] for k in KEPT if k in node.meta}}
-                if env[old].meta["val"] is None:
-                    refresh(env[old])
+    results = splice(program, trace(program, run, operands), operands, node)
     if many:
         for user in list(node.users):
             user.replace_all_uses_with(results[user.args[1]])
@@ -236,26 +218,9 @@ def _inline_traced(program: Program, node: fx.Node, lowering: Lowering) -> None:
     _erase_adapters(graph, operands)
 
 
-def _like(out: Tensor, wanted: Tensor) -> Tensor:
+def like_in_memory(out: Tensor, wanted: Tensor) -> Tensor:
     """``out`` with its dimensions in memory as ``wanted`` has them: the model may view the result."""
     if wanted.is_contiguous():
         return out
     order = sorted(range(wanted.dim()), key=lambda d: hint(wanted.stride(d)), reverse=True)
     return out.permute(order).contiguous().permute(inverse(tuple(order)))
-
-
-def _constant(program: Program, node: fx.Node, tensor: Tensor) -> fx.Node:
-    """A tensor that the lowering made while tracing (a list of blocks), as a buffer of the graph."""
-    index = 0
-    while hasattr(program.gm, f"_attention_constant{index}"):
-        index += 1
-    name = f"_attention_constant{index}"
-    program.gm.register_buffer(name, tensor)
-    sources = getattr(program.gm, "_param_name_to_source", None)
-    if sources is not None:
-        sources[name] = ConstantSource(name)
-    made = program.graph.get_attr(name)
-    mode = fake_mode(program.gm)
-    assert mode is not None
-    made.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
-    return made

@@ -58,7 +58,11 @@ def attend(
     if "lse" in spec.statistics:
         found["lse"] = torch.logsumexp(scores.float(), -1).reshape(q.shape[:-1])
     probabilities = steps.apply(scores, (spec.softmax, *spec.after), extras)
-    probabilities = probabilities.reshape(*q.shape[:-1], columns).to(v.dtype)
+    probabilities = probabilities.reshape(*q.shape[:-1], columns)
+    if "column_sums" in spec.statistics:
+        sums = torch.nan_to_num(probabilities.float()).sum(-2)  # a row without keys (padding) is in no sum
+        found["column_sums"] = sums.unflatten(-2, (-1, spec.groups)).sum(-2)
+    probabilities = probabilities.to(v.dtype)
     return torch.matmul(probabilities, v), found
 
 
@@ -106,9 +110,14 @@ def attention_stats(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], s
 
 @attention_stats.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str) -> list[Tensor]:
-    wanted = sorted(_parsed(spec).statistics)
-    lse = [q.new_empty(q.shape[:-1], dtype=torch.float32) for name in wanted if name == "lse"]
-    return [v.new_empty((*q.shape[:-1], v.shape[-1])), *lse]
+    return [v.new_empty((*q.shape[:-1], v.shape[-1])), *fake_statistics(q, k, _parsed(spec))]
+
+
+def fake_statistics(q: Tensor, k: Tensor, spec: AttentionSpec) -> list[Tensor]:
+    """Empty tensors of the statistics' shapes, sorted by name: ``lse`` ``(..., q_heads, q_tokens)``, ``column_sums``
+    ``(..., kv_heads, k_tokens)``; float32."""
+    shapes = {"lse": q.shape[:-1], "column_sums": k.shape[:-1]}
+    return [q.new_empty(shapes[name], dtype=torch.float32) for name in sorted(spec.statistics)]
 
 
 ATTENTION = torch.ops.accelpass.attention.default

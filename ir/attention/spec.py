@@ -12,7 +12,9 @@ from accelpass.ir.errors import SpecConflict
 
 KINDS = ("self", "cross", "joint", "channel", "unknown")
 BIAS_KINDS = ("none", "causal", "sliding_window", "alibi", "tensor")
-STATISTICS = ("lse",)
+STATISTICS = ("lse", "column_sums")
+"""Of each query row the log-sum-exp of its scores; of each key the probability that it got, summed over queries and the
+query heads that share it."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Step:
 
 
 _PARTS: dict[str, type[Part]] = {}
+_EDITABLE = ("store", "format", "select")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,11 @@ class Part:
 
 
 class Store(Part):
-    """How keys and values are kept."""
+    """Which keys and values are kept, and in what basis."""
+
+
+class Format(Part):
+    """How a kept row of keys or values is written."""
 
 
 class Select(Part):
@@ -74,6 +81,13 @@ class Dense(Store):
     """Keys and values as they are."""
 
     part: ClassVar[str] = "dense"
+
+
+@dataclass(frozen=True)
+class Native(Format):
+    """In the dtype that the model computes."""
+
+    part: ClassVar[str] = "native"
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,7 @@ class AttentionSpec:
     bias: str = "none"
     window: int | None = None
     store: Store = field(default_factory=Dense)
+    format: Format = field(default_factory=Native)
     select: Select = field(default_factory=All)
     statistics: frozenset[str] = frozenset()
     edits: tuple[tuple[str, str], ...] = ()
@@ -193,6 +208,7 @@ class AttentionSpec:
         *,
         by: str,
         store: Store | None = None,
+        format: Format | None = None,
         select: Select | None = None,
         statistics: frozenset[str] | set[str] = frozenset(),
     ) -> AttentionSpec:
@@ -203,7 +219,7 @@ class AttentionSpec:
         """
         edits = list(self.edits)
         changes: dict[str, Any] = {}
-        for name, new in (("store", store), ("select", select)):
+        for name, new in (("store", store), ("format", format), ("select", select)):
             if new is None:
                 continue
             owner = next((who for who, part in edits if part == name), None)
@@ -222,7 +238,7 @@ class AttentionSpec:
     def to_json(self) -> str:
         data: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         data["steps"] = [[s.kind, s.extra, s.other, s.value] for s in self.steps]
-        data["store"], data["select"] = self.store.to_json(), self.select.to_json()
+        data |= {name: getattr(self, name).to_json() for name in _EDITABLE}
         data["statistics"] = sorted(self.statistics)
         default = AttentionSpec()
         kept = {k: v for k, v in data.items() if k in ("steps", "scale") or getattr(self, k) != getattr(default, k)}
@@ -232,7 +248,7 @@ class AttentionSpec:
     def from_json(text: str) -> AttentionSpec:
         data = json.loads(text)
         data["steps"] = tuple(Step(k, e, o, _tuples(v)) for k, e, o, v in data["steps"])
-        for name in ("store", "select"):
+        for name in _EDITABLE:
             if name in data:
                 data[name] = Part.from_json(data[name])
         data["statistics"] = frozenset(data.get("statistics", ()))

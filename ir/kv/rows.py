@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 BITS = (2, 3, 4, 8)
-_PARTS = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
+PARTS = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
 
 
 def row_bytes(width: int, bits: int) -> int:
@@ -46,7 +46,7 @@ def dequantize_rows(packed: Tensor, step: Tensor, low: Tensor, bits: int, group:
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
     parts, shift = [], 0
-    for width in _PARTS[bits]:
+    for width in PARTS[bits]:
         part = (codes >> shift) & (2**width - 1)
         pieces = part.chunk(8 // width, -1)
         byte = pieces[0]
@@ -61,7 +61,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """Codes ``(..., d)`` uint8 of packed rows."""
     width_all = packed.shape[-1] * 8 // bits
     codes, start, shift = None, 0, 0
-    for width in _PARTS[bits]:
+    for width in PARTS[bits]:
         size = width_all * width // 8
         part = packed[..., start : start + size]
         planes = torch.cat([(part >> (i * width)) & (2**width - 1) for i in range(8 // width)], -1)

@@ -1,0 +1,171 @@
+"""A key/value cache for transformers models whose form the passes of the compiled model decide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from accelpass.ir.errors import CacheError
+from accelpass.ir.kv import ledger
+from accelpass.ir.kv import ops as _ops  # registers the ops
+
+assert _ops
+
+
+class KVLayer(CacheLayerMixin):
+    """One layer: a counter, which names the layer's storage to a graph, and no tensors of its own.
+
+    Attributes:
+        count: tokens held, int64 ``(batch,)``; the same number for each sequence, padding included.
+        fresh: nothing is held. A Python value, so that an empty layer is a graph of its own: the prompt then attends to
+            itself alone.
+    """
+
+    is_compileable = True
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, capacity: int, batch_size: int, device: torch.device) -> None:
+        super().__init__()
+        self.capacity, self.batch_size = capacity, batch_size
+        self.count = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.fresh = True
+        self.is_initialized = True
+        ledger.register(self.count, capacity, self._begin)
+
+    def _begin(self) -> None:
+        self.fresh = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: what a layer holds is allocated when it is first filled."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values ``(batch, kv_heads, tokens, d)``; returns what attention reads.
+
+        Raises:
+            CacheError: another number of sequences, or more tokens than fit.
+        """
+        if key_states.shape[0] != self.batch_size:
+            raise CacheError(
+                f"this KVCache is for {self.batch_size} sequences, the call has {key_states.shape[0]}; "
+                f"make it with batch_size={key_states.shape[0]}"
+            )
+        torch.ops.accelpass.kv_append(key_states, value_states, self.count, self.capacity)
+        if self.fresh:
+            self.fresh = False
+            return key_states, value_states
+        return torch.ops.accelpass.kv_read(self.count, key_states, value_states, self.capacity)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length, 0) if self.fresh else (self.capacity, 0)
+
+    def get_seq_length(self) -> Any:
+        """Tokens held: 0, or a tensor, so that a graph serves every length."""
+        return 0 if self.fresh else self.count[0]
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+    def reset(self) -> None:
+        ledger.clear(self.count)
+        self.fresh = True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for _, buffer in ledger.buffers_of(self.count):
+            buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens of a dense layer.
+
+        Raises:
+            CacheError: the layer is compressed: what was evicted or rounded for these tokens cannot be taken back.
+        """
+        holding = ledger.holding_of(self.count)
+        removed = abs(tokens_to_remove)
+        if not removed or not holding.tokens:
+            return
+        if holding.form is not None and holding.form[0] != _ops.DENSE:
+            raise CacheError("a compressed KVCache cannot be cropped; assisted generation needs one without KV passes")
+        if removed > holding.tokens:
+            raise CacheError(f"cannot remove {removed} tokens: {holding.tokens} are held")
+        self.count.sub_(removed)
+        holding.tokens -= removed
+        if not holding.tokens:
+            self.reset()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise CacheError(f"a KVCache keeps its batch size; make it with batch_size={self.batch_size * repeats}")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise CacheError("a KVCache keeps its batch size; make one for the sequences that go on")
+
+    def __repr__(self) -> str:
+        return f"KVLayer({ledger.holding_of(self.count).tokens} of {self.capacity} tokens)"
+
+
+class KVCache(Cache):
+    """Keys and values of a decoder model, for ``model.generate(..., past_key_values=cache)`` or a loop of one's own.
+
+    Without a KV pass it keeps everything, exactly. Compiled with passes such as ``h2o``, it holds what these keep; dense keys
+    and values are then never allocated. It is used from its beginning, or goes on where the last call ended.
+
+    Args:
+        model: the model, or its config.
+        capacity: tokens, prompt and answer together, that a sequence may have.
+        batch_size: sequences; with beams, sequences times beams.
+        device: where the model is; taken from the model if it is given.
+
+    Raises:
+        CacheError: a capacity or batch size below 1, or a model without a decoder's cache.
+    """
+
+    def __init__(
+        self, model: Any, capacity: int, batch_size: int = 1, device: torch.device | str | None = None
+    ) -> None:
+        config = getattr(model, "config", model)
+        if capacity < 1 or batch_size < 1:
+            raise CacheError(f"capacity={capacity}, batch_size={batch_size}: both are at least 1")
+        if device is None:
+            weight = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+            device = weight.device if weight is not None else "cpu"
+        text = config.get_text_config(decoder=True)
+        kinds = set(getattr(text, "layer_types", None) or ())
+        other = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
+        if other:
+            raise CacheError(
+                f"{type(config).__name__} has layers of kind {', '.join(other)}, which keep no keys and values; use the "
+                "model's own cache"
+            )
+        causal = [n for n in getattr(config, "architectures", None) or () if "MaskedLM" in n]
+        if causal or (isinstance(model, torch.nn.Module) and not _decodes(model)):
+            raise CacheError(f"{type(model).__name__} generates nothing, and so has no key/value cache")
+        number = text.num_hidden_layers
+        super().__init__(layers=[KVLayer(capacity, batch_size, torch.device(device)) for _ in range(number)])
+        self.capacity = capacity
+
+    def nbytes(self) -> int:
+        """Bytes of all that is stored, scales, scores and positions included."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for _, t in ledger.buffers_of(layer.count))
+
+    def buffers(self) -> list[tuple[int, str, Tensor]]:
+        """Layer, name and tensor of everything that is stored."""
+        return [(i, n, t) for i, layer in enumerate(self.layers) for n, t in ledger.buffers_of(layer.count)]
+
+    @property
+    def seen(self) -> int:
+        """Tokens of each sequence so far."""
+        return max(ledger.holding_of(layer.count).tokens for layer in self.layers)
+
+    def __repr__(self) -> str:
+        return f"KVCache({len(self.layers)} layers, {self.seen} of {self.capacity} tokens, {self.nbytes() / 1e6:.1f} MB)"
+
+
+def _decodes(model: torch.nn.Module) -> bool:
+    """Whether the model, or the one that it wraps, is a decoder."""
+    inner = getattr(model, "_orig_mod", model)
+    config = inner.config.get_text_config(decoder=True)
+    generates = getattr(inner, "can_generate", None)
+    return bool(generates and generates()) or bool(getattr(config, "is_decoder", False)) or hasattr(config, "rope_parameters")

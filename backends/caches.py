@@ -1,0 +1,75 @@
+"""Checks around each call of a graph that uses a KVCache, on the host: nothing is written that would not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accelpass.ir.errors import GraphError
+from accelpass.ir.graph import known, value
+from accelpass.ir.kv.ledger import holding_of
+from accelpass.ir.kv.lower import CacheUse
+from accelpass.ir.tensors import FromInputs
+
+Tokens = Callable[[Sequence[Any]], int]
+
+
+@dataclass(frozen=True)
+class CacheCalls:
+    """What a graph does to caches at each call.
+
+    Attributes:
+        counts: of each layer, the position of its counter among the call's arguments, and how it is stored.
+        tokens: how many tokens a call adds.
+        is_prompt: the graph is for empty caches.
+        model: the position of one of the model's own tensors, or None.
+    """
+
+    counts: tuple[tuple[int, tuple[str, ...]], ...]
+    tokens: Tokens
+    is_prompt: bool
+    model: int | None
+
+    @staticmethod
+    def of(uses: Sequence[CacheUse], tensors: FromInputs) -> CacheCalls:
+        counts = tuple((tensors.position(u.count), u.form) for u in uses)
+        model = min((tensors.position(n) for n in tensors.paths), default=None)
+        return CacheCalls(counts, _tokens(uses[0].tokens, tensors), uses[0].is_prompt, model)
+
+    def check(self, args: Sequence[Any]) -> int:
+        """How many tokens this call adds.
+
+        Raises:
+            CacheError: they do not fit, or the cache holds what another model or other passes wrote.
+        """
+        tokens = self.tokens(args)
+        position, form = self.counts[0]
+        holding_of(args[position]).check(tokens, form, self._owner(args), self.is_prompt)
+        return tokens
+
+    def note(self, args: Sequence[Any], tokens: int) -> None:
+        """Remember what the call has stored."""
+        model = self._owner(args)
+        for position, form in self.counts:
+            holding_of(args[position]).add(tokens, form, model)
+
+    def _owner(self, args: Sequence[Any]) -> Tensor | None:
+        return None if self.model is None else args[self.model]
+
+
+def _tokens(number: int | torch.SymInt, tensors: FromInputs) -> Tokens:
+    if isinstance(number, int):
+        return lambda args: number
+    for node in tensors.inputs_nodes:
+        given, position = value(node), tensors.position(node)
+        if isinstance(given, torch.SymInt) and known(given == number):
+            return lambda args: int(args[position])
+        if isinstance(given, Tensor):
+            for dim, size in enumerate(given.shape):
+                if known(size == number):
+                    return lambda args: int(args[position].shape[dim])
+    raise GraphError(f"no input of the graph says how many tokens ({number}) it appends to the cache")

@@ -1,0 +1,104 @@
+"""Attention with what passes want to know of its probabilities, block of rows by block of rows.
+
+No row block's probabilities outlive the next one, so statistics over all queries cost one pass and no (tokens x tokens)
+memory. Also in one pass: a second softmax from the log-sum-exp would compute every product twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from accelpass.ir.attention import steps
+from accelpass.ir.attention.lower import Lowering, register_lowering
+from accelpass.ir.attention.op import fake_statistics
+from accelpass.ir.attention.spec import All, AttentionSpec, Dense
+from accelpass.ir.graph import value
+
+_ROWS = 384
+"""Query rows of one key/value head at a time: large enough for the matrix product, and their scores stay in the cache."""
+_OUTSIDE = ("sink", "drop", "view")
+
+
+@torch.library.custom_op("accelpass::attention_blocks", mutates_args=())
+def attention_blocks(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str) -> list[Tensor]:
+    """As ``accelpass::attention_stats`` (output, then statistics by name), for ``(batch, heads, tokens, d)`` operands."""
+    parsed = AttentionSpec.from_json(spec)
+    batch, heads, rows, _ = q.shape
+    kv_heads, columns, groups = k.shape[1], k.shape[2], parsed.groups
+    out = v.new_empty((batch, heads, rows, v.shape[-1]))
+    lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
+    sums = q.new_zeros((batch, kv_heads, columns), dtype=torch.float32)
+    causal = parsed.causal or (parsed.bias == "causal" and rows == columns)
+    block = max(1, _ROWS // groups)
+    for b in range(batch):
+        for h in range(kv_heads):
+            mine = slice(h * groups, (h + 1) * groups)
+            for low in range(0, rows, block):
+                high = min(low + block, rows)
+                seen = min(high, columns) if causal else columns
+                queries = q[b, mine, low:high].reshape(-1, q.shape[-1])
+                scores = (torch.mm(queries, k[b, h, :seen].t()) * parsed.scale).view(groups, high - low, seen)
+                if parsed.causal and seen > low:
+                    corner = scores[..., low:seen]
+                    corner.masked_fill_(_later(corner), -torch.inf)
+                cut = [_cut(e, b, mine, low, high, seen, rows, columns) for e in extras]
+                scores = steps.apply(scores, parsed.before, cut)
+                if "lse" in parsed.statistics:
+                    lse[b, mine, low:high] = torch.logsumexp(scores.float(), -1)
+                probabilities = steps.apply(scores, (parsed.softmax, *parsed.after), cut).reshape(-1, seen)
+                if "column_sums" in parsed.statistics:
+                    # A row without keys (padding) has no probabilities, and is in no sum.
+                    ones = probabilities.new_ones(probabilities.shape[0])
+                    sums[b, h, :seen] += torch.nan_to_num(torch.mv(probabilities.t(), ones).float())
+                made = torch.mm(probabilities.to(v.dtype), v[b, h, :seen])
+                out[b, mine, low:high] = made.view(groups, high - low, -1)
+    found = {"lse": lse, "column_sums": sums}
+    return [out, *(found[name] for name in sorted(parsed.statistics))]
+
+
+@attention_blocks.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str) -> list[Tensor]:
+    return [v.new_empty((*q.shape[:-1], v.shape[-1])), *fake_statistics(q, k, AttentionSpec.from_json(spec))]
+
+
+def _later(scores: Tensor) -> Tensor:
+    rows, columns = scores.shape[-2:]
+    return torch.ones(rows, columns, dtype=torch.bool, device=scores.device).triu(1)
+
+
+def _cut(extra: Tensor, b: int, heads: slice, low: int, high: int, seen: int, rows: int, columns: int) -> Tensor:
+    """The part of a mask or bias ``(batch, heads, rows, columns)``, any of which may be 1 or missing, for one block."""
+    full = extra[(None,) * max(0, 4 - extra.dim())]
+    if full.shape[-1] == columns and columns != 1:
+        full = full[..., :seen]
+    if full.shape[-2] == rows and rows != 1:
+        full = full[..., low:high, :]
+    if full.shape[1] != 1:
+        full = full[:, heads]
+    return full[b if full.shape[0] != 1 else 0]
+
+
+def _why_not(spec: AttentionSpec, node: fx.Node) -> str | None:
+    if not spec.statistics:
+        return "no statistics are wanted"
+    if not isinstance(spec.store, Dense) or not isinstance(spec.select, All):
+        return "keys and values are stored, or selected, in a way of their own"
+    outside = [s.kind for s in spec.steps if s.kind in _OUTSIDE]
+    if outside:
+        return f"a step {outside[0]} rearranges the scores"
+    if any(value(n).dim() != 4 for n in node.args[:3]) or any(value(n).dim() > 4 for n in node.args[3]):
+        return "operands are not (batch, heads, tokens, d)"
+    return None
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec
+) -> tuple[Tensor, dict[str, Tensor]]:
+    out, *found = torch.ops.accelpass.attention_blocks(q, k, v, list(extras), spec.to_json())
+    return out, dict(zip(sorted(spec.statistics), found, strict=True))
+
+
+register_lowering(Lowering("row_blocks", _why_not, _run))

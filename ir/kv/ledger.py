@@ -1,0 +1,114 @@
+"""What each cache layer holds, known on the host: how many tokens, in which form, and of which model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from accelpass.ir.derived import DERIVED
+from accelpass.ir.errors import CacheError
+
+
+@dataclass
+class Holding:
+    """One layer of one cache.
+
+    Attributes:
+        capacity: tokens that it can hold.
+        tokens: how many it has seen.
+        form: how they are stored: what tells one compiled set of passes from another; None while it is empty.
+        model: a tensor of the model that filled it.
+        empty: puts the layer's owner back to its start.
+    """
+
+    capacity: int
+    tokens: int = 0
+    form: Any = None
+    model: weakref.ref[Tensor] | None = None
+    empty: Callable[[], None] | None = field(default=None, repr=False)
+
+    def check(self, tokens: int, form: Any, model: Tensor | None, fresh: bool) -> None:
+        """Refuse a call before it writes anything.
+
+        Raises:
+            CacheError: the tokens do not fit, or the cache holds what another model or other passes wrote.
+        """
+        if self.tokens + tokens > self.capacity:
+            held = f" after the {self.tokens} that it holds" if self.tokens else ""
+            raise CacheError(
+                f"{tokens} tokens do not fit into a KVCache of capacity {self.capacity}{held}; nothing was written. "
+                f"Use accelpass.KVCache(model, capacity={self.tokens + tokens}) or more, or cache.reset()."
+            )
+        if fresh and self.tokens:
+            raise CacheError("this cache is not empty, but is used as if it were; call cache.reset() on it")
+        if not self.tokens:
+            return
+        if self.form is not None and form != self.form:
+            raise CacheError(
+                f"this KVCache holds {self.tokens} tokens as {_shown(self.form)}; this call stores {_shown(form)}. Use one "
+                "model, dtype and set of KV passes for all calls on a cache, or call cache.reset() in between."
+            )
+        before = self.model() if self.model is not None else None
+        if model is not None and before is not None and before is not model:
+            raise CacheError("this KVCache was filled by another model; call cache.reset(), or make one for each model")
+
+    def add(self, tokens: int, form: Any, model: Tensor | None) -> None:
+        """Note what a call has written."""
+        self.tokens += tokens
+        self.form = form
+        if model is not None:
+            self.model = weakref.ref(model)
+
+    def forget(self) -> None:
+        self.tokens, self.form, self.model = 0, None, None
+
+
+def _shown(form: Any) -> str:
+    return " ".join(map(str, form)) if isinstance(form, tuple) else str(form)
+
+
+_HOLDINGS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def register(count: Tensor, capacity: int, empty: Callable[[], None] | None = None) -> Holding:
+    """Make ``count`` (int64, one number a sequence) the counter of a cache layer."""
+    _HOLDINGS[count] = holding = Holding(capacity, empty=empty)
+    return holding
+
+
+def holding_of(count: Tensor) -> Holding:
+    """What the layer with this counter holds.
+
+    Raises:
+        CacheError: the tensor is no counter of a cache that is alive.
+    """
+    found = _HOLDINGS.get(count)
+    if found is None:
+        raise CacheError("kv_append and kv_read take the counter of an accelpass.KVCache; this tensor is none")
+    return found
+
+
+def holdings() -> list[tuple[Tensor, Holding]]:
+    """Counter and holding of every cache layer alive."""
+    return list(_HOLDINGS.items())
+
+
+def buffers_of(count: Tensor) -> list[tuple[str, Tensor]]:
+    """Name and tensor of everything that is stored for the layer with this counter."""
+    return [(r.state.name, tensors[0]) for r, _, tensors in DERIVED.of([count]) if r.state is not None]
+
+
+def clear(count: Tensor) -> None:
+    """Empty the layer: counters and buffers as they were at the start."""
+    with torch.no_grad():
+        count.zero_()
+        for recipe, _, tensors in DERIVED.of([count]):
+            if recipe.state is not None:
+                tensors[0].fill_(recipe.state.fill)
+    holding_of(count).forget()

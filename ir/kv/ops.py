@@ -1,0 +1,81 @@
+"""The two ops that an ``accelpass.KVCache`` is to a graph. Their eager bodies keep everything, exactly.
+
+Storage is found by the layer's counter, so that dense buffers exist only if a dense form is really run: compiled by this
+library, the ops become state of whatever form the passes chose.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accelpass.ir.derived import DERIVED, StateSpec
+from accelpass.ir.errors import CacheError
+from accelpass.ir.kv.ledger import holding_of
+
+DENSE = "dense"
+
+
+def dense_state(k: Tensor, v: Tensor, capacity: int) -> tuple[StateSpec, StateSpec]:
+    """Buffers for all tokens of a layer whose new keys and values are ``(batch, kv_heads, tokens, d)``."""
+
+    def spec(name: str, like: Tensor) -> StateSpec:
+        return StateSpec(f"kv.{name}", (like.shape[1], capacity, like.shape[3]), like.dtype, "sequence", batched=True)
+
+    return spec("keys", k), spec("values", v)
+
+
+def dense_form(k: Tensor) -> tuple[str, str]:
+    """What tells the dense form of one dtype from another (see :class:`~accelpass.ir.kv.ledger.Holding`)."""
+    return (DENSE, str(k.dtype))
+
+
+@torch.library.custom_op("accelpass::kv_append", mutates_args=("count",))
+def kv_append(k: Tensor, v: Tensor, count: Tensor, capacity: int) -> None:
+    """Store new tokens after those that the layer holds.
+
+    Args:
+        k, v: ``(batch, kv_heads, tokens, d)``, keys as attention reads them (after the rotary embedding).
+        count: tokens held, int64 ``(batch,)``; raised by ``tokens``.
+        capacity: tokens that the layer can hold.
+
+    Raises:
+        CacheError: the tokens do not fit.
+    """
+    holding, tokens = holding_of(count), k.shape[2]
+    holding.check(tokens, dense_form(k), None, False)
+    start = holding.tokens
+    for spec, new in zip(dense_state(k, v, capacity), (k, v), strict=True):
+        DERIVED.get([count], spec.recipe()).tensors[0][:, :, start : start + tokens] = new
+    count.add_(tokens)
+    holding.add(tokens, dense_form(k), None)
+
+
+@kv_append.register_fake
+def _(k: Tensor, v: Tensor, count: Tensor, capacity: int) -> None:
+    return None
+
+
+@torch.library.custom_op("accelpass::kv_read", mutates_args=())
+def kv_read(count: Tensor, k: Tensor, v: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """All keys and values of the layer, ``(batch, kv_heads, capacity, d)``; what is not written yet is zero.
+
+    Args:
+        k, v: tensors of the layer's dtype and heads (the newest ones).
+    """
+    if holding_of(count).form not in (None, dense_form(k)):
+        raise CacheError("this cache is compressed; read it with the compiled model that filled it, or cache.reset()")
+    keys, values = (DERIVED.get([count], s.recipe()).tensors[0] for s in dense_state(k, v, capacity))
+    return keys.clone(), values.clone()
+
+
+@kv_read.register_fake
+def _(count: Tensor, k: Tensor, v: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    return (
+        k.new_empty((k.shape[0], k.shape[1], capacity, k.shape[3])),
+        v.new_empty((v.shape[0], v.shape[1], capacity, v.shape[3])),
+    )
+
+
+KV_APPEND = torch.ops.accelpass.kv_append.default
+KV_READ = torch.ops.accelpass.kv_read.default

@@ -1,0 +1,83 @@
+"""The analysis: where a graph appends to an ``accelpass.KVCache``, and the attention that reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from accelpass.ir.attention.insert import base
+from accelpass.ir.attention.op import is_attention
+from accelpass.ir.graph import module_path
+from accelpass.ir.kv.ops import KV_APPEND, KV_READ
+from accelpass.ir.program import Program
+
+
+@dataclass(frozen=True, eq=False)
+class KVSite:
+    """One layer of a cache in one graph.
+
+    Attributes:
+        path: the module that attends.
+        layer: how many sites come before this one.
+        append: the ``kv_append`` call; read: the ``kv_read`` of the layer, None where the cache was empty and the
+            attention reads the new tokens alone.
+        attention: the semantic node that attends; None if there is none, ``why`` says so.
+        count: the graph input that counts the layer's tokens.
+    """
+
+    path: str
+    layer: int
+    append: fx.Node
+    read: fx.Node | None
+    attention: fx.Node | None
+    count: fx.Node
+    capacity: int
+    why: str = ""
+
+    @property
+    def new(self) -> tuple[Any, Any]:
+        """Keys and values that the call adds."""
+        return self.append.args[0], self.append.args[1]
+
+    @property
+    def is_prompt(self) -> bool:
+        """The layer is empty before the call."""
+        return self.read is None
+
+
+def kv_sites(program: Program) -> list[KVSite]:
+    """All sites, in execution order."""
+    attentions = [n for n in program.graph.nodes if is_attention(n)]
+    reads = {n.args[0]: n for n in program.graph.find_nodes(op="call_function", target=KV_READ)}
+    found = []
+    for append in program.graph.find_nodes(op="call_function", target=KV_APPEND):
+        count, capacity = append.args[2], append.args[3]
+        read = reads.get(count)
+        readers = [a for a in attentions if _reads(a, append, read)]
+        why = ""
+        if not readers:
+            why = "no attention that reads this cache layer was recognised"
+        elif len(readers) > 1:
+            why = f"{len(readers)} attentions read this cache layer"
+        elif read is not None and not _alone(read, readers[0]):
+            why = "something besides the attention reads this cache layer"
+        node = readers[0] if not why else None
+        path = module_path(readers[0] if readers else append) or append.name
+        found.append(KVSite(path, len(found), append, read, node, count, capacity, why))
+    return found
+
+
+def _reads(attention: fx.Node, append: fx.Node, read: fx.Node | None) -> bool:
+    k, v = base(attention.args[1]), base(attention.args[2])
+    if read is None:
+        return k is append.args[0] and v is append.args[1]
+    return all(isinstance(n, fx.Node) and n.op == "call_function" and n.args[0] is read for n in (k, v))
+
+
+def _alone(read: fx.Node, attention: fx.Node) -> bool:
+    """Whether nothing but this attention uses what was read."""
+    users = [u for item in read.users for u in item.users]
+    users += [w for u in users if u.meta.get("attention_adapter") for w in u.users]
+    return all(u is attention or u.meta.get("attention_adapter") for u in users)

@@ -1,0 +1,81 @@
+"""H2O: keep the newest tokens and those that attention went to most (arXiv 2306.14048, NeurIPS 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.kv.sites import KVSite
+from accelpass.ir.kv.storage import New
+from accelpass.passes.kv_cache.base import KVPass, refuse_select
+from accelpass.passes.kv_cache.slots import Slots, share
+
+
+@dataclass(frozen=True)
+class HeavyHitters(Slots):
+    """``heavy`` and ``recent`` shares of the prompt; the score is the attention that a token has got so far."""
+
+    part: ClassVar[str] = "h2o"
+    wants: ClassVar[frozenset[str]] = frozenset({"column_sums"})
+    heavy: float
+    recent: float
+
+    def most(self, capacity: int) -> int:
+        if self.heavy + self.recent >= 1:
+            return capacity
+        return max(1, int(self.heavy * capacity + 1e-9) + int(self.recent * capacity + 1e-9))
+
+    def quota(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        newest = share(total, self.recent).clamp_min(1)
+        if self.heavy + self.recent >= 1:
+            return newest.new_full(newest.shape, 1 << 30), newest
+        return share(total, self.heavy) + newest, newest
+
+    def prompt_score(self, new: New) -> Tensor:
+        return new.statistics["column_sums"]
+
+    def step_score(self, score: Tensor, mass: Tensor, positions: Tensor) -> Tensor:
+        return score + mass
+
+
+@dataclass(frozen=True)
+class H2O(KVPass):
+    """Evict all but heavy hitters and recent tokens, for each key/value head on its own.
+
+    The prompt's own attention is exact and dense; its probabilities, summed over queries, are the first scores. Each later
+    token attends over what is left and itself, adds its probabilities, and one token leaves. Budgets are shares of the
+    prompt's length and are fixed at its end. Scores of query heads that share a key are summed (inferred); each sequence
+    of a batch has its own (inferred); tokens added in one piece to a cache that is not empty set the budget anew, from all
+    tokens so far (inferred); at least one recent token is kept (inferred).
+
+    Attributes:
+        budget: share of the prompt that is kept; 1 keeps everything.
+        recent: share of the budget for the newest tokens, the rest is for heavy hitters; the paper gives both a tenth of
+            the prompt.
+
+    Raises:
+        OptionError: a budget outside (0, 1], a share outside [0, 1].
+    """
+
+    name: ClassVar[str] = "h2o"
+    summary: ClassVar[str] = "keep the newest tokens of a KVCache and those that attention went to most; evict the rest"
+    paper: ClassVar[str] = "H2O, arXiv 2306.14048"
+    budget: float = 0.2
+    recent: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget <= 1:
+            raise self.fail("budget", "a share of the prompt above 0, at most 1 (1 keeps everything)")
+        if not 0 <= self.recent <= 1:
+            raise self.fail("recent", "a share of the budget between 0 and 1")
+        self.check_sites()
+
+    def edited(self, site: KVSite, spec: AttentionSpec) -> tuple[AttentionSpec, str] | str:
+        refuse_select(spec, self.name)
+        store = HeavyHitters(heavy=self.budget * (1 - self.recent), recent=self.budget * self.recent)
+        slots = store.most(site.capacity)
+        what = f"{slots} of {site.capacity} tokens a head at most, {self.budget:.0%} of the prompt"
+        return spec.edited(by=self.name, store=store), what

@@ -1,0 +1,131 @@
+"""Storage under a budget: a fixed number of slots for each head, and a rule that says whose token leaves.
+
+A method is a subclass: what a token's score is, how many tokens stay, and which may never leave.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from accelpass.ir.derived import StateSpec
+from accelpass.ir.kv.banks import Floats, RowFormat, buffer, put_rows, taken_rows
+from accelpass.ir.kv.storage import Held, Layout, New, Query, Storage, bank, mass
+
+
+@dataclass(frozen=True)
+class Slots(Storage):
+    """At most :meth:`quota` tokens for each head, in slots in no order; each slot knows its token's position.
+
+    Order within a call: store the new tokens, attend over all that is there, update the scores, evict. A token that was
+    evicted never returns.
+    """
+
+    @abstractmethod
+    def most(self, capacity: int) -> int:
+        """The largest number of tokens that may stay in a layer of this capacity."""
+
+    @abstractmethod
+    def quota(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        """How many tokens stay after a prompt that ends at ``total`` tokens, and how many of these are the newest."""
+
+    @abstractmethod
+    def prompt_score(self, new: New) -> Tensor:
+        """Scores of a prompt's tokens, float32 ``(batch, kv_heads, tokens)``."""
+
+    @abstractmethod
+    def step_score(self, score: Tensor, mass: Tensor, positions: Tensor) -> Tensor:
+        """Scores after a call in which each token got the attention ``mass``; a new token's score is 0 before it."""
+
+    def pinned(self, positions: Tensor, total: Tensor, newest: Tensor) -> Tensor:
+        """Which tokens may not leave: the newest."""
+        return positions >= (total - newest)[:, None, None]
+
+    def states(self, layout: Layout, format: RowFormat) -> list[StateSpec]:
+        heads, slots = layout.kv_heads, self.most(layout.capacity) + 1
+        return [
+            *format.states("keys", heads, slots, layout.width, layout.dtype),
+            *format.states("values", heads, slots, layout.value_width, layout.dtype),
+            buffer("positions", (heads, slots), torch.int32, -1),
+            buffer("score", (heads, slots), torch.float32),
+            buffer("free", (heads,), torch.int64),
+            buffer("quota", (2,), torch.int64),
+        ]
+
+    def fill(self, held: Held, new: New, layout: Layout, format: RowFormat) -> None:
+        rows = [*format.encode(new.k), *format.encode(new.v)]
+        self.keep(held, new, rows, new.positions.to(torch.int32), self.prompt_score(new))
+
+    def extend(self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat) -> Tensor:
+        keys, values, positions = bank(held, "keys"), bank(held, "values"), held["positions"]
+        if query.one:
+            slot = held["free"]
+            put_rows(keys, slot, format.encode(new.k))
+            put_rows(values, slot, format.encode(new.v))
+            put_rows([positions.unsqueeze(-1)], slot, [new.positions.unsqueeze(-1)])
+            logits = query.logits(format, keys, positions.long(), positions >= 0)
+            (weights,) = query.probabilities(logits)
+            out = query.output((format, values, weights))
+            here = torch.arange(positions.shape[-1], device=slot.device) == slot.unsqueeze(-1)
+            before = held["score"].masked_fill(here, 0.0)
+            held["score"].copy_(self.step_score(before, mass(weights), positions))
+            self.leave(held, new.total)
+            return out
+        exact = Floats()
+        at = new.positions
+        old = query.logits(format, keys, positions.long(), positions >= 0)
+        own = query.logits(exact, [new.k], at, None)
+        weights, own_weights = query.probabilities(old, own)
+        out = query.output((format, values, weights), (exact, [new.v], own_weights))
+        rows = [
+            torch.cat([held, made], 2)
+            for held, made in zip([*keys, *values], [*format.encode(new.k), *format.encode(new.v)], strict=True)
+        ]
+        everywhere = torch.cat([positions, at.to(torch.int32)], -1)
+        before = torch.cat([held["score"], torch.zeros_like(own_weights[:, :, 0, 0])], -1)
+        got = torch.cat([mass(weights), mass(own_weights)], -1)
+        self.keep(held, new, rows, everywhere, self.step_score(before, got, everywhere))
+        return out
+
+    def keep(self, held: Held, new: New, rows: list[Tensor], positions: Tensor, score: Tensor) -> None:
+        """Fill the slots with the best of these rows, as many as the quota says; sets the quota."""
+        slots = held["positions"].shape[-1]
+        limit, newest = self.quota(new.total)
+        limit = limit.clamp_max(slots - 1)
+        first = torch.where(self.pinned(positions, new.total, newest), float("inf"), score)
+        first = first.masked_fill(positions < 0, float("-inf"))
+        # There may be fewer rows than slots: more columns that stand for none.
+        none = first.new_full((1, 1, 1), float("-inf")).expand(*first.shape[:2], slots)
+        best = torch.topk(torch.cat([first, none], -1), slots, -1).indices
+        in_use = (torch.arange(slots, device=best.device) < limit[:, None, None]) & (best < first.shape[-1])
+        best = best.clamp_max(first.shape[-1] - 1)
+        for buffer, kept in zip([*bank(held, "keys"), *bank(held, "values")], taken_rows(rows, best), strict=True):
+            buffer.copy_(kept)
+        where = positions.gather(-1, best)
+        where = where.masked_fill(in_use.logical_not(), -1)
+        held["positions"].copy_(where)
+        held["score"].copy_(score.gather(-1, best))
+        held["free"].copy_(where.argmin(-1))
+        held["quota"].copy_(torch.stack([limit, newest], -1))
+
+    def leave(self, held: Held, total: Tensor) -> None:
+        """Free one slot: an empty one while there is room, else that of the token with the lowest score."""
+        positions, quota = held["positions"], held["quota"]
+        empty = positions < 0
+        full = (positions >= 0).sum(-1, keepdim=True) > quota[:, 0, None, None]
+        worth = torch.where(self.pinned(positions, total, quota[:, 1]), float("inf"), held["score"])
+        worth = torch.where(empty, torch.where(full, float("inf"), float("-inf")), worth)
+        slot = worth.argmin(-1)
+        held["free"].copy_(slot)
+        here = torch.arange(positions.shape[-1], device=slot.device) == slot.unsqueeze(-1)
+        positions.masked_fill_(here, -1)
+
+
+def share(total: Tensor, part: float) -> Tensor:
+    """``int(part * total)`` in integers, so that a half never falls to the wrong side."""
+    ratio = Fraction(part).limit_denominator(100_000)
+    return (total * ratio.numerator) // ratio.denominator
