@@ -7,6 +7,7 @@ memory. Also in one pass: a second softmax from the log-sum-exp would compute ev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -33,6 +34,11 @@ def attention_blocks(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], 
     sums = q.new_zeros((batch, kv_heads, columns), dtype=torch.float32)
     causal = parsed.causal or (parsed.bias == "causal" and rows == columns)
     block = max(1, _ROWS // groups)
+    later = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1) if parsed.causal else None
+    softmax = parsed.softmax
+    if parsed.causal and not parsed.before:  # each query sees itself, so no row can be without keys
+        softmax = replace(softmax, kind="softmax")
+    q = q * parsed.scale
     for b in range(batch):
         for h in range(kv_heads):
             mine = slice(h * groups, (h + 1) * groups)
@@ -40,15 +46,14 @@ def attention_blocks(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], 
                 high = min(low + block, rows)
                 seen = min(high, columns) if causal else columns
                 queries = q[b, mine, low:high].reshape(-1, q.shape[-1])
-                scores = (torch.mm(queries, k[b, h, :seen].t()) * parsed.scale).view(groups, high - low, seen)
-                if parsed.causal and seen > low:
-                    corner = scores[..., low:seen]
-                    corner.masked_fill_(_later(corner), -torch.inf)
+                scores = torch.mm(queries, k[b, h, :seen].t()).view(groups, high - low, seen)
+                if later is not None and seen > low:
+                    scores[..., low:seen].masked_fill_(later[: high - low, : seen - low], -torch.inf)
                 cut = [_cut(e, b, mine, low, high, seen, rows, columns) for e in extras]
                 scores = steps.apply(scores, parsed.before, cut)
                 if "lse" in parsed.statistics:
                     lse[b, mine, low:high] = torch.logsumexp(scores.float(), -1)
-                probabilities = steps.apply(scores, (parsed.softmax, *parsed.after), cut).reshape(-1, seen)
+                probabilities = steps.apply(scores, (softmax, *parsed.after), cut).reshape(-1, seen)
                 if "column_sums" in parsed.statistics:
                     # A row without keys (padding) has no probabilities, and is in no sum.
                     ones = probabilities.new_ones(probabilities.shape[0])
@@ -62,11 +67,6 @@ def attention_blocks(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], 
 @attention_blocks.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str) -> list[Tensor]:
     return [v.new_empty((*q.shape[:-1], v.shape[-1])), *fake_statistics(q, k, AttentionSpec.from_json(spec))]
-
-
-def _later(scores: Tensor) -> Tensor:
-    rows, columns = scores.shape[-2:]
-    return torch.ones(rows, columns, dtype=torch.bool, device=scores.device).triu(1)
 
 
 def _cut(extra: Tensor, b: int, heads: slice, low: int, high: int, seen: int, rows: int, columns: int) -> Tensor:
@@ -97,7 +97,8 @@ def _why_not(spec: AttentionSpec, node: fx.Node) -> str | None:
 def _run(
     q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    out, *found = torch.ops.accelpass.attention_blocks(q, k, v, list(extras), spec.to_json())
+    anywhere = replace(spec, site="", edits=())  # the same call in every layer, so that equal layers share code
+    out, *found = torch.ops.accelpass.attention_blocks(q, k, v, list(extras), anywhere.to_json())
     return out, dict(zip(sorted(spec.statistics), found, strict=True))
 
 

@@ -28,8 +28,8 @@ class KVPass(SitePatterns):
     phase: ClassVar[str] = "cache"
 
     @abstractmethod
-    def edited(self, site: KVSite, spec: AttentionSpec) -> tuple[AttentionSpec, str] | str:
-        """The new spec of a site and what was done, or why it is left alone."""
+    def edited(self, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
+        """The new spec of a site and what was done, or why it is left alone; ``number`` sites of the graph came before."""
 
     def apply(self, program: Program, record: Record) -> None:
         sites = program.analysis(kv_sites)
@@ -47,7 +47,7 @@ class KVPass(SitePatterns):
             assert site.attention is not None
             chosen = self.at([site.path])
             before = spec_of(site.attention)
-            made = chosen.edited(site, before)
+            made = chosen.edited(site, before, len(record.took))
             if isinstance(made, str):
                 record.skip(site.path, made)
                 continue
@@ -73,11 +73,11 @@ def cannot_store(site: KVSite) -> str | None:
     return None
 
 
-def refuse_select(spec: AttentionSpec, by: str) -> None:
-    """Raise :class:`SpecConflict` if another pass selects rows of a full cache, which ``by`` does not keep."""
-    for owner, part in spec.edits:
-        if part == "select" and owner != by:
+def refuse(spec: AttentionSpec, part: str, by: str, why: str) -> None:
+    """Raise :class:`SpecConflict` if another pass has edited ``part`` of the spec, which ``by`` cannot work with."""
+    for owner, edited in spec.edits:
+        if edited == part and owner != by:
             raise SpecConflict(
-                f"{by!r} drops or rewrites rows of the cache at {spec.site or 'this attention'}, and {owner!r} chooses "
-                "rows by their position in a full one. Use one of the two passes there."
+                f"{by!r} and {owner!r} cannot both have {spec.site or 'this attention'}: {why}. Use one of the two there "
+                "(include=, exclude= choose sites)."
             )

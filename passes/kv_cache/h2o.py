@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
-from accelpass.passes.kv_cache.base import KVPass, refuse_select
+from accelpass.passes.kv_cache.base import KVPass, refuse
 from accelpass.passes.kv_cache.slots import Slots, share
 
 
@@ -41,6 +41,14 @@ class HeavyHitters(Slots):
         return score + mass
 
 
+def check_budget(p: Any) -> None:
+    """Raise :class:`OptionError` unless a pass has a budget in (0, 1] and a recent share of it in [0, 1]."""
+    if not 0 < p.budget <= 1:
+        raise p.fail("budget", "a share of the prompt above 0, at most 1 (1 keeps everything)")
+    if not 0 <= p.recent <= 1:
+        raise p.fail("recent", "a share of the budget between 0 and 1")
+
+
 @dataclass(frozen=True)
 class H2O(KVPass):
     """Evict all but heavy hitters and recent tokens, for each key/value head on its own.
@@ -67,14 +75,11 @@ class H2O(KVPass):
     recent: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise self.fail("budget", "a share of the prompt above 0, at most 1 (1 keeps everything)")
-        if not 0 <= self.recent <= 1:
-            raise self.fail("recent", "a share of the budget between 0 and 1")
+        check_budget(self)
         self.check_sites()
 
-    def edited(self, site: KVSite, spec: AttentionSpec) -> tuple[AttentionSpec, str] | str:
-        refuse_select(spec, self.name)
+    def edited(self, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
+        refuse(spec, "select", self.name, "one chooses rows by position in a full cache, the other evicts rows")
         store = HeavyHitters(heavy=self.budget * (1 - self.recent), recent=self.budget * self.recent)
         slots = store.most(site.capacity)
         what = f"{slots} of {site.capacity} tokens a head at most, {self.budget:.0%} of the prompt"

@@ -17,6 +17,9 @@ from accelpass.ir.kv.banks import Floats, RowFormat, buffer, put_rows, taken_row
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Storage, bank, mass
 
 
+EXACT = Floats()
+
+
 @dataclass(frozen=True)
 class Slots(Storage):
     """At most :meth:`quota` tokens for each head, in slots in no order; each slot knows its token's position.
@@ -58,7 +61,7 @@ class Slots(Storage):
 
     def fill(self, held: Held, new: New, layout: Layout, format: RowFormat) -> None:
         rows = [*format.encode(new.k), *format.encode(new.v)]
-        self.keep(held, new, rows, new.positions.to(torch.int32), self.prompt_score(new))
+        self.keep(held, new, rows, new.positions.to(torch.int32), self.prompt_score(new), format)
 
     def extend(self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat) -> Tensor:
         keys, values, positions = bank(held, "keys"), bank(held, "values"), held["positions"]
@@ -68,19 +71,20 @@ class Slots(Storage):
             put_rows(values, slot, format.encode(new.v))
             put_rows([positions.unsqueeze(-1)], slot, [new.positions.unsqueeze(-1)])
             logits = query.logits(format, keys, positions.long(), positions >= 0)
-            (weights,) = query.probabilities(logits)
-            out = query.output((format, values, weights))
+            weights, *more = query.probabilities(logits, *self.further_logits(held, query))
+            out = query.output((format, values, weights), *self.further_values(held, more))
             here = torch.arange(positions.shape[-1], device=slot.device) == slot.unsqueeze(-1)
             before = held["score"].masked_fill(here, 0.0)
             held["score"].copy_(self.step_score(before, mass(weights), positions))
-            self.leave(held, new.total)
+            self.leave(held, new, format)
             return out
-        exact = Floats()
         at = new.positions
         old = query.logits(format, keys, positions.long(), positions >= 0)
-        own = query.logits(exact, [new.k], at, None)
-        weights, own_weights = query.probabilities(old, own)
-        out = query.output((format, values, weights), (exact, [new.v], own_weights))
+        own = query.logits(EXACT, [new.k], at, None)
+        further = self.further_logits(held, query)
+        weights, own_weights, *more = query.probabilities(old, own, *further)
+        parts = [(format, values, weights), (EXACT, [new.v], own_weights)]
+        out = query.output(*parts, *self.further_values(held, more))
         rows = [
             torch.cat([held, made], 2)
             for held, made in zip([*keys, *values], [*format.encode(new.k), *format.encode(new.v)], strict=True)
@@ -88,11 +92,25 @@ class Slots(Storage):
         everywhere = torch.cat([positions, at.to(torch.int32)], -1)
         before = torch.cat([held["score"], torch.zeros_like(own_weights[:, :, 0, 0])], -1)
         got = torch.cat([mass(weights), mass(own_weights)], -1)
-        self.keep(held, new, rows, everywhere, self.step_score(before, got, everywhere))
+        self.keep(held, new, rows, everywhere, self.step_score(before, got, everywhere), format)
         return out
 
-    def keep(self, held: Held, new: New, rows: list[Tensor], positions: Tensor, score: Tensor) -> None:
+    def further_logits(self, held: Held, query: Query) -> list[Tensor]:
+        """Scores of tokens that are kept elsewhere than in slots."""
+        return []
+
+    def further_values(self, held: Held, weights: list[Tensor]) -> list[tuple[RowFormat, list[Tensor], Tensor]]:
+        """(format, value rows, probabilities) of the tokens of :meth:`further_logits`."""
+        return []
+
+    def dropped(self, held: Held, new: New, rows: list[Tensor], positions: Tensor, format: RowFormat) -> None:
+        """Called with rows (keys, then values, in the slots' format) before some of them leave. Positions below 0 are none."""
+
+    def keep(
+        self, held: Held, new: New, rows: list[Tensor], positions: Tensor, score: Tensor, format: RowFormat
+    ) -> None:
         """Fill the slots with the best of these rows, as many as the quota says; sets the quota."""
+        self.dropped(held, new, rows, positions, format)
         slots = held["positions"].shape[-1]
         limit, newest = self.quota(new.total)
         limit = limit.clamp_max(slots - 1)
@@ -112,16 +130,19 @@ class Slots(Storage):
         held["free"].copy_(where.argmin(-1))
         held["quota"].copy_(torch.stack([limit, newest], -1))
 
-    def leave(self, held: Held, total: Tensor) -> None:
+    def leave(self, held: Held, new: New, format: RowFormat) -> None:
         """Free one slot: an empty one while there is room, else that of the token with the lowest score."""
-        positions, quota = held["positions"], held["quota"]
+        positions, quota, total = held["positions"], held["quota"], new.total
         empty = positions < 0
         full = (positions >= 0).sum(-1, keepdim=True) > quota[:, 0, None, None]
         worth = torch.where(self.pinned(positions, total, quota[:, 1]), float("inf"), held["score"])
         worth = torch.where(empty, torch.where(full, float("inf"), float("-inf")), worth)
         slot = worth.argmin(-1)
+        chosen = slot.unsqueeze(-1)
+        rows = taken_rows([*bank(held, "keys"), *bank(held, "values")], chosen)
+        self.dropped(held, new, rows, positions.gather(-1, chosen), format)
         held["free"].copy_(slot)
-        here = torch.arange(positions.shape[-1], device=slot.device) == slot.unsqueeze(-1)
+        here = torch.arange(positions.shape[-1], device=slot.device) == chosen
         positions.masked_fill_(here, -1)
 
 

@@ -1,0 +1,57 @@
+"""Keys and values of a KVCache in few bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.graph import value
+from accelpass.ir.kv.banks import Quantized
+from accelpass.ir.kv.rows import BITS
+from accelpass.ir.kv.sites import KVSite
+from accelpass.passes.kv_cache.base import KVPass, refuse
+
+
+@dataclass(frozen=True)
+class KVQuant(KVPass):
+    """Round each stored row to integers with a step and a lowest value for each token, head and group of channels.
+
+    The rounding of MiKV's retained cache, for every token: asymmetric, by token, two groups of channels in a row, so that
+    the halves of a rotary pair have one each. Together with a pass that evicts, the rows that it keeps are rounded.
+
+    Attributes:
+        bits: 8, 4, 3 or 2.
+        groups: groups of channels in a row.
+
+    Raises:
+        OptionError: other bits, or no group.
+    """
+
+    name: ClassVar[str] = "kv_quant"
+    summary: ClassVar[str] = "keys and values of a KVCache in 8, 4, 3 or 2 bits, rounded by token and group of channels"
+    paper: ClassVar[str] = "the rounding of MiKV, arXiv 2402.18096"
+    bits: int = 4
+    groups: int = 2
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise self.fail("bits", ", ".join(map(str, sorted(BITS, reverse=True))))
+        if self.groups < 1:
+            raise self.fail("groups", "1 or more groups of channels")
+        self.check_sites()
+
+    def edited(self, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
+        for name, operand in zip(("keys", "values"), site.new, strict=True):
+            why = cannot_pack(value(operand).shape[-1], self.groups)
+            if why is not None:
+                return f"{name}: {why}"
+        refuse(spec, "format", self.name, "each says how rows are written")
+        return spec.edited(by=self.name, format=Quantized(self.bits, self.groups)), f"rows in {self.bits} bits"
+
+
+def cannot_pack(width: int, groups: int) -> str | None:
+    """Why rows of ``width`` channels cannot be packed in ``groups``, or None."""
+    if width % 8 or width % groups or (width // groups) % 4:
+        return f"{width} channels do not divide into {groups} groups of whole bytes"
+    return None

@@ -1,0 +1,75 @@
+"""Attention sinks and a window of the newest tokens: StreamingLLM's cache (arXiv 2309.17453)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.kv.sites import KVSite
+from accelpass.ir.kv.storage import New
+from accelpass.passes.kv_cache.base import KVPass, refuse
+from accelpass.passes.kv_cache.slots import Slots, share
+
+
+@dataclass(frozen=True)
+class SinksAndNewest(Slots):
+    """The first ``sinks`` tokens, and the newest; no token has a score of its own."""
+
+    part: ClassVar[str] = "kv_window"
+    sinks: int
+    budget: float
+
+    def most(self, capacity: int) -> int:
+        return min(capacity, max(self.sinks + 1, int(self.budget * capacity + 1e-9)))
+
+    def quota(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        limit = share(total, self.budget).clamp_min(self.sinks + 1)
+        if self.budget >= 1:
+            limit = limit.new_full(limit.shape, 1 << 30)
+        return limit, limit - self.sinks
+
+    def pinned(self, positions: Tensor, total: Tensor, newest: Tensor) -> Tensor:
+        return (positions < self.sinks) | super().pinned(positions, total, newest)
+
+    def prompt_score(self, new: New) -> Tensor:
+        return new.positions.float()
+
+    def step_score(self, score: Tensor, mass: Tensor, positions: Tensor) -> Tensor:
+        return positions.float()
+
+
+@dataclass(frozen=True)
+class KVWindow(KVPass):
+    """Keep the first tokens of a KVCache and its newest; evict what lies between.
+
+    The budget is a share of the prompt, as in ``h2o`` (inferred: the paper's is a fixed number of tokens). Keys keep the
+    positions that they were rotated with (inferred: the paper numbers positions within the cache).
+
+    Attributes:
+        budget: share of the prompt that is kept; 1 keeps everything.
+        sinks: how many first tokens stay.
+
+    Raises:
+        OptionError: a budget outside (0, 1], a negative number of sinks.
+    """
+
+    name: ClassVar[str] = "kv_window"
+    summary: ClassVar[str] = "keep the first tokens of a KVCache and the newest; evict the rest"
+    paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
+    budget: float = 0.2
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget <= 1:
+            raise self.fail("budget", "a share of the prompt above 0, at most 1 (1 keeps everything)")
+        if self.sinks < 0:
+            raise self.fail("sinks", "0 or more tokens")
+        self.check_sites()
+
+    def edited(self, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
+        refuse(spec, "select", self.name, "one chooses rows by position in a full cache, the other evicts rows")
+        store = SinksAndNewest(sinks=self.sinks, budget=self.budget)
+        return spec.edited(by=self.name, store=store), f"{store.most(site.capacity)} of {site.capacity} tokens a head at most"

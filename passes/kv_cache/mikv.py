@@ -1,0 +1,141 @@
+"""MiKV: what would be evicted is kept in very few bits (arXiv 2402.18096)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.derived import StateSpec
+from accelpass.ir.graph import value
+from accelpass.ir.kv.banks import Quantized, RowFormat, buffer
+from accelpass.ir.kv.sites import KVSite
+from accelpass.ir.kv.storage import Held, Layout, New, Query, bank
+from accelpass.passes.kv_cache.base import KVPass, refuse
+from accelpass.passes.kv_cache.h2o import HeavyHitters, check_budget
+from accelpass.passes.kv_cache.kv_quant import cannot_pack
+
+
+@dataclass(frozen=True)
+class Tiers(HeavyHitters):
+    """Important tokens in slots as H2O chooses them; each token that leaves these has a row of few bits at its position."""
+
+    part: ClassVar[str] = "mikv"
+    bits: int
+
+    @property
+    def retained(self) -> Quantized:
+        return Quantized(self.bits, 2)
+
+    def states(self, layout: Layout, format: RowFormat) -> list[StateSpec]:
+        heads, rows = layout.kv_heads, layout.capacity
+        return [
+            *super().states(layout, format),
+            *self.retained.states("retained_keys", heads, rows, layout.width, layout.dtype),
+            *self.retained.states("retained_values", heads, rows, layout.value_width, layout.dtype),
+            buffer("is_retained", (heads, rows), torch.bool),
+            buffer("balance", (heads, layout.width), torch.float32),
+        ]
+
+    def fill(self, held: Held, new: New, layout: Layout, format: RowFormat) -> None:
+        held["balance"].copy_(balancer(new.q, new.k, new.statistics["column_sums"]))
+        super().fill(held, new, layout, format)
+
+    def keep(
+        self, held: Held, new: New, rows: list[Tensor], positions: Tensor, score: Tensor, format: RowFormat
+    ) -> None:
+        super().keep(held, new, rows, positions, score, format)
+        kept = held["positions"]
+        _mark(held["is_retained"], kept, kept >= 0, new, torch.zeros_like(kept, dtype=torch.bool))
+
+    def dropped(self, held: Held, new: New, rows: list[Tensor], positions: Tensor, format: RowFormat) -> None:
+        count = len(bank(held, "keys"))
+        keys = format.decode(rows[:count], torch.float32) * held["balance"].unsqueeze(2)
+        values = format.decode(rows[count:], torch.float32)
+        place = _place(positions, positions >= 0, new)
+        for name, made in (("retained_keys", keys), ("retained_values", values)):
+            for buffer, part in zip(bank(held, name), self.retained.encode(made), strict=True):
+                batch, head = _index(place)
+                buffer.index_put_((batch, head, place), part)
+        _mark(held["is_retained"], positions, positions >= 0, new, torch.ones_like(positions, dtype=torch.bool))
+
+    def further_logits(self, held: Held, query: Query) -> list[Tensor]:
+        balanced = query.q / held["balance"][:, :, None, None]
+        return [query.logits(self.retained, bank(held, "retained_keys"), None, held["is_retained"], q=balanced)]
+
+    def further_values(self, held: Held, weights: list[Tensor]) -> list[tuple[RowFormat, list[Tensor], Tensor]]:
+        return [(self.retained, bank(held, "retained_values"), weights[0])]
+
+
+def balancer(q: Tensor, k: Tensor, column_sums: Tensor) -> Tensor:
+    """``sqrt(max |q| / max |k|)`` of each channel over the prompt, ``(batch, kv_heads, d)``.
+
+    The largest query of all heads of a group (inferred). Padding got no attention, and is left out.
+    """
+    seen = (column_sums > 0).unsqueeze(-1)
+    groups = q.shape[1] // k.shape[1]
+    queries = (q.float().abs().unflatten(1, (-1, groups)).amax(2) * seen).amax(2)
+    keys = (k.float().abs() * seen).amax(2)
+    return (queries / keys.clamp_min(1e-6)).clamp_min(1e-6).sqrt()
+
+
+def _place(positions: Tensor, real: Tensor, new: New) -> Tensor:
+    """Positions to write at: what stands for no token goes to the newest one's row, which is in a slot, so that its row of
+    few bits is not in use."""
+    return torch.where(real, positions.long(), (new.total - 1)[:, None, None])
+
+
+def _index(place: Tensor) -> tuple[Tensor, Tensor]:
+    batch = torch.arange(place.shape[0], device=place.device)[:, None, None]
+    return batch, torch.arange(place.shape[1], device=place.device)[:, None]
+
+
+def _mark(flags: Tensor, positions: Tensor, real: Tensor, new: New, flag: Tensor) -> None:
+    batch, head = _index(positions)
+    flags.index_put_((batch, head, _place(positions, real, new)), flag & real)
+
+
+@dataclass(frozen=True)
+class MiKV(KVPass):
+    """Keep important tokens as they are and all others in 2, 3 or 4 bits.
+
+    Importance is H2O's (``h2o``), its scores summed over the query heads that share a key. Retained keys are multiplied
+    by a balancer for each channel, from the prompt's largest queries and keys, before they are rounded by token in two
+    groups of channels; queries are divided by it. Demotion is for good. With ``kv_quant``, the important tokens are
+    rounded as that pass says.
+
+    Attributes:
+        budget: share of the prompt that is important; 1 keeps everything as it is.
+        recent: share of the budget for the newest tokens (inferred, as in H2O).
+        bits: of the others: 2, 3 or 4.
+
+    Raises:
+        OptionError: a budget outside (0, 1], a share outside [0, 1], other bits.
+    """
+
+    name: ClassVar[str] = "mikv"
+    summary: ClassVar[str] = "important tokens of a KVCache as they are, all others in 2, 3 or 4 bits"
+    paper: ClassVar[str] = "MiKV, arXiv 2402.18096"
+    after: ClassVar[tuple[str, ...]] = ("kv_quant",)
+    budget: float = 0.2
+    recent: float = 0.5
+    bits: int = 2
+
+    def __post_init__(self) -> None:
+        check_budget(self)
+        if self.bits not in (2, 3, 4):
+            raise self.fail("bits", "2, 3 or 4")
+        self.check_sites()
+
+    def edited(self, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
+        for name, operand in zip(("keys", "values"), site.new, strict=True):
+            why = cannot_pack(value(operand).shape[-1], 2)
+            if why is not None:
+                return f"{name}: {why}"
+        refuse(spec, "select", self.name, "one chooses rows by position in a full cache, the other moves rows between two")
+        store = Tiers(self.budget * (1 - self.recent), self.budget * self.recent, self.bits)
+        what = f"{store.most(site.capacity)} of {site.capacity} tokens a head at most, the others in {self.bits} bits"
+        return spec.edited(by=self.name, store=store), what

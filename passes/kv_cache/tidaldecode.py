@@ -1,0 +1,98 @@
+"""TidalDecode: tokens chosen in two layers serve all the layers after them (arXiv 2410.05076, ICLR 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.kv.banks import RowFormat, taken_rows
+from accelpass.ir.kv.sites import KVSite
+from accelpass.ir.kv.storage import Held, Layout, New, Positions, Query, RowSelect, bank
+from accelpass.passes.kv_cache.base import KVPass, refuse
+
+
+@dataclass(frozen=True)
+class SharedRows(RowSelect):
+    """One layer's part: ``full`` attends to all, ``select`` also chooses ``budget`` rows, ``sparse`` reads those chosen."""
+
+    part: ClassVar[str] = "tidaldecode"
+    role: Literal["full", "select", "sparse"]
+    budget: int
+
+    @property
+    def takes(self) -> str | None:
+        return self.part if self.role == "sparse" else None
+
+    @property
+    def gives(self) -> str | None:
+        return self.part if self.role == "select" else None
+
+    def attend(
+        self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        keys, values = bank(held, "keys"), bank(held, "values")
+        if rows is not None:
+            logits = query.logits(format, taken_rows(keys, rows), rows, rows < new.total[:, None, None])
+            (weights,) = query.probabilities(logits)
+            return query.output((format, taken_rows(values, rows), weights)), None
+        logits = query.logits(format, keys, None, Positions().seen(new, layout))
+        (weights,) = query.probabilities(logits)
+        out = query.output((format, values, weights))
+        if self.role == "full":
+            return out, None
+        # The order of scores before the softmax is the order after it. The current token is always among the rows.
+        score = logits.sum((2, 3))
+        current = torch.arange(layout.capacity, device=score.device) == (new.total - 1)[:, None, None]
+        score = score.masked_fill(current, float("inf"))
+        return out, torch.topk(score, min(self.budget, layout.capacity), -1).indices
+
+
+@dataclass(frozen=True)
+class TidalDecode(KVPass):
+    """Full attention in the first layers, token positions chosen in two of them, only these rows read in all others.
+
+    For single new tokens; prompts are dense, and the whole cache is kept. Rows are chosen by raw scores, summed over the
+    query heads of each key/value head (inferred; the kernels of the paper's authors share one choice among all heads, their
+    simulation has one for each query head). Cache correction is not done, as in the paper's main results.
+
+    Attributes:
+        budget: rows that a sparse layer reads.
+        first: layers before the first choice, which attend to all.
+        reselect: the layer that chooses anew; the paper's for Llama-3-8B. A model of fewer layers chooses once.
+
+    Raises:
+        OptionError: fewer than one row, or ``reselect`` not after ``first``.
+    """
+
+    name: ClassVar[str] = "tidaldecode"
+    summary: ClassVar[str] = "two layers choose tokens of a KVCache, the layers after them read only those"
+    paper: ClassVar[str] = "TidalDecode, arXiv 2410.05076"
+    after: ClassVar[tuple[str, ...]] = ("h2o", "kv_window", "mikv", "cskv")
+    budget: int = 256
+    first: int = 2
+    reselect: int = 13
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise self.fail("budget", "1 row or more")
+        if self.first < 0 or self.reselect <= self.first:
+            raise self.fail("reselect", f"a layer after first={self.first}, which is 0 or more")
+        self.check_sites()
+
+    def edited(self, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
+        refuse(spec, "store", self.name, "one chooses rows by position in a full cache, the other moves or drops rows")
+        role: Literal["full", "select", "sparse"] = "sparse"
+        if number < self.first:
+            role = "full"
+        elif number in (self.first, self.reselect):
+            role = "select"
+        what = {
+            "full": "attends to all tokens",
+            "select": f"attends to all tokens and chooses {self.budget}",
+            "sparse": f"reads the {self.budget} chosen tokens",
+        }
+        return spec.edited(by=self.name, select=SharedRows(role, self.budget)), what[role]
