@@ -12,8 +12,8 @@ A float row is read as it is. A packed row (`accelpass.ir.kv.rows`) is planes of
 channels in "plane order": entry f of a tile is channel f // PLANE_P2 * PLANE + f % PLANE_P2, PLANE channels per plane,
 padded to a power of two. Where D is a power of two, that is the order of the channels; a float row is one plane.
 
-Arithmetic is float32, but for what goes through tensor cores (DOT_K, DOT_V), where G > 1 and both operands have 16 bits:
-their products are summed in float32, but probabilities are rounded to the value's dtype and packed rows to float16.
+Arithmetic is float32, but for what goes through tensor cores (DOT_K, DOT_V), which is where queries have 16 bits: products
+are summed in float32, but probabilities are rounded to the value's dtype and packed rows to float16.
 float16 and not the query's dtype, since bf16 would cost an 8-bit code its last bit; a step and a low are float16, so
 their rows are in its range, and queries are brought into it by their largest element.
 
@@ -336,7 +336,7 @@ def _configs(*shapes: tuple[int, int, int]) -> list[triton.Config]:
 # The list is short because each config costs a compilation per format; the first fits 256 float32 channels, and those
 # that do not fit a shape's shared memory are passed over. R is not in the key: a cache may grow at every token.
 kv_split: Any = triton.autotune(
-    configs=_configs((32, 4, 2), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 3)),
+    configs=_configs((32, 4, 2), (64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 8, 3)),
     key=["G", "D", "DV", "K_BITS", "V_BITS", "HAS_ROWS"],
 )(_kv_split)
 SPLIT_STEP = max(config.kwargs["BLOCK_N"] for config in kv_split.configs)

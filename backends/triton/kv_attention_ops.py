@@ -204,10 +204,11 @@ def launch(
     if not out.numel():
         return results
     q = q.contiguous()
-    # A tensor core multiplies 16 rows or more: two heads are worth its padding, one head is not. float32 is not for it.
-    grouped = group > 1 and q.dtype in _HALVES
-    dot_k = grouped and (isinstance(k, PackedRows) or k.dtype == q.dtype)
-    dot_v = grouped and (isinstance(v, PackedRows) or v.dtype in _HALVES)
+    # A tensor core multiplies 16 heads even if there is one. It has the time, since reading the store is what costs, and
+    # only tiles that go to `tl.dot` are fetched ahead, into shared memory. Operands of 32 bits or of two dtypes would be
+    # rounded there: they are multiplied and added in registers.
+    dot_k = q.dtype in _HALVES and (isinstance(k, PackedRows) or k.dtype == q.dtype)
+    dot_v = q.dtype in _HALVES and (isinstance(v, PackedRows) or v.dtype in _HALVES)
     group_p2 = triton.next_power_of_2(group)
     splits, each = _splits(q, batch * kv_heads, entries, splits)
     part, part_lse = out, lse
@@ -348,7 +349,7 @@ def _store(codes: Tensor, step: Tensor | None, low: Tensor | None, bits: int) ->
 
 
 def _fields(store: Store) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-    return (store, None, None, 0) if isinstance(store, Tensor) else tuple(store)
+    return (store, None, None, 0) if isinstance(store, Tensor) else (store.codes, store.step, store.low, store.bits)
 
 
 def kv_decode(
