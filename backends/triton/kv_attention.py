@@ -31,14 +31,37 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+# Planes are joined, which keeps what came from a byte in its thread. A byte that is broadcast along a new axis, shifted
+# and reshaped becomes one load of shared memory per code, and these take longer than reading the store.
+
+
+@triton.jit
+def _joined(byte, low: tl.constexpr, high: tl.constexpr):
+    """Two planes of byte (BLOCK_N, J), those that begin at these bits, as (BLOCK_N, J, 2), with higher bits left in."""
+    return tl.join(byte >> low, byte >> high)
+
+
+@triton.jit
+def _in_order(even, odd):
+    """even and odd planes (BLOCK_N, J, ...), the later axes counting them, as (BLOCK_N, ..., 2, J)."""
+    both = tl.join(even, odd)
+    if len(both.shape) == 3:
+        both = tl.permute(both, (0, 2, 1))
+    elif len(both.shape) == 4:
+        both = tl.permute(both, (0, 2, 3, 1))
+    else:
+        both = tl.permute(both, (0, 2, 3, 4, 1))
+    return both
+
 
 @triton.jit
 def _packed_tile(
     code_ptr,
     step_ptr,
     low_ptr,
-    code_at,  # (BLOCK_N,) int64, where each row's bytes and its steps begin
+    code_at,  # (BLOCK_N,) int64, where each row's bytes, steps and lows begin
     step_at,
+    low_at,
     live,  # (BLOCK_N,): rows to read; the others are 0
     D: tl.constexpr,
     BITS: tl.constexpr,
@@ -58,8 +81,12 @@ def _packed_tile(
     # A byte is read once and shifted in registers: reading it once per code would ask the L2 cache for as many bytes as
     # 8-bit codes do, which at 2 bits is what the format was to save.
     byte = tl.load(code_ptr + code_at[:, None] + j[None, :], mask=live[:, None] & (j < PLANE)[None, :], other=0)
-    shift = (tl.arange(0, PLANES) * LOW).to(tl.uint8)
-    codes = (byte[:, None, :] >> shift[None, :, None]) & (2**LOW - 1)
+    if PLANES == 1:
+        codes = byte
+    elif PLANES == 2:
+        codes = _in_order(byte & 15, byte >> 4)
+    else:
+        codes = _in_order(_joined(byte, 0, 4) & 3, _joined(byte, 2, 6) & 3)
     codes = tl.reshape(codes, (BLOCK_N, WIDTH))
     if BITS == 3:
         EIGHTH: tl.constexpr = D // 8
@@ -67,8 +94,9 @@ def _packed_tile(
         if EIGHTH * 2 == PLANE_P2:  # D is a power of two, and planes of any width are in the order of the channels
             j8 = tl.arange(0, EIGHTH)
             byte = tl.load(high_ptr + code_at[:, None] + j8[None, :], mask=live[:, None], other=0)
-            shift8 = tl.arange(0, 8).to(tl.uint8)
-            high = tl.reshape((byte[:, None, :] >> shift8[None, :, None]) & 1, (BLOCK_N, WIDTH))
+            even = tl.join(_joined(byte, 0, 4), _joined(byte, 2, 6))
+            high = _in_order(even, tl.join(_joined(byte, 1, 5), _joined(byte, 3, 7)))
+            high = tl.reshape(high & 1, (BLOCK_N, WIDTH))
         else:
             at = code_at[:, None] + (channel % EIGHTH)[None, :]
             byte = tl.load(high_ptr + at, mask=live[:, None] & in_row[None, :], other=0)
@@ -77,16 +105,15 @@ def _packed_tile(
     if PLANE == PLANE_P2:
         GROUPS: tl.constexpr = D // GROUP
         g = tl.arange(0, GROUPS)
-        at = step_at[:, None] + g[None, :]
-        step = tl.load(step_ptr + at, mask=live[:, None], other=0.0).to(tl.float32)
-        low = tl.load(low_ptr + at, mask=live[:, None], other=0.0).to(tl.float32)
+        step = tl.load(step_ptr + step_at[:, None] + g[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+        low = tl.load(low_ptr + low_at[:, None] + g[None, :], mask=live[:, None], other=0.0).to(tl.float32)
         grouped = tl.reshape(codes, (BLOCK_N, GROUPS, GROUP)).to(tl.float32)
         rows = tl.reshape(grouped * step[:, :, None] + low[:, :, None], (BLOCK_N, WIDTH))
     else:  # a group may begin and end within a plane, so each channel asks for its own step
-        at = step_at[:, None] + (channel // GROUP)[None, :]
+        g = channel // GROUP
         mask = live[:, None] & in_row[None, :]
-        step = tl.load(step_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        low = tl.load(low_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        step = tl.load(step_ptr + step_at[:, None] + g[None, :], mask=mask, other=0.0).to(tl.float32)
+        low = tl.load(low_ptr + low_at[:, None] + g[None, :], mask=mask, other=0.0).to(tl.float32)
         rows = codes.to(tl.float32) * step + low
     return rows
 
@@ -119,12 +146,18 @@ def _kv_split(
     k_step_sb,
     k_step_sh,
     k_step_sn,
+    k_low_sb,
+    k_low_sh,
+    k_low_sn,
     v_sb,
     v_sh,
     v_sn,
     v_step_sb,
     v_step_sh,
     v_step_sn,
+    v_low_sb,
+    v_low_sh,
+    v_low_sn,
     rows_sb,
     rows_sh,
     valid_sb,
@@ -170,8 +203,10 @@ def _kv_split(
     in_v = v_f % V_PLANE_P2 < V_PLANE
     k_at = sequence * k_sb + kv_head * k_sh
     k_step_at = sequence * k_step_sb + kv_head * k_step_sh
+    k_low_at = sequence * k_low_sb + kv_head * k_low_sh
     v_at = sequence * v_sb + kv_head * v_sh
     v_step_at = sequence * v_step_sb + kv_head * v_step_sh
+    v_low_at = sequence * v_low_sb + kv_head * v_low_sh
     if DOT_K:
         q = tl.load(q_ptr + head[:, None] * D + k_channel[None, :], mask=(m < G)[:, None] & in_k[None, :], other=0.0)
         if K_BITS:
@@ -200,6 +235,7 @@ def _kv_split(
                 k_low_ptr,
                 k_at + slot * k_sn,
                 k_step_at + slot * k_step_sn,
+                k_low_at + slot * k_low_sn,
                 live,
                 D,
                 K_BITS,
@@ -249,6 +285,7 @@ def _kv_split(
                 v_low_ptr,
                 v_at + slot * v_sn,
                 v_step_at + slot * v_step_sn,
+                v_low_at + slot * v_low_sn,
                 live,
                 DV,
                 V_BITS,

@@ -80,7 +80,7 @@ def _check_store(name: str, store: Store, device: torch.device) -> None:
             raise ValueError(f"kv_decode: {part} has {tensor.dim()} dimensions; it needs 4")
         if tensor.device != device:
             raise ValueError(f"kv_decode: {part} is on {tensor.device} and q on {device}; move them to one device")
-        if tensor.stride(3) != 1 and tensor.shape[3] != 1:
+        if tensor.stride(3) != 1 and tensor.shape[3] != 1 and tensor.numel():
             raise ValueError(f"kv_decode: {part} has a row that is not contiguous; store rows whole")
     if isinstance(store, Tensor):
         if store.dtype not in _FLOATS:
@@ -104,8 +104,6 @@ def _check_store(name: str, store: Store, device: torch.device) -> None:
         )
     if store.width % 8 or codes.shape[3] * 8 != store.width * bits:
         raise ValueError(f"kv_decode: {name}.codes has {codes.shape[3]} bytes a row, which no row of {bits} bits takes")
-    if step.stride() != low.stride():
-        raise ValueError(f"kv_decode: {name}.step has strides {step.stride()} and {name}.low {low.stride()}")
 
 
 def _codes(store: Store) -> Tensor:
@@ -166,7 +164,7 @@ def _layout(name: str, store: Store) -> dict[str, Any]:
     planes = {0: 1, 8: 1, 4: 2, 3: 4, 2: 4}[bits]
     padded = max(triton.next_power_of_2(width // planes), 16 // planes)  # a tensor core takes 16 channels or more
     found: dict[str, Any] = {f"{name}_ptr": codes, f"{name}_step_ptr": step, f"{name}_low_ptr": low}
-    for prefix, tensor in ((name, codes), (f"{name}_step", step)):
+    for prefix, tensor in ((name, codes), (f"{name}_step", step), (f"{name}_low", low)):
         for axis, stride in zip("bhn", tensor.stride(), strict=False):
             found[f"{prefix}_s{axis}"] = stride
     big = name.upper()
