@@ -250,6 +250,14 @@ def test_large_logits_and_long_rows_of_equal_ones():
     assert (got.out - expected).abs().max() < 2.0**-11 * 60 * math.exp(-11) * 4 + 1e-5
 
 
+def test_more_splits_than_are_merged_at_once():
+    """Logits that grow along the splits, so that each block of them outweighs what was merged before."""
+    check(
+        case(15, kv_heads=1, ratio=1, slots=16 * 40, bias=1) | {"bias": torch.linspace(0, 60, 640).expand(1, 1, 640)},
+        40,
+    )
+
+
 def test_bf16_queries_beyond_float16():
     arguments = case(7, dtype=torch.bfloat16, bits=(8, 8))
     arguments["q"] *= 2.0**20
@@ -261,7 +269,8 @@ def test_stores_and_masks_are_read_where_they_lie():
     """The beginning of a longer cache, slots before heads, and masks that broadcast, against copies of the same."""
     whole = case(8, batch=2, slots=50, bits=(4, 0))
     k, v = whole["k"], whole["v"].transpose(1, 2).contiguous().transpose(1, 2)
-    short = PackedRows(*(part[:, :, :33] for part in k[:3]), 4)
+    low = k.low.transpose(1, 2).contiguous().transpose(1, 2)
+    short = PackedRows(*(part[:, :, :33] for part in (k.codes, k.step, low)), 4)
     masks = {
         "valid": torch.rand(2, 1, 66)[:, :, ::2].gt(0.3).expand(2, 2, 33),
         "bias": torch.randn(1, 2, 33).expand(2, 2, 33),
