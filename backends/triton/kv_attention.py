@@ -140,6 +140,7 @@ def _kv_split(
     R,
     splits,
     split_rows,  # entries in one split, a multiple of BLOCK_N of every config
+    bucket,  # split_rows rounded up to a power of two, for autotuning alone
     k_sb,  # strides: _sb of a sequence, _sh of a key head, _sn of a slot; the innermost one is 1
     k_sh,
     k_sn,
@@ -371,9 +372,9 @@ def _configs(*shapes: tuple[int, int, int]) -> list[triton.Config]:
 
 
 # The list is short because each config costs a compilation per format; the first fits 256 float32 channels, and those
-# that do not fit a shape's shared memory are passed over. R is not in the key: a cache may grow at every token.
+# that do not fit a shape's shared memory are passed over. The key has no exact length: a cache may grow at every token.
 kv_split: Any = triton.autotune(
     configs=_configs((32, 4, 2), (64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 8, 3)),
-    key=["G", "D", "DV", "K_BITS", "V_BITS", "HAS_ROWS"],
+    key=["bucket", "G", "D", "DV", "K_BITS", "V_BITS", "HAS_ROWS"],
 )(_kv_split)
 SPLIT_STEP = max(config.kwargs["BLOCK_N"] for config in kv_split.configs)

@@ -226,6 +226,7 @@ def launch(
         R=entries,
         splits=splits,
         split_rows=each,
+        bucket=min(triton.next_power_of_2(_hint(each)), 4096),  # from there on a config is in its steady state
         G=group,
         D=width,
         DV=out_width,

@@ -26,7 +26,7 @@ from accelpass.ir.kv.rows import dequantize_rows, quantize_rows
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (64, 80, 96, 128, 256)
 BITS = (0, 2, 3, 4, 8)  # 0: float
-EXAMPLES = int(os.environ.get("ACCELPASS_EXAMPLES", "24"))
+EXAMPLES = int(os.environ.get("ACCELPASS_EXAMPLES", "16"))
 quick = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 HALF_EPS = 2.0**-11  # of float16
 U = 2.0**-24
@@ -157,23 +157,26 @@ def test_everything_at_once(data):
     check(arguments, draw(st.sampled_from((None, 1, 2, 3))), draw(st.sampled_from((None, torch.float32))))
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    ("dtype", "width"), [*((torch.bfloat16, width) for width in WIDTHS), (torch.float32, 80), (torch.float32, 128)]
+)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_width_and_format(width, bits, dtype):
-    check(case(width, dtype=dtype, kv_heads=1, ratio=3, slots=21, width=width, out_width=width, bits=(bits, bits)))
+    check(case(width, dtype=dtype, kv_heads=1, ratio=3, slots=11, width=width, out_width=width, bits=(bits, bits)))
 
 
-@pytest.mark.parametrize("ratio", [*range(1, 9), 20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "ratio"),
+    [*((torch.float16, ratio) for ratio in (*range(1, 9), 20)), (torch.float32, 1), (torch.float32, 3)],
+)
 def test_every_number_of_heads_per_key(ratio, dtype):
     heads = 2 * ratio
     check(case(ratio, dtype=dtype, ratio=ratio, slots=37, bits=(4, 2), valid=True, bias=heads), splits=2)
 
 
-@pytest.mark.parametrize("width", [16, 80, 128])
+@pytest.mark.parametrize("width", [16, 80])
 @pytest.mark.parametrize("bits", BITS[1:])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_a_single_key_gives_its_value_bit_for_bit(bits, width, dtype):
     """Halves up to 132 are exact in float16 and float32, in which packed rows are multiplied: no tolerance at all."""
     arguments = case(bits, dtype=dtype, slots=9, width=width, out_width=width, bits=(bits, bits), groups=(8, 8))
