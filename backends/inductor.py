@@ -46,7 +46,9 @@ def _with_known_sizes(gm: fx.GraphModule, inputs: list[Any]) -> list[Any]:
     context = TracingContext.try_get()
     known = context.tensor_to_context if context is not None else {}
     return [
-        value(node) if isinstance(given, Tensor) and given not in known and isinstance(value(node), FakeTensor) else given
+        value(node)
+        if isinstance(given, Tensor) and given not in known and isinstance(value(node), FakeTensor)
+        else given
         for node, given in zip(placeholders(gm), inputs, strict=True)
     ]
 
