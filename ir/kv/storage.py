@@ -7,9 +7,9 @@ write in place; the compiler traces them into the graph, and tests run them as t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from accelpass.ir.attention import steps
 from accelpass.ir.attention.spec import AttentionSpec, Select, Store
 from accelpass.ir.derived import StateSpec
-from accelpass.ir.kv.banks import RowFormat, Rows
+from accelpass.ir.kv.banks import RowFormat, Rows, taken_rows
 
 Held = Mapping[str, Tensor]
 """The buffers of one layer by name."""
@@ -115,6 +115,43 @@ class RowSelect(Select, ABC):
         """
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Stored rows that one attention reads.
+
+    Attributes:
+        at: position of each row, ``(batch, kv_heads, rows)``; None where the row's number is its position.
+        valid: which rows hold a token, broadcast to ``(batch, kv_heads, rows)``.
+        q: other queries than the model's, shaped as ``Query.q``.
+        rows: which rows are read at all, ``(batch, kv_heads, n)``; then ``at`` and ``valid`` are of these.
+    """
+
+    format: RowFormat
+    keys: Rows
+    values: Rows
+    at: Tensor | None = None
+    valid: Tensor | None = None
+    q: Tensor | None = None
+    rows: Tensor | None = None
+
+    def chosen(self, bank: Rows) -> Rows:
+        """The rows of ``bank`` that are read."""
+        return bank if self.rows is None else taken_rows(bank, self.rows)
+
+
+class Attended(NamedTuple):
+    """``(batch, heads, tokens, d_v)``, and what was asked for of each segment."""
+
+    out: Tensor
+    mass: list[Tensor]
+    logits: list[Tensor]
+
+
+Kernel = Callable[["Query", Sequence[Segment], Sequence[str]], Attended]
+KERNELS: dict[str, Kernel] = {}
+"""By device: what computes the attention of one new token in place of loops for the compiler."""
+
+
 class Query:
     """The new tokens' side of an attention: queries, and what the model does to scores.
 
@@ -144,31 +181,58 @@ class Query:
             return f"its probabilities go through {spec.after[0].kind!r}"
         return None
 
-    def logits(
-        self, format: RowFormat, rows: Rows, at: Tensor | None, valid: Tensor | None, q: Tensor | None = None
-    ) -> Tensor:
-        """Scores of stored keys, as the model masks and biases them.
-
-        Args:
-            at: position of each row, ``(batch, kv_heads, rows)``; None where the row's number is its position.
-            valid: which rows hold a token, broadcast to ``(batch, kv_heads, rows)``.
-            q: other queries than the model's, shaped as ``self.q``.
-        """
-        q = self.q if q is None else q
+    def logits(self, segment: Segment) -> Tensor:
+        """Scores of a segment's keys, as the model masks and biases them."""
+        q = self.q if segment.q is None else segment.q
+        keys = segment.chosen(segment.keys)
         if self.one:
-            scores = format.scores(q.squeeze(3), rows).unsqueeze(3)
+            scores = segment.format.scores(q.squeeze(3), keys).unsqueeze(3)
         else:
-            keys = format.decode(rows, torch.float32)
-            scores = torch.matmul(q.flatten(2, 3), keys.transpose(-1, -2)).unflatten(2, (self.spec.groups, -1))
+            wide = segment.format.decode(keys, torch.float32)
+            scores = torch.matmul(q.flatten(2, 3), wide.transpose(-1, -2)).unflatten(2, (self.spec.groups, -1))
         if self._before:
-            moved = [e if at is None else self._taken(e, at) for e in self.extras]
-            scores = steps.apply(scores.flatten(1, 2), self._before, moved).unflatten(1, (-1, self.spec.groups)).float()
-        if valid is not None:
-            scores = scores.masked_fill(valid.logical_not()[:, :, None, None], float("-inf"))
+            stepped = steps.apply(scores.flatten(1, 2), self._before, self._moved(segment))
+            scores = stepped.unflatten(1, (-1, self.spec.groups)).float()
+        if segment.valid is not None:
+            scores = scores.masked_fill(segment.valid.logical_not()[:, :, None, None], float("-inf"))
         return scores
 
-    def probabilities(self, *logits: Tensor) -> list[Tensor]:
-        """One softmax over all segments; zeros for a query that sees no key at all."""
+    def attend(self, *segments: Segment, want: Sequence[str] = ()) -> Attended:
+        """One softmax over all segments' rows.
+
+        Args:
+            want: ``mass``, what each row got of the probability of all queries and heads that share it; ``logits``, its
+                scores, summed over those. Each ``(batch, kv_heads, rows)``, float32, a tensor for each segment.
+        """
+        kernel = KERNELS.get(self.q.device.type) if self.one else None
+        if kernel is not None and all(s.kind in _MASKS for s in self._before):
+            return kernel(self, segments, want)
+        logits = [self.logits(s) for s in segments]
+        weights = self._probabilities(logits)
+        out = None
+        for segment, share in zip(segments, weights, strict=True):
+            values = segment.chosen(segment.values)
+            if self.one:
+                part = segment.format.mixed(share.squeeze(3), values).unsqueeze(3)
+            else:
+                wide = segment.format.decode(values, torch.float32)
+                part = torch.matmul(share.flatten(2, 3), wide).unflatten(2, (self.spec.groups, -1))
+            out = part if out is None else out + part
+        assert out is not None
+        mass = [w.sum((2, 3)) for w in weights] if "mass" in want else []
+        summed = [one.sum((2, 3)) for one in logits] if "logits" in want else []
+        return Attended(out.flatten(1, 2).to(self.dtype), mass, summed)
+
+    def bias(self, segment: Segment) -> Tensor | None:
+        """What the model adds to the scores of a segment's rows, ``(batch, heads, rows)``; None if nothing. One token alone."""
+        if not self._before:
+            return None
+        batch, kv_heads, rows = segment.chosen(segment.keys)[0].shape[:3]
+        zeros = self.q.new_zeros((batch, kv_heads * self.spec.groups, 1, rows))
+        return steps.apply(zeros, self._before, self._moved(segment)).squeeze(2)
+
+    def _probabilities(self, logits: Sequence[Tensor]) -> list[Tensor]:
+        """Zeros for a query that sees no key at all."""
         top = logits[0].amax(-1, keepdim=True)
         for more in logits[1:]:
             top = torch.maximum(top, more.amax(-1, keepdim=True))
@@ -180,18 +244,8 @@ class Query:
         share = 1 / whole.clamp_min(torch.finfo(torch.float32).tiny)
         return [fence(one * share) if self.one else one * share for one in powers]
 
-    def output(self, *parts: tuple[RowFormat, Rows, Tensor]) -> Tensor:
-        """``(batch, heads, tokens, d_v)``: the sum over segments of (format, value rows, probabilities)."""
-        total = None
-        for format, rows, weights in parts:
-            if self.one:
-                one = format.mixed(weights.squeeze(3), rows).unsqueeze(3)
-            else:
-                values = format.decode(rows, torch.float32)
-                one = torch.matmul(weights.flatten(2, 3), values).unflatten(2, (self.spec.groups, -1))
-            total = one if total is None else total + one
-        assert total is not None
-        return total.flatten(1, 2).to(self.dtype)
+    def _moved(self, segment: Segment) -> list[Tensor]:
+        return [e if segment.at is None else self._taken(e, segment.at) for e in self.extras]
 
     def _taken(self, extra: Tensor, at: Tensor) -> Tensor:
         """A mask or bias over positions, for rows at other places: ``(batch, heads, rows of the mask, rows)``."""
@@ -206,11 +260,6 @@ class Query:
             return taken.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
         place = place.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
         return full.expand(batch, -1, -1, -1).gather(-1, place.expand(-1, -1, height, -1))
-
-
-def mass(probabilities: Tensor) -> Tensor:
-    """What each row got from all queries and the heads that share it, ``(batch, kv_heads, rows)``."""
-    return probabilities.sum((2, 3))
 
 
 def fence(x: Tensor) -> Tensor:
@@ -240,9 +289,12 @@ class Positions(Storage):
 
     def extend(self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat) -> Tensor:
         self.fill(held, new, layout, format)
-        logits = query.logits(format, bank(held, "keys"), None, self.seen(new, layout) if query.one else None)
-        (weights,) = query.probabilities(logits)
-        return query.output((format, bank(held, "values"), weights))
+        return query.attend(self.segment(held, new, query, layout, format)).out
+
+    def segment(self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat) -> Segment:
+        """All rows; of several new tokens the model's own mask says what each may see."""
+        valid = self.seen(new, layout) if query.one else None
+        return Segment(format, bank(held, "keys"), bank(held, "values"), valid=valid)
 
     def seen(self, new: New, layout: Layout) -> Tensor:
         """Rows that hold a token once the new ones are stored, ``(batch, 1, capacity)``."""

@@ -13,7 +13,7 @@ from accelpass.ir.derived import StateSpec
 from accelpass.ir.graph import value
 from accelpass.ir.kv.banks import Quantized, RowFormat, buffer
 from accelpass.ir.kv.sites import KVSite
-from accelpass.ir.kv.storage import Held, Layout, New, Query, bank
+from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, bank
 from accelpass.passes.kv_cache.base import KVPass, refuse
 from accelpass.passes.kv_cache.h2o import HeavyHitters, check_budget
 from accelpass.passes.kv_cache.kv_quant import cannot_pack
@@ -62,12 +62,10 @@ class Tiers(HeavyHitters):
                 buffer.index_put_((batch, head, place), part)
         _mark(held["is_retained"], positions, positions >= 0, new, torch.ones_like(positions, dtype=torch.bool))
 
-    def further_logits(self, held: Held, query: Query) -> list[Tensor]:
+    def elsewhere(self, held: Held, query: Query) -> list[Segment]:
+        keys, values = bank(held, "retained_keys"), bank(held, "retained_values")
         balanced = query.q / held["balance"][:, :, None, None]
-        return [query.logits(self.retained, bank(held, "retained_keys"), None, held["is_retained"], q=balanced)]
-
-    def further_values(self, held: Held, weights: list[Tensor]) -> list[tuple[RowFormat, list[Tensor], Tensor]]:
-        return [(self.retained, bank(held, "retained_values"), weights[0])]
+        return [Segment(self.retained, keys, values, valid=held["is_retained"], q=balanced)]
 
 
 def balancer(q: Tensor, k: Tensor, column_sums: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from accelpass.ir.derived import StateSpec
 from accelpass.ir.kv.banks import Floats, RowFormat, buffer, put_rows, taken_rows
-from accelpass.ir.kv.storage import Held, Layout, New, Query, Storage, bank, mass
+from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage, bank
 
 
 EXACT = Floats()
@@ -70,37 +70,28 @@ class Slots(Storage):
             put_rows(keys, slot, format.encode(new.k))
             put_rows(values, slot, format.encode(new.v))
             put_rows([positions.unsqueeze(-1)], slot, [new.positions.unsqueeze(-1)])
-            logits = query.logits(format, keys, positions.long(), positions >= 0)
-            weights, *more = query.probabilities(logits, *self.further_logits(held, query))
-            out = query.output((format, values, weights), *self.further_values(held, more))
+            slots = Segment(format, keys, values, positions.long(), positions >= 0)
+            done = query.attend(slots, *self.elsewhere(held, query), want=("mass",))
             here = torch.arange(positions.shape[-1], device=slot.device) == slot.unsqueeze(-1)
             before = held["score"].masked_fill(here, 0.0)
-            held["score"].copy_(self.step_score(before, mass(weights), positions))
+            held["score"].copy_(self.step_score(before, done.mass[0], positions))
             self.leave(held, new, format)
-            return out
+            return done.out
         at = new.positions
-        old = query.logits(format, keys, positions.long(), positions >= 0)
-        own = query.logits(EXACT, [new.k], at, None)
-        further = self.further_logits(held, query)
-        weights, own_weights, *more = query.probabilities(old, own, *further)
-        parts = [(format, values, weights), (EXACT, [new.v], own_weights)]
-        out = query.output(*parts, *self.further_values(held, more))
+        slots = Segment(format, keys, values, positions.long(), positions >= 0)
+        done = query.attend(slots, Segment(EXACT, [new.k], [new.v], at), *self.elsewhere(held, query), want=("mass",))
         rows = [
             torch.cat([held, made], 2)
             for held, made in zip([*keys, *values], [*format.encode(new.k), *format.encode(new.v)], strict=True)
         ]
         everywhere = torch.cat([positions, at.to(torch.int32)], -1)
-        before = torch.cat([held["score"], torch.zeros_like(own_weights[:, :, 0, 0])], -1)
-        got = torch.cat([mass(weights), mass(own_weights)], -1)
+        got = torch.cat(done.mass[:2], -1)
+        before = torch.cat([held["score"], torch.zeros_like(done.mass[1])], -1)
         self.keep(held, new, rows, everywhere, self.step_score(before, got, everywhere), format)
-        return out
+        return done.out
 
-    def further_logits(self, held: Held, query: Query) -> list[Tensor]:
-        """Scores of tokens that are kept elsewhere than in slots."""
-        return []
-
-    def further_values(self, held: Held, weights: list[Tensor]) -> list[tuple[RowFormat, list[Tensor], Tensor]]:
-        """(format, value rows, probabilities) of the tokens of :meth:`further_logits`."""
+    def elsewhere(self, held: Held, query: Query) -> list[Segment]:
+        """Tokens that are kept in other places than slots, and are attended to as well."""
         return []
 
     def dropped(self, held: Held, new: New, rows: list[Tensor], positions: Tensor, format: RowFormat) -> None:

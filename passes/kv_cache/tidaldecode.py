@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.attention.spec import AttentionSpec
-from accelpass.ir.kv.banks import RowFormat, taken_rows
+from accelpass.ir.kv.banks import RowFormat
 from accelpass.ir.kv.sites import KVSite
-from accelpass.ir.kv.storage import Held, Layout, New, Positions, Query, RowSelect, bank
+from accelpass.ir.kv.storage import Held, Layout, New, Positions, Query, RowSelect, Segment, bank
 from accelpass.passes.kv_cache.base import KVPass, refuse
 
 
@@ -34,21 +34,19 @@ class SharedRows(RowSelect):
     def attend(
         self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat, rows: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        keys, values = bank(held, "keys"), bank(held, "values")
         if rows is not None:
-            logits = query.logits(format, taken_rows(keys, rows), rows, rows < new.total[:, None, None])
-            (weights,) = query.probabilities(logits)
-            return query.output((format, taken_rows(values, rows), weights)), None
-        logits = query.logits(format, keys, None, Positions().seen(new, layout))
-        (weights,) = query.probabilities(logits)
-        out = query.output((format, values, weights))
+            valid = rows < new.total[:, None, None]
+            chosen = Segment(format, bank(held, "keys"), bank(held, "values"), rows, valid, rows=rows)
+            return query.attend(chosen).out, None
+        whole = Positions().segment(held, new, query, layout, format)
         if self.role == "full":
-            return out, None
+            return query.attend(whole).out, None
+        done = query.attend(whole, want=("logits",))
         # The order of scores before the softmax is the order after it. The current token is always among the rows.
-        score = logits.sum((2, 3))
+        score = done.logits[0]
         current = torch.arange(layout.capacity, device=score.device) == (new.total - 1)[:, None, None]
         score = score.masked_fill(current, float("inf"))
-        return out, torch.topk(score, min(self.budget, layout.capacity), -1).indices
+        return done.out, torch.topk(score, min(self.budget, layout.capacity), -1).indices
 
 
 @dataclass(frozen=True)
