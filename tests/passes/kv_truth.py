@@ -1,0 +1,215 @@
+"""Eager oracles of the KV-cache methods, written from their cards, and what runs a whole transformers model with them.
+
+An oracle is an attention function of transformers. It sees dense keys and values of all tokens so far (a DynamicCache), and
+keeps for each layer which of them are left, and in which form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+
+def probabilities(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """``(batch, kv_heads, groups, tokens, keys)`` in float32; zeros for a query without keys."""
+    batch, heads, rows, width = q.shape
+    kv_heads, columns = k.shape[1:3]
+    groups = heads // kv_heads
+    scores = torch.einsum("bhgid,bhjd->bhgij", q.float().view(batch, kv_heads, groups, rows, width), k.float()) * scale
+    if mask is None:
+        i = torch.arange(columns - rows, columns)[:, None]
+        scores = scores.masked_fill(torch.arange(columns)[None] > i, float("-inf"))
+    else:
+        allowed = mask if mask.dtype == torch.bool else mask == 0
+        allowed = allowed.expand(-1, heads, -1, -1).unflatten(1, (kv_heads, groups)) if allowed.shape[1] > 1 else allowed[:, :, None]
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    return torch.nan_to_num(scores.softmax(-1))
+
+
+def mixed(p: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhgij,bhjd->bhgid", p, v.float()).flatten(1, 2)
+
+
+def quant_rows(x: Tensor, bits: int, group: int) -> Tensor:
+    """The card's per-token rounding, with step and lowest value as they are stored: in float16."""
+    y = x.float().reshape(*x.shape[:-1], x.shape[-1] // group, group)
+    low = y.amin(-1, True).half().float()
+    step = ((y.amax(-1, True) - low) / (2**bits - 1)).half().float()
+    code = ((y - low) / step.clamp_min(1e-8)).round().clamp(0, 2**bits - 1)
+    return (code * step + low).reshape(x.shape)
+
+
+def balancer(q: Tensor, k: Tensor, real: Tensor) -> Tensor:
+    """The card's, over real tokens (batch, tokens)."""
+    groups = q.shape[1] // k.shape[1]
+    qm = (q.abs() * real[:, None, :, None]).amax(2).view(q.shape[0], k.shape[1], groups, -1).amax(2)
+    km = (k.abs() * real[:, None, :, None]).amax(2)
+    return (qm / km.clamp_min(1e-6)).clamp_min(1e-6).sqrt()
+
+
+class Oracle:
+    """One method over all layers; ``self.layers[index]`` is what it remembers of a layer."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, dict[str, Any]] = {}
+
+    def __call__(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        mask = attention_mask[..., : key.shape[2]] if attention_mask is not None else None
+        layer = self.layers.setdefault(module.layer_idx, {})
+        out = self.attend(layer, query, key, value, scaling, mask, module.layer_idx)
+        return out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+    def attend(
+        self, layer: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, index: int
+    ) -> Tensor:
+        raise NotImplementedError
+
+
+class Dense(Oracle):
+    def attend(self, layer, q, k, v, scale, mask, index):
+        return mixed(probabilities(q, k, scale, mask), v)
+
+
+class H2O(Oracle):
+    """``alive``: tokens that are left. The same bookkeeping as the card's ``h2o_step``, on full-length tensors."""
+
+    def __init__(self, heavy: float, recent: float, transform: Callable[[Tensor], Tensor] = lambda x: x):
+        super().__init__()
+        self.heavy, self.recent, self.transform = heavy, recent, transform
+
+    def attend(self, layer, q, k, v, scale, mask, index):
+        batch, kv_heads, n, _ = k.shape
+        new = q.shape[2]
+        first = "alive" not in layer
+        if first:
+            layer["alive"] = torch.zeros(batch, kv_heads, 0, dtype=torch.bool)
+            layer["score"] = torch.zeros(batch, kv_heads, 0)
+        alive = torch.cat([layer["alive"], torch.ones(batch, kv_heads, new, dtype=torch.bool)], -1)
+        score = torch.cat([layer["score"], torch.zeros(batch, kv_heads, new)], -1)
+        p = self.weights(layer, q, k, scale, mask, alive, first)
+        out = self.output(layer, p, v, alive, first)
+        score = score + p.sum((2, 3))
+        if first or new > 1:
+            layer["recent"] = max(1, int(self.recent * n + 1e-9))
+            layer["limit"] = int(self.heavy * n + 1e-9) + layer["recent"]
+        kept = torch.zeros_like(alive)
+        for b in range(batch):
+            for h in range(kv_heads):
+                here = alive[b, h].nonzero()[:, 0]
+                if len(here) > layer["limit"]:
+                    newest, rest = here[-layer["recent"] :], here[: -layer["recent"]]
+                    heavy = rest[score[b, h, rest].topk(layer["limit"] - layer["recent"]).indices]
+                    here = torch.cat([heavy, newest])
+                kept[b, h, here] = True
+        self.after(layer, q, k, v, kept, first, p)
+        layer["alive"], layer["score"] = kept, score
+        return out
+
+    def weights(self, layer, q, k, scale, mask, alive, first):
+        keys = k if first else self.transform(k)
+        return self._masked(q, keys, scale, mask, alive)
+
+    def _masked(self, q, keys, scale, mask, alive):
+        groups = q.shape[1] // keys.shape[1]
+        rows, columns = q.shape[2], keys.shape[2]
+        base = torch.arange(columns)[None] <= torch.arange(columns - rows, columns)[:, None]
+        allowed = base[None, None] if mask is None else (mask if mask.dtype == torch.bool else mask == 0)
+        allowed = allowed.expand(q.shape[0], q.shape[1], -1, -1) & alive.repeat_interleave(groups, 1)[:, :, None]
+        return probabilities(q, keys, scale, allowed)
+
+    def output(self, layer, p, v, alive, first):
+        return mixed(p, v if first else self.transform(v))
+
+    def after(self, layer, q, k, v, kept, first, p):
+        pass
+
+
+class MiKV(H2O):
+    """Tokens that H2O would evict stay, rounded; their scores go on."""
+
+    def __init__(self, heavy: float, recent: float, bits: int):
+        super().__init__(heavy, recent)
+        self.bits = bits
+
+    def _rounded(self, layer, x, balance):
+        group = x.shape[-1] // 2
+        if not balance:
+            return quant_rows(x, self.bits, group)
+        b = layer["b"][:, :, None]
+        return quant_rows(x * b, self.bits, group) / b
+
+    def weights(self, layer, q, k, scale, mask, alive, first):
+        whole = torch.ones_like(alive)
+        keys = k if first else torch.where(alive[..., None], k, self._rounded(layer, k, True))
+        p = self._masked(q, keys, scale, mask, whole)
+        layer["all"] = p
+        return p * alive[:, :, None, None]
+
+    def output(self, layer, p, v, alive, first):
+        values = v if first else torch.where(alive[..., None], v, self._rounded(layer, v, False))
+        return mixed(layer["all"], values)
+
+    def after(self, layer, q, k, v, kept, first, p):
+        if first:
+            layer["b"] = balancer(q, k, (p.sum((2, 3)) > 0).any(1))
+
+
+class Tidal(Oracle):
+    """The card's ``td_attend``; ``chosen`` is handed from layer to layer within a step."""
+
+    def __init__(self, budget: int, first: int, reselect: int):
+        super().__init__()
+        self.budget, self.first, self.reselect = budget, first, reselect
+
+    def attend(self, layer, q, k, v, scale, mask, index):
+        batch, heads, rows, width = q.shape
+        kv_heads, n = k.shape[1:3]
+        groups = heads // kv_heads
+        if rows > 1 or index < self.first:
+            return mixed(probabilities(q, k, scale, mask), v)
+        allowed = torch.ones(batch, 1, 1, n, dtype=torch.bool) if mask is None else mask
+        if index in (self.first, self.reselect):
+            s = torch.einsum("bhgd,bhjd->bhgj", q.view(batch, kv_heads, groups, width), k) * scale
+            r = s.masked_fill(~allowed[:, :, 0, None, :][:, 0], float("-inf")).sum(2)
+            r[..., n - 1] = float("inf")
+            self.chosen = r.topk(min(self.budget, n), -1).indices
+            return mixed(probabilities(q, k, scale, allowed), v)
+        listed = torch.zeros(batch, kv_heads, n, dtype=torch.bool).scatter_(-1, self.chosen, True)
+        return mixed(probabilities(q, k, scale, allowed & listed.repeat_interleave(groups, 1)[:, :, None]), v)
+
+
+@contextmanager
+def attending(model: Any, oracle: Oracle):
+    """The model with ``oracle`` in place of its attention."""
+    AttentionInterface.register("kv_oracle", oracle)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("kv_oracle", sdpa_mask)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "kv_oracle"
+    try:
+        yield DynamicCache(config=model.config)
+    finally:
+        model.config._attn_implementation = before
+
+
+@torch.no_grad()
+def fed(model: Any, cache: Any, pieces: list[Tensor], padding: Tensor | None = None) -> Tensor:
+    """The logits of each piece's last token, ``(pieces, batch, vocabulary)``; pieces go in one after the other."""
+    out, seen = [], 0
+    for piece in pieces:
+        seen += piece.shape[1]
+        extra = {}
+        if padding is not None:
+            left = torch.ones(piece.shape[0], seen, dtype=torch.long)
+            left[:, : padding.shape[1]] = padding
+            positions = (left.cumsum(-1) - 1).clamp_min(0)[:, -piece.shape[1] :]
+            extra = {"attention_mask": left, "position_ids": positions}
+        out.append(model(input_ids=piece, past_key_values=cache, use_cache=True, **extra).logits[:, -1])
+    return torch.stack(out)

@@ -1,0 +1,140 @@
+"""Each KV-cache method in a whole model against its eager oracle, and at the setting where it must equal the dense model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from accelpass import KVCache
+from tests.passes import kv_truth
+from tests.passes.kv_truth import attending, fed
+
+VOCABULARY, LAYERS = 96, 4
+CAPACITY = 48
+
+
+def llama(groups: int = 2, head_dim: int = 16, seed: int = 0, layers: int = LAYERS) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=64, num_hidden_layers=layers, head_dim=head_dim,
+        num_attention_heads=2 * groups, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def compiled(model: Any, *passes: Any, lowering: str = "eager", **options: Any) -> Any:
+    return torch.compile(
+        model, backend="accelpass", options={"lowering": lowering, "passes": list(passes), **options}, fullgraph=True
+    )
+
+
+def tokens(batch: int, *lengths: int, seed: int = 1) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randint(0, VOCABULARY, (batch, n)) for n in lengths]
+
+
+def error(model: Any, oracle: kv_truth.Oracle, passes: list[Any], pieces: list, lowering: str = "eager", padding=None) -> float:
+    cache = KVCache(model, CAPACITY, pieces[0].shape[0])
+    got = fed(compiled(model, *passes, lowering=lowering), cache, pieces, padding)
+    with attending(model, oracle) as dense:
+        want = fed(model, dense, pieces, padding)
+    return float((got - want).abs().max() / want.abs().max())
+
+
+METHODS: dict[str, tuple[list[Any], Any]] = {
+    "h2o": ([{"name": "h2o", "budget": 0.4}], lambda: kv_truth.H2O(0.2, 0.2)),
+    "h2o, recent alone": ([{"name": "h2o", "budget": 0.3, "recent": 1.0}], lambda: kv_truth.H2O(0.0, 0.3)),
+    "mikv 2": ([{"name": "mikv", "budget": 0.4, "bits": 2}], lambda: kv_truth.MiKV(0.2, 0.2, 2)),
+    "mikv 3": ([{"name": "mikv", "budget": 0.4, "bits": 3}], lambda: kv_truth.MiKV(0.2, 0.2, 3)),
+    "mikv 4": ([{"name": "mikv", "budget": 0.4, "bits": 4}], lambda: kv_truth.MiKV(0.2, 0.2, 4)),
+    "tidaldecode": (
+        [{"name": "tidaldecode", "budget": 6, "first": 1, "reselect": 3}],
+        lambda: kv_truth.Tidal(6, 1, 3),
+    ),
+}
+DENSE: list[list[Any]] = [
+    [],
+    [{"name": "h2o", "budget": 1.0}],
+    [{"name": "kv_window", "budget": 1.0}],
+    [{"name": "mikv", "budget": 1.0}],
+    [{"name": "tidaldecode", "budget": CAPACITY}],
+    [{"name": "tidaldecode", "budget": 2, "first": 50, "reselect": 51}],
+]
+
+
+@pytest.mark.parametrize("which", METHODS)
+def test_equals_the_oracle(which):
+    passes, oracle = METHODS[which]
+    assert error(llama(), oracle(), passes, tokens(2, 20, *[1] * 8)) < 1e-5
+
+
+@pytest.mark.parametrize("which", METHODS)
+@settings(max_examples=3, deadline=None)
+@given(
+    st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([8, 16, 24]), st.integers(2, 30), st.integers(1, 9),
+    st.integers(0, 1000),
+)  # fmt: skip
+def test_equals_the_oracle_over_random_shapes(which, batch, groups, head_dim, prompt, more, seed):
+    passes, oracle = METHODS[which]
+    torch._dynamo.reset()
+    model = llama(groups, head_dim, seed)
+    assert error(model, oracle(), passes, tokens(batch, prompt, *[1] * more, seed=seed)) < 1e-4
+
+
+@pytest.mark.parametrize("which", METHODS)
+def test_several_prompts_on_one_cache(which):
+    passes, oracle = METHODS[which]
+    assert error(llama(), oracle(), passes, tokens(2, 14, 1, 1, 9, 1, 1, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("which", METHODS)
+def test_left_padding(which):
+    passes, oracle = METHODS[which]
+    padding = torch.ones(2, 16, dtype=torch.long)
+    padding[0, :5] = 0
+    assert error(llama(), oracle(), passes, tokens(2, 16, *[1] * 6), padding=padding) < 1e-5
+
+
+@pytest.mark.parametrize("lowering", ["eager", "aten"])
+@pytest.mark.parametrize("passes", DENSE, ids=str)
+def test_equals_dense_where_it_must(passes, lowering):
+    assert error(llama(), kv_truth.Dense(), passes, tokens(2, 15, 1, 1, 8, 1, 1), lowering) < 1e-5
+
+
+@pytest.mark.parametrize("which", ["h2o", "mikv 2", "tidaldecode"])
+def test_compiled_by_inductor(which):
+    passes, oracle = METHODS[which]
+    assert error(llama(layers=4), oracle(), passes, tokens(2, 20, *[1] * 5), "inductor") < 1e-4
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_kv_quant(bits):
+    """Every stored row is rounded; the prompt's own attention is exact."""
+
+    class Rounded(kv_truth.Oracle):
+        def attend(self, layer, q, k, v, scale, mask, index):
+            if "b" in layer:
+                k, v = (kv_truth.quant_rows(x, bits, x.shape[-1] // 2) for x in (k, v))
+            layer["b"] = True
+            return kv_truth.mixed(kv_truth.probabilities(q, k, scale, mask), v)
+
+    assert error(llama(), Rounded(), [{"name": "kv_quant", "bits": bits}], tokens(2, 17, *[1] * 6)) < 1e-5
+
+
+def test_h2o_with_rounded_rows():
+    oracle = kv_truth.H2O(0.2, 0.2, lambda x: kv_truth.quant_rows(x, 4, x.shape[-1] // 2))
+    passes = [{"name": "h2o", "budget": 0.4}, {"name": "kv_quant", "bits": 4}]
+    assert error(llama(), oracle, passes, tokens(2, 20, *[1] * 8)) < 1e-5
+
+
+def test_tidaldecode_with_rounded_rows_keeps_all_where_it_must():
+    alone = fed(compiled(llama(), {"name": "kv_quant", "bits": 8}), KVCache(llama(), CAPACITY), tokens(1, 20, 1, 1))
+    torch._dynamo.reset()
+    passes = [{"name": "kv_quant", "bits": 8}, {"name": "tidaldecode", "budget": CAPACITY, "first": 1, "reselect": 3}]
+    both = fed(compiled(llama(), *passes), KVCache(llama(), CAPACITY), tokens(1, 20, 1, 1))
+    assert torch.allclose(alone, both, atol=1e-5)
