@@ -53,6 +53,7 @@ PassesOption = Annotated[
     list[str] | None,
     typer.Option(
         "--passes",
+        "--pass",
         help="NAME, or NAME:key=value,key=value; repeatable. Several names parted by commas. 'none' for no pass. "
         "Lists inside a value are parted by |.",
     ),
@@ -137,7 +138,7 @@ def run(
     """Answer a prompt with the compiled model, greedily."""
     options = _options(passes, lowering)
     import accelpass
-    from accelpass.generation import eos_tokens, greedy, new_cache, prompt_tokens
+    from accelpass.generation import cache_for, eos_tokens, greedy, prompt_tokens
 
     with step(f"Loading {model}") as update:
         loaded, tokenizer = _load(model, device, dtype, generates=True)
@@ -148,7 +149,7 @@ def run(
         def told(made: int) -> None:
             update("Compiling the graph of one token" if made == 1 else f"Answering: {made} tokens")
 
-        cache = new_cache(loaded, ids.shape[1] + max_new_tokens)
+        cache = cache_for(loaded, ids.shape[1] + max_new_tokens, options)
         answer = greedy(fast, ids, cache, max_new_tokens, eos_tokens(loaded), told)
     text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
     if as_json:
@@ -201,7 +202,7 @@ def explain(
     _page(html)
     options = _options(passes, lowering)
     import accelpass
-    from accelpass.generation import greedy, new_cache, prompt_tokens
+    from accelpass.generation import cache_for, greedy, prompt_tokens
 
     with step(f"Loading {model}") as update:
         loaded, tokenizer = _load(model, device, dtype)
@@ -209,7 +210,8 @@ def explain(
         fast = accelpass.compile(loaded, **options)
         ids = prompt_tokens(tokenizer, QUESTION).to(device)
         if _generates(loaded):
-            greedy(fast, ids, new_cache(loaded, ids.shape[1] + 2), 2)
+            cache = cache_for(loaded, ids.shape[1] + 2, options)  # alive until the report has looked at it
+            greedy(fast, ids, cache, 2)
         else:
             import torch
 
