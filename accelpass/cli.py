@@ -1,4 +1,4 @@
-"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``passes``, ``zoo``."""
+"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``kv-map``, ``passes``, ``zoo``."""
 
 from __future__ import annotations
 
@@ -228,6 +228,46 @@ def explain(
         console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=not console.is_terminal)
         if html is not None:
             print(f"report: {page}")
+
+
+@app.command("kv-map")
+@guarded
+def kv_map(
+    model: ModelArgument,
+    prompt: PromptOption,
+    passes: PassesOption = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, help="Tokens to generate; the end token ends nothing.")
+    ] = 64,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Layers to draw: 0,15,29. Otherwise the first, middle and last.")
+    ] = None,
+    head: Annotated[int | None, typer.Option("--head", min=0, help="One key/value head, not the share of all.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A .png or .html file; kv-map.png unless --json is given.")
+    ] = None,
+    lowering: LoweringOption = Lowering.eager,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Draw which tokens each layer of a key/value cache keeps, step by step."""
+    options = _options(passes, lowering)
+    from accelpass import kv_map_command as body
+
+    body.check(options)
+    chosen = body.layers_from(layers)
+    target = body.target(out, as_json)
+    with step(f"Loading {model}"):
+        loaded, tokenizer = _load(model, device, dtype, generates=True)
+    with step("Compiling the prompt's graph", total=tokens) as update:
+        made = body.recorded(loaded, tokenizer, prompt, options, tokens, chosen, update)
+    written = body.written(made, target, Path(model).name, head)
+    if as_json:
+        _json({"model": model, "prompt": prompt, **made.to_dict(), "picture": written and str(written)})
+    else:
+        body.told(made)
+        print(f"picture: {written}")
 
 
 @app.command("passes")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from accelpass import text
 from accelpass.cache_report import layers_alike
 from accelpass.grouping import alike, collapse
 from accelpass.picture import draw, kind_of, sayings
 from accelpass.report import Report
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class Card:
     share: float | None = None
 
 
-def render(report: Report) -> str:
-    """The HTML of a report."""
+def environment() -> Environment:
+    """The templates, with sizes said as in the terminal."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     env = Environment(
@@ -60,14 +64,24 @@ def render(report: Report) -> str:
     env.filters["flops"] = text.flops
     env.filters["counts"] = text.counts
     env.filters["buffers"] = text.buffers_said
-    return env.get_template("report.html.j2").render(
-        report=report,
-        cards=cards(report),
-        picture=draw(report),
-        rows=rows(report),
-        decisions=decisions(report),
-        caches=[(cache, text.holds(cache), layers_alike(cache)) for cache in report.caches],
-        kinds={name: kind_of(done) for name, done in report.passes.items()},
+    env.filters["ratio"] = text.ratio
+    return env
+
+
+def render(report: Report) -> str:
+    """The HTML of a report."""
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            cards=cards(report),
+            picture=draw(report),
+            rows=rows(report),
+            decisions=decisions(report),
+            caches=[(cache, text.holds(cache), layers_alike(cache)) for cache in report.caches],
+            kinds={name: kind_of(done) for name, done in report.passes.items()},
+        )
     )
 
 
