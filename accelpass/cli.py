@@ -1,4 +1,4 @@
-"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``passes``, ``zoo``."""
+"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``kv-map``, ``passes``, ``zoo``."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ PassesOption = Annotated[
     list[str] | None,
     typer.Option(
         "--passes",
+        "--pass",
         help="NAME, or NAME:key=value,key=value; repeatable. Several names parted by commas. 'none' for no pass. "
         "Lists inside a value are parted by |.",
     ),
@@ -137,7 +138,7 @@ def run(
     """Answer a prompt with the compiled model, greedily."""
     options = _options(passes, lowering)
     import accelpass
-    from accelpass.generation import eos_tokens, greedy, new_cache, prompt_tokens
+    from accelpass.generation import cache_for, eos_tokens, greedy, prompt_tokens
 
     with step(f"Loading {model}") as update:
         loaded, tokenizer = _load(model, device, dtype, generates=True)
@@ -148,7 +149,7 @@ def run(
         def told(made: int) -> None:
             update("Compiling the graph of one token" if made == 1 else f"Answering: {made} tokens")
 
-        cache = new_cache(loaded, ids.shape[1] + max_new_tokens)
+        cache = cache_for(loaded, ids.shape[1] + max_new_tokens, options)
         answer = greedy(fast, ids, cache, max_new_tokens, eos_tokens(loaded), told)
     text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
     if as_json:
@@ -201,7 +202,7 @@ def explain(
     _page(html)
     options = _options(passes, lowering)
     import accelpass
-    from accelpass.generation import greedy, new_cache, prompt_tokens
+    from accelpass.generation import cache_for, greedy, prompt_tokens
 
     with step(f"Loading {model}") as update:
         loaded, tokenizer = _load(model, device, dtype)
@@ -209,7 +210,8 @@ def explain(
         fast = accelpass.compile(loaded, **options)
         ids = prompt_tokens(tokenizer, QUESTION).to(device)
         if _generates(loaded):
-            greedy(fast, ids, new_cache(loaded, ids.shape[1] + 2), 2)
+            cache = cache_for(loaded, ids.shape[1] + 2, options)  # alive until the report has looked at it
+            greedy(fast, ids, cache, 2)
         else:
             import torch
 
@@ -226,6 +228,46 @@ def explain(
         console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=not console.is_terminal)
         if html is not None:
             print(f"report: {page}")
+
+
+@app.command("kv-map")
+@guarded
+def kv_map(
+    model: ModelArgument,
+    prompt: PromptOption,
+    passes: PassesOption = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, help="Tokens to generate; the end token ends nothing.")
+    ] = 64,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Layers to draw: 0,15,29. Otherwise the first, middle and last.")
+    ] = None,
+    head: Annotated[int | None, typer.Option("--head", min=0, help="One key/value head, not the share of all.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A .png or .html file; kv-map.png unless --json is given.")
+    ] = None,
+    lowering: LoweringOption = Lowering.eager,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Draw which tokens each layer of a key/value cache keeps, step by step."""
+    options = _options(passes, lowering)
+    from accelpass import kv_map_command as body
+
+    body.check(options)
+    chosen = body.layers_from(layers)
+    target = body.target(out, as_json)
+    with step(f"Loading {model}"):
+        loaded, tokenizer = _load(model, device, dtype, generates=True)
+    with step("Compiling the prompt's graph", total=tokens) as update:
+        made = body.recorded(loaded, tokenizer, prompt, options, tokens, chosen, update)
+    written = body.written(made, target, Path(model).name, head)
+    if as_json:
+        _json({"model": model, "prompt": prompt, **made.to_dict(), "picture": written and str(written)})
+    else:
+        body.told(made)
+        print(f"picture: {written}")
 
 
 @app.command("passes")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import accelpass
-from accelpass.generation import Generated, eos_tokens, greedy, new_cache, prompt_tokens
+from accelpass.generation import Generated, cache_for, eos_tokens, greedy, new_cache, prompt_tokens
 from accelpass.report import Report
 
 BASELINES = {"inductor": "torch.compile", "eager": "eager"}
@@ -101,7 +101,7 @@ def compare(
     plain = options.get("lowering", "inductor")
     contenders = [
         Contender(BASELINES[plain], torch.compile(model, backend=plain), new_cache(model, length)),
-        Contender(CANDIDATE, accelpass.compile(model, **options), new_cache(model, length)),
+        Contender(CANDIDATE, accelpass.compile(model, **options), cache_for(model, length, options)),
     ]
     for c in contenders:
         on_step(f"{c.name}: compiling the prompt's graph")

@@ -1,4 +1,4 @@
-"""A greedy loop over a static cache: one prefill, then one token at a time, so that two graphs serve any answer."""
+"""A greedy loop over a static cache or an ``accelpass.KVCache``: one prefill, then one token at a time, so that two graphs serve any answer."""
 
 from __future__ import annotations
 
@@ -41,6 +41,26 @@ def eos_tokens(model: Any) -> set[int]:
     return set(eos) if isinstance(eos, list | tuple) else set() if eos is None else {eos}
 
 
+def changes_cache(options: dict[str, Any]) -> bool:
+    """Whether a pass of these options decides how keys and values are kept."""
+    from accelpass.passes.options import parse
+
+    return any(p.phase == "cache" for p in parse(options).passes)
+
+
+def cache_for(model: Any, length: int, options: dict[str, Any]) -> Any:
+    """A cache for one sequence of ``length`` tokens in which these options take effect.
+
+    Raises:
+        CacheError: they change how keys and values are kept, and the model keeps them otherwise.
+    """
+    if not changes_cache(options):
+        return new_cache(model, length)
+    from accelpass.kv_cache import KVCache
+
+    return KVCache(model, capacity=length)
+
+
 def new_cache(model: Any, length: int) -> Any:
     """A static cache for one sequence of ``length`` tokens, with its memory in place already.
 
@@ -76,7 +96,7 @@ def greedy(
     compile every graph a second time.
 
     Args:
-        cache: used from its beginning; it must hold the prompt and all new tokens but the last.
+        cache: of :func:`cache_for`; used from its beginning. It must hold the prompt and all new tokens but the last.
         eos: ends the answer; it is part of it.
         on_token: called with how many tokens exist.
     """

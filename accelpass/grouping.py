@@ -52,6 +52,17 @@ def expand(site: str) -> list[str]:
     return [braces[1] + name for name in braces[2].split(",")] if braces else [plain]
 
 
+def runs(numbers: Sequence[int]) -> list[str]:
+    """``["0..3", "5"]`` of [0, 1, 2, 3, 5]."""
+    found: list[list[int]] = []
+    for n in numbers:
+        if found and n == found[-1][-1] + 1:
+            found[-1].append(n)
+        else:
+            found.append([n])
+    return [str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in found]
+
+
 def _ranged(template: str, indices: Sequence[tuple[int, ...]]) -> list[str]:
     columns = [sorted(set(c)) for c in zip(*indices, strict=True)]
     if len(set(indices)) == len(list(product(*columns))):
@@ -71,13 +82,7 @@ def _filled(template: str, values: Sequence[str]) -> str:
 
 
 def _runs(numbers: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    said = [str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs]
+    said = runs(numbers)
     return said[0] if len(numbers) == 1 else "{" + ",".join(said) + "}"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ class KVLayer(CacheLayerMixin):
         count: tokens held, int64 ``(batch,)``; the same number for each sequence, padding included.
         fresh: nothing is held. A Python value, so that an empty layer is a graph of its own: the prompt then attends to
             itself alone.
+        token_bytes: what one token of one sequence takes as the model computes it; 0 before the first.
     """
 
     is_compileable = True
@@ -33,11 +37,13 @@ class KVLayer(CacheLayerMixin):
         self.capacity, self.batch_size = capacity, batch_size
         self.count = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.fresh = True
+        self.token_bytes = 0
         self.is_initialized = True
-        ledger.register(self.count, capacity, self._begin)
+        ledger.register(self.count, capacity, _renewing(self))
 
-    def _begin(self) -> None:
-        self.fresh = True
+    def dense_nbytes(self) -> int:
+        """Bytes of a layer of this capacity and dtype that keeps everything; 0 before the first token."""
+        return self.token_bytes * self.capacity * self.batch_size
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: what a layer holds is allocated when it is first filled."""
@@ -56,6 +62,8 @@ class KVLayer(CacheLayerMixin):
         torch.ops.accelpass.kv_append(key_states, value_states, self.count, self.capacity)
         if self.fresh:
             self.fresh = False
+            row = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
+            self.token_bytes = row * key_states.dtype.itemsize
             return key_states, value_states
         return torch.ops.accelpass.kv_read(self.count, key_states, value_states, self.capacity)
 
@@ -106,6 +114,27 @@ class KVLayer(CacheLayerMixin):
         return f"KVLayer({ledger.holding_of(self.count).tokens} of {self.capacity} tokens)"
 
 
+def _renewing(layer: KVLayer) -> Callable[[], None]:
+    """Makes the layer fresh. The ledger keeps this as long as the layer's counter lives, so it must not keep the layer."""
+    alive = weakref.ref(layer)
+
+    def renew() -> None:
+        found = alive()
+        if found is not None:
+            found.fresh = True
+
+    return renew
+
+
+_CACHES: weakref.WeakSet[KVCache] = weakref.WeakSet()
+_NUMBERS = itertools.count()
+
+
+def live_caches() -> list[KVCache]:
+    """Every cache that something still holds, oldest first."""
+    return sorted(_CACHES, key=lambda cache: cache.number)
+
+
 class KVCache(Cache):
     """Keys and values of a decoder model, for ``model.generate(..., past_key_values=cache)`` or a loop of one's own.
 
@@ -145,10 +174,16 @@ class KVCache(Cache):
         number = text.num_hidden_layers
         super().__init__(layers=[KVLayer(capacity, batch_size, torch.device(device)) for _ in range(number)])
         self.capacity = capacity
+        self.number = next(_NUMBERS)
+        _CACHES.add(self)
 
     def nbytes(self) -> int:
         """Bytes of all that is stored, scales, scores and positions included."""
         return sum(t.numel() * t.element_size() for layer in self.layers for _, t in ledger.buffers_of(layer.count))
+
+    def dense_nbytes(self) -> int:
+        """Bytes of a cache of this capacity and dtype that keeps everything; 0 before the first token."""
+        return sum(layer.dense_nbytes() for layer in self.layers)
 
     def buffers(self) -> list[tuple[int, str, Tensor]]:
         """Layer, name and tensor of everything that is stored."""
@@ -160,7 +195,9 @@ class KVCache(Cache):
         return max(ledger.holding_of(layer.count).tokens for layer in self.layers)
 
     def __repr__(self) -> str:
-        return f"KVCache({len(self.layers)} layers, {self.seen} of {self.capacity} tokens, {self.nbytes() / 1e6:.1f} MB)"
+        return (
+            f"KVCache({len(self.layers)} layers, {self.seen} of {self.capacity} tokens, {self.nbytes() / 1e6:.1f} MB)"
+        )
 
 
 def _decodes(model: torch.nn.Module) -> bool:
@@ -168,4 +205,8 @@ def _decodes(model: torch.nn.Module) -> bool:
     inner = getattr(model, "_orig_mod", model)
     config = inner.config.get_text_config(decoder=True)
     generates = getattr(inner, "can_generate", None)
-    return bool(generates and generates()) or bool(getattr(config, "is_decoder", False)) or hasattr(config, "rope_parameters")
+    return (
+        bool(generates and generates())
+        or bool(getattr(config, "is_decoder", False))
+        or hasattr(config, "rope_parameters")
+    )

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from accelpass import text
+from accelpass.cache_report import layers_alike
 from accelpass.grouping import alike, collapse
 from accelpass.picture import draw, kind_of, sayings
 from accelpass.report import Report
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class Card:
     share: float | None = None
 
 
-def render(report: Report) -> str:
-    """The HTML of a report."""
+def environment() -> Environment:
+    """The templates, with sizes said as in the terminal."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     env = Environment(
@@ -58,13 +63,25 @@ def render(report: Report) -> str:
     env.filters["size"] = text.size
     env.filters["flops"] = text.flops
     env.filters["counts"] = text.counts
-    return env.get_template("report.html.j2").render(
-        report=report,
-        cards=cards(report),
-        picture=draw(report),
-        rows=rows(report),
-        decisions=decisions(report),
-        kinds={name: kind_of(done) for name, done in report.passes.items()},
+    env.filters["buffers"] = text.buffers_said
+    env.filters["ratio"] = text.ratio
+    return env
+
+
+def render(report: Report) -> str:
+    """The HTML of a report."""
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            cards=cards(report),
+            picture=draw(report),
+            rows=rows(report),
+            decisions=decisions(report),
+            caches=[(cache, text.holds(cache), layers_alike(cache)) for cache in report.caches],
+            kinds={name: kind_of(done) for name, done in report.passes.items()},
+        )
     )
 
 
@@ -90,6 +107,11 @@ def cards(report: Report) -> list[Card]:
     given_back = f", {text.size(memory['released'])} given back" if memory["released"] else ""
     detail = f"{text.size(memory['own'])} the model's own, {text.size(memory['derived'])} packed{given_back}"
     made.append(Card("In memory now", text.size(held), "", detail))
+    if report.caches:
+        held, dense = (sum(sizes) for sizes in zip(*((c.bytes, c.dense_bytes) for c in report.caches), strict=True))
+        detail = text.ratio(dense, held).strip(" ()") or "as large as dense ones"
+        left = held / dense if dense else None
+        made.append(Card("Key/value caches", text.size(held), text.size(dense), detail, left))
     graphs = f"{len(report.graphs)} graph" + ("s" if len(report.graphs) != 1 else "")
     made.append(Card("Compile time", f"{report.seconds:.1f} s", "", f"{share:.0%} of it in passes; {graphs}"))
     return made

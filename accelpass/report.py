@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from accelpass.backends import CompiledGraph
+from accelpass.cache_report import CacheReport, cache_reports
 from accelpass.ir.derived import is_released
 from accelpass.lookup import Found, reads
 from accelpass.passes.base import Done
 from accelpass.passes.registry import registered
+from accelpass.stateful import remembered_by
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -71,6 +73,7 @@ class Report:
             ``free_weights``; ``derived``: packed forms, held besides.
         seconds: spent in compiling all graphs; ``seconds_in_passes`` of them in accelpass.
         notes: what a reader must know to read the figures right.
+        caches: each live ``accelpass.KVCache`` that holds tokens of this model, as it is now.
     """
 
     model: str
@@ -85,6 +88,7 @@ class Report:
     notes: tuple[str, ...]
     modules: tuple[str, ...] = ()
     """Paths of the modules that hold weights themselves, in the model's order: what the picture shows."""
+    caches: tuple[CacheReport, ...] = ()
 
     @classmethod
     def of(cls, found: Found) -> Report:
@@ -94,6 +98,7 @@ class Report:
         kinds = {k: 0 for g in graphs for k in g.found}
         flops: tuple[int, int] | None = (0, 0)
         before = after = derived = 0
+        remembered = set(map(id, remembered_by(t for m in found.modules for t in (*m.parameters(), *m.buffers()))))
         for group in chosen:
             rows = [r for r in graphs if r.number in {g.report.number for g in group}]
             for kind in kinds:
@@ -102,7 +107,7 @@ class Report:
             before, after = _sum((before, after), largest.weight_bytes)
             counted = [r.flops for r in rows if r.flops is not None]
             flops = None if flops is None or not counted else _sum(flops, max(counted))
-            derived += max(g.binder.derived_bytes() if g.binder else 0 for g in group)
+            derived += max(_packed_bytes(g, remembered) for g in group)
         memory = {**_memory(found), "derived": derived}
         return cls(
             model=", ".join(type(m).__name__ for m in found.modules) or "function",
@@ -116,6 +121,7 @@ class Report:
             seconds_in_passes=sum(g.seconds_in_passes for g in graphs),
             notes=tuple(_notes(found, memory, flops)),
             modules=tuple(_leaves(found.modules)),
+            caches=cache_reports(t for m in found.modules for t in (*m.parameters(), *m.buffers())),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,6 +195,12 @@ def _passes(graphs: Sequence[CompiledGraph]) -> dict[str, PassReport]:
                 if site not in into.took and why not in into.skipped.get(site, "").split("; or "):
                     into.skipped[site] = "; or ".join(filter(None, (into.skipped.get(site), why)))
     return found
+
+
+def _packed_bytes(graph: CompiledGraph, remembered: set[int]) -> int:
+    """What was derived from weights; state is derived from its anchor in form alone."""
+    made = graph.binder.tensors() if graph.binder else []
+    return sum(t.numel() * t.element_size() for t in made if id(t) not in remembered)
 
 
 def _memory(found: Found) -> dict[str, int]:

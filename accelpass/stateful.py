@@ -1,21 +1,26 @@
-"""What compiled models remember between calls: the state that passes declared."""
+"""What compiled models remember between calls: the state that passes declared, and the caches that they filled."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from accelpass.ir.derived import DERIVED
+from accelpass.ir.derived import DERIVED, StateSpec
 from accelpass.ir.errors import AccelpassError
+from accelpass.ir.kv import ledger
 from accelpass.lookup import modules_of
+
+if TYPE_CHECKING:
+    from accelpass.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
 class StateBuffer:
-    """One remembered tensor: its name, the parameter it lives with, its size and what ends it."""
+    """One remembered tensor: its name, the parameter or cache layer it lives with, its size and what ends it."""
 
     name: str
     owner: str
@@ -37,22 +42,63 @@ def named_tensors(fast: Any) -> dict[int, tuple[str, Tensor]]:
     return {id(t): (name, t) for m in modules for name, t in (*m.named_parameters(), *m.named_buffers())}
 
 
+def counters_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The counters of all cache layers that hold tokens which the model with these tensors wrote."""
+    mine = {id(t) for t in tensors}
+    found = ((count, h.model() if h.model is not None else None) for count, h in ledger.holdings())
+    return [count for count, by in found if by is not None and id(by) in mine]
+
+
+def caches_of(tensors: Iterable[Tensor]) -> list[KVCache]:
+    """The caches that hold tokens which the model with these tensors wrote, oldest first."""
+    counters = {id(count) for count in counters_of(tensors)}
+    if not counters:
+        return []  # and transformers need not be installed
+    from accelpass.kv_cache import live_caches
+
+    return [cache for cache in live_caches() if any(id(layer.count) in counters for layer in cache.layers)]
+
+
 def state(fast: Any) -> list[StateBuffer]:
-    """Every buffer that passes keep for this model; empty if none was declared or the model has not run yet."""
+    """Every buffer that passes keep for this model, and of every cache that holds its tokens.
+
+    Empty if none was declared or the model has not run yet. A cache that was reset belongs to no model until it is filled.
+    """
     known = named_tensors(fast)
-    found = []
-    for recipe, ids, tensors in DERIVED.of([t for _, t in known.values()]):
-        if recipe.state is not None:
-            (t,) = tensors
-            size = t.numel() * t.element_size()
-            owner = known[ids[0]][0]
-            found.append(StateBuffer(recipe.state.name, owner, tuple(t.shape), t.dtype, size, recipe.state.lifetime))
+    tensors = [t for _, t in known.values()]
+    found = [_buffer(spec, known[anchor][0], t) for spec, anchor, t in _states(tensors)]
+    for number, cache in enumerate(caches_of(tensors)):
+        for index, layer in enumerate(cache.layers):
+            owner = f"cache {number}, layer {index}"
+            found += [_buffer(spec, owner, t) for spec, _, t in _states([layer.count])]
     return found
 
 
-def reset(fast: Any) -> None:
-    """Put every state of this model back to its start, for all of its graphs."""
-    for recipe, _, tensors in DERIVED.of([t for _, t in named_tensors(fast).values()]):
+def remembered_by(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors that :func:`state` lists, for the model with these tensors."""
+    own = list(tensors)
+    return [t for anchors in (own, counters_of(own)) for _, _, t in _states(anchors)]
+
+
+def _states(anchors: list[Tensor]) -> Iterator[tuple[StateSpec, int, Tensor]]:
+    """Declared state that lives with these tensors, and which of them by identity."""
+    for recipe, ids, tensors in DERIVED.of(anchors):
         if recipe.state is not None:
-            with torch.no_grad():
-                tensors[0].fill_(recipe.state.fill)
+            yield recipe.state, ids[0], tensors[0]
+
+
+def _buffer(spec: StateSpec, owner: str, t: Tensor) -> StateBuffer:
+    return StateBuffer(spec.name, owner, tuple(t.shape), t.dtype, t.numel() * t.element_size(), spec.lifetime)
+
+
+def reset(fast: Any) -> None:
+    """Put every state of this model back to its start, for all of its graphs, and empty every cache that it filled."""
+    tensors = [t for _, t in named_tensors(fast).values()]
+    with torch.no_grad():
+        for spec, _, t in _states(tensors):
+            t.fill_(spec.fill)
+    for count in counters_of(tensors):
+        ledger.clear(count)
+        empty = ledger.holding_of(count).empty
+        if empty is not None:
+            empty()

@@ -6,8 +6,11 @@ import io
 from collections.abc import Iterator
 
 from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
+from accelpass.cache_report import CacheReport, LayerBytes, layers_alike
 from accelpass.grouping import alike, collapse
 from accelpass.report import PassReport, Report
 
@@ -15,6 +18,8 @@ WIDTH = 100
 LINES = 40
 _REASONS = 5
 """Groups of sites shown for each pass and kind; what is left is counted."""
+_CACHES, _LAYERS, _BUFFERS = 2, 3, 3
+"""Caches, groups of layers of each, and buffers of each group that are shown; what is left is counted."""
 
 
 def plain(report: Report) -> str:
@@ -67,13 +72,33 @@ def lines(report: Report, width: int = WIDTH) -> Iterator[RenderableType]:
     parts, different = (sum(g.parts[i] for g in report.graphs) for i in (0, 1))
     shared = f"; {parts} parts, {different} of them different" if parts else ""
     yield _figure("compile time", f"{report.seconds:.1f} s, {share:.0%} of it in passes{shared}")
-    room = max(2, min(_REASONS, (LINES - 8 - len(report.notes)) // max(1, len(report.passes)) - 2))
+    used = 8 + len(report.notes) + len(report.caches[:_CACHES]) * (_LAYERS + 2)
+    room = max(2, min(_REASONS, (LINES - used) // max(1, len(report.passes)) - 2))
     for done in report.passes.values():
         yield from _pass(done, room, width)
     if not report.passes:
         yield Text("no pass ran", style="dim")
+    for cache in report.caches[:_CACHES]:
+        yield from _cache(cache)
+    if len(report.caches) > _CACHES:
+        yield Text(f"    ... and {len(report.caches) - _CACHES} more caches; see .caches", style="dim")
     for note in report.notes:
         yield Text.assemble(("note  ", "yellow"), note)
+
+
+def holds(cache: CacheReport) -> str:
+    """How full a cache is, and how large."""
+    many = f" in each of {cache.sequences} sequences" if cache.sequences > 1 else ""
+    dense = f", dense {size(cache.dense_bytes)}{ratio(cache.dense_bytes, cache.bytes)}" if cache.dense_bytes else ""
+    return f"{cache.tokens} of {cache.capacity} tokens{many}; {size(cache.bytes)}{dense}"
+
+
+def buffers_said(layer: LayerBytes, limit: int | None = None) -> str:
+    """The buffers of a layer, largest first, of which at most ``limit`` by name."""
+    largest = sorted(layer.buffers.items(), key=lambda item: -item[1])
+    said = ", ".join(f"{name.removeprefix('kv.')} {size(count)}" for name, count in largest[:limit])
+    left = len(largest) - len(largest[:limit])
+    return f"{said}, {left} more" if left else said
 
 
 def sites_said(sites: list[str], limit: int = 60) -> str:
@@ -98,6 +123,19 @@ def _pass(done: PassReport, room: int, width: int) -> Iterator[Text]:
         if left:
             what = "took" if mark == "+" else "skipped"
             yield Text(f"    ... and {left} more; see .passes[{done.name!r}].{what}", style="dim")
+
+
+def _cache(cache: CacheReport) -> Iterator[RenderableType]:
+    yield Text.assemble((cache.name, "bold cyan"), f"  {holds(cache)}")
+    groups = layers_alike(cache)
+    table = Table("layers", "bytes of one", "dense", "of these", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for said, layer in groups[:_LAYERS]:
+        table.add_row(said, size(layer.bytes), size(layer.dense_bytes), buffers_said(layer, _BUFFERS))
+    if len(groups) > _LAYERS:
+        table.add_row(f"... and {len(groups) - _LAYERS} groups more")
+    for column in table.columns:
+        column.no_wrap, column.overflow = True, "ellipsis"
+    yield Padding(table, (0, 0, 0, 4), expand=False)
 
 
 def _group(mark: str, style: str, sites: list[str], reason: str, width: int) -> Text:

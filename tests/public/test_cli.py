@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from accelpass.arguments import passes_from
 from accelpass.cli import app
+from accelpass.generation import Generated
 from accelpass.ir.errors import OptionError
 from tests.public.conftest import tiny_llama
 
@@ -69,6 +70,14 @@ def test_version(cli: Callable[..., Result]) -> None:
         (["explain", "smollm2-135m", "--passes", "group_size=32"], "write NAME:key=value"),
         (["explain", "smollm2-135m", "--html", "/no/such/folder/r.html"], "there is no folder /no/such/folder"),
         (["demo", "--html", "/no/such/folder/r.html"], "there is no folder /no/such/folder"),
+        (["kv-map", "smollm2-135m", "--prompt", "x"], "give one with --pass: h2o, kv_quant, kv_window, mikv"),
+        (["kv-map", "smollm2-135m", "--prompt", "x", "--pass", "int8_weights"], "give one with --pass: h2o"),
+        (["kv-map", "smollm2-135m", "--prompt", "x", "--pass", "h2o", "--layers", "a"], "for example 0,15,29"),
+        (["kv-map", "smollm2-135m", "--prompt", "x", "--pass", "h2o", "--out", "m.gif"], ".png or .html"),
+        (
+            ["kv-map", "smollm2-135m", "--prompt", "x", "--pass", "h2o", "--out", "/no/folder/m.png"],
+            "no folder /no/folder",
+        ),
     ],
 )
 def test_mistakes_are_one_line(cli: Callable[..., Result], words: list[str], said: str) -> None:
@@ -113,6 +122,49 @@ def test_run_and_bench_agree(cli: Callable[..., Result], folder: Path) -> None:
     baseline, candidate = data["contenders"]
     assert baseline["answer"] == candidate["answer"]
     assert data["ratio"] == pytest.approx(baseline["token_seconds"] / candidate["token_seconds"])
+
+
+def test_explain_fills_the_cache_that_the_passes_want(cli: Callable[..., Result], folder: Path) -> None:
+    result = cli("explain", folder, "--pass", "h2o:budget=0.5", "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert list(data["passes"]["h2o"]["took"]) == ["model.layers.0.self_attn"]
+    (cache,) = data["caches"]
+    assert cache["ratio"] > 1.5
+    assert cache["tokens"] == cache["capacity"] - 1, "the second token is not fed back"
+
+
+@pytest.mark.parametrize(("passes", "kind"), [("h2o", "KVCache"), ("int8_weights", "StaticCache")])
+def test_run_and_bench_use_the_cache_that_the_passes_want(
+    cli: Callable[..., Result], folder: Path, monkeypatch: pytest.MonkeyPatch, passes: str, kind: str
+) -> None:
+    seen = []
+
+    def looked(fast: Any, ids: Any, cache: Any, *_: Any, **__: Any) -> Generated:
+        seen.append(type(cache).__name__)
+        return Generated([1], 0.1)
+
+    monkeypatch.setattr("accelpass.generation.greedy", looked)
+    monkeypatch.setattr("accelpass.compare.greedy", looked)
+    assert cli("run", folder, "--prompt", "x", "--pass", passes, "--lowering", "eager").exit_code == 0
+    assert seen == [kind]
+    cli("bench", folder, "--prompt", "x", "--pass", passes, "--lowering", "eager", "--rounds", 1)
+    assert seen[1:] == ["StaticCache", kind] * 2, "the baseline has the model's own"
+
+
+def test_kv_map(cli: Callable[..., Result], folder: Path) -> None:
+    words = ("kv-map", folder, "--prompt", "hello, cache", "--pass", "h2o:budget=0.5", "--tokens", 4, "--json")
+    result = cli(*words)
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["prompt_tokens"] == 12
+    assert [s["seen"] for s in data["steps"]] == [12, 13, 14, 15]
+    assert [s["kept"] for s in data["steps"]] == [[6.0]] * 4
+    assert data["picture"] is None
+    assert data["ratio"] == data["dense_bytes"] / data["bytes"] > 1
+    result = cli(*words, "--layers", "0,1")
+    assert result.exit_code == 2
+    assert "there is no layer 1: the model has 1" in result.stderr
 
 
 @pytest.mark.parametrize(
