@@ -104,6 +104,13 @@ class KVLayer(CacheLayerMixin):
         if not holding.tokens:
             self.reset()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVLayer:
+        """A layer of its own that holds the same: a prompt that is read once can be answered several times."""
+        twin = KVLayer(self.capacity, self.batch_size, self.count.device)
+        twin.fresh, twin.token_bytes = self.fresh, self.token_bytes
+        ledger.copy(self.count, twin.count)
+        return twin
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         raise CacheError(f"a KVCache keeps its batch size; make it with batch_size={self.batch_size * repeats}")
 

@@ -7,6 +7,7 @@ becomes one more graph input, found at every call by the identity of the weight 
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -194,16 +195,18 @@ class Binder:
         """Positions of inputs that only derived tensors need and whose memory is given back once those exist."""
         self.staying = staying
         """Positions of the model's other tensors; any of them would keep a mapped file in memory."""
-        self._memo: list[Entry | None] = [None] * len(self.groups)
+        # Weak: the entries of a cache go when the cache does.
+        self._memo: list[weakref.ref[Entry] | None] = [None] * len(self.groups)
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
         made, missed = [], False
         for index, group in enumerate(self.groups):
             sources = [args[p] for p in group.positions]
-            entry = self._memo[index]
+            known = self._memo[index]
+            entry = known() if known is not None else None
             if entry is None or not entry.serves(sources):
                 entry = DERIVED.get(sources, group.recipe, self.paths[group.positions[0]])
-                self._memo[index] = entry
+                self._memo[index] = weakref.ref(entry)
                 missed = True
             made.append(entry.tensors)
         if missed and self.released:
@@ -213,7 +216,8 @@ class Binder:
 
     def tensors(self) -> list[Tensor]:
         """The derived tensors that the last call used; each once."""
-        return list({id(t): t for entry in self._memo if entry for t in entry.tensors}.values())
+        entries = [entry for known in self._memo if known is not None and (entry := known()) is not None]
+        return list({id(t): t for entry in entries for t in entry.tensors}.values())
 
     def derived_bytes(self) -> int:
         """Bytes of :meth:`tensors`."""

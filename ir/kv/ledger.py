@@ -104,6 +104,16 @@ def buffers_of(count: Tensor) -> list[tuple[str, Tensor]]:
     return [(r.state.name, tensors[0]) for r, _, tensors in DERIVED.of([count]) if r.state is not None]
 
 
+def copy(count: Tensor, other: Tensor) -> None:
+    """Let the layer with the counter ``other``, which is empty, hold what that of ``count`` does."""
+    with torch.no_grad():
+        other.copy_(count)
+        for recipe, _, tensors in DERIVED.of([count]):
+            DERIVED.seed([other], recipe, tuple(t.clone() for t in tensors))
+    mine, its = holding_of(count), holding_of(other)
+    its.tokens, its.form, its.model = mine.tokens, mine.form, mine.model
+
+
 def clear(count: Tensor) -> None:
     """Empty the layer: counters and buffers as they were at the start."""
     with torch.no_grad():

@@ -40,7 +40,9 @@ def quantize_rows(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Ten
 def _to_half_precision(x: Tensor) -> Tensor:
     """``x`` (float32) rounded to float16's 11 bits (Veltkamp's splitting). A compiler that fuses drops a cast and its return."""
     wide = x * 8193.0
-    return (wide - (wide - x)).clamp(-65504.0, 65504.0)
+    normal = (wide - (wide - x)).clamp(-65504.0, 65504.0)
+    # Below 2^-14 a float16 has steps of 2^-24, as a float32 has between 0.5 and 1.
+    return torch.where(x.abs() < 2**-14, (x + 0.75) - 0.75, normal)
 
 
 def dequantize_rows(packed: Tensor, step: Tensor, low: Tensor, bits: int, group: int) -> Tensor:

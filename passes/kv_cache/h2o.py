@@ -57,7 +57,7 @@ class H2O(KVPass):
     token attends over what is left and itself, adds its probabilities, and one token leaves. Budgets are shares of the
     prompt's length and are fixed at its end. Scores of query heads that share a key are summed (inferred); each sequence
     of a batch has its own (inferred); tokens added in one piece to a cache that is not empty set the budget anew, from all
-    tokens so far (inferred); at least one recent token is kept (inferred).
+    tokens so far (inferred), and recent tokens are told by their position (inferred); at least one is kept (inferred).
 
     Attributes:
         budget: share of the prompt that is kept; 1 keeps everything.

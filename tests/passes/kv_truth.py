@@ -105,8 +105,9 @@ class H2O(Oracle):
             for h in range(kv_heads):
                 here = alive[b, h].nonzero()[:, 0]
                 if len(here) > layer["limit"]:
-                    newest, rest = here[-layer["recent"] :], here[: -layer["recent"]]
-                    heavy = rest[score[b, h, rest].topk(layer["limit"] - layer["recent"]).indices]
+                    # Until several tokens come at once again, none of the newest has been evicted: the card's rule.
+                    newest, rest = here[here >= n - layer["recent"]], here[here < n - layer["recent"]]
+                    heavy = rest[score[b, h, rest].topk(layer["limit"] - len(newest)).indices]
                     here = torch.cat([heavy, newest])
                 kept[b, h, here] = True
         self.after(layer, q, k, v, kept, first, p)
@@ -178,7 +179,7 @@ class Tidal(Oracle):
         allowed = torch.ones(batch, 1, 1, n, dtype=torch.bool) if mask is None else mask
         if index in (self.first, self.reselect):
             s = torch.einsum("bhgd,bhjd->bhgj", q.view(batch, kv_heads, groups, width), k) * scale
-            r = s.masked_fill(~allowed[:, :, 0, None, :][:, 0], float("-inf")).sum(2)
+            r = s.masked_fill(~allowed[:, :, :1], float("-inf")).sum(2)
             r[..., n - 1] = float("inf")
             self.chosen = r.topk(min(self.budget, n), -1).indices
             return mixed(probabilities(q, k, scale, allowed), v)

@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from accelpass import KVCache
 from tests.passes import kv_truth
 from tests.passes.kv_truth import attending, fed
 
-VOCABULARY, LAYERS = 96, 4
+VOCABULARY, LAYERS = 96, 2
 CAPACITY = 48
 
 
@@ -53,8 +51,8 @@ METHODS: dict[str, tuple[list[Any], Any]] = {
     "mikv 3": ([{"name": "mikv", "budget": 0.4, "bits": 3}], lambda: kv_truth.MiKV(0.2, 0.2, 3)),
     "mikv 4": ([{"name": "mikv", "budget": 0.4, "bits": 4}], lambda: kv_truth.MiKV(0.2, 0.2, 4)),
     "tidaldecode": (
-        [{"name": "tidaldecode", "budget": 6, "first": 1, "reselect": 3}],
-        lambda: kv_truth.Tidal(6, 1, 3),
+        [{"name": "tidaldecode", "budget": 6, "first": 0, "reselect": 5}],
+        lambda: kv_truth.Tidal(6, 0, 5),
     ),
 }
 DENSE: list[list[Any]] = [
@@ -68,28 +66,9 @@ DENSE: list[list[Any]] = [
 
 
 @pytest.mark.parametrize("which", METHODS)
-def test_equals_the_oracle(which):
+def test_equals_the_oracle_over_two_turns(which):
     passes, oracle = METHODS[which]
-    assert error(llama(), oracle(), passes, tokens(2, 20, *[1] * 8)) < 1e-5
-
-
-@pytest.mark.parametrize("which", METHODS)
-@settings(max_examples=3, deadline=None)
-@given(
-    st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([8, 16, 24]), st.integers(2, 30), st.integers(1, 9),
-    st.integers(0, 1000),
-)  # fmt: skip
-def test_equals_the_oracle_over_random_shapes(which, batch, groups, head_dim, prompt, more, seed):
-    passes, oracle = METHODS[which]
-    torch._dynamo.reset()
-    model = llama(groups, head_dim, seed)
-    assert error(model, oracle(), passes, tokens(batch, prompt, *[1] * more, seed=seed)) < 1e-4
-
-
-@pytest.mark.parametrize("which", METHODS)
-def test_several_prompts_on_one_cache(which):
-    passes, oracle = METHODS[which]
-    assert error(llama(), oracle(), passes, tokens(2, 14, 1, 1, 9, 1, 1, 1)) < 1e-5
+    assert error(llama(), oracle(), passes, tokens(2, 20, *[1] * 6, 9, 1, 1, 1)) < 1e-5
 
 
 @pytest.mark.parametrize("which", METHODS)
@@ -109,7 +88,7 @@ def test_equals_dense_where_it_must(passes, lowering):
 @pytest.mark.parametrize("which", ["h2o", "mikv 2", "tidaldecode"])
 def test_compiled_by_inductor(which):
     passes, oracle = METHODS[which]
-    assert error(llama(layers=4), oracle(), passes, tokens(2, 20, *[1] * 5), "inductor") < 1e-4
+    assert error(llama(), oracle(), passes, tokens(1, 20, *[1] * 5), "inductor") < 1e-4
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -132,9 +111,14 @@ def test_h2o_with_rounded_rows():
     assert error(llama(), oracle, passes, tokens(2, 20, *[1] * 8)) < 1e-5
 
 
+def test_tidaldecode_reselects():
+    passes = [{"name": "tidaldecode", "budget": 5, "first": 1, "reselect": 3}]
+    assert error(llama(layers=5), kv_truth.Tidal(5, 1, 3), passes, tokens(1, 20, 1, 1)) < 1e-5
+
+
 def test_tidaldecode_with_rounded_rows_keeps_all_where_it_must():
     alone = fed(compiled(llama(), {"name": "kv_quant", "bits": 8}), KVCache(llama(), CAPACITY), tokens(1, 20, 1, 1))
     torch._dynamo.reset()
-    passes = [{"name": "kv_quant", "bits": 8}, {"name": "tidaldecode", "budget": CAPACITY, "first": 1, "reselect": 3}]
+    passes = [{"name": "kv_quant", "bits": 8}, {"name": "tidaldecode", "budget": CAPACITY, "first": 0, "reselect": 5}]
     both = fed(compiled(llama(), *passes), KVCache(llama(), CAPACITY), tokens(1, 20, 1, 1))
     assert torch.allclose(alone, both, atol=1e-5)
