@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from accelpass.ir.attention.spec import AttentionSpec
@@ -26,7 +27,8 @@ class HeavyHitters(Slots):
     def most(self, capacity: int) -> int:
         if self.heavy + self.recent >= 1:
             return capacity
-        return max(1, int(self.heavy * capacity + 1e-9) + int(self.recent * capacity + 1e-9))
+        limit, _ = self.quota(torch.tensor([capacity]))
+        return int(limit)
 
     def quota(self, total: Tensor) -> tuple[Tensor, Tensor]:
         newest = share(total, self.recent).clamp_min(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from accelpass.ir.attention.spec import AttentionSpec
@@ -23,7 +24,8 @@ class SinksAndNewest(Slots):
     budget: float
 
     def most(self, capacity: int) -> int:
-        return min(capacity, max(self.sinks + 1, int(self.budget * capacity + 1e-9)))
+        limit, _ = self.quota(torch.tensor([capacity]))
+        return min(capacity, int(limit))
 
     def quota(self, total: Tensor) -> tuple[Tensor, Tensor]:
         limit = share(total, self.budget).clamp_min(self.sinks + 1)
