@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ReleasedWeightError,
         SpecConflict,
     )
+    from accelpass.calibration import calibrate
     from accelpass.kv_cache import KVCache
     from accelpass.packed import load, save
     from accelpass.report import Report
@@ -40,6 +41,7 @@ __all__ = [
     "Report",
     "SpecConflict",
     "__version__",
+    "calibrate",
     "compile",
     "explain",
     "load",
@@ -61,6 +63,7 @@ _HOMES = {
     "SpecConflict": _ERRORS,
     "Report": "accelpass.report",
     "KVCache": "accelpass.kv_cache",
+    "calibrate": "accelpass.calibration",
     "load": "accelpass.packed",
     "save": "accelpass.packed",
     "reset": "accelpass.stateful",

@@ -59,7 +59,7 @@ class KVLayer(CacheLayerMixin):
                 f"this KVCache is for {self.batch_size} sequences, the call has {key_states.shape[0]}; "
                 f"make it with batch_size={key_states.shape[0]}"
             )
-        torch.ops.accelpass.kv_append(key_states, value_states, self.count, self.capacity)
+        torch.ops.accelpass.kv_append(key_states, value_states, self.count, self.capacity, [])
         if self.fresh:
             self.fresh = False
             row = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])

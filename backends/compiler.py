@@ -115,6 +115,7 @@ def backend(
         report.note = "; ".join(filter(None, (report.note, *report.before.failed)))
         if chosen.plan is not None:
             chosen.plan.check(program)
+            program.artefacts = chosen.plan.tensors
         observers = []
         if chosen.debug:
             from accelpass.backends.debug import replay

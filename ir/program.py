@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from accelpass.ir.tensors import TensorSource
 
@@ -20,11 +21,13 @@ class Program:
         gm: graph in pre-dispatch ATen; never the graph that Dynamo owns.
         tensors: paths and values of the model's own tensors.
         door: ``dynamo`` or ``export``.
+        artefacts: tensors from calibration, by name.
     """
 
     gm: fx.GraphModule
     tensors: TensorSource
     door: str
+    artefacts: Mapping[str, Tensor] = field(default_factory=dict)
     _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, get_type_hints
+
+from torch import Tensor
 
 from accelpass.ir.errors import OptionError
 from accelpass.ir.program import Program
@@ -158,6 +161,23 @@ class SitePatterns(Pass):
                 raise OptionError(f"{self.name}: sites[{pattern!r}] sets {key!r}{nearest(key, own)}; known: {known}")
         hints = get_type_hints(type(self))
         return {key: _typed(self.name, key, value, hints[key]) for key, value in given.items()}
+
+
+class Calibrated(ABC):
+    """Mix-in of passes that learn something from data."""
+
+    @abstractmethod
+    def calibrate(self, program: Program, run: Callable[[Mapping[str, Callable[[Tensor], None]], str], None]) -> dict[str, Tensor]:
+        """Fit, and return tensors by name for a plan; ``apply`` finds them as ``program.artefacts``.
+
+        Args:
+            program: the model's graph for a prompt.
+            run: runs all data once: given functions by parameter path, it calls each with the input of the module that
+                owns the parameter; and what this is for, for the progress bar.
+
+        Raises:
+            PassError: the graph has nothing to fit; says why.
+        """
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,18 @@ from accelpass.ir.program import Program
 from accelpass.ir.splice import splice, trace
 from accelpass.ir.tensors import FromInputs
 
-GIVEN = "kv_given"
-"""``meta`` key of a ``kv_append`` call: further nodes for its storage, by name (``New.given``)."""
+_NAMES, _FUNCTIONS = "kv_given", "kv_functions"
+
+
+def give(append: fx.Node, nodes: Mapping[str, fx.Node], functions: Mapping[str, Callable[..., Tensor]]) -> None:
+    """Hand further nodes and functions to the storage of a ``kv_append`` call, which finds them in its ``New``."""
+    append.args = (*append.args[:4], list(nodes.values()))
+    append.meta[_NAMES] = tuple(nodes)
+    append.meta[_FUNCTIONS] = functions
+
+
+def _given(append: fx.Node) -> dict[str, fx.Node]:
+    return dict(zip(append.meta.get(_NAMES, ()), append.args[4], strict=True))
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class _Lowering:
         self.program = program
         self.traced: dict[Any, fx.GraphModule] = {}
         self.rows: dict[str, fx.Node] = {}
+        self.leaders: dict[Storage, fx.Node] = {}
 
     def run(self, key: Any, function: Any, operands: Sequence[fx.Node], before: fx.Node) -> list[fx.Node]:
         layouts = tuple((str(value(n).shape), str(value(n).stride()), value(n).dtype) for n in operands)
@@ -72,12 +83,17 @@ class _Lowering:
         states = store.states(layout, format)
         names = [s.name.removeprefix("kv.") for s in states]
         held = [tensors.state(site.count, s) for s in states]
+        leader = self.leaders.setdefault(store, site.count)
+        for common in store.shared(layout):
+            names.append(common.name.removeprefix("kv."))
+            held.append(tensors.state(leader, common))
+        leads = leader is site.count
         dense = plain and isinstance(spec.format, Native)
         form = dense_form(value(k)) if dense else (repr(store), repr(spec.format), str(layout.dtype))
         if site.is_prompt or (dense and isinstance(spec.select, All)):
-            self._fill(site, spec, store, format, layout, names, held)
+            self._fill(site, spec, store, format, layout, names, held, leads)
         else:
-            self._extend(site, spec, store, format, layout, names, held)
+            self._extend(site, spec, store, format, layout, names, held, leads)
         return CacheUse(site.count, tokens, site.capacity, form, site.is_prompt)
 
     def _fill(
@@ -89,6 +105,7 @@ class _Lowering:
         layout: Layout,
         names: list[str],
         held: list[fx.Node],
+        leads: bool,
     ) -> None:
         """Store tokens; the model's own attention runs on what it had, or on the buffers of a dense cache."""
         graph, (k, v) = self.program.graph, site.new
@@ -98,18 +115,19 @@ class _Lowering:
             q = site.attention.args[0]
             found = _statistics(site.attention, wants)
             before = max(found, default=site.attention).next
-        given: dict[str, fx.Node] = site.append.meta.get(GIVEN, {})
+        given = _given(site.append)
+        functions = site.append.meta.get(_FUNCTIONS, {})
 
         def run(q: Tensor, k: Tensor, v: Tensor, count: Tensor, *more: Tensor) -> list[Tensor]:
             statistics = dict(zip(wants, more, strict=False))
             rest = more[len(wants) :]
-            new = New(q, k, v, count, statistics, dict(zip(given, rest, strict=False)))
+            new = New(q, k, v, count, statistics, dict(zip(given, rest, strict=False)), functions, leads)
             store.fill(dict(zip(names, rest[len(given) :], strict=True)), new, layout, format)
             count.add_(k.shape[2])
             return []
 
         operands = [q, k, v, site.count, *found, *given.values(), *held]
-        self.run(("fill", store, spec.format, layout, tuple(given)), run, operands, before)
+        self.run(("fill", store, spec.format, layout, tuple(given), leads), run, operands, before)
         if site.read is not None:
             banks = dict(zip(names, held, strict=True))
             for item in list(site.read.users):
@@ -127,6 +145,7 @@ class _Lowering:
         layout: Layout,
         names: list[str],
         held: list[fx.Node],
+        leads: bool,
     ) -> None:
         """Store tokens and attend over what is stored."""
         graph, node, (k, v) = self.program.graph, site.attention, site.new
@@ -137,13 +156,14 @@ class _Lowering:
         # The selection is for single tokens; several at once (a further prompt) attend to all.
         select = spec.select if isinstance(spec.select, RowSelect) and value(q).shape[2] == 1 else None
         takes = [self.rows[select.takes]] if select is not None and select.takes else []
-        given: dict[str, fx.Node] = site.append.meta.get(GIVEN, {})
+        given = _given(site.append)
+        functions = site.append.meta.get(_FUNCTIONS, {})
 
         def run(q: Tensor, k: Tensor, v: Tensor, count: Tensor, *more: Tensor) -> list[Tensor]:
             masks, more = more[: len(extras)], more[len(extras) :]
             rows, more = more[: len(takes)], more[len(takes) :]
             handed, buffers = more[: len(given)], dict(zip(names, more[len(given) :], strict=True))
-            new = New(q, k, v, count, {}, dict(zip(given, handed, strict=True)))
+            new = New(q, k, v, count, {}, dict(zip(given, handed, strict=True)), functions, leads)
             query = Query(q, masks, spec, layout)
             if select is None:
                 made = [store.extend(buffers, new, query, layout, format)]
@@ -156,7 +176,7 @@ class _Lowering:
             return made
 
         operands = [q, k, v, site.count, *extras, *takes, *given.values(), *held]
-        key = ("extend", node.args[-1], layout, tuple(given), str(wanted.stride()))
+        key = ("extend", store, replace(spec, site=""), layout, tuple(given), leads, str(wanted.stride()))
         out, *rows = self.run(key, run, operands, node)
         if rows and select is not None and select.gives:
             self.rows[select.gives] = rows[0]

@@ -6,6 +6,8 @@ library, the ops become state of whatever form the passes chose.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,13 +33,14 @@ def dense_form(k: Tensor) -> tuple[str, str]:
 
 
 @torch.library.custom_op("accelpass::kv_append", mutates_args=("count",))
-def kv_append(k: Tensor, v: Tensor, count: Tensor, capacity: int) -> None:
+def kv_append(k: Tensor, v: Tensor, count: Tensor, capacity: int, given: Sequence[Tensor]) -> None:
     """Store new tokens after those that the layer holds.
 
     Args:
         k, v: ``(batch, kv_heads, tokens, d)``, keys as attention reads them (after the rotary embedding).
         count: tokens held, int64 ``(batch,)``; raised by ``tokens``.
         capacity: tokens that the layer can hold.
+        given: what a pass hands to its storage besides; none in a model's own call.
 
     Raises:
         CacheError: the tokens do not fit.
@@ -52,7 +55,7 @@ def kv_append(k: Tensor, v: Tensor, count: Tensor, capacity: int) -> None:
 
 
 @kv_append.register_fake
-def _(k: Tensor, v: Tensor, count: Tensor, capacity: int) -> None:
+def _(k: Tensor, v: Tensor, count: Tensor, capacity: int, given: Sequence[Tensor]) -> None:
     return None
 
 

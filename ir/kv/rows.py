@@ -31,13 +31,13 @@ def quantize_rows(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Ten
     """
     grouped = x.float().unflatten(-1, (-1, group))
     # Both are rounded before they are used, so that codes are the best for what is stored.
-    low = _to_half_precision(grouped.amin(-1))
-    step = _to_half_precision((grouped.amax(-1) - low) / (2**bits - 1))
+    low = to_half_precision(grouped.amin(-1))
+    step = to_half_precision((grouped.amax(-1) - low) / (2**bits - 1))
     codes = ((grouped - low.unsqueeze(-1)) / step.clamp_min(1e-8).unsqueeze(-1)).round().clamp(0, 2**bits - 1)
-    return _pack(codes.flatten(-2).to(torch.uint8), bits), step.half(), low.half()
+    return pack(codes.flatten(-2).to(torch.uint8), bits), step.half(), low.half()
 
 
-def _to_half_precision(x: Tensor) -> Tensor:
+def to_half_precision(x: Tensor) -> Tensor:
     """``x`` (float32) rounded to float16's 11 bits (Veltkamp's splitting). A compiler that fuses drops a cast and its return."""
     wide = x * 8193.0
     normal = (wide - (wide - x)).clamp(-65504.0, 65504.0)
@@ -51,7 +51,8 @@ def dequantize_rows(packed: Tensor, step: Tensor, low: Tensor, bits: int, group:
     return (codes * step.float().unsqueeze(-1) + low.float().unsqueeze(-1)).flatten(-2)
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Packed rows of codes ``(..., d)`` uint8."""
     parts, shift = [], 0
     for width in PARTS[bits]:
         part = (codes >> shift) & (2**width - 1)

@@ -47,6 +47,8 @@ class New:
         count: tokens before them, int64 ``(batch,)``.
         statistics: of the prompt's own attention, for a fill: those that the storage wants.
         given: further tensors that a pass hands to its storage, by name.
+        functions: what a pass hands to its storage to call, by name.
+        leads: the layer is the first of its storage in this call; it writes what all layers share.
     """
 
     q: Tensor
@@ -55,6 +57,8 @@ class New:
     count: Tensor
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    functions: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    leads: bool = True
 
     @property
     def total(self) -> Tensor:
@@ -78,6 +82,10 @@ class Storage(Store, ABC):
     @abstractmethod
     def states(self, layout: Layout, format: RowFormat) -> list[StateSpec]:
         """The buffers of one layer, each for one sequence."""
+
+    def shared(self, layout: Layout) -> list[StateSpec]:
+        """Buffers that all layers of this storage have in common; they live with the first."""
+        return []
 
     @abstractmethod
     def fill(self, held: Held, new: New, layout: Layout, format: RowFormat) -> None:
@@ -124,6 +132,7 @@ class Segment:
         valid: which rows hold a token, broadcast to ``(batch, kv_heads, rows)``.
         q: other queries than the model's, shaped as ``Query.q``.
         rows: which rows are read at all, ``(batch, kv_heads, n)``; then ``at`` and ``valid`` are of these.
+        value_format: the format of values, if it is not that of keys.
     """
 
     format: RowFormat
@@ -133,6 +142,7 @@ class Segment:
     valid: Tensor | None = None
     q: Tensor | None = None
     rows: Tensor | None = None
+    value_format: RowFormat | None = None
 
     def chosen(self, bank: Rows) -> Rows:
         """The rows of ``bank`` that are read."""
@@ -205,17 +215,18 @@ class Query:
                 scores, summed over those. Each ``(batch, kv_heads, rows)``, float32, a tensor for each segment.
         """
         kernel = KERNELS.get(self.q.device.type) if self.one else None
-        if kernel is not None and all(s.kind in _MASKS for s in self._before):
+        plain = all(s.value_format is None for s in segments) and all(s.kind in _MASKS for s in self._before)
+        if kernel is not None and plain:
             return kernel(self, segments, want)
         logits = [self.logits(s) for s in segments]
         weights = self._probabilities(logits)
         out = None
         for segment, share in zip(segments, weights, strict=True):
-            values = segment.chosen(segment.values)
+            values, format = segment.chosen(segment.values), segment.value_format or segment.format
             if self.one:
-                part = segment.format.mixed(share.squeeze(3), values).unsqueeze(3)
+                part = format.mixed(share.squeeze(3), values).unsqueeze(3)
             else:
-                wide = segment.format.decode(values, torch.float32)
+                wide = format.decode(values, torch.float32)
                 part = torch.matmul(share.flatten(2, 3), wide).unflatten(2, (self.spec.groups, -1))
             out = part if out is None else out + part
         assert out is not None

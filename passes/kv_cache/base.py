@@ -28,7 +28,7 @@ class KVPass(SitePatterns):
     phase: ClassVar[str] = "cache"
 
     @abstractmethod
-    def edited(self, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
+    def edited(self, program: Program, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
         """The new spec of a site and what was done, or why it is left alone; ``number`` sites of the graph came before."""
 
     def apply(self, program: Program, record: Record) -> None:
@@ -47,7 +47,7 @@ class KVPass(SitePatterns):
             assert site.attention is not None
             chosen = self.at([site.path])
             before = spec_of(site.attention)
-            made = chosen.edited(site, before, len(record.took))
+            made = chosen.edited(program, site, before, len(record.took))
             if isinstance(made, str):
                 record.skip(site.path, made)
                 continue

@@ -11,6 +11,7 @@ from torch import Tensor
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
+from accelpass.ir.program import Program
 from accelpass.passes.kv_cache.base import KVPass, refuse
 from accelpass.passes.kv_cache.slots import Slots, share
 
@@ -80,7 +81,9 @@ class H2O(KVPass):
         check_budget(self)
         self.check_sites()
 
-    def edited(self, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
+    def edited(
+        self, program: Program, site: KVSite, spec: AttentionSpec, number: int
+    ) -> tuple[AttentionSpec, str] | str:
         refuse(spec, "select", self.name, "one chooses rows by position in a full cache, the other evicts rows")
         store = HeavyHitters(heavy=self.budget * (1 - self.recent), recent=self.budget * self.recent)
         slots = store.most(site.capacity)

@@ -10,6 +10,7 @@ from accelpass.ir.graph import value
 from accelpass.ir.kv.banks import Quantized
 from accelpass.ir.kv.rows import BITS
 from accelpass.ir.kv.sites import KVSite
+from accelpass.ir.program import Program
 from accelpass.passes.kv_cache.base import KVPass, refuse
 
 
@@ -41,7 +42,9 @@ class KVQuant(KVPass):
             raise self.fail("groups", "1 or more groups of channels")
         self.check_sites()
 
-    def edited(self, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
+    def edited(
+        self, program: Program, site: KVSite, spec: AttentionSpec, number: int
+    ) -> tuple[AttentionSpec, str] | str:
         for name, operand in zip(("keys", "values"), site.new, strict=True):
             why = cannot_pack(value(operand).shape[-1], self.groups)
             if why is not None:

@@ -14,6 +14,7 @@ from accelpass.ir.graph import value
 from accelpass.ir.kv.banks import Quantized, RowFormat, buffer
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, bank
+from accelpass.ir.program import Program
 from accelpass.passes.kv_cache.base import KVPass, refuse
 from accelpass.passes.kv_cache.h2o import HeavyHitters, check_budget
 from accelpass.passes.kv_cache.kv_quant import cannot_pack
@@ -128,7 +129,9 @@ class MiKV(KVPass):
             raise self.fail("bits", "2, 3 or 4")
         self.check_sites()
 
-    def edited(self, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
+    def edited(
+        self, program: Program, site: KVSite, spec: AttentionSpec, number: int
+    ) -> tuple[AttentionSpec, str] | str:
         for name, operand in zip(("keys", "values"), site.new, strict=True):
             why = cannot_pack(value(operand).shape[-1], 2)
             if why is not None:

@@ -12,6 +12,7 @@ from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.kv.banks import RowFormat
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Held, Layout, New, Positions, Query, RowSelect, Segment, bank
+from accelpass.ir.program import Program
 from accelpass.passes.kv_cache.base import KVPass, refuse
 
 
@@ -81,7 +82,9 @@ class TidalDecode(KVPass):
             raise self.fail("reselect", f"a layer after first={self.first}, which is 0 or more")
         self.check_sites()
 
-    def edited(self, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
+    def edited(
+        self, program: Program, site: KVSite, spec: AttentionSpec, number: int
+    ) -> tuple[AttentionSpec, str] | str:
         refuse(spec, "store", self.name, "one chooses rows by position in a full cache, the other moves or drops rows")
         role: Literal["full", "select", "sparse"] = "sparse"
         if number < self.first:

@@ -187,6 +187,37 @@ class Tidal(Oracle):
         return mixed(probabilities(q, k, scale, allowed & listed.repeat_interleave(groups, 1)[:, :, None]), v)
 
 
+class CSKV(Oracle):
+    """Reconstructs from the layer inputs, which it watches, with the decomposition written out: ``V_r V_r^T`` of the weight."""
+
+    def __init__(self, model: Any, rank: int, window: int):
+        super().__init__()
+        self.model, self.rank, self.window = model, rank, window
+        self.inputs: dict[int, list[Tensor]] = {}
+        for index, block in enumerate(model.model.layers):
+            seen = self.inputs.setdefault(index, [])
+            block.self_attn.k_proj.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].detach()))
+
+    def _low(self, x: Tensor, weight: Tensor) -> Tensor:
+        basis = torch.linalg.svd(weight.detach().double().t(), full_matrices=False)[2][: self.rank]
+        return (x.double() @ weight.detach().double().t() @ basis.t() @ basis).float()
+
+    def attend(self, layer, q, k, v, scale, mask, index):
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        past = k.shape[2] - q.shape[2]
+        if past == 0:
+            return mixed(probabilities(q, k, scale, mask), v)
+        attention = self.model.model.layers[index].self_attn
+        x = torch.cat(self.inputs[index], 1)
+        low_k, low_v = (self._low(x, p.weight).unflatten(-1, (k.shape[1], -1)).transpose(1, 2) for p in (attention.k_proj, attention.v_proj))
+        cos, sin = self.model.model.rotary_emb(x, torch.arange(x.shape[1])[None])
+        low_k = apply_rotary_pos_emb(low_k, low_k, cos, sin)[1]
+        cut = (past if q.shape[2] > 1 else k.shape[2]) - self.window
+        old = (torch.arange(k.shape[2]) < cut)[:, None]
+        return mixed(probabilities(q, torch.where(old, low_k, k), scale, mask), torch.where(old, low_v, v))
+
+
 @contextmanager
 def attending(model: Any, oracle: Oracle):
     """The model with ``oracle`` in place of its attention."""

@@ -60,6 +60,8 @@ DENSE: list[list[Any]] = [
     [{"name": "h2o", "budget": 1.0}],
     [{"name": "kv_window", "budget": 1.0}],
     [{"name": "mikv", "budget": 1.0}],
+    [{"name": "cskv", "keep_k": 1.0, "keep_v": 1.0, "window": 3}],
+    [{"name": "cskv", "window": CAPACITY}],
     [{"name": "tidaldecode", "budget": CAPACITY}],
     [{"name": "tidaldecode", "budget": 2, "first": 50, "reselect": 51}],
 ]
@@ -103,6 +105,24 @@ def test_kv_quant(bits):
             return kv_truth.mixed(kv_truth.probabilities(q, k, scale, mask), v)
 
     assert error(llama(), Rounded(), [{"name": "kv_quant", "bits": bits}], tokens(2, 17, *[1] * 6)) < 1e-5
+
+
+@pytest.mark.parametrize("window", [3, 32])
+def test_cskv(window):
+    model = llama(head_dim=32)
+    passes = [{"name": "cskv", "keep_k": 0.5, "keep_v": 0.5, "window": window}]
+    pieces = tokens(2, 38, *[1] * 3, 3, 1)
+    got = fed(compiled(model, *passes), KVCache(model, CAPACITY, 2), pieces)
+    oracle = kv_truth.CSKV(model, 32, window)
+    with attending(model, oracle) as dense:
+        want = fed(model, dense, pieces)
+    assert float((got - want).abs().max() / want.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.05), (4, 0.6)])
+def test_cskv_rounds_its_latents(bits, most):
+    passes = [{"name": "cskv", "keep_k": 1.0, "keep_v": 1.0, "bits": bits}]
+    assert 1e-6 < error(llama(head_dim=32), kv_truth.Dense(), passes, tokens(2, 44, 1, 1)) < most
 
 
 def test_h2o_with_rounded_rows():

@@ -1,0 +1,105 @@
+"""``calibrate``: run a model on data so that passes can fit what they need, and put it into a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accelpass.ir import attention
+from accelpass.ir.capture import from_dynamo
+from accelpass.ir.errors import AccelpassError, OptionError
+from accelpass.ir.program import Program
+from accelpass.kv_cache import KVCache
+from accelpass.passes.base import Calibrated
+from accelpass.passes.plan import Plan
+from accelpass.passes.registry import make
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], passes: Sequence[Any], progress: bool = True) -> Plan:
+    """Fit what ``passes`` learn from data; give the plan to ``torch.compile`` as ``options={"plan": plan}``.
+
+    Args:
+        model: the model as it is, not compiled.
+        batches: token ids ``(batch, tokens)``, or dicts of the model's arguments. They are read several times.
+        passes: as in ``torch.compile``'s options; those that learn nothing are put into the plan with their settings.
+        progress: show a bar.
+
+    Raises:
+        OptionError: no batch, or no pass.
+        AccelpassError: a pass found nothing to fit; says why.
+    """
+    held = [b if isinstance(b, Mapping) else {"input_ids": b} for b in batches]
+    made = [make(p) for p in passes]
+    if not held or not made:
+        raise OptionError(f"calibrate needs {'batches of data' if not held else 'passes'}; there are none")
+    tensors: dict[str, Tensor] = {}
+    fitted = [p for p in made if isinstance(p, Calibrated)]
+    if fitted:
+        program = _captured(model, held[0])
+        with _Bar(progress) as bar:
+            for p in fitted:
+                tensors |= p.calibrate(program, _runner(model, held, bar, p.name))
+    return Plan.of(model, [*made], tensors)
+
+
+Watch = Callable[[Tensor], None]
+
+
+def _runner(model: nn.Module, batches: Sequence[Mapping[str, Any]], bar: _Bar, name: str) -> Callable[..., None]:
+    def run(watched: Mapping[str, Watch], what: str) -> None:
+        """All batches once; ``watched`` is called with the input of the module that owns each parameter path."""
+        handles = []
+        for path, watch in watched.items():
+            owner = model.get_submodule(path.rpartition(".")[0])
+            handles.append(owner.register_forward_pre_hook(lambda _, given, watch=watch: watch(given[0].detach())))
+        try:
+            with torch.no_grad():
+                for batch in bar.over(batches, f"{name}: {what}"):
+                    model(**{**batch, "use_cache": False})
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return run
+
+
+def _captured(model: nn.Module, batch: Mapping[str, Any]) -> Program:
+    """The graph of a prompt into an empty KVCache."""
+    programs: list[Program] = []
+
+    def collect(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        program = from_dynamo(gm, inputs)
+        with torch.no_grad():
+            attention.insert(program)
+        programs.append(program)
+        return gm.forward
+
+    sequences, tokens = batch["input_ids"].shape
+    cache = KVCache(model, tokens, sequences)
+    with torch.no_grad():
+        torch.compile(model, backend=collect)(**batch, past_key_values=cache, use_cache=True)
+    if len(programs) != 1:
+        raise AccelpassError(f"the model was captured as {len(programs)} graphs; calibration needs it as one")
+    return programs[0]
+
+
+class _Bar:
+    """A progress bar on a terminal, or none."""
+
+    def __init__(self, shown: bool) -> None:
+        from rich.progress import Progress
+
+        self._progress = Progress(disable=not shown)
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def over(self, items: Sequence[Any], title: str) -> Iterable[Any]:
+        return self._progress.track(items, description=title)

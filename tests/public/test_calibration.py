@@ -1,0 +1,64 @@
+"""``accelpass.calibrate`` with the one pass that learns from data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import accelpass
+from accelpass import KVCache
+from accelpass.backends import graphs_of
+from accelpass.passes.plan import Plan
+from tests.passes.kv_truth import fed
+from tests.passes.test_kv_methods import CAPACITY, compiled, llama, tokens
+
+CSKV = {"name": "cskv", "keep_k": 0.25, "keep_v": 0.25, "window": 2}
+
+
+def batches(count: int = 24) -> list[torch.Tensor]:
+    """Tokens from a few of the vocabulary, so that activations have directions that matter."""
+    torch.manual_seed(5)
+    return [torch.randint(0, 6, (2, 40)) for _ in range(count)]
+
+
+def off(model, **options) -> float:
+    """How far generation is from the dense model's on such data."""
+    torch._dynamo.reset()
+    pieces = [batches(1)[0], *batches(1)[0][:, :8].split(1, 1)]
+    dense = fed(compiled(model), KVCache(model, 64, 2), pieces)
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="accelpass", options={"lowering": "eager", **options})
+    return float((fed(fast, KVCache(model, 64, 2), pieces) - dense).abs().max())
+
+
+def test_calibrated_factors_are_nearer(tmp_path):
+    model = llama(head_dim=32)
+    plan = accelpass.calibrate(model, batches(), [CSKV], progress=False)
+    losses = [t for name, t in plan.tensors.items() if name.endswith("/loss")]
+    assert len(losses) == 4 and all(last < first for first, last in losses)
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert off(model, plan=again) < 0.8 * off(model, passes=[CSKV])
+    (report,) = {g.report.records[0].name for g in graphs_of(model)}
+    assert report == "cskv"
+
+
+def test_a_plan_for_another_rank_is_refused():
+    model = llama(head_dim=32)
+    plan = accelpass.calibrate(model, batches(2), [CSKV], progress=False)
+    other = {**CSKV, "keep_k": 0.5}
+    with pytest.raises(Exception, match="calibrated for rank"):
+        fed(torch.compile(model, backend="accelpass", options={"lowering": "eager", "plan": plan, "passes": [other]}),
+            KVCache(model, CAPACITY, 2), tokens(2, 9))  # fmt: skip
+
+
+def test_nothing_to_calibrate():
+    with pytest.raises(accelpass.OptionError, match="batches"):
+        accelpass.calibrate(llama(), [], [CSKV])
+    with pytest.raises(accelpass.OptionError, match="passes"):
+        accelpass.calibrate(llama(), batches(1), [])
+    torch.manual_seed(0)
+    encoder = BertModel(BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    with pytest.raises(accelpass.CacheError, match="generates nothing"):
+        accelpass.calibrate(encoder.eval(), batches(1), [CSKV], progress=False)
