@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.derived import Recipe
@@ -140,8 +141,13 @@ class CSKV(KVPass, Calibrated):
                 )
             digest = hashlib.sha1(down.float().cpu().numpy().tobytes()).hexdigest()
             fitted = (down, up)
-            key = ("cskv", FORMAT, "calibrated", rank, digest)
-            return Recipe(key, lambda w: (fitted[0].to(w.device, w.dtype), fitted[1].to(w.device, w.dtype)))
+
+            def calibrated(w: Tensor) -> tuple[Tensor, ...]:
+                if isinstance(w, FakeTensor):
+                    return tuple(w.new_empty(t.shape) for t in fitted)
+                return tuple(t.to(w.device, w.dtype) for t in fitted)
+
+            return Recipe(("cskv", FORMAT, "calibrated", rank, digest), calibrated)
         return Recipe(("cskv", FORMAT, rank), lambda w: factorise(w, rank))
 
 
@@ -197,7 +203,7 @@ def factorise(weight: Tensor, rank: int, scale: Tensor | None = None) -> tuple[T
 
     Singular values are split evenly. Computed in float64: the decomposition of half precision is unstable.
     """
-    if weight.device.type == "meta" or isinstance(weight, torch._subclasses.FakeTensor):
+    if isinstance(weight, FakeTensor):
         return weight.new_empty((rank, weight.shape[1])), weight.new_empty((rank, weight.shape[0]))
     m = weight.double().t()
     s = torch.ones(m.shape[0], dtype=m.dtype, device=m.device) if scale is None else scale.double()
