@@ -167,7 +167,9 @@ class Calibrated(ABC):
     """Mix-in of passes that learn something from data."""
 
     @abstractmethod
-    def calibrate(self, program: Program, run: Callable[[Mapping[str, Callable[[Tensor], None]], str], None]) -> dict[str, Tensor]:
+    def calibrate(
+        self, program: Program, run: Callable[[Mapping[str, Callable[[Tensor], None]], str], None]
+    ) -> dict[str, Tensor]:
         """Fit, and return tensors by name for a plan; ``apply`` finds them as ``program.artefacts``.
 
         Args:

@@ -18,6 +18,7 @@ from accelpass.ir.graph import call, root, value
 from accelpass.ir.program import Program
 from accelpass.ir.splice import KEPT
 
+
 def insert(program: Program) -> list[Attention]:
     """Replace each detected attention by an ``accelpass::attention`` node; returns the records, ``node`` set.
 

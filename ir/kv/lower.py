@@ -151,7 +151,9 @@ class _Lowering:
         graph, node, (k, v) = self.program.graph, site.attention, site.new
         assert node is not None and site.read is not None
         if node.target is not torch.ops.accelpass.attention.default:
-            raise GraphError(f"statistics are wanted of the cached attention at {site.path}; only its storage gives them")
+            raise GraphError(
+                f"statistics are wanted of the cached attention at {site.path}; only its storage gives them"
+            )
         q, extras, wanted = node.args[0], list(node.args[3]), value(node)
         # The selection is for single tokens; several at once (a further prompt) attend to all.
         select = spec.select if isinstance(spec.select, RowSelect) and value(q).shape[2] == 1 else None

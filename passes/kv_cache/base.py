@@ -28,7 +28,9 @@ class KVPass(SitePatterns):
     phase: ClassVar[str] = "cache"
 
     @abstractmethod
-    def edited(self, program: Program, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
+    def edited(
+        self, program: Program, site: KVSite, spec: AttentionSpec, number: int
+    ) -> tuple[AttentionSpec, str] | str:
         """The new spec of a site and what was done, or why it is left alone; ``number`` sites of the graph came before."""
 
     def apply(self, program: Program, record: Record) -> None:

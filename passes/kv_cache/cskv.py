@@ -64,7 +64,9 @@ class CSKV(KVPass, Calibrated):
         if self.bits not in (16, 8, 4):
             raise self.fail("bits", "16, 8 or 4")
         if self.window < (1 if self.bits == 16 else BLOCK):
-            raise self.fail("window", f"1 token or more, {BLOCK} or more with bits=4 or 8, which are rounded {BLOCK} at a time")
+            raise self.fail(
+                "window", f"1 token or more, {BLOCK} or more with bits=4 or 8, which are rounded {BLOCK} at a time"
+            )
         self.check_sites()
 
     def rank(self, share: float, channels: int) -> int:
@@ -87,7 +89,9 @@ class CSKV(KVPass, Calibrated):
                 assert path is not None and weight is not None
                 pairs[path] = Factors(weight.detach(), self.rank(share, weight.shape[0]))
         if not pairs:
-            raise PassError(f"cskv found no layer to calibrate: {'; '.join(reasons[:2]) or 'no attention reads a KVCache'}")
+            raise PassError(
+                f"cskv found no layer to calibrate: {'; '.join(reasons[:2]) or 'no attention reads a KVCache'}"
+            )
         run({path: pair.see for path, pair in pairs.items()}, "size of activations")
         for pair in pairs.values():
             pair.start()
@@ -122,13 +126,17 @@ class CSKV(KVPass, Calibrated):
             given[f"factor_{letter}"] = up
             if side.bias is not None:
                 given[f"bias_{letter}"] = side.bias
-        tables = [(f"rotation{i}", value(t).shape[3], str(value(t).dtype).split(".")[1]) for i, t in enumerate(k.tables)]
+        tables = [
+            (f"rotation{i}", value(t).shape[3], str(value(t).dtype).split(".")[1]) for i, t in enumerate(k.tables)
+        ]
         given |= {name: node for (name, *_), node in zip(tables, k.tables, strict=True)}
         give(site.append, given, {"rotate": fx.Interpreter(k.function()).run})
         store = LowRank(*ranks, window=self.window, bits=self.bits, tables=tuple(tables))
         channels = value(k.weight).shape[0] + value(v.weight).shape[0]
         rounded = "" if self.bits == 16 else f" in {self.bits} bits"
-        return spec.edited(by=self.name, store=store), f"{sum(ranks)} of {channels} channels{rounded}, {self.window} tokens exact"
+        return spec.edited(
+            by=self.name, store=store
+        ), f"{sum(ranks)} of {channels} channels{rounded}, {self.window} tokens exact"
 
     def _recipe(self, program: Program, side: Projected, rank: int) -> Recipe:
         path = program.tensors.path(side.weight)

@@ -122,4 +122,8 @@ def replays(keys: Projected, heads: int, width: int, tokens: int) -> str | None:
     except Exception as cause:  # whatever an operator says of shapes that it was not traced for
         return f"keys: their rotation cannot be run for {tokens} tokens ({type(cause).__name__})"
     wanted: Sequence[object] = (like.shape[0], heads, tokens, width)
-    return None if tuple(out.shape) == tuple(wanted) else f"keys: their rotation gives {tuple(out.shape)} for {tokens} tokens"
+    return (
+        None
+        if tuple(out.shape) == tuple(wanted)
+        else f"keys: their rotation gives {tuple(out.shape)} for {tokens} tokens"
+    )

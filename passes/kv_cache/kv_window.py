@@ -77,4 +77,6 @@ class KVWindow(KVPass):
     ) -> tuple[AttentionSpec, str] | str:
         refuse(spec, "select", self.name, "one chooses rows by position in a full cache, the other evicts rows")
         store = SinksAndNewest(sinks=self.sinks, budget=self.budget)
-        return spec.edited(by=self.name, store=store), f"{store.most(site.capacity)} of {site.capacity} tokens a head at most"
+        return spec.edited(
+            by=self.name, store=store
+        ), f"{store.most(site.capacity)} of {site.capacity} tokens a head at most"

@@ -17,6 +17,7 @@ BLOCK = 32
 """Tokens whose latent keys are rounded together, channel by channel."""
 EXACT = Floats()
 
+
 @dataclass(frozen=True)
 class LowRank(Storage):
     """Latent keys and values of all tokens, ``x A``, and exact ones of the last ``window``.
@@ -211,5 +212,3 @@ def _rounded(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     step = to_half_precision((x.amax(dim, keepdim=True) - low) / (2**bits - 1))
     codes = ((x - low) / step.clamp_min(1e-8)).round().clamp(0, 2**bits - 1)
     return pack(codes.to(torch.uint8), bits), step, low
-
-

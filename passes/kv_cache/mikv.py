@@ -136,7 +136,9 @@ class MiKV(KVPass):
             why = cannot_pack(value(operand).shape[-1], 2)
             if why is not None:
                 return f"{name}: {why}"
-        refuse(spec, "select", self.name, "one chooses rows by position in a full cache, the other moves rows between two")
+        refuse(
+            spec, "select", self.name, "one chooses rows by position in a full cache, the other moves rows between two"
+        )
         store = Tiers(self.budget * (1 - self.recent), self.budget * self.recent, self.bits)
         what = f"{store.most(site.capacity)} of {site.capacity} tokens a head at most, the others in {self.bits} bits"
         return spec.edited(by=self.name, store=store), what

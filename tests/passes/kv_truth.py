@@ -27,7 +27,11 @@ def probabilities(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Te
         scores = scores.masked_fill(torch.arange(columns)[None] > i, float("-inf"))
     else:
         allowed = mask if mask.dtype == torch.bool else mask == 0
-        allowed = allowed.expand(-1, heads, -1, -1).unflatten(1, (kv_heads, groups)) if allowed.shape[1] > 1 else allowed[:, :, None]
+        allowed = (
+            allowed.expand(-1, heads, -1, -1).unflatten(1, (kv_heads, groups))
+            if allowed.shape[1] > 1
+            else allowed[:, :, None]
+        )
         scores = scores.masked_fill(~allowed, float("-inf"))
     return torch.nan_to_num(scores.softmax(-1))
 
@@ -60,7 +64,14 @@ class Oracle:
         self.layers: dict[int, dict[str, Any]] = {}
 
     def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float,
+        **_: Any,
     ) -> tuple[Tensor, None]:
         mask = attention_mask[..., : key.shape[2]] if attention_mask is not None else None
         layer = self.layers.setdefault(module.layer_idx, {})
@@ -210,7 +221,10 @@ class CSKV(Oracle):
             return mixed(probabilities(q, k, scale, mask), v)
         attention = self.model.model.layers[index].self_attn
         x = torch.cat(self.inputs[index], 1)
-        low_k, low_v = (self._low(x, p.weight).unflatten(-1, (k.shape[1], -1)).transpose(1, 2) for p in (attention.k_proj, attention.v_proj))
+        low_k, low_v = (
+            self._low(x, p.weight).unflatten(-1, (k.shape[1], -1)).transpose(1, 2)
+            for p in (attention.k_proj, attention.v_proj)
+        )
         cos, sin = self.model.model.rotary_emb(x, torch.arange(x.shape[1])[None])
         low_k = apply_rotary_pos_emb(low_k, low_k, cos, sin)[1]
         cut = (past if q.shape[2] > 1 else k.shape[2]) - self.window

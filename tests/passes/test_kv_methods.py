@@ -36,7 +36,9 @@ def tokens(batch: int, *lengths: int, seed: int = 1) -> list[torch.Tensor]:
     return [torch.randint(0, VOCABULARY, (batch, n)) for n in lengths]
 
 
-def error(model: Any, oracle: kv_truth.Oracle, passes: list[Any], pieces: list, lowering: str = "eager", padding=None) -> float:
+def error(
+    model: Any, oracle: kv_truth.Oracle, passes: list[Any], pieces: list, lowering: str = "eager", padding=None
+) -> float:
     cache = KVCache(model, CAPACITY, pieces[0].shape[0])
     got = fed(compiled(model, *passes, lowering=lowering), cache, pieces, padding)
     with attending(model, oracle) as dense:

