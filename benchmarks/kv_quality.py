@@ -29,6 +29,7 @@ EXACT = ("horizontal_fusion", "cpu_gemv", "grouped_query", "cpu_decode_attention
 METHODS: dict[str, list[Any]] = {
     "dense": [],
     "random, 20 %": [RandomEviction(budget=0.2)],
+    "random, 20 %, newest too": [RandomEviction(budget=0.2, recent=0.0)],
     "kv_window, 20 %": [{"name": "kv_window", "budget": 0.2}],
     "h2o, 20 %": [{"name": "h2o", "budget": 0.2}],
     "h2o, 20 %, 4 bits": [{"name": "h2o", "budget": 0.2}, {"name": "kv_quant", "bits": 4}],

@@ -24,10 +24,12 @@ PRIME = 2**31 - 1
 
 @dataclass(frozen=True)
 class Lots(Slots):
-    """A share ``budget`` of the prompt; a token's score is a number drawn for its position, head and ``lot``."""
+    """A share ``budget`` of the prompt, ``recent`` of it for the newest; other tokens' scores are drawn for position, head
+    and ``lot``."""
 
     part: ClassVar[str] = "random_eviction"
     budget: float
+    recent: float
     lot: int
 
     def most(self, capacity: int) -> int:
@@ -37,8 +39,7 @@ class Lots(Slots):
         limit = share(total, self.budget).clamp_min(1)
         if self.budget >= 1:
             limit = torch.full_like(limit, 1 << 30)
-        # No token is safe for being new.
-        return limit, torch.zeros_like(limit)
+        return limit, share(total, self.budget * self.recent)
 
     def prompt_score(self, new: New) -> Tensor:
         return self.drawn(new.positions)
@@ -61,25 +62,30 @@ class RandomEviction(KVPass):
 
     Attributes:
         budget: share of the prompt that is kept; 1 keeps everything.
+        recent: share of the budget for the newest tokens, half as in ``h2o``, so that the two differ in their score alone. At
+            0, most new tokens leave as soon as they have been read.
         lots: drawings that layers use in turn. Layers with one drawing share compiled code, so more take longer to compile.
 
     Raises:
-        OptionError: a budget outside (0, 1], no drawing.
+        OptionError: a budget outside (0, 1], a share outside [0, 1], no drawing.
     """
 
     name: ClassVar[str] = "random_eviction"
     summary: ClassVar[str] = "keep tokens of a KVCache drawn by lot"
     budget: float = 0.2
+    recent: float = 0.5
     lots: int = 6
 
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:
             raise self.fail("budget", "a share of the prompt above 0, at most 1 (1 keeps everything)")
+        if not 0 <= self.recent <= 1:
+            raise self.fail("recent", "a share of the budget between 0 and 1")
         if self.lots < 1:
             raise self.fail("lots", "1 or more")
         self.check_sites()
 
     def edited(self, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
         refuse(spec, "select", self.name, "one chooses rows by position in a full cache, the other evicts rows")
-        store = Lots(self.budget, number % self.lots)
+        store = Lots(self.budget, self.recent, number % self.lots)
         return spec.edited(by=self.name, store=store), f"{store.most(site.capacity)} of {site.capacity} tokens a head"
