@@ -1,7 +1,10 @@
-"""``make bench``: quality, memory, compile time, decode and prefill of SmolLM2-135M on this machine.
+"""``make bench``: quality, memory, compile time, decode and prefill of SmolLM2-135M, and its KV caches, on this machine.
 
     python -m benchmarks.run --only decode,prefill        # some of them
     python -m benchmarks.run --only none --write docs/benchmarks.md   # the tables, from the results that lie there
+    python -m benchmarks.run --only kv_quality --only-candidates "h2o, 20 %"   # one row, beside those of earlier runs
+    python -m benchmarks.run --only kv_quality --only-candidates none --peer PYTHON   # kvpress, with a Python that has it
+    python -m benchmarks.run --only kv_quality,kv_decode --quick   # do they work? results go to build/
 
 Each part writes a JSON under benchmarks/results; the tables are made from those.
 """
@@ -12,7 +15,7 @@ import argparse
 import json
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ import torch
 
 from accelpass.backends import graphs_of
 from accelpass.models_zoo import load
-from benchmarks import compile_time, decode, memory, quality
+from benchmarks import compile_time, decode, kv_decode, kv_quality, kv_tasks, memory, quality
 
 Content = dict[str, Any]
 NOTE = (
@@ -77,35 +80,72 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _quality(model: Any, tokenizer: Any) -> Content:
+@dataclass(frozen=True)
+class Given:
+    """What a user typed for the KV parts.
+
+    Attributes:
+        candidates: the only ones to measure; None for all.
+        quick: a few minutes, to see that all of it runs.
+        peer: a Python that has kvpress.
+    """
+
+    candidates: tuple[str, ...] | None = None
+    quick: bool = False
+    peer: str | None = None
+
+    def among(self, known: Sequence[str]) -> list[str]:
+        return [name for name in known if self.candidates is None or name in self.candidates]
+
+
+def _quality(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": measure_quality(model, tokenizer)}
 
 
-def _memory(model: Any, tokenizer: Any) -> Content:
+def _memory(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": memory.measure()}
 
 
-def _compile(model: Any, tokenizer: Any) -> Content:
+def _compile(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": compile_time.measure(model, _say), "layers": model.config.num_hidden_layers}
 
 
-def _decode(model: Any, tokenizer: Any) -> Content:
+def _decode(model: Any, tokenizer: Any, given: Given) -> Content:
     candidates = decode.measure(model, list(decode.CANDIDATES), _say)
     stream = decode.bandwidth()
     return {"rows": decode.rows(candidates, weight_bytes(candidates), stream), "bandwidth_gb_s": stream / 1e9}
 
 
-def _prefill(model: Any, tokenizer: Any) -> Content:
+def _prefill(model: Any, tokenizer: Any, given: Given) -> Content:
     names = ["inductor bf16", "accelpass int8_weights", "accelpass int4_weights"]
     return {"rows": decode.prefill_rows(decode.measure_prefill(model, names, _say))}
 
 
+def _kv_quality(model: Any, tokenizer: Any, given: Given) -> Content:
+    sizes = kv_tasks.QUICK if given.quick else kv_tasks.Sizes()
+    rows = kv_quality.measure(model, tokenizer, given.among(list(kv_quality.METHODS)), sizes, _say)
+    if given.peer is not None:
+        rows += kv_quality.measure_peer(model, given.peer, given.quick)
+    return {"rows": rows, "capacity": sizes.capacity, "scored": sizes.scored}
+
+
+def _kv_decode(model: Any, tokenizer: Any, given: Given) -> Content:
+    contexts = kv_decode.QUICK if given.quick else kv_decode.CONTEXTS
+    rows = kv_decode.measure(model, tokenizer, given.among(list(kv_decode.CANDIDATES)), contexts, _say)
+    return {"rows": rows, "tokens": kv_decode.TOKENS}
+
+
 @dataclass(frozen=True)
 class Part:
-    """One benchmark: how to run it and how its table is headed ({} is filled from the result)."""
+    """One benchmark: how to run it and how its table is headed ({} is filled from the result).
 
-    run: Callable[[Any, Any], Content]
+    Attributes:
+        apart: its candidates are measured one after another, so that rows of several runs make one table.
+    """
+
+    run: Callable[[Any, Any, Given], Content]
     title: str
+    apart: bool = False
 
 
 PARTS = {
@@ -114,6 +154,13 @@ PARTS = {
     "compile": Part(_compile, "Compile time of {layers} layers, all caches off"),
     "decode": Part(_decode, "Decode, batch 1, after 128 tokens; memory streams at {bandwidth_gb_s:.1f} GB/s here"),
     "prefill": Part(_prefill, "Prefill of 512 tokens"),
+    "kv_quality": Part(
+        _kv_quality,
+        "KV caches: perplexity of the last {scored} tokens of a context, and pass keys found at ten depths, where the question "
+        "is part of the prompt or comes when the context is stored; bytes of a cache of {capacity} tokens",
+        apart=True,
+    ),
+    "kv_decode": Part(_kv_decode, "KV caches: decode, batch 1, of the last {tokens} tokens of a context"),
 }
 
 
@@ -122,7 +169,17 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}, or none")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--write", type=Path, help="write the tables as Markdown here")
+    parser.add_argument("--only-candidates", help="of the KV parts: names with ; between them, or none")
+    parser.add_argument("--quick", action="store_true", help="of the KV parts: short ones, results under build/")
+    parser.add_argument("--peer", help="of kv_quality: a Python that has kvpress, which is measured too")
     given = parser.parse_args()
+    if given.quick:
+        given.results = Path("build/quick_results")
+    candidates = None if given.only_candidates is None else tuple(given.only_candidates.split(";"))
+    unknown = set(candidates or ()) - {"none", *kv_quality.METHODS, *kv_decode.CANDIDATES}
+    if unknown:
+        known = "; ".join([*kv_quality.METHODS, *kv_decode.CANDIDATES])
+        parser.error(f"no candidate {'; '.join(sorted(unknown))}; there are {known}")
     wanted = [] if given.only == "none" else given.only.split(",")
     if set(wanted) - set(PARTS):
         parser.error(f"no benchmark {', '.join(sorted(set(wanted) - set(PARTS)))}; there are {', '.join(PARTS)}")
@@ -132,8 +189,13 @@ def main() -> None:
     for name in wanted:
         torch._dynamo.reset()
         _say(f"== {name}")
-        content = {"device": _device(), **PARTS[name].run(model, tokenizer)}
-        (given.results / f"smollm2_{name}_cpu.json").write_text(json.dumps(content, indent=1) + "\n")
+        made = PARTS[name].run(model, tokenizer, Given(candidates, given.quick, given.peer))
+        content = {"device": _device(), **made}
+        path = given.results / f"smollm2_{name}_cpu.json"
+        if PARTS[name].apart and candidates is not None and path.exists():
+            before = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+            content["rows"] = list((before | {row["name"]: row for row in content["rows"]}).values())
+        path.write_text(json.dumps(content, indent=1) + "\n")
         _say(_table(PARTS[name].title.format(**content), content["rows"]))
     if given.write:
         given.write.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,160 @@
+"""SmolLM2-135M, batch 1: decoding after a long prompt, with the cache as KV passes keep it.
+
+Every candidate reads the same prose through its own compiled model; then they take turns, token by token, as in
+:mod:`benchmarks.decode`. All but Inductor's have int8 weights, so that the cache is a large part of what a step reads.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accelpass import KVCache
+from accelpass.generation import new_cache
+from benchmarks import decode
+from benchmarks.kv_quality import EXACT
+from benchmarks.kv_tasks import Row, prose
+
+TOKENS, WARM = 104, 4
+PREFILLS = 2
+DENSE, INDUCTOR = "int8_weights, dense KVCache", "inductor f32, StaticCache"
+H2O = {"name": "h2o", "budget": 0.2}
+BITS = {"name": "kv_quant", "bits": 4}
+CANDIDATES: dict[str, list[Any] | None] = {
+    INDUCTOR: None,
+    "int8_weights, StaticCache": None,
+    DENSE: [],
+    "+ h2o, 20 %": [H2O],
+    "+ tidaldecode, 256 rows": ["tidaldecode"],
+    "+ mikv": ["mikv"],
+    "+ kv_quant, 4 bits": [BITS],
+    "+ h2o, 20 %, 4 bits": [H2O, BITS],
+}
+SHORT = (INDUCTOR, DENSE, "+ h2o, 20 %")
+"""What is also measured at a short context: whether time grows with it."""
+CONTEXTS: dict[int, Sequence[str]] = {1024: SHORT, 4096: tuple(CANDIDATES), 8192: tuple(CANDIDATES)}
+QUICK: dict[int, Sequence[str]] = {512: tuple(CANDIDATES)}
+TIMED_PREFILLS = (DENSE, "+ h2o, 20 %")
+
+
+@dataclass
+class Session:
+    """One candidate at one context: its compiled call, its cache, and what was measured."""
+
+    name: str
+    model: torch.nn.Module
+    capacity: int
+    next: Tensor = field(default_factory=lambda: torch.zeros(1, 1, dtype=torch.int64))
+    prefills: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        passes = CANDIDATES[self.name]
+        own_cache = passes is not None
+        self.cache: Any = KVCache(self.model, self.capacity) if own_cache else new_cache(self.model, self.capacity)
+        options = {"passes": ["int8_weights", *EXACT, *(passes or [])]}
+        make = decode.inductor if self.name == INDUCTOR else decode.accelpass_with(options)
+        self.fast = make(self.model)
+        # A StaticCache is the same whoever fills it; a KVCache is filled as the passes say.
+        self.reads = self.fast if own_cache else self._plain
+
+    def read(self, ids: Tensor) -> float:
+        """Seconds of the whole prompt, into the empty cache."""
+        self.cache.reset()
+        start = time.perf_counter()
+        self.next = self.reads(self.model, ids, self.cache).argmax(-1)
+        return time.perf_counter() - start
+
+    def step(self) -> float:
+        """Seconds of one token more."""
+        start = time.perf_counter()
+        self.next = self.fast(self.model, self.next, self.cache).argmax(-1)
+        return time.perf_counter() - start
+
+    def cache_bytes(self) -> int:
+        if isinstance(self.cache, KVCache):
+            return self.cache.nbytes()
+        tensors = (t for layer in self.cache.layers for t in (layer.keys, layer.values))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @staticmethod
+    def _plain(model: Any, ids: Tensor, cache: Any) -> Tensor:
+        return model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+
+
+def measure(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    names: Sequence[str],
+    contexts: dict[int, Sequence[str]],
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Rows for each context; at each, those of its candidates that are in ``names``."""
+    rows: list[Row] = []
+    for context, offered in contexts.items():
+        # Another capacity is another graph, and Dynamo counts graphs of one function.
+        torch._dynamo.reset()
+        rows += table(context, measure_at(model, tokenizer, context, [n for n in offered if n in names], say))
+    return rows
+
+
+def measure_at(
+    model: torch.nn.Module, tokenizer: Any, context: int, names: Sequence[str], say: Callable[[str], None]
+) -> list[Session]:
+    """Compile and fill each candidate, then time them in turn; the answer ends at ``context`` tokens."""
+    ids = tokenizer(prose(), return_tensors="pt").input_ids[:, : context - TOKENS]
+    sessions = []
+    for name in names:
+        start = time.perf_counter()
+        session = Session(name, model, context)
+        session.read(ids)
+        session.step()
+        sessions.append(session)
+        say(f"{context}: {name} compiled and filled, {time.perf_counter() - start:.0f} s")
+    timed = [s for s in sessions if s.name in TIMED_PREFILLS]
+    for turn in range(PREFILLS):
+        say(f"{context}: timing prompts, {turn + 1} of {PREFILLS}")
+        for session in timed:
+            session.prefills.append(session.read(ids))
+    for session in sessions:
+        if session not in timed:
+            session.read(ids)
+    say(f"{context}: timing {TOKENS - WARM} tokens")
+    for token in range(TOKENS):
+        for session in sessions:
+            seconds = session.step()
+            if token >= WARM:
+                session.seconds.append(seconds)
+    return sessions
+
+
+def table(context: int, sessions: list[Session]) -> list[Row]:
+    """What is reported of each candidate; an empty cell where there is nothing to compare with."""
+    named = {s.name: s for s in sessions}
+    dense, inductor = named.get(DENSE), named.get(INDUCTOR)
+    rows = []
+    for s in sessions:
+        step = statistics.median(s.seconds)
+        prefill = statistics.median(s.prefills) if s.prefills else None
+        dense_prefill = statistics.median(dense.prefills) if dense else None
+        held = s.cache_bytes()
+        rows.append(
+            {
+                "context": context,
+                "name": s.name,
+                "ms_per_token": round(step * 1e3, 2),
+                "against_dense": round(statistics.median(dense.seconds) / step, 2) if dense else "",
+                "against_inductor_f32": round(statistics.median(inductor.seconds) / step, 2) if inductor else "",
+                "cache_bytes": held,
+                "share_of_dense": round(held / dense.cache_bytes(), 3) if dense else "",
+                "prefill_ms": round(prefill * 1e3) if prefill else "",
+                "prefill_more": f"{prefill / dense_prefill - 1:+.1%}" if prefill and dense_prefill else "",
+            }
+        )
+    return rows
