@@ -34,12 +34,22 @@ class KVLayer(CacheLayerMixin):
 
     def __init__(self, capacity: int, batch_size: int, device: torch.device) -> None:
         super().__init__()
-        self.capacity, self.batch_size = capacity, batch_size
+        # As text: of two caches' numbers Dynamo would make a symbolic one, and buffers want to know their size.
+        self._capacity, self._batch_size = str(capacity), str(batch_size)
         self.count = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.fresh = True
         self.token_bytes = 0
         self.is_initialized = True
         ledger.register(self.count, capacity, _renewing(self))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the layer can hold."""
+        return int(self._capacity)
+
+    @property
+    def batch_size(self) -> int:
+        return int(self._batch_size)
 
     def dense_nbytes(self) -> int:
         """Bytes of a layer of this capacity and dtype that keeps everything; 0 before the first token."""

@@ -112,8 +112,8 @@ class Slots(Storage):
         best = torch.topk(torch.cat([first, none], -1), slots, -1).indices
         in_use = (torch.arange(slots, device=best.device) < limit[:, None, None]) & (best < first.shape[-1])
         best = best.clamp_max(first.shape[-1] - 1)
-        for buffer, kept in zip([*bank(held, "keys"), *bank(held, "values")], taken_rows(rows, best), strict=True):
-            buffer.copy_(kept)
+        for bank_buffer, kept in zip([*bank(held, "keys"), *bank(held, "values")], taken_rows(rows, best), strict=True):
+            bank_buffer.copy_(kept)
         where = positions.gather(-1, best)
         where = where.masked_fill(in_use.logical_not(), -1)
         held["positions"].copy_(where)
