@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from accelpass.calibration import calibrate
     from accelpass.ir.errors import (
         AccelpassError,
         CacheError,
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         ReleasedWeightError,
         SpecConflict,
     )
-    from accelpass.calibration import calibrate
     from accelpass.kv_cache import KVCache
     from accelpass.packed import load, save
     from accelpass.report import Report

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from accelpass.ir.errors import CacheError
 from accelpass.ir.kv import ledger
@@ -25,6 +25,7 @@ class KVLayer(CacheLayerMixin):
         count: tokens held, int64 ``(batch,)``; the same number for each sequence, padding included.
         fresh: nothing is held. A Python value, so that an empty layer is a graph of its own: the prompt then attends to
             itself alone.
+        window: how many of the newest tokens the layer's attention sees, as the model's config says; 0 for all.
         token_bytes: what one token of one sequence takes as the model computes it; 0 before the first.
     """
 
@@ -32,10 +33,10 @@ class KVLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, capacity: int, batch_size: int, device: torch.device) -> None:
+    def __init__(self, capacity: int, batch_size: int, device: torch.device, window: int = 0) -> None:
         super().__init__()
         # As text: of two caches' numbers Dynamo would make a symbolic one, and buffers want to know their size.
-        self._capacity, self._batch_size = str(capacity), str(batch_size)
+        self._capacity, self._batch_size, self._window = str(capacity), str(batch_size), str(window)
         self.count = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.fresh = True
         self.token_bytes = 0
@@ -50,6 +51,10 @@ class KVLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         return int(self._batch_size)
+
+    @property
+    def window(self) -> int:
+        return int(self._window)
 
     def dense_nbytes(self) -> int:
         """Bytes of a layer of this capacity and dtype that keeps everything; 0 before the first token."""
@@ -69,7 +74,7 @@ class KVLayer(CacheLayerMixin):
                 f"this KVCache is for {self.batch_size} sequences, the call has {key_states.shape[0]}; "
                 f"make it with batch_size={key_states.shape[0]}"
             )
-        torch.ops.accelpass.kv_append(key_states, value_states, self.count, self.capacity, [])
+        torch.ops.accelpass.kv_append(key_states, value_states, self.count, self.capacity, self.window, [])
         if self.fresh:
             self.fresh = False
             row = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
@@ -116,7 +121,7 @@ class KVLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVLayer:
         """A layer of its own that holds the same: a prompt that is read once can be answered several times."""
-        twin = KVLayer(self.capacity, self.batch_size, self.count.device)
+        twin = KVLayer(self.capacity, self.batch_size, self.count.device, self.window)
         twin.fresh, twin.token_bytes = self.fresh, self.token_bytes
         ledger.copy(self.count, twin.count)
         return twin
@@ -185,11 +190,11 @@ class KVCache(Cache):
                 f"{type(config).__name__} has layers of kind {', '.join(other)}, which keep no keys and values; use the "
                 "model's own cache"
             )
-        causal = [n for n in getattr(config, "architectures", None) or () if "MaskedLM" in n]
-        if causal or (isinstance(model, torch.nn.Module) and not _decodes(model)):
+        if isinstance(model, torch.nn.Module) and not _decodes(model):
             raise CacheError(f"{type(model).__name__} generates nothing, and so has no key/value cache")
-        number = text.num_hidden_layers
-        super().__init__(layers=[KVLayer(capacity, batch_size, torch.device(device)) for _ in range(number)])
+        _, settings = get_layer_types_and_kwargs(text)
+        windows = [one.get("sliding_window") or 0 for one in settings]
+        super().__init__(layers=[KVLayer(capacity, batch_size, torch.device(device), w) for w in windows])
         self.capacity = capacity
         self.number = next(_NUMBERS)
         _CACHES.add(self)
@@ -219,11 +224,7 @@ class KVCache(Cache):
 
 def _decodes(model: torch.nn.Module) -> bool:
     """Whether the model, or the one that it wraps, is a decoder."""
-    inner = getattr(model, "_orig_mod", model)
+    inner: Any = getattr(model, "_orig_mod", model)
     config = inner.config.get_text_config(decoder=True)
     generates = getattr(inner, "can_generate", None)
-    return (
-        bool(generates and generates())
-        or bool(getattr(config, "is_decoder", False))
-        or hasattr(config, "rope_parameters")
-    )
+    return bool(generates and generates()) or getattr(config, "is_decoder", False) or hasattr(config, "rope_parameters")

@@ -6,6 +6,7 @@ compiler vectorises over channels, in float32; nothing unpacked is written to me
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def _overlaid(pieces: dict[int, list[Tensor]], start: int, width: int) -> Tensor
     """Pieces side by side from channel ``start``; where several cover a channel, their sum."""
     ends = sorted({c + p.shape[-1] for c, ps in pieces.items() for p in ps} | set(pieces))
     columns = []
-    for low, high in zip(ends, ends[1:], strict=False):
+    for low, high in itertools.pairwise(ends):
         covering = [p[..., low - c : high - c] for c, ps in pieces.items() for p in ps if c <= low < c + p.shape[-1]]
         columns.append(_sum(covering))
     return columns[0] if len(columns) == 1 else torch.cat(columns, -1)

@@ -27,13 +27,13 @@ _NAMES, _FUNCTIONS = "kv_given", "kv_functions"
 
 def give(append: fx.Node, nodes: Mapping[str, fx.Node], functions: Mapping[str, Callable[..., Tensor]]) -> None:
     """Hand further nodes and functions to the storage of a ``kv_append`` call, which finds them in its ``New``."""
-    append.args = (*append.args[:4], list(nodes.values()))
+    append.args = (*append.args[:5], list(nodes.values()))
     append.meta[_NAMES] = tuple(nodes)
     append.meta[_FUNCTIONS] = functions
 
 
 def _given(append: fx.Node) -> dict[str, fx.Node]:
-    return dict(zip(append.meta.get(_NAMES, ()), append.args[4], strict=True))
+    return dict(zip(append.meta.get(_NAMES, ()), append.args[5], strict=True))
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,14 @@ def dense_form(k: Tensor) -> tuple[str, str]:
 
 
 @torch.library.custom_op("accelpass::kv_append", mutates_args=("count",))
-def kv_append(k: Tensor, v: Tensor, count: Tensor, capacity: int, given: Sequence[Tensor]) -> None:
+def kv_append(k: Tensor, v: Tensor, count: Tensor, capacity: int, window: int, given: Sequence[Tensor]) -> None:
     """Store new tokens after those that the layer holds.
 
     Args:
         k, v: ``(batch, kv_heads, tokens, d)``, keys as attention reads them (after the rotary embedding).
         count: tokens held, int64 ``(batch,)``; raised by ``tokens``.
         capacity: tokens that the layer can hold.
+        window: how many of the newest tokens the layer's attention sees; 0 for all.
         given: what a pass hands to its storage besides; none in a model's own call.
 
     Raises:
@@ -55,7 +56,7 @@ def kv_append(k: Tensor, v: Tensor, count: Tensor, capacity: int, given: Sequenc
 
 
 @kv_append.register_fake
-def _(k: Tensor, v: Tensor, count: Tensor, capacity: int, given: Sequence[Tensor]) -> None:
+def _(k: Tensor, v: Tensor, count: Tensor, capacity: int, window: int, given: Sequence[Tensor]) -> None:
     return None
 
 

@@ -25,6 +25,7 @@ class KVSite:
             attention reads the new tokens alone.
         attention: the semantic node that attends; None if there is none, ``why`` says so.
         count: the graph input that counts the layer's tokens.
+        window: how many of the newest tokens the attention sees; 0 for all.
     """
 
     path: str
@@ -34,6 +35,7 @@ class KVSite:
     attention: fx.Node | None
     count: fx.Node
     capacity: int
+    window: int = 0
     why: str = ""
 
     @property
@@ -53,7 +55,7 @@ def kv_sites(program: Program) -> list[KVSite]:
     reads = {n.args[0]: n for n in program.graph.find_nodes(op="call_function", target=KV_READ)}
     found = []
     for append in program.graph.find_nodes(op="call_function", target=KV_APPEND):
-        count, capacity = append.args[2], append.args[3]
+        count, capacity, window = append.args[2:5]
         read = reads.get(count)
         readers = [a for a in attentions if _reads(a, append, read)]
         why = ""
@@ -65,7 +67,7 @@ def kv_sites(program: Program) -> list[KVSite]:
             why = "something besides the attention reads this cache layer"
         node = readers[0] if not why else None
         path = module_path(readers[0] if readers else append) or append.name
-        found.append(KVSite(path, len(found), append, read, node, count, capacity, why))
+        found.append(KVSite(path, len(found), append, read, node, count, capacity, window, why))
     return found
 
 

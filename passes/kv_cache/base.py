@@ -63,16 +63,15 @@ def cannot_store(site: KVSite) -> str | None:
     if site.attention is None:
         return site.why
     spec = spec_of(site.attention)
-    if spec.bias == "sliding_window":
-        return f"it sees its last {spec.window or 'few'} tokens alone; all are kept"
+    if site.window:
+        return f"it sees its last {site.window} tokens alone; all are kept"
     operands = [value(n) for n in site.attention.args[:3]]
     if any(t.dim() != 4 for t in operands):
         return "queries, keys and values are not (batch, heads, tokens, d)"
     if not site.is_prompt and spec.causal:
         return "is_causal over a cache that is longer than the call means another mask than the model's"
-    if not site.is_prompt:
-        return Query.why_not(spec)
-    return None
+    # A prompt alone could be stored, but the tokens after it could not attend to it.
+    return Query.why_not(spec)
 
 
 def refuse(spec: AttentionSpec, part: str, by: str, why: str) -> None:

@@ -79,7 +79,7 @@ def projected(program: Program, made: fx.Node) -> Projected | str:
         if node in seen and any(p in descend for p in node.all_input_nodes):
             descend.add(node)
     inner = [n for n in program.graph.nodes if n in descend and n is not linear]
-    batch, heads, tokens, width = value(made).shape
+    _, heads, tokens, width = value(made).shape
     if value(linear).shape[-1] != heads * width:
         return "their linear makes more than them (a fused projection)"
     split = next((n for n in inner if value(n).dim() == 4), None)

@@ -58,9 +58,9 @@ class Tiers(HeavyHitters):
         values = format.decode(rows[count:], torch.float32)
         place = _place(positions, positions >= 0, new)
         for name, made in (("retained_keys", keys), ("retained_values", values)):
-            for buffer, part in zip(bank(held, name), self.retained.encode(made), strict=True):
+            for stored, part in zip(bank(held, name), self.retained.encode(made), strict=True):
                 batch, head = _index(place)
-                buffer.index_put_((batch, head, place), part)
+                stored.index_put_((batch, head, place), part)
         _mark(held["is_retained"], positions, positions >= 0, new, torch.ones_like(positions, dtype=torch.bool))
 
     def elsewhere(self, held: Held, query: Query) -> list[Segment]:

@@ -16,7 +16,6 @@ from accelpass.ir.derived import StateSpec
 from accelpass.ir.kv.banks import Floats, RowFormat, buffer, put_rows, taken_rows
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage, bank
 
-
 EXACT = Floats()
 
 

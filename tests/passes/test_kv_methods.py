@@ -16,10 +16,10 @@ VOCABULARY, LAYERS = 96, 2
 CAPACITY = 48
 
 
-def llama(groups: int = 2, head_dim: int = 16, seed: int = 0, layers: int = LAYERS) -> Any:
+def llama(groups: int = 2, head_dim: int = 16, seed: int = 0, layers: int = LAYERS, hidden: int = 48) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=64, num_hidden_layers=layers, head_dim=head_dim,
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=64, num_hidden_layers=layers, head_dim=head_dim,
         num_attention_heads=2 * groups, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
