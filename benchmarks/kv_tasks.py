@@ -20,9 +20,10 @@ Row = dict[str, Any]
 ANSWER = 8
 """Tokens in which the key has to come."""
 
-# Plain text: in the chat template the dense model misses keys at 2k tokens that it finds here.
-KEY = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
-QUESTION = "\n\nWhat is the pass key? The pass key is"
+# Plain text, and a number with this name: the dense model misses keys at 2k tokens in the chat template, and more at 4k when
+# it is called a pass key, than it does here.
+KEY = "\n\nThe secret number is {key}. Remember it. {key} is the secret number.\n\n"
+QUESTION = "\n\nWhat is the secret number? The secret number is"
 
 
 class Reader(Protocol):

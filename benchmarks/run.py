@@ -193,13 +193,18 @@ def main() -> None:
         content = {"device": _device(), **made}
         path = given.results / f"smollm2_{name}_cpu.json"
         if PARTS[name].apart and candidates is not None and path.exists():
-            before = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
-            content["rows"] = list((before | {row["name"]: row for row in content["rows"]}).values())
+            content["rows"] = _merged(json.loads(path.read_text())["rows"], content["rows"])
         path.write_text(json.dumps(content, indent=1) + "\n")
         _say(_table(PARTS[name].title.format(**content), content["rows"]))
     if given.write:
         given.write.parent.mkdir(parents=True, exist_ok=True)
         given.write.write_text(_page(given.results))
+
+
+def _merged(before: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of two runs, new ones in the place of old ones; in the order of methods, those of others last."""
+    rows = {row["name"]: row for row in (*before, *new)}
+    return [rows.pop(name) for name in kv_quality.METHODS if name in rows] + list(rows.values())
 
 
 def _device() -> str:
