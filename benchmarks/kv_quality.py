@@ -20,12 +20,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+import accelpass
 from accelpass import KVCache
 from accelpass.models_zoo.smollm2 import converted
-from benchmarks.kv_tasks import Row, Sizes, Tasks
+from benchmarks.kv_tasks import Row, Sizes, Tasks, prose
 from benchmarks.random_eviction import RandomEviction
 
 EXACT = ("horizontal_fusion", "cpu_gemv", "grouped_query", "cpu_decode_attention")
+CALIBRATED: dict[str, Any] = {"name": "cskv"}
+"""Its factors are fitted first, to prose that comes after what the tasks use."""
+CALIBRATION, CALIBRATION_TOKENS = 48, 1024
 METHODS: dict[str, list[Any]] = {
     "dense": [],
     "random, 20 %": [RandomEviction(budget=0.2)],
@@ -37,6 +41,9 @@ METHODS: dict[str, list[Any]] = {
     "mikv, 20 %, rest 2 bits": [{"name": "mikv", "budget": 0.2, "bits": 2}],
     "kv_quant, 4 bits": [{"name": "kv_quant", "bits": 4}],
     "kv_quant, 2 bits": [{"name": "kv_quant", "bits": 2}],
+    "cskv, 20 % of channels": ["cskv"],
+    "cskv, 20 %, calibrated": [CALIBRATED],
+    "cskv, 20 %, calibrated, 4 bits": [{**CALIBRATED, "bits": 4}],
     "tidaldecode, 256 rows": [{"name": "tidaldecode", "budget": 256}],
     "tidaldecode, 64 rows": [{"name": "tidaldecode", "budget": 64}],
 }
@@ -45,8 +52,9 @@ METHODS: dict[str, list[Any]] = {
 class Compiled:
     """A :class:`~benchmarks.kv_tasks.Reader`: the model compiled with passes, and an accelpass.KVCache."""
 
-    def __init__(self, model: torch.nn.Module, passes: list[Any], capacity: int) -> None:
-        self.fast = torch.compile(model, backend="accelpass", options={"passes": [*passes, *EXACT]})
+    def __init__(self, model: torch.nn.Module, passes: list[Any], capacity: int, plan: Any = None) -> None:
+        options = {"passes": [*EXACT, *([] if plan else passes)], "plan": plan}
+        self.fast = torch.compile(model, backend="accelpass", options=options)
         self.cache = KVCache(model, capacity)
 
     def prompt(self, ids: Tensor) -> Tensor:
@@ -73,13 +81,21 @@ def measure(
         for name in names:
             # Each method gets graphs of its own; Dynamo would count them together and stop after eight.
             torch._dynamo.reset()
-            reader = Compiled(model, METHODS[name], sizes.capacity)
+            plan = calibrated(model, tokenizer, METHODS[name]) if "calibrated" in name else None
+            torch._dynamo.reset()
+            reader = Compiled(model, METHODS[name], sizes.capacity, plan)
             task = bar.add_task(name, total=sizes.units, doing="compiling")
             asked = tasks.ask(reader, lambda doing, task=task: bar.update(task, advance=1, doing=doing))
             rows.append({"name": name, **asked, **_bytes(model, reader.cache.nbytes(), sizes.capacity)})
             bar.update(task, doing="")
             say(json.dumps(rows[-1]))
     return rows
+
+
+def calibrated(model: torch.nn.Module, tokenizer: Any, passes: list[Any]) -> Any:
+    """A plan from the last of the prose, which no task reads."""
+    ids = tokenizer(prose(), return_tensors="pt").input_ids[0, -CALIBRATION * CALIBRATION_TOKENS :]
+    return accelpass.calibrate(model, list(ids.view(-1, 1, CALIBRATION_TOKENS)), passes, progress=False)
 
 
 def measure_peer(model: torch.nn.Module, python: str, quick: bool) -> list[Row]:

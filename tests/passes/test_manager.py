@@ -168,3 +168,24 @@ def test_registry_refuses_what_is_no_pass(monkeypatch):
             registry.registered()
     finally:
         registry.registered.cache_clear()
+
+
+def test_a_package_that_cannot_be_imported_leaves_the_others_alone(monkeypatch):
+    class Broken:
+        name, value, dist = "odd", "odd:thing", None
+
+        @staticmethod
+        def load():
+            raise ModuleNotFoundError("No module named 'oddities'")
+
+    ours = registry.entry_points(group=registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken, *ours])
+    monkeypatch.setattr(registry, "_BROKEN", {})
+    registry.registered.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="'odd' of odd:thing cannot be loaded"):
+            assert "int8_weights" in registry.registered()
+        with pytest.raises(OptionError, match="oddities"):
+            registry.make("odd")
+    finally:
+        registry.registered.cache_clear()
