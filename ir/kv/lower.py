@@ -25,15 +25,11 @@ from accelpass.ir.tensors import FromInputs
 _NAMES, _FUNCTIONS = "kv_given", "kv_functions"
 
 
-def give(append: fx.Node, nodes: Mapping[str, fx.Node], functions: Mapping[str, Callable[..., Tensor]]) -> None:
+def give(append: fx.Node, nodes: Mapping[str, fx.Node], functions: Mapping[str, fx.GraphModule]) -> None:
     """Hand further nodes and functions to the storage of a ``kv_append`` call, which finds them in its ``New``."""
     append.args = (*append.args[:5], list(nodes.values()))
     append.meta[_NAMES] = tuple(nodes)
-    append.meta[_FUNCTIONS] = functions
-
-
-def _given(append: fx.Node) -> dict[str, fx.Node]:
-    return dict(zip(append.meta.get(_NAMES, ()), append.args[5], strict=True))
+    append.meta[_FUNCTIONS] = dict(functions)
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,58 @@ class CacheUse:
     is_prompt: bool
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A site, how its tokens are kept, and the nodes of its buffers by name; ``leads`` as in :class:`.storage.New`."""
+
+    site: KVSite
+    spec: AttentionSpec
+    store: Storage
+    format: RowFormat
+    layout: Layout
+    buffers: dict[str, fx.Node]
+    leads: bool
+
+    @property
+    def is_dense(self) -> bool:
+        """All tokens as they are; a selection may read fewer."""
+        return isinstance(self.spec.store, Dense) and isinstance(self.spec.format, Native)
+
+    @property
+    def given(self) -> dict[str, fx.Node]:
+        append = self.site.append
+        return dict(zip(append.meta.get(_NAMES, ()), append.args[5], strict=True))
+
+    @property
+    def functions(self) -> dict[str, Callable[..., Tensor]]:
+        made: dict[str, fx.GraphModule] = self.site.append.meta.get(_FUNCTIONS, {})
+        return {name: fx.Interpreter(gm).run for name, gm in made.items()}
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for layers whose tokens are kept by the same operations."""
+        functions = self.site.append.meta.get(_FUNCTIONS, {})
+        calls = tuple((name, _calls(gm)) for name, gm in functions.items())
+        return self.store, self.format, self.layout, tuple(self.given), calls, self.leads
+
+    @property
+    def operands(self) -> list[fx.Node]:
+        """What a traced function takes after its own operands; :meth:`named` gives it its names back."""
+        return [*self.given.values(), *self.buffers.values()]
+
+    def named(self, operands: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Buffers and given tensors by name."""
+        count = len(self.given)
+        buffers = dict(zip(self.buffers, operands[count:], strict=True))
+        return buffers, dict(zip(self.given, operands[:count], strict=True))
+
+
+def _calls(gm: fx.GraphModule) -> tuple[str, ...]:
+    """A function's operations, whatever its nodes are called."""
+    number = {n: f"%{i}" for i, n in enumerate(gm.graph.nodes)}
+    return tuple(f"{n.op} {n.op == 'call_function' and n.target} {fx.map_arg((n.args, n.kwargs), number.__getitem__)}" for n in number)
+
+
 class _Lowering:
     """Traced functions are shared by layers that are alike."""
 
@@ -69,45 +117,35 @@ class _Lowering:
         return splice(self.program, self.traced[key, layouts], operands, before)
 
     def site(self, site: KVSite) -> CacheUse:
-        k, v = site.new
+        layer = self.layer(site)
+        if site.is_prompt or (layer.is_dense and isinstance(layer.spec.select, All)):
+            self._fill(layer)
+        else:
+            self._extend(layer)
+        k = value(site.new[0])
+        form = dense_form(k) if layer.is_dense else (repr(layer.store), repr(layer.spec.format), str(k.dtype))
+        return CacheUse(site.count, k.shape[2], site.capacity, form, site.is_prompt)
+
+    def layer(self, site: KVSite) -> _Layer:
+        """What is to be done at a site, and its buffers."""
+        k, v = map(value, site.new)
         spec = spec_of(site.attention) if site.attention is not None else AttentionSpec()
-        plain = isinstance(spec.store, Dense)
-        store = Positions() if plain else spec.store
+        store = Positions() if isinstance(spec.store, Dense) else spec.store
         if not isinstance(store, Storage):
             raise GraphError(f"the store {spec.store.part} does not say how tokens are kept; make it a Storage")
-        format = row_format(spec.format)
-        _, heads, tokens, width = value(k).shape
-        layout = Layout(heads, spec.groups, width, value(v).shape[3], value(k).dtype, site.capacity)
+        layout = Layout(k.shape[1], spec.groups, k.shape[3], v.shape[3], k.dtype, site.capacity)
+        leader = self.leaders.setdefault(store, site.count)
         tensors = self.program.tensors
         assert isinstance(tensors, FromInputs)
-        states = store.states(layout, format)
-        names = [s.name.removeprefix("kv.") for s in states]
-        held = [tensors.state(site.count, s) for s in states]
-        leader = self.leaders.setdefault(store, site.count)
-        for common in store.shared(layout):
-            names.append(common.name.removeprefix("kv."))
-            held.append(tensors.state(leader, common))
-        leads = leader is site.count
-        dense = plain and isinstance(spec.format, Native)
-        form = dense_form(value(k)) if dense else (repr(store), repr(spec.format), str(layout.dtype))
-        if site.is_prompt or (dense and isinstance(spec.select, All)):
-            self._fill(site, spec, store, format, layout, names, held, leads)
-        else:
-            self._extend(site, spec, store, format, layout, names, held, leads)
-        return CacheUse(site.count, tokens, site.capacity, form, site.is_prompt)
+        format = row_format(spec.format)
+        own = [(site.count, state) for state in store.states(layout, format)]
+        common = [(leader, state) for state in store.shared(layout)]
+        buffers = {s.name.removeprefix("kv."): tensors.state(anchor, s) for anchor, s in (*own, *common)}
+        return _Layer(site, spec, store, format, layout, buffers, leader is site.count)
 
-    def _fill(
-        self,
-        site: KVSite,
-        spec: AttentionSpec,
-        store: Storage,
-        format: RowFormat,
-        layout: Layout,
-        names: list[str],
-        held: list[fx.Node],
-        leads: bool,
-    ) -> None:
+    def _fill(self, layer: _Layer) -> None:
         """Store tokens; the model's own attention runs on what it had, or on the buffers of a dense cache."""
+        site, store = layer.site, layer.store
         graph, (k, v) = self.program.graph, site.new
         before, found, q = site.append, [], k
         wants = sorted(store.wants)
@@ -115,39 +153,26 @@ class _Lowering:
             q = site.attention.args[0]
             found = _statistics(site.attention, wants)
             before = max(found, default=site.attention).next
-        given = _given(site.append)
-        functions = site.append.meta.get(_FUNCTIONS, {})
 
         def run(q: Tensor, k: Tensor, v: Tensor, count: Tensor, *more: Tensor) -> list[Tensor]:
-            statistics = dict(zip(wants, more, strict=False))
-            rest = more[len(wants) :]
-            new = New(q, k, v, count, statistics, dict(zip(given, rest, strict=False)), functions, leads)
-            store.fill(dict(zip(names, rest[len(given) :], strict=True)), new, layout, format)
+            statistics, more = dict(zip(wants, more, strict=False)), more[len(wants) :]
+            buffers, given = layer.named(more)
+            new = New(q, k, v, count, statistics, given, layer.functions, layer.leads)
+            store.fill(buffers, new, layer.layout, layer.format)
             count.add_(k.shape[2])
             return []
 
-        operands = [q, k, v, site.count, *found, *given.values(), *held]
-        self.run(("fill", store, spec.format, layout, tuple(given), leads), run, operands, before)
+        self.run(("fill", *layer.key), run, [q, k, v, site.count, *found, *layer.operands], before)
         if site.read is not None:
-            banks = dict(zip(names, held, strict=True))
             for item in list(site.read.users):
-                item.replace_all_uses_with(banks[("keys", "values")[item.args[1]]])
+                item.replace_all_uses_with(layer.buffers[("keys", "values")[item.args[1]]])
                 graph.erase_node(item)
             graph.erase_node(site.read)
         graph.erase_node(site.append)
 
-    def _extend(
-        self,
-        site: KVSite,
-        spec: AttentionSpec,
-        store: Storage,
-        format: RowFormat,
-        layout: Layout,
-        names: list[str],
-        held: list[fx.Node],
-        leads: bool,
-    ) -> None:
+    def _extend(self, layer: _Layer) -> None:
         """Store tokens and attend over what is stored."""
+        site, spec, store = layer.site, layer.spec, layer.store
         graph, node, (k, v) = self.program.graph, site.attention, site.new
         assert node is not None and site.read is not None
         if node.target is not torch.ops.accelpass.attention.default:
@@ -158,28 +183,25 @@ class _Lowering:
         # The selection is for single tokens; several at once (a further prompt) attend to all.
         select = spec.select if isinstance(spec.select, RowSelect) and value(q).shape[2] == 1 else None
         takes = [self.rows[select.takes]] if select is not None and select.takes else []
-        given = _given(site.append)
-        functions = site.append.meta.get(_FUNCTIONS, {})
 
         def run(q: Tensor, k: Tensor, v: Tensor, count: Tensor, *more: Tensor) -> list[Tensor]:
             masks, more = more[: len(extras)], more[len(extras) :]
             rows, more = more[: len(takes)], more[len(takes) :]
-            handed, buffers = more[: len(given)], dict(zip(names, more[len(given) :], strict=True))
-            new = New(q, k, v, count, {}, dict(zip(given, handed, strict=True)), functions, leads)
-            query = Query(q, masks, spec, layout)
+            buffers, given = layer.named(more)
+            new = New(q, k, v, count, {}, given, layer.functions, layer.leads)
+            query = Query(q, masks, spec, layer.layout)
             if select is None:
-                made = [store.extend(buffers, new, query, layout, format)]
+                made = [store.extend(buffers, new, query, layer.layout, layer.format)]
             else:
-                store.fill(buffers, new, layout, format)
-                out, rows_on = select.attend(buffers, new, query, layout, format, rows[0] if rows else None)
-                made = [out] if rows_on is None else [out, rows_on]
+                store.fill(buffers, new, layer.layout, layer.format)
+                out, on = select.attend(buffers, new, query, layer.layout, layer.format, rows[0] if rows else None)
+                made = [out] if on is None else [out, on]
             made[0] = like_in_memory(made[0], wanted)
             count.add_(k.shape[2])
             return made
 
-        operands = [q, k, v, site.count, *extras, *takes, *given.values(), *held]
-        key = ("extend", store, replace(spec, site=""), layout, tuple(given), leads, str(wanted.stride()))
-        out, *rows = self.run(key, run, operands, node)
+        key = ("extend", replace(spec, site=""), *layer.key, str(wanted.stride()))
+        out, *rows = self.run(key, run, [q, k, v, site.count, *extras, *takes, *layer.operands], node)
         if rows and select is not None and select.gives:
             self.rows[select.gives] = rows[0]
         node.replace_all_uses_with(out)

@@ -130,7 +130,7 @@ class CSKV(KVPass, Calibrated):
             (f"rotation{i}", value(t).shape[3], str(value(t).dtype).split(".")[1]) for i, t in enumerate(k.tables)
         ]
         given |= {name: node for (name, *_), node in zip(tables, k.tables, strict=True)}
-        give(site.append, given, {"rotate": fx.Interpreter(k.function()).run})
+        give(site.append, given, {"rotate": k.function()})
         store = LowRank(*ranks, window=self.window, bits=self.bits, tables=tuple(tables))
         channels = value(k.weight).shape[0] + value(v.weight).shape[0]
         rounded = "" if self.bits == 16 else f" in {self.bits} bits"
