@@ -39,25 +39,34 @@ def attention_blocks(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], 
     if parsed.causal and not parsed.before:  # each query sees itself, so no row can be without keys
         softmax = replace(softmax, kind="softmax")
     q = q * parsed.scale
+    plain = not parsed.before and not parsed.after and softmax.kind == "softmax" and softmax.value is None
+    # Two buffers for all blocks: fresh memory for each would cost as much as the softmax.
+    scratch = [q.new_empty(groups * block * columns) for _ in range(2)]
+    ones = q.new_ones(groups * block)
     for b in range(batch):
         for h in range(kv_heads):
             mine = slice(h * groups, (h + 1) * groups)
             for low in range(0, rows, block):
                 high = min(low + block, rows)
                 seen = min(high, columns) if causal else columns
-                queries = q[b, mine, low:high].reshape(-1, q.shape[-1])
-                scores = torch.mm(queries, k[b, h, :seen].t()).view(groups, high - low, seen)
+                lines = groups * (high - low)
+                flat, other = (t[: lines * seen].view(lines, seen) for t in scratch)
+                torch.mm(q[b, mine, low:high].reshape(lines, -1), k[b, h, :seen].t(), out=flat)
+                scores = flat.view(groups, high - low, seen)
                 if later is not None and seen > low:
                     scores[..., low:seen].masked_fill_(later[: high - low, : seen - low], -torch.inf)
-                cut = [_cut(e, b, mine, low, high, seen, rows, columns) for e in extras]
-                scores = steps.apply(scores, parsed.before, cut)
+                if not plain:
+                    cut = [_cut(e, b, mine, low, high, seen, rows, columns) for e in extras]
+                    scores = steps.apply(scores, parsed.before, cut)
                 if "lse" in parsed.statistics:
                     lse[b, mine, low:high] = torch.logsumexp(scores.float(), -1)
-                probabilities = steps.apply(scores, (softmax, *parsed.after), cut).reshape(-1, seen)
+                if plain:
+                    probabilities = torch.softmax(flat, -1, out=other)
+                else:
+                    probabilities = steps.apply(scores, (softmax, *parsed.after), cut).reshape(lines, seen)
                 if "column_sums" in parsed.statistics:
                     # A row without keys (padding) has no probabilities, and is in no sum.
-                    ones = probabilities.new_ones(probabilities.shape[0])
-                    sums[b, h, :seen] += torch.nan_to_num(torch.mv(probabilities.t(), ones).float())
+                    sums[b, h, :seen] += torch.nan_to_num(torch.mv(probabilities.t(), ones[:lines].to(probabilities)))
                 made = torch.mm(probabilities.to(v.dtype), v[b, h, :seen])
                 out[b, mine, low:high] = made.view(groups, high - low, -1)
     found = {"lse": lse, "column_sums": sums}
