@@ -117,12 +117,11 @@ class _Lowering:
         return splice(self.program, self.traced[key, layouts], operands, before)
 
     def site(self, site: KVSite) -> CacheUse:
-        layer = self.layer(site)
+        layer, k = self.layer(site), value(site.new[0])
         if site.is_prompt or (layer.is_dense and isinstance(layer.spec.select, All)):
             self._fill(layer)
         else:
             self._extend(layer)
-        k = value(site.new[0])
         form = dense_form(k) if layer.is_dense else (repr(layer.store), repr(layer.spec.format), str(k.dtype))
         return CacheUse(site.count, k.shape[2], site.capacity, form, site.is_prompt)
 
