@@ -29,7 +29,9 @@ def registered() -> dict[str, type[Pass]]:
         try:
             loaded = entry.load()
         except Exception as cause:  # whatever a package does when it is imported must not take the others' passes away
-            _BROKEN[entry.name] = why = f"pass {entry.name!r} of {owner} cannot be loaded: {type(cause).__name__}: {cause}"
+            _BROKEN[entry.name] = why = (
+                f"pass {entry.name!r} of {owner} cannot be loaded: {type(cause).__name__}: {cause}"
+            )
             warnings.warn(f"{why}. Its other passes and those of other packages work.", stacklevel=2)
             continue
         if not (isinstance(loaded, type) and issubclass(loaded, Pass)):

@@ -98,7 +98,10 @@ class _Layer:
 def _calls(gm: fx.GraphModule) -> tuple[str, ...]:
     """A function's operations, whatever its nodes are called."""
     number = {n: f"%{i}" for i, n in enumerate(gm.graph.nodes)}
-    return tuple(f"{n.op} {n.op == 'call_function' and n.target} {fx.map_arg((n.args, n.kwargs), number.__getitem__)}" for n in number)
+    return tuple(
+        f"{n.op} {n.op == 'call_function' and n.target} {fx.map_arg((n.args, n.kwargs), number.__getitem__)}"
+        for n in number
+    )
 
 
 class _Lowering:

@@ -53,7 +53,7 @@ def kv_sites(program: Program) -> list[KVSite]:
     """All sites, in execution order."""
     attentions = [n for n in program.graph.nodes if is_attention(n)]
     reads = {n.args[0]: n for n in program.graph.find_nodes(op="call_function", target=KV_READ)}
-    found = []
+    found: list[KVSite] = []
     for append in program.graph.find_nodes(op="call_function", target=KV_APPEND):
         count, capacity, window = append.args[2:5]
         read = reads.get(count)

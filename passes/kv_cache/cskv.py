@@ -131,7 +131,7 @@ class CSKV(KVPass, Calibrated):
         ]
         given |= {name: node for (name, *_), node in zip(tables, k.tables, strict=True)}
         give(site.append, given, {"rotate": k.function()})
-        store = LowRank(*ranks, window=self.window, bits=self.bits, tables=tuple(tables))
+        store = LowRank(ranks[0], ranks[1], self.window, self.bits, tuple(tables))
         channels = value(k.weight).shape[0] + value(v.weight).shape[0]
         rounded = "" if self.bits == 16 else f" in {self.bits} bits"
         return spec.edited(
