@@ -60,6 +60,7 @@ class Sizes:
         return sum(self.windows.values()) + 2 * len(self.contexts) * self.depths
 
 
+SHORT = Sizes(windows={2048: 2, 4096: 1}, contexts=(1024, 2048))
 QUICK = Sizes(windows={1024: 1}, scored=128, contexts=(1024,), depths=2)
 
 

@@ -87,11 +87,13 @@ class Given:
     Attributes:
         candidates: the only ones to measure; None for all.
         quick: a few minutes, to see that all of it runs.
+        short: a third of the time: fewer windows, and no pass keys in the longest context.
         peer: a Python that has kvpress.
     """
 
     candidates: tuple[str, ...] | None = None
     quick: bool = False
+    short: bool = False
     peer: str | None = None
 
     def among(self, known: Sequence[str]) -> list[str]:
@@ -122,7 +124,7 @@ def _prefill(model: Any, tokenizer: Any, given: Given) -> Content:
 
 
 def _kv_quality(model: Any, tokenizer: Any, given: Given) -> Content:
-    sizes = kv_tasks.QUICK if given.quick else kv_tasks.Sizes()
+    sizes = kv_tasks.QUICK if given.quick else kv_tasks.SHORT if given.short else kv_tasks.Sizes()
     rows = kv_quality.measure(model, tokenizer, given.among(list(kv_quality.METHODS)), sizes, _say)
     if given.peer is not None:
         rows += kv_quality.measure_peer(model, given.peer, given.quick)
@@ -176,6 +178,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="write the tables as Markdown here")
     parser.add_argument("--only-candidates", help="of the KV parts: names with ; between them, or none")
     parser.add_argument("--quick", action="store_true", help="of the KV parts: short ones, results under build/")
+    parser.add_argument("--short", action="store_true", help="of kv_quality: fewer windows, no pass keys at 4k")
     parser.add_argument("--peer", help="of kv_quality: a Python that has kvpress, which is measured too")
     given = parser.parse_args()
     if given.quick:
@@ -194,7 +197,7 @@ def main() -> None:
     for name in wanted:
         torch._dynamo.reset()
         _say(f"== {name}")
-        made = PARTS[name].run(model, tokenizer, Given(candidates, given.quick, given.peer))
+        made = PARTS[name].run(model, tokenizer, Given(candidates, given.quick, given.short, given.peer))
         content = {"device": _device(), **made}
         path = given.results / f"smollm2_{name}_cpu.json"
         if PARTS[name].apart and candidates is not None and path.exists():
