@@ -22,7 +22,6 @@ from benchmarks.kv_quality import EXACT
 from benchmarks.kv_tasks import Row, prose
 
 TOKENS, WARM = 104, 4
-PREFILLS = 2
 DENSE, INDUCTOR = "int8_weights, dense KVCache", "inductor f32, StaticCache"
 H2O = {"name": "h2o", "budget": 0.2}
 BITS = {"name": "kv_quant", "bits": 4}
@@ -40,7 +39,6 @@ SHORT = (INDUCTOR, DENSE, "+ h2o, 20 %")
 """What is also measured at a short context: whether time grows with it."""
 CONTEXTS: dict[int, Sequence[str]] = {1024: SHORT, 4096: tuple(CANDIDATES), 8192: tuple(CANDIDATES)}
 QUICK: dict[int, Sequence[str]] = {512: tuple(CANDIDATES)}
-TIMED_PREFILLS = (DENSE, "+ h2o, 20 %")
 
 
 @dataclass
@@ -51,7 +49,6 @@ class Session:
     model: torch.nn.Module
     capacity: int
     next: Tensor = field(default_factory=lambda: torch.zeros(1, 1, dtype=torch.int64))
-    prefills: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -117,14 +114,6 @@ def measure_at(
         session.step()
         sessions.append(session)
         say(f"{context}: {name} compiled and filled, {time.perf_counter() - start:.0f} s")
-    timed = [s for s in sessions if s.name in TIMED_PREFILLS]
-    for turn in range(PREFILLS):
-        say(f"{context}: timing prompts, {turn + 1} of {PREFILLS}")
-        for session in timed:
-            session.prefills.append(session.read(ids))
-    for session in sessions:
-        if session not in timed:
-            session.read(ids)
     say(f"{context}: timing {TOKENS - WARM} tokens")
     for token in range(TOKENS):
         for session in sessions:
@@ -141,8 +130,6 @@ def table(context: int, sessions: list[Session]) -> list[Row]:
     rows = []
     for s in sessions:
         step = statistics.median(s.seconds)
-        prefill = statistics.median(s.prefills) if s.prefills else None
-        dense_prefill = statistics.median(dense.prefills) if dense else None
         held = s.cache_bytes()
         rows.append(
             {
@@ -153,8 +140,6 @@ def table(context: int, sessions: list[Session]) -> list[Row]:
                 "against_inductor_f32": round(statistics.median(inductor.seconds) / step, 2) if inductor else "",
                 "cache_bytes": held,
                 "share_of_dense": round(held / dense.cache_bytes(), 3) if dense else "",
-                "prefill_ms": round(prefill * 1e3) if prefill else "",
-                "prefill_more": f"{prefill / dense_prefill - 1:+.1%}" if prefill and dense_prefill else "",
             }
         )
     return rows

@@ -24,7 +24,7 @@ import torch
 
 from accelpass.backends import graphs_of
 from accelpass.models_zoo import load
-from benchmarks import compile_time, decode, kv_decode, kv_memory, kv_quality, kv_tasks, memory, quality
+from benchmarks import compile_time, decode, kv_decode, kv_memory, kv_prefill, kv_quality, kv_tasks, memory, quality
 
 Content = dict[str, Any]
 NOTE = (
@@ -131,6 +131,10 @@ def _kv_quality(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": rows, "capacity": sizes.capacity, "scored": sizes.scored}
 
 
+def _kv_prefill(model: Any, tokenizer: Any, given: Given) -> Content:
+    return {"rows": kv_prefill.measure(model, tokenizer, _say)}
+
+
 def _kv_memory(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": kv_memory.measure()}
 
@@ -166,6 +170,7 @@ PARTS = {
         "is part of the prompt or comes when the context is stored; bytes of a cache of {capacity} tokens",
         apart=True,
     ),
+    "kv_prefill": Part(_kv_prefill, "KV caches: prompts, with and without scores"),
     "kv_memory": Part(_kv_memory, "KV caches: a process that reads 4080 tokens and answers, over what it held before"),
     "kv_decode": Part(_kv_decode, "KV caches: decode, batch 1, of the last {tokens} tokens of a context"),
 }
