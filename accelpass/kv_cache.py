@@ -35,6 +35,7 @@ class KVLayer(CacheLayerMixin):
 
     def __init__(self, capacity: int, batch_size: int, device: torch.device, window: int = 0) -> None:
         super().__init__()
+        del self.keys, self.values  # the mixin's, which would be None
         # As text: of two caches' numbers Dynamo would make a symbolic one, and buffers want to know their size.
         self._capacity, self._batch_size, self._window = str(capacity), str(batch_size), str(window)
         self.count = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -42,6 +43,14 @@ class KVLayer(CacheLayerMixin):
         self.token_bytes = 0
         self.is_initialized = True
         ledger.register(self.count, capacity, _renewing(self))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("keys", "values"):
+            raise AttributeError(
+                f"a KVCache has no {name} to read: they may be stored in another form. For cross attention use "
+                "transformers.EncoderDecoderCache(accelpass.KVCache(...), transformers.DynamicCache())"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def capacity(self) -> int:

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    EncoderDecoderCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import accelpass
 from accelpass import CacheError, KVCache
@@ -239,6 +248,18 @@ def test_a_model_without_a_cache():
 def test_a_model_with_other_layers_is_refused():
     with pytest.raises(CacheError, match="keep no keys and values"):
         KVCache(tiny.family("causal_lm/qwen3_next").build().model, 16)
+
+
+def test_cross_attention_has_a_cache_of_its_own():
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=2)
+    model = T5ForConditionalGeneration(config).eval()
+    ids, settings = torch.arange(5, 12)[None], {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    want = model.generate(ids, **settings)
+    cache = EncoderDecoderCache(KVCache(model, 20), DynamicCache())
+    assert torch.equal(model.generate(ids, past_key_values=cache, **settings), want)
+    with pytest.raises(AttributeError, match="EncoderDecoderCache"):
+        model.generate(ids, past_key_values=EncoderDecoderCache(KVCache(model, 20), KVCache(model, 20)), **settings)
 
 
 def test_cropping():
