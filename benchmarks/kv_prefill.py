@@ -11,7 +11,7 @@ import torch
 from benchmarks.kv_decode import DENSE, Session
 from benchmarks.kv_tasks import Row, prose
 
-CONTEXTS, ROUNDS = (1024, 2048, 4096, 8192), 3
+CONTEXTS, ROUNDS = (1024, 2048, 4096), 3
 CANDIDATES = (DENSE, "+ h2o, 20 %")
 
 
