@@ -317,7 +317,11 @@ def test_what_cannot_be_combined_is_named(passes):
     assert all(repr(name) in str(caught.value) for name in passes)
 
 
-@pytest.mark.parametrize("weights", ["int8_weights", {"name": "int4_weights", "group_size": 32}], ids=["int8", "int4"])
+@pytest.mark.parametrize(
+    "weights",
+    ["int8_weights", pytest.param({"name": "int4_weights", "group_size": 32}, marks=pytest.mark.slow)],
+    ids=["int8", "int4"],
+)
 @pytest.mark.parametrize("kv", [H2O, "mikv", {"name": "tidaldecode", "first": 0}, "cskv"], ids=str)
 def test_with_packed_weights(kv, weights):
     """The same as the KV pass on a model whose weights have the packed values."""
