@@ -15,6 +15,7 @@ from torch import Tensor
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
+from accelpass.ir.program import Program
 from accelpass.passes.kv_cache.base import KVPass, refuse
 from accelpass.passes.kv_cache.slots import Slots, share
 
@@ -85,7 +86,9 @@ class RandomEviction(KVPass):
             raise self.fail("lots", "1 or more")
         self.check_sites()
 
-    def edited(self, site: KVSite, spec: AttentionSpec, number: int) -> tuple[AttentionSpec, str] | str:
+    def edited(
+        self, program: Program, site: KVSite, spec: AttentionSpec, number: int
+    ) -> tuple[AttentionSpec, str] | str:
         refuse(spec, "select", self.name, "one chooses rows by position in a full cache, the other evicts rows")
         store = Lots(self.budget, self.recent, number % self.lots)
         return spec.edited(by=self.name, store=store), f"{store.most(site.capacity)} of {site.capacity} tokens a head"

@@ -182,3 +182,16 @@ def test_the_kernel_in_place_of_loops(storage, monkeypatch):
             _, got = layers[1].feed(tokens)
         assert torch.allclose(got, want, atol=1e-5)
         assert torch.equal(layers[0].held["positions"], layers[1].held["positions"])
+
+
+def test_a_method_from_elsewhere():
+    """The benchmark's own pass, as a third party would write one: given as an object, and never above its budget."""
+    from accelpass import KVCache
+    from benchmarks.random_eviction import RandomEviction
+    from tests.passes.test_kv_methods import compiled, llama, tokens
+
+    model = llama()
+    cache = KVCache(model, 40)
+    kv_truth.fed(compiled(model, RandomEviction(budget=0.25)), cache, tokens(1, 24, 1, 1))
+    positions = [t for _, name, t in cache.buffers() if name == "kv.positions"]
+    assert positions and all(int((t >= 0).sum(-1).max()) <= 6 for t in positions)
