@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from accelpass.ir import attention
@@ -13,7 +14,7 @@ from accelpass.ir.capture import from_dynamo
 from accelpass.ir.errors import AccelpassError, OptionError
 from accelpass.ir.program import Program
 from accelpass.kv_cache import KVCache
-from accelpass.passes.base import Calibrated
+from accelpass.passes.base import Calibrated, Run, Watch
 from accelpass.passes.plan import Plan
 from accelpass.passes.registry import make
 
@@ -39,16 +40,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any], passes: Sequence[Any], p
     fitted = [p for p in made if isinstance(p, Calibrated)]
     if fitted:
         program = _captured(model, held[0])
-        with _Bar(progress) as bar:
+        with Progress(disable=not progress) as bar:
             for p in fitted:
                 tensors |= p.calibrate(program, _runner(model, held, bar, p.name))
     return Plan.of(model, [*made], tensors)
 
 
-Watch = Callable[[Tensor], None]
-
-
-def _runner(model: nn.Module, batches: Sequence[Mapping[str, Any]], bar: _Bar, name: str) -> Callable[..., None]:
+def _runner(model: nn.Module, batches: Sequence[Mapping[str, Any]], bar: Progress, name: str) -> Run:
     def run(watched: Mapping[str, Watch], what: str) -> None:
         """All batches once; ``watched`` is called with the input of the module that owns each parameter path."""
         handles = []
@@ -57,7 +55,7 @@ def _runner(model: nn.Module, batches: Sequence[Mapping[str, Any]], bar: _Bar, n
             handles.append(owner.register_forward_pre_hook(lambda _, given, watch=watch: watch(given[0].detach())))
         try:
             with torch.no_grad():
-                for batch in bar.over(batches, f"{name}: {what}"):
+                for batch in bar.track(batches, description=f"{name}: {what}"):
                     model(**{**batch, "use_cache": False})
         finally:
             for handle in handles:
@@ -84,22 +82,3 @@ def _captured(model: nn.Module, batch: Mapping[str, Any]) -> Program:
     if len(programs) != 1:
         raise AccelpassError(f"the model was captured as {len(programs)} graphs; calibration needs it as one")
     return programs[0]
-
-
-class _Bar:
-    """A progress bar on a terminal, or none."""
-
-    def __init__(self, shown: bool) -> None:
-        from rich.progress import Progress
-
-        self._progress = Progress(disable=not shown)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def over(self, items: Sequence[Any], title: str) -> Iterable[Any]:
-        return self._progress.track(items, description=title)

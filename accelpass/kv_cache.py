@@ -210,7 +210,7 @@ class KVCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes of all that is stored, scales, scores and positions included."""
-        return sum(t.numel() * t.element_size() for layer in self.layers for _, t in ledger.buffers_of(layer.count))
+        return sum(t.numel() * t.element_size() for _, _, t in self.buffers())
 
     def dense_nbytes(self) -> int:
         """Bytes of a cache of this capacity and dtype that keeps everything; 0 before the first token."""

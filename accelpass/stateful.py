@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,25 +66,18 @@ def state(fast: Any) -> list[StateBuffer]:
     """
     known = named_tensors(fast)
     tensors = [t for _, t in known.values()]
-    found = [_buffer(spec, known[anchor][0], t) for spec, anchor, t in _states(tensors)]
+    found = [_buffer(spec, known[anchor][0], t) for spec, anchor, t in DERIVED.states(tensors)]
     for number, cache in enumerate(caches_of(tensors)):
         for index, layer in enumerate(cache.layers):
             owner = f"cache {number}, layer {index}"
-            found += [_buffer(spec, owner, t) for spec, _, t in _states([layer.count])]
+            found += [_buffer(spec, owner, t) for spec, _, t in DERIVED.states([layer.count])]
     return found
 
 
 def remembered_by(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors that :func:`state` lists, for the model with these tensors."""
     own = list(tensors)
-    return [t for anchors in (own, counters_of(own)) for _, _, t in _states(anchors)]
-
-
-def _states(anchors: list[Tensor]) -> Iterator[tuple[StateSpec, int, Tensor]]:
-    """Declared state that lives with these tensors, and which of them by identity."""
-    for recipe, ids, tensors in DERIVED.of(anchors):
-        if recipe.state is not None:
-            yield recipe.state, ids[0], tensors[0]
+    return [t for anchors in (own, counters_of(own)) for _, _, t in DERIVED.states(anchors)]
 
 
 def _buffer(spec: StateSpec, owner: str, t: Tensor) -> StateBuffer:
@@ -95,7 +88,7 @@ def reset(fast: Any) -> None:
     """Put every state of this model back to its start, for all of its graphs, and empty every cache that it filled."""
     tensors = [t for _, t in named_tensors(fast).values()]
     with torch.no_grad():
-        for spec, _, t in _states(tensors):
+        for spec, _, t in DERIVED.states(tensors):
             t.fill_(spec.fill)
     for count in counters_of(tensors):
         ledger.clear(count)

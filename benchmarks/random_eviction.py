@@ -16,8 +16,8 @@ from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
 from accelpass.ir.program import Program
-from accelpass.passes.kv_cache.base import KVPass, refuse
-from accelpass.passes.kv_cache.slots import Slots, share
+from accelpass.passes.kv_cache.base import EVICTS, KVPass, refuse
+from accelpass.passes.kv_cache.slots import Slots, check_budget, check_recent, share
 
 PRIME = 2**31 - 1
 """Squares of numbers below it fit into 64 bits."""
@@ -78,10 +78,8 @@ class RandomEviction(KVPass):
     lots: int = 6
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise self.fail("budget", "a share of the prompt above 0, at most 1 (1 keeps everything)")
-        if not 0 <= self.recent <= 1:
-            raise self.fail("recent", "a share of the budget between 0 and 1")
+        check_budget(self, self.budget)
+        check_recent(self, self.recent)
         if self.lots < 1:
             raise self.fail("lots", "1 or more")
         self.check_sites()
@@ -89,6 +87,6 @@ class RandomEviction(KVPass):
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
     ) -> tuple[AttentionSpec, str] | str:
-        refuse(spec, "select", self.name, "one chooses rows by position in a full cache, the other evicts rows")
+        refuse(spec, "select", self.name, EVICTS)
         store = Lots(self.budget, self.recent, number % self.lots)
         return spec.edited(by=self.name, store=store), f"{store.most(site.capacity)} of {site.capacity} tokens a head"

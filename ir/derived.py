@@ -198,6 +198,10 @@ class DerivedTensors:
         with self._lock:
             return [(k[1], k[0], e.tensors) for k, e in self._entries.items() if wanted.issuperset(k[0])]
 
+    def states(self, anchors: Sequence[Tensor]) -> list[tuple[StateSpec, int, Tensor]]:
+        """Declared state that lives with ``anchors``: what was declared, the anchor's id, the tensor."""
+        return [(recipe.state, ids[0], made[0]) for recipe, ids, made in self.of(anchors) if recipe.state is not None]
+
     def _store(self, key: tuple[tuple[int, ...], Recipe], sources: Sequence[Tensor], made: tuple[Tensor, ...]) -> Entry:
         def drop(_: object, key: tuple[tuple[int, ...], Recipe] = key) -> None:
             self._entries.pop(key, None)

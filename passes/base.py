@@ -163,13 +163,16 @@ class SitePatterns(Pass):
         return {key: _typed(self.name, key, value, hints[key]) for key, value in given.items()}
 
 
+Watch = Callable[[Tensor], None]
+Run = Callable[[Mapping[str, Watch], str], None]
+"""Runs all calibration data once: functions by parameter path, and what this is for."""
+
+
 class Calibrated(ABC):
     """Mix-in of passes that learn something from data."""
 
     @abstractmethod
-    def calibrate(
-        self, program: Program, run: Callable[[Mapping[str, Callable[[Tensor], None]], str], None]
-    ) -> dict[str, Tensor]:
+    def calibrate(self, program: Program, run: Run) -> dict[str, Tensor]:
         """Fit, and return tensors by name for a plan; ``apply`` finds them as ``program.artefacts``.
 
         Args:

@@ -24,8 +24,20 @@ Rows = Sequence[Tensor]
 """The tensors of a bank, or of as many rows in its format."""
 
 
-class RowFormat(Format, ABC):
-    """A format that banks can be written in."""
+class ValueFormat(ABC):
+    """How stored values are read."""
+
+    @abstractmethod
+    def decode(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """The rows ``(batch, kv_heads, n, d)``."""
+
+    @abstractmethod
+    def mixed(self, weights: Tensor, rows: Rows) -> Tensor:
+        """``weights @ v``: ``(batch, kv_heads, groups, n)`` float32 to ``(..., groups, d)``."""
+
+
+class RowFormat(Format, ValueFormat):
+    """A format that banks of keys or values can be written in."""
 
     @abstractmethod
     def states(self, name: str, heads: int, rows: int, width: int, dtype: torch.dtype) -> list[StateSpec]:
@@ -36,16 +48,8 @@ class RowFormat(Format, ABC):
         """Rows ``(batch, kv_heads, n, d)`` in this format."""
 
     @abstractmethod
-    def decode(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """The rows ``(batch, kv_heads, n, d)``."""
-
-    @abstractmethod
     def scores(self, q: Tensor, rows: Rows) -> Tensor:
         """``q @ k^T`` for one query row a head: ``q`` ``(batch, kv_heads, groups, d)`` float32; ``(..., groups, n)``."""
-
-    @abstractmethod
-    def mixed(self, weights: Tensor, rows: Rows) -> Tensor:
-        """``weights @ v``: ``(batch, kv_heads, groups, n)`` float32 to ``(..., groups, d)``."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,9 @@ class Floats(RowFormat):
     def mixed(self, weights: Tensor, rows: Rows) -> Tensor:
         wide = rows[0].float()
         return per_group(weights, lambda one: (one.unsqueeze(-1) * wide).sum(-2))
+
+
+EXACT = Floats()
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,6 @@ class Quantized(RowFormat):
     def mixed(self, weights: Tensor, rows: Rows) -> Tensor:
         codes, step, low = rows
         width = codes.shape[-1] * 8 // self.bits
-        group = width // self.groups
         steps, lows = step.float(), low.float()
 
         def one_head(weights: Tensor) -> Tensor:
@@ -137,7 +143,7 @@ class Quantized(RowFormat):
                         product = (scaled * c.of(codes)).sum(-2) * c.weight
                         by_channel.setdefault(c.channel, []).append(product)
                 # The parts of a 3-bit code begin at the same channels, in pieces of different size.
-                out.append(_overlaid(by_channel, g * group, group) + offset)
+                out.append(_overlaid(by_channel) + offset)
             return torch.cat(out, -1)
 
         return per_group(weights, one_head)
@@ -169,8 +175,8 @@ class _Chunk:
         return ((codes[..., self.byte : self.byte + self.size] >> self.shift) & self.mask).float()
 
 
-def _overlaid(pieces: dict[int, list[Tensor]], start: int, width: int) -> Tensor:
-    """Pieces side by side from channel ``start``; where several cover a channel, their sum."""
+def _overlaid(pieces: dict[int, list[Tensor]]) -> Tensor:
+    """Pieces, by their first channel, side by side; where several cover a channel, their sum."""
     ends = sorted({c + p.shape[-1] for c, ps in pieces.items() for p in ps} | set(pieces))
     columns = []
     for low, high in itertools.pairwise(ends):
@@ -189,7 +195,7 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
 def row_format(format: Format) -> RowFormat:
     """The row format that a spec's format stands for."""
     if isinstance(format, Native):
-        return Floats()
+        return EXACT
     if isinstance(format, RowFormat):
         return format
     raise GraphError(f"the format {format.part} does not say how a row is written; make it a RowFormat")
@@ -207,11 +213,11 @@ def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 
 
 
 def put_rows(bank: Rows, at: Tensor, rows: Rows) -> None:
-    """Write one row a head: ``at`` is its place, int64 ``(batch, kv_heads)``; rows are ``(batch, kv_heads, 1, ...)``."""
-    batch = torch.arange(at.shape[0], device=at.device).unsqueeze(-1)
-    head = torch.arange(at.shape[1], device=at.device)
+    """Write rows ``(batch, kv_heads, n, ...)`` at their places ``at``, int64 ``(batch, kv_heads, n)``."""
+    batch = torch.arange(at.shape[0], device=at.device)[:, None, None]
+    head = torch.arange(at.shape[1], device=at.device)[:, None]
     for held, new in zip(bank, rows, strict=True):
-        held.index_put_((batch, head, at), new[:, :, 0].to(held.dtype))
+        held.index_put_((batch, head, at), new.to(held.dtype))
 
 
 def taken_rows(rows: Rows, at: Tensor) -> list[Tensor]:
@@ -221,14 +227,3 @@ def taken_rows(rows: Rows, at: Tensor) -> list[Tensor]:
         index = at[..., None].expand(*at.shape, held.shape[-1])
         out.append(held.gather(2, index))
     return out
-
-
-def bank_bytes(specs: Sequence[StateSpec]) -> int:
-    """Bytes of these buffers for one sequence."""
-    total = 0
-    for spec in specs:
-        size = spec.dtype.itemsize
-        for n in spec.shape:
-            size *= n
-        total += size
-    return total

@@ -101,7 +101,7 @@ def holdings() -> list[tuple[Tensor, Holding]]:
 
 def buffers_of(count: Tensor) -> list[tuple[str, Tensor]]:
     """Name and tensor of everything that is stored for the layer with this counter."""
-    return [(r.state.name, tensors[0]) for r, _, tensors in DERIVED.of([count]) if r.state is not None]
+    return [(spec.name, t) for spec, _, t in DERIVED.states([count])]
 
 
 def copy(count: Tensor, other: Tensor) -> None:
@@ -118,7 +118,6 @@ def clear(count: Tensor) -> None:
     """Empty the layer: counters and buffers as they were at the start."""
     with torch.no_grad():
         count.zero_()
-        for recipe, _, tensors in DERIVED.of([count]):
-            if recipe.state is not None:
-                tensors[0].fill_(recipe.state.fill)
+        for spec, _, t in DERIVED.states([count]):
+            t.fill_(spec.fill)
     holding_of(count).forget()

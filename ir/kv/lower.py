@@ -44,7 +44,6 @@ class CacheUse:
 
     count: fx.Node
     tokens: int | torch.SymInt
-    capacity: int
     form: tuple[str, ...]
     is_prompt: bool
 
@@ -126,7 +125,7 @@ class _Lowering:
         else:
             self._extend(layer)
         form = dense_form(k) if layer.is_dense else (repr(layer.store), repr(layer.spec.format), str(k.dtype))
-        return CacheUse(site.count, k.shape[2], site.capacity, form, site.is_prompt)
+        return CacheUse(site.count, k.shape[2], form, site.is_prompt)
 
     def layer(self, site: KVSite) -> _Layer:
         """What is to be done at a site, and its buffers."""

@@ -20,7 +20,6 @@ class KVSite:
 
     Attributes:
         path: the module that attends.
-        layer: how many sites come before this one.
         append: the ``kv_append`` call; read: the ``kv_read`` of the layer, None where the cache was empty and the
             attention reads the new tokens alone.
         attention: the semantic node that attends; None if there is none, ``why`` says so.
@@ -29,7 +28,6 @@ class KVSite:
     """
 
     path: str
-    layer: int
     append: fx.Node
     read: fx.Node | None
     attention: fx.Node | None
@@ -67,7 +65,7 @@ def kv_sites(program: Program) -> list[KVSite]:
             why = "something besides the attention reads this cache layer"
         node = readers[0] if not why else None
         path = module_path(readers[0] if readers else append) or append.name
-        found.append(KVSite(path, len(found), append, read, node, count, capacity, window, why))
+        found.append(KVSite(path, append, read, node, count, capacity, window, why))
     return found
 
 

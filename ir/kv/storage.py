@@ -17,7 +17,7 @@ from torch import Tensor
 from accelpass.ir.attention import steps
 from accelpass.ir.attention.spec import AttentionSpec, Select, Store
 from accelpass.ir.derived import StateSpec
-from accelpass.ir.kv.banks import RowFormat, Rows, taken_rows
+from accelpass.ir.kv.banks import RowFormat, Rows, ValueFormat, taken_rows
 
 Held = Mapping[str, Tensor]
 """The buffers of one layer by name."""
@@ -142,7 +142,7 @@ class Segment:
     valid: Tensor | None = None
     q: Tensor | None = None
     rows: Tensor | None = None
-    value_format: RowFormat | None = None
+    value_format: ValueFormat | None = None
 
     def chosen(self, bank: Rows) -> Rows:
         """The rows of ``bank`` that are read."""
@@ -170,9 +170,8 @@ class Query:
 
     def __init__(self, q: Tensor, extras: Sequence[Tensor], spec: AttentionSpec, layout: Layout) -> None:
         self.spec, self.layout, self.extras = spec, layout, extras
-        self.tokens = q.shape[2]
         self.dtype = q.dtype
-        self.one = isinstance(self.tokens, int) and self.tokens == 1
+        self.one = isinstance(q.shape[2], int) and q.shape[2] == 1
         # A single new token sees all that is stored: a causal mask says nothing about it.
         skip = spec.bias == "causal" and self.one
         self._before = [s for s in spec.before if not (skip and s.kind in _MASKS)]

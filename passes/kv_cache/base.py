@@ -21,6 +21,10 @@ NO_CACHE = (
 )
 
 
+EVICTS = "one chooses rows by position in a full cache, the other evicts rows"
+"""Why a pass that evicts and one that selects rows do not go together, for :func:`refuse`."""
+
+
 @dataclass(frozen=True)
 class KVPass(SitePatterns):
     """Edits the storage, format or selection of each attention that reads a KVCache; sites are chosen by module path."""

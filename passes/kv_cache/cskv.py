@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,14 +17,13 @@ from accelpass.ir.graph import aten, call, value
 from accelpass.ir.kv.lower import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.program import Program
-from accelpass.passes.base import Calibrated, Skip
+from accelpass.passes.base import Calibrated, Run, Skip
 from accelpass.passes.kv_cache.base import KVPass, cannot_store, refuse
 from accelpass.passes.kv_cache.key_path import Projected, keys_and_values, replays
 from accelpass.passes.kv_cache.low_rank import BLOCK, LowRank
 
 FORMAT = 1
 LEARNING_RATE = 5e-5
-Watch = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class CSKV(KVPass, Calibrated):
         """How many numbers stand for ``channels`` of a token."""
         return min(channels, max(8, round(share * channels / 8) * 8))
 
-    def calibrate(self, program: Program, run: Callable[[Mapping[str, Watch], str], None]) -> dict[str, Tensor]:
+    def calibrate(self, program: Program, run: Run) -> dict[str, Tensor]:
         """ASVD's start, then one epoch of Adam on each factor pair's own reconstruction loss; see the class."""
         pairs: dict[str, Factors] = {}
         reasons = []

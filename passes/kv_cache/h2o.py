@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
 from accelpass.ir.program import Program
-from accelpass.passes.kv_cache.base import KVPass, refuse
-from accelpass.passes.kv_cache.slots import Slots, share
+from accelpass.passes.kv_cache.base import EVICTS, KVPass, refuse
+from accelpass.passes.kv_cache.slots import Slots, check_budget, check_recent, share
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,6 @@ class HeavyHitters(Slots):
         return score + mass
 
 
-def check_budget(p: Any) -> None:
-    """Raise :class:`OptionError` unless a pass has a budget in (0, 1] and a recent share of it in [0, 1]."""
-    if not 0 < p.budget <= 1:
-        raise p.fail("budget", "a share of the prompt above 0, at most 1 (1 keeps everything)")
-    if not 0 <= p.recent <= 1:
-        raise p.fail("recent", "a share of the budget between 0 and 1")
-
-
 @dataclass(frozen=True)
 class H2O(KVPass):
     """Evict all but heavy hitters and recent tokens, for each key/value head on its own.
@@ -78,13 +70,14 @@ class H2O(KVPass):
     recent: float = 0.5
 
     def __post_init__(self) -> None:
-        check_budget(self)
+        check_budget(self, self.budget)
+        check_recent(self, self.recent)
         self.check_sites()
 
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
     ) -> tuple[AttentionSpec, str] | str:
-        refuse(spec, "select", self.name, "one chooses rows by position in a full cache, the other evicts rows")
+        refuse(spec, "select", self.name, EVICTS)
         store = HeavyHitters(heavy=self.budget * (1 - self.recent), recent=self.budget * self.recent)
         slots = store.most(site.capacity)
         what = f"{slots} of {site.capacity} tokens a head at most, {self.budget:.0%} of the prompt"

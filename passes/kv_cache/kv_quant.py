@@ -45,16 +45,17 @@ class KVQuant(KVPass):
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
     ) -> tuple[AttentionSpec, str] | str:
-        for name, operand in zip(("keys", "values"), site.new, strict=True):
-            why = cannot_pack(value(operand).shape[-1], self.groups)
-            if why is not None:
-                return f"{name}: {why}"
+        why = cannot_pack(site, self.groups)
+        if why is not None:
+            return why
         refuse(spec, "format", self.name, "each says how rows are written")
         return spec.edited(by=self.name, format=Quantized(self.bits, self.groups)), f"rows in {self.bits} bits"
 
 
-def cannot_pack(width: int, groups: int) -> str | None:
-    """Why rows of ``width`` channels cannot be packed in ``groups``, or None."""
-    if width % 8 or width % groups or (width // groups) % 4:
-        return f"{width} channels do not divide into {groups} groups of whole bytes"
+def cannot_pack(site: KVSite, groups: int) -> str | None:
+    """Why the rows of a site cannot be packed in ``groups`` of channels, or None."""
+    for name, operand in zip(("keys", "values"), site.new, strict=True):
+        width = value(operand).shape[-1]
+        if width % 8 or width % groups or (width // groups) % 4:
+            return f"{name}: {width} channels do not divide into {groups} groups of whole bytes"
     return None

@@ -12,8 +12,8 @@ from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
 from accelpass.ir.program import Program
-from accelpass.passes.kv_cache.base import KVPass, refuse
-from accelpass.passes.kv_cache.slots import Slots, share
+from accelpass.passes.kv_cache.base import EVICTS, KVPass, refuse
+from accelpass.passes.kv_cache.slots import Slots, check_budget, share
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class KVWindow(KVPass):
     sinks: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise self.fail("budget", "a share of the prompt above 0, at most 1 (1 keeps everything)")
+        check_budget(self, self.budget)
         if self.sinks < 0:
             raise self.fail("sinks", "0 or more tokens")
         self.check_sites()
@@ -75,7 +74,7 @@ class KVWindow(KVPass):
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
     ) -> tuple[AttentionSpec, str] | str:
-        refuse(spec, "select", self.name, "one chooses rows by position in a full cache, the other evicts rows")
+        refuse(spec, "select", self.name, EVICTS)
         store = SinksAndNewest(sinks=self.sinks, budget=self.budget)
         return spec.edited(
             by=self.name, store=store

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.derived import StateSpec
-from accelpass.ir.kv.banks import Floats, RowFormat, Rows, buffer, per_group
+from accelpass.ir.kv.banks import EXACT, RowFormat, Rows, ValueFormat, buffer, per_group
 from accelpass.ir.kv.rows import pack, row_bytes, to_half_precision, unpack
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage
 
 BLOCK = 32
 """Tokens whose latent keys are rounded together, channel by channel."""
-EXACT = Floats()
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,17 @@ class LowRank(Storage):
         # A prompt longer than the window writes its last tokens alone; its first ones go to the place of the oldest kept.
         for name, x in (("window_keys", new.k), ("window_values", new.v)):
             ring = held[name]
-            place = torch.arange(self.window, device=at.device)
-            # The newest position that falls on each place of the ring, if this call brings it.
-            newest = new.total.unsqueeze(-1) - 1 - (new.total.unsqueeze(-1) - 1 - place) % self.window
+            newest = self._on_ring(new.total)
             brought = newest >= new.count.unsqueeze(-1)
             index = (newest - new.count.unsqueeze(-1)).clamp_min(0)[:, None, :, None]
             taken = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
             ring.copy_(torch.where(brought[:, None, :, None], taken.to(ring.dtype), ring))
         self._store(held, new.given["latent_k"], new.given["latent_v"], at, new)
+
+    def _on_ring(self, end: Tensor) -> Tensor:
+        """The newest position before ``end`` that falls on each place of the window's ring, ``(batch, window)``."""
+        last, place = end.unsqueeze(-1) - 1, torch.arange(self.window, device=end.device)
+        return last - (last - place) % self.window
 
     def _store(self, held: Held, k: Tensor, v: Tensor, at: Tensor, new: New) -> None:
         if self.bits == 16:
@@ -136,10 +138,8 @@ class LowRank(Storage):
         self.fill(held, new, layout, format)
         # Of several tokens each sees those of this call as they are, and the window as it was before them.
         end = new.count if several else new.total
-        place = torch.arange(self.window, device=end.device)
-        ring_at = end.unsqueeze(-1) - 1 - (end.unsqueeze(-1) - 1 - place) % self.window
         heads = layout.kv_heads
-        at = ring_at.unsqueeze(1).expand(-1, heads, -1)
+        at = self._on_ring(end).unsqueeze(1).expand(-1, heads, -1)
         window = Segment(EXACT, [before["window_keys"]], [before["window_values"]], at, at >= 0)
         segments = [window]
         if several:
@@ -174,26 +174,17 @@ class LowRank(Storage):
 
 
 @dataclass(frozen=True, eq=False)
-class Factored(RowFormat):
-    """Rows that are latents ``(batch, n, rank)`` of all heads; a head's row is ``latent @ factor`` of its channels."""
+class Factored(ValueFormat):
+    """Values that are latents ``(batch, n, rank)`` of all heads; a head's row is ``latent @ factor`` of its channels."""
 
     factor: Tensor
     bias: Tensor | None
     heads: int
 
-    def states(self, name: str, heads: int, rows: int, width: int, dtype: torch.dtype) -> list[StateSpec]:
-        raise NotImplementedError("latents are the storage's own buffers")
-
-    def encode(self, x: Tensor) -> list[Tensor]:
-        raise NotImplementedError("latents come from the layer's input, not from its values")
-
     def decode(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         whole = torch.matmul(rows[0].to(self.factor.dtype), self.factor)
         whole = whole if self.bias is None else whole + self.bias
         return whole.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(dtype)
-
-    def scores(self, q: Tensor, rows: Rows) -> Tensor:
-        raise NotImplementedError("keys are rotated, and so are reconstructed")
 
     def mixed(self, weights: Tensor, rows: Rows) -> Tensor:
         latent = rows[0].float().unsqueeze(1)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.derived import StateSpec
-from accelpass.ir.graph import value
-from accelpass.ir.kv.banks import Quantized, RowFormat, buffer
+from accelpass.ir.kv.banks import Quantized, RowFormat, buffer, put_rows
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, bank
 from accelpass.ir.program import Program
 from accelpass.passes.kv_cache.base import KVPass, refuse
-from accelpass.passes.kv_cache.h2o import HeavyHitters, check_budget
+from accelpass.passes.kv_cache.h2o import HeavyHitters
 from accelpass.passes.kv_cache.kv_quant import cannot_pack
+from accelpass.passes.kv_cache.slots import check_budget, check_recent
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,16 @@ class Tiers(HeavyHitters):
     ) -> None:
         super().keep(held, new, rows, positions, score, format)
         kept = held["positions"]
-        _mark(held["is_retained"], kept, kept >= 0, new, torch.zeros_like(kept, dtype=torch.bool))
+        put_rows([held["is_retained"]], _place(kept, new), [torch.zeros_like(kept, dtype=torch.bool)])
 
     def dropped(self, held: Held, new: New, rows: list[Tensor], positions: Tensor, format: RowFormat) -> None:
         count = len(bank(held, "keys"))
         keys = format.decode(rows[:count], torch.float32) * held["balance"].unsqueeze(2)
         values = format.decode(rows[count:], torch.float32)
-        place = _place(positions, positions >= 0, new)
-        for name, made in (("retained_keys", keys), ("retained_values", values)):
-            for stored, part in zip(bank(held, name), self.retained.encode(made), strict=True):
-                batch, head = _index(place)
-                stored.index_put_((batch, head, place), part)
-        _mark(held["is_retained"], positions, positions >= 0, new, torch.ones_like(positions, dtype=torch.bool))
+        place = _place(positions, new)
+        put_rows(bank(held, "retained_keys"), place, self.retained.encode(keys))
+        put_rows(bank(held, "retained_values"), place, self.retained.encode(values))
+        put_rows([held["is_retained"]], place, [positions >= 0])
 
     def elsewhere(self, held: Held, query: Query) -> list[Segment]:
         keys, values = bank(held, "retained_keys"), bank(held, "retained_values")
@@ -81,20 +79,10 @@ def balancer(q: Tensor, k: Tensor, column_sums: Tensor) -> Tensor:
     return (queries / keys.clamp_min(1e-6)).clamp_min(1e-6).sqrt()
 
 
-def _place(positions: Tensor, real: Tensor, new: New) -> Tensor:
+def _place(positions: Tensor, new: New) -> Tensor:
     """Positions to write at: what stands for no token goes to the newest one's row, which is in a slot, so that its row of
     few bits is not in use."""
-    return torch.where(real, positions.long(), (new.total - 1)[:, None, None])
-
-
-def _index(place: Tensor) -> tuple[Tensor, Tensor]:
-    batch = torch.arange(place.shape[0], device=place.device)[:, None, None]
-    return batch, torch.arange(place.shape[1], device=place.device)[:, None]
-
-
-def _mark(flags: Tensor, positions: Tensor, real: Tensor, new: New, flag: Tensor) -> None:
-    batch, head = _index(positions)
-    flags.index_put_((batch, head, _place(positions, real, new)), flag & real)
+    return torch.where(positions >= 0, positions.long(), (new.total - 1)[:, None, None])
 
 
 @dataclass(frozen=True)
@@ -124,7 +112,8 @@ class MiKV(KVPass):
     bits: int = 2
 
     def __post_init__(self) -> None:
-        check_budget(self)
+        check_budget(self, self.budget)
+        check_recent(self, self.recent)
         if self.bits not in (2, 3, 4):
             raise self.fail("bits", "2, 3 or 4")
         self.check_sites()
@@ -132,10 +121,9 @@ class MiKV(KVPass):
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
     ) -> tuple[AttentionSpec, str] | str:
-        for name, operand in zip(("keys", "values"), site.new, strict=True):
-            why = cannot_pack(value(operand).shape[-1], 2)
-            if why is not None:
-                return f"{name}: {why}"
+        why = cannot_pack(site, 2)
+        if why is not None:
+            return why
         refuse(
             spec, "select", self.name, "one chooses rows by position in a full cache, the other moves rows between two"
         )

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.derived import StateSpec
-from accelpass.ir.kv.banks import Floats, RowFormat, buffer, put_rows, taken_rows
+from accelpass.ir.kv.banks import EXACT, RowFormat, buffer, put_rows, taken_rows
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage, bank
-
-EXACT = Floats()
+from accelpass.passes.base import Pass
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,11 @@ class Slots(Storage):
     def extend(self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat) -> Tensor:
         keys, values, positions = bank(held, "keys"), bank(held, "values"), held["positions"]
         if query.one:
-            slot = held["free"]
-            put_rows(keys, slot, format.encode(new.k))
-            put_rows(values, slot, format.encode(new.v))
-            put_rows([positions.unsqueeze(-1)], slot, [new.positions.unsqueeze(-1)])
+            slot = held["free"].unsqueeze(-1)
+            put_rows([*keys, *values, positions], slot, [*format.encode(new.k), *format.encode(new.v), new.positions])
             slots = Segment(format, keys, values, positions.long(), positions >= 0)
             done = query.attend(slots, *self.elsewhere(held, query), want=("mass",))
-            here = torch.arange(positions.shape[-1], device=slot.device) == slot.unsqueeze(-1)
+            here = torch.arange(positions.shape[-1], device=slot.device) == slot
             before = held["score"].masked_fill(here, 0.0)
             held["score"].copy_(self.step_score(before, done.mass[0], positions))
             self.leave(held, new, format)
@@ -80,8 +77,8 @@ class Slots(Storage):
         slots = Segment(format, keys, values, positions.long(), positions >= 0)
         done = query.attend(slots, Segment(EXACT, [new.k], [new.v], at), *self.elsewhere(held, query), want=("mass",))
         rows = [
-            torch.cat([held, made], 2)
-            for held, made in zip([*keys, *values], [*format.encode(new.k), *format.encode(new.v)], strict=True)
+            torch.cat([old, made], 2)
+            for old, made in zip([*keys, *values], [*format.encode(new.k), *format.encode(new.v)], strict=True)
         ]
         everywhere = torch.cat([positions, at.to(torch.int32)], -1)
         got = torch.cat(done.mass[:2], -1)
@@ -111,8 +108,8 @@ class Slots(Storage):
         best = torch.topk(torch.cat([first, none], -1), slots, -1).indices
         in_use = (torch.arange(slots, device=best.device) < limit[:, None, None]) & (best < first.shape[-1])
         best = best.clamp_max(first.shape[-1] - 1)
-        for bank_buffer, kept in zip([*bank(held, "keys"), *bank(held, "values")], taken_rows(rows, best), strict=True):
-            bank_buffer.copy_(kept)
+        for stored, kept in zip([*bank(held, "keys"), *bank(held, "values")], taken_rows(rows, best), strict=True):
+            stored.copy_(kept)
         where = positions.gather(-1, best)
         where = where.masked_fill(in_use.logical_not(), -1)
         held["positions"].copy_(where)
@@ -134,6 +131,18 @@ class Slots(Storage):
         held["free"].copy_(slot)
         here = torch.arange(positions.shape[-1], device=slot.device) == chosen
         positions.masked_fill_(here, -1)
+
+
+def check_budget(p: Pass, budget: float) -> None:
+    """Raise :class:`OptionError` unless the budget of a pass is in (0, 1]."""
+    if not 0 < budget <= 1:
+        raise p.fail("budget", "a share of the prompt above 0, at most 1 (1 keeps everything)")
+
+
+def check_recent(p: Pass, recent: float) -> None:
+    """Raise :class:`OptionError` unless the newest tokens' share of the budget is in [0, 1]."""
+    if not 0 <= recent <= 1:
+        raise p.fail("recent", "a share of the budget between 0 and 1")
 
 
 def share(total: Tensor, part: float) -> Tensor:

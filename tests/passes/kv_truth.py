@@ -6,6 +6,7 @@ keeps for each layer which of them are left, and in which form.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -57,7 +58,7 @@ def balancer(q: Tensor, k: Tensor, real: Tensor) -> Tensor:
     return (qm / km.clamp_min(1e-6)).clamp_min(1e-6).sqrt()
 
 
-class Oracle:
+class Oracle(ABC):
     """One method over all layers; ``self.layers[index]`` is what it remembers of a layer."""
 
     def __init__(self) -> None:
@@ -78,10 +79,11 @@ class Oracle:
         out = self.attend(layer, query, key, value, scaling, mask, module.layer_idx)
         return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
+    @abstractmethod
     def attend(
         self, layer: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, index: int
     ) -> Tensor:
-        raise NotImplementedError
+        """The output ``(batch, heads, tokens, d)``; keys and values are of all tokens so far."""
 
 
 class Dense(Oracle):
