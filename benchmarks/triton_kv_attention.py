@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cuda_timing import Run, captured, copy_bandwidth, milliseconds  # the scripts' own folder is on their path
 from torch import Tensor
 
 CONTEXTS = (32768, 131072)
@@ -31,7 +32,6 @@ KV_HEADS, HEADS, WIDTH, GROUP = 8, 32, 128, 32
 GATHERED = 4096
 SMALL = 2048  # context of the check against the reference
 BASE = "bf16 SDPA"
-Run = Callable[[], Tensor]
 
 
 @dataclass
@@ -112,34 +112,6 @@ def error_of(y: Tensor, expected: Tensor) -> float:
     """Root mean square of the error over that of the result. bf16 rounds at 2**-9, and the probabilities and the output
     are rounded to it; a wrong plane, step or mask costs tens of per cent."""
     return float((y.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-
-
-def captured(run: Run) -> Callable[[], None]:
-    """`run` as one CUDA graph. Compilation and autotuning happen before, outside the capture."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run.kept = run()  # type: ignore[attr-defined]  # the graph writes into this tensor
-    return graph.replay
-
-
-def milliseconds(run: Callable[[], None], rep: int = 40) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(run, warmup=10, rep=rep, return_mode="median"))
-
-
-def copy_bandwidth() -> float:
-    """GB/s, read plus written, of a 2 GiB copy on this device."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / milliseconds(lambda: target.copy_(source), 200) / 1e6
 
 
 def checked() -> dict[str, float | str]:
