@@ -14,19 +14,19 @@ from torch import Tensor, fx
 from accelpass.backends import kv_decode as kv_decode  # registers its kernel
 from accelpass.backends.caches import CacheCalls
 from accelpass.backends.inductor import compile_graph, compile_whole
-from accelpass.backends.lowering import lower
 from accelpass.backends.regions import Regions
-from accelpass.ir import attention
-from accelpass.ir.capture import NotCanonical, from_dynamo
-from accelpass.ir.derived import is_released
-from accelpass.ir.errors import PassError, ReleasedWeightError
-from accelpass.ir.kv import lower as kv
-from accelpass.ir.program import Program
+from accelpass.backends.rewriting import captured, lowered, refuse_released
+from accelpass.backends.sampling import SteppedGraph
+from accelpass.backends.step_compiler import step_graph
+from accelpass.ir.capture import NotCanonical
+from accelpass.ir.errors import PassError
+from accelpass.ir.steps import step_blocks
 from accelpass.ir.tensors import Binder, FromInputs
 from accelpass.passes.base import Record
 from accelpass.passes.manager import run
 from accelpass.passes.options import Options, parse
 from accelpass.passes.report import GraphReport, costs, measure
+from accelpass.passes.step_cache.base import StepPass
 
 _COMPILED: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
@@ -48,6 +48,7 @@ class CompiledGraph:
     owners: tuple[weakref.ref[Tensor], ...] = field(default=(), repr=False)
     parameters: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict, repr=False)
     caches: CacheCalls | None = None
+    steps: SteppedGraph | None = None
 
     def __post_init__(self) -> None:
         _COMPILED.add(self)
@@ -104,7 +105,7 @@ def backend(
         )
         return _plain(gm, example_inputs, chosen, options, report, started)
     try:
-        program = _captured(gm, example_inputs, report)
+        program = captured(gm, example_inputs, report)
     except NotCanonical as cause:
         report.note = f"not canonicalised: {cause}"
         return _plain(gm, example_inputs, chosen, options, report, started)
@@ -113,6 +114,12 @@ def backend(
     with torch.no_grad():
         report.before = measure(program)
         report.note = "; ".join(filter(None, (report.note, *report.before.failed)))
+    if any(isinstance(p, StepPass) for p in chosen.passes) and step_blocks(program):
+        stepped = step_graph(gm, program, example_inputs, chosen, report)
+        report.seconds = time.perf_counter() - started
+        mine = [(path, example_inputs[tensors.position(n)]) for n, (path, _) in tensors.paths.items()]
+        return CompiledGraph(stepped, None, chosen, options, report, _weak(mine), _parameters(mine), steps=stepped)
+    with torch.no_grad():
         if chosen.plan is not None:
             chosen.plan.check(program)
             program.artefacts = chosen.plan.tensors
@@ -124,13 +131,10 @@ def backend(
         records: list[Record] = run(program, chosen.passes, observers)
         report.records = records
         report.after = costs(program)
-        uses = kv.lower(program)
-        attention.lower(program)
-        if chosen.lowering != "eager":
-            lower(program)
+        uses = lowered(program, chosen)
         binder = tensors.binder(release=chosen.free_weights)
         program.gm.recompile()
-        _refuse_released(tensors, binder, example_inputs)
+        refuse_released(tensors, binder, example_inputs)
         inputs = binder(example_inputs)
     report.seconds_in_passes = time.perf_counter() - started
     fn: Callable[..., Any] = program.gm
@@ -140,28 +144,18 @@ def backend(
         if isinstance(fn, Regions):
             report.parts, report.parts_compiled = len(fn.steps), fn.compiled
     report.seconds = time.perf_counter() - started
-    mine: list[tuple[str, Tensor]] = [
-        (path, example_inputs[tensors.position(n)]) for n, (path, _) in tensors.paths.items()
-    ]
-    owners = tuple(weakref.ref(t) for _, t in mine)
+    mine = [(path, example_inputs[tensors.position(n)]) for n, (path, _) in tensors.paths.items()]
     report.derived_bytes = binder.derived_bytes()
-    parameters = {path: (t.shape, t.dtype) for path, t in mine if isinstance(t, torch.nn.Parameter)}
     caches = CacheCalls.of(uses, tensors) if uses else None
-    return CompiledGraph(fn, binder, chosen, options, report, owners, parameters, caches)
+    return CompiledGraph(fn, binder, chosen, options, report, _weak(mine), _parameters(mine), caches)
 
 
-def _captured(gm: fx.GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> Program:
-    """The canonical program with its attentions as semantic nodes."""
-    program = from_dynamo(gm, example_inputs)
-    try:
-        with torch.no_grad():
-            attention.insert(program)
-    except Exception as cause:
-        # An unforeseen spelling must not stop a model that compiles without us: take the graph anew, without the
-        # semantic nodes, and say so.
-        report.note = f"attention stays as the model wrote it: {type(cause).__name__}: {cause}"
-        program = from_dynamo(gm, example_inputs)
-    return program
+def _weak(tensors: Sequence[tuple[str, Tensor]]) -> tuple[weakref.ref[Tensor], ...]:
+    return tuple(weakref.ref(t) for _, t in tensors)
+
+
+def _parameters(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {path: (t.shape, t.dtype) for path, t in tensors if isinstance(t, torch.nn.Parameter)}
 
 
 def _plain(
@@ -177,13 +171,3 @@ def _plain(
     report.seconds = time.perf_counter() - started
     parameters: list[Tensor] = [t for t in example_inputs if isinstance(t, torch.nn.Parameter)]
     return CompiledGraph(fn, None, chosen, given, report, tuple(weakref.ref(t) for t in parameters))
-
-
-def _refuse_released(tensors: FromInputs, binder: Binder, inputs: Sequence[Any]) -> None:
-    for position in binder.kept:
-        if isinstance(inputs[position], Tensor) and is_released(inputs[position]):
-            path = next((p for n, (p, _) in tensors.paths.items() if tensors.position(n) == position), "a weight")
-            raise ReleasedWeightError(
-                f"this graph needs {path} as floats, and free_weights released it. "
-                "Load the model again, or compile without free_weights."
-            )

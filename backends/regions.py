@@ -77,16 +77,16 @@ class Regions:
             del made
             for slot in step.last_used:
                 values[slot] = None
-        return tuple(values[r.number] if isinstance(r, _Slot) else r for r in self.results)
+        return tuple(values[r.number] if isinstance(r, Slot) else r for r in self.results)
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     number: int
 
 
 @dataclass
-class _Part:
+class Part:
     """A stretch of the graph as a module of its own, what it is given, and what it hands on."""
 
     gm: fx.GraphModule
@@ -109,7 +109,7 @@ def compile_regions(gm: fx.GraphModule, inputs: Sequence[Any], compile_part: Com
     if not found:
         return None
     cuts = sorted({0, len(calls), *(r.start + i * r.period for r in found for i in range(r.times + 1))})
-    parts = [_part(calls[low:high]) for low, high in itertools.pairwise(cuts)]
+    parts = [part_of(calls[low:high]) for low, high in itertools.pairwise(cuts)]
     if not all(isinstance(value(n), Tensor) for part in parts for n in part.made):
         return None
     (output,) = gm.graph.find_nodes(op="output")
@@ -122,17 +122,17 @@ def compile_regions(gm: fx.GraphModule, inputs: Sequence[Any], compile_part: Com
     code: dict[Hashable, Fn] = {}
     steps = []
     for i, part in enumerate(parts):
-        key = _key(part)
+        key = key_of(part)
         if key not in code:
             with tracing(TracingContext(mode)):
                 code[key] = compile_part(part.gm, [value(n) for n in part.given])
         groups = (part.given, part.made, [n for n in part.given if last.get(n) == i])
         steps.append(Step(code[key], *(tuple(slot[n] for n in group) for group in groups)))
-    results = tuple(_Slot(slot[r]) if isinstance(r, fx.Node) else r for r in output.args[0])
+    results = tuple(Slot(slot[r]) if isinstance(r, fx.Node) else r for r in output.args[0])
     return Regions(steps, [_attribute(gm, n) for n in held], len(slot), results, len(code))
 
 
-def _part(nodes: Sequence[fx.Node]) -> _Part:
+def part_of(nodes: Sequence[fx.Node]) -> Part:
     inside = set(nodes)
     given = list(dict.fromkeys(p for n in nodes for p in n.all_input_nodes if p not in inside))
     made = [n for n in nodes if any(u not in inside for u in n.users)]
@@ -144,10 +144,10 @@ def _part(nodes: Sequence[fx.Node]) -> _Part:
     for node in nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[n] for n in made))
-    return _Part(fx.GraphModule(torch.nn.Module(), graph), given, made)
+    return Part(fx.GraphModule(torch.nn.Module(), graph), given, made)
 
 
-def _key(part: _Part) -> Hashable:
+def key_of(part: Part) -> Hashable:
     """Equal for parts that the same code can run: the same calls on tensors that are laid out and overlap alike."""
     nodes = list(part.gm.graph.nodes)
     number = {n: f"%{i}" for i, n in enumerate(nodes)}
@@ -157,7 +157,7 @@ def _key(part: _Part) -> Hashable:
         (n.op, n.target if n.op == "call_function" else "", str(fx.map_arg((n.args, n.kwargs), number.__getitem__)))
         for n in nodes
     )
-    return calls, overlap, tuple(_layout(value(n)) for n in nodes if n.op != "output")
+    return calls, overlap, tuple(layout(value(n)) for n in nodes if n.op != "output")
 
 
 def repetitions(calls: Sequence[fx.Node]) -> list[Repetition]:
@@ -229,14 +229,14 @@ def _lives(calls: Sequence[fx.Node], place: dict[fx.Node, int]) -> list[int]:
 def _signature(node: fx.Node, place: dict[fx.Node, int]) -> Hashable:
     """What two nodes at the same place of equal blocks have in common."""
     literal = fx.map_arg((node.args, node.kwargs), lambda n: "input" if n not in place else "node")
-    return str(node.op), str(node.target), str(literal), str(_layout(value(node)))
+    return str(node.op), str(node.target), str(literal), str(layout(value(node)))
 
 
-def _layout(held: Any) -> Hashable:
+def layout(held: Any) -> Hashable:
     if isinstance(held, Tensor):
         return tuple(held.shape), held.stride(), held.dtype, held.device, held.storage_offset()
     if isinstance(held, tuple | list):
-        return tuple(map(_layout, held))
+        return tuple(map(layout, held))
     return type(held).__name__, held if isinstance(held, int | float | bool | str) else None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.source import AttrSource, ConstantSource, DictGetItemSource
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from accelpass.ir.errors import AccelpassError
@@ -58,18 +58,23 @@ class _Interpreter(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
+def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], at: FakeTensorMode | None = None) -> Program:
     """Capture what Dynamo gave to a backend.
 
     Args:
         gm: Dynamo's graph; left untouched.
         example_inputs: the real inputs, model parameters among them.
+        at: capture for the very sizes of ``example_inputs``, faked in this mode; None for those that Dynamo chose,
+            which may be symbolic.
 
     Raises:
         NotCanonical: the graph cannot be retraced (it holds batched tensors, for one); the cause is chained.
     """
     old = placeholders(gm)
-    fakes = [n.meta["example_value"] for n in old]
+    if at is None:
+        fakes = [n.meta["example_value"] for n in old]
+    else:
+        fakes = [at.from_tensor(t, static_shapes=True) if isinstance(t, Tensor) else t for t in example_inputs]
     mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
     if mode is None:
         raise NotCanonical("the graph has no tensor inputs")

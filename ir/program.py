@@ -22,12 +22,16 @@ class Program:
         tensors: paths and values of the model's own tensors.
         door: ``dynamo`` or ``export``.
         artefacts: tensors from calibration, by name.
+        actions: what each step-caching pass, by name, does at each site of this variant of the graph.
+        remembered: names of the graph's last outputs, which later denoising steps read.
     """
 
     gm: fx.GraphModule
     tensors: TensorSource
     door: str
     artefacts: Mapping[str, Tensor] = field(default_factory=dict)
+    actions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    remembered: list[str] = field(default_factory=list)
     _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -7,6 +7,7 @@ becomes one more graph input, found at every call by the identity of the weight 
 
 from __future__ import annotations
 
+import re
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ class FromInputs(TensorSource):
         self.paths = paths
         self._position = {n: i for i, n in enumerate(placeholders(gm))}
         self._derived: dict[fx.Node, tuple[_Group, int]] = {}
+        self.recalled: dict[fx.Node, str] = {}
 
     def path(self, node: fx.Node) -> str | None:
         found = self.paths.get(node)
@@ -117,6 +119,23 @@ class FromInputs(TensorSource):
         (node,) = self.derive([anchor], spec.recipe(), [spec.name.replace(".", "_")])
         return node
 
+    def recall(self, name: str, fake: Tensor) -> fx.Node:
+        """An input that is neither the caller's nor the model's: whoever runs the graph finds it under ``name``."""
+        for node, known in self.recalled.items():
+            if known == name:
+                return node
+        node = append_placeholder(self.gm, re.sub(r"\W", "_", name), fake)
+        self.recalled[node] = name
+        return node
+
+    def origin(self, node: fx.Node) -> tuple[str, Any]:
+        """Where an input's value comes from: ``("argument", position)``, ``("recalled", name)`` or ``("derived", (what, which))``."""
+        if node in self._derived:
+            return "derived", self._derived[node]
+        if node in self.recalled:
+            return "recalled", self.recalled[node]
+        return "argument", self._position[node]
+
     def is_state(self, node: fx.Node) -> bool:
         return node in self._derived and self._derived[node][0].recipe.state is not None
 
@@ -165,7 +184,7 @@ class FromInputs(TensorSource):
                 self.gm.graph.erase_node(node)
             elif node in self._derived:
                 derived.append(self._derived[node])
-            else:
+            elif node not in self.recalled:
                 kept.append(self._position[node])
         used = {p for group, _ in derived for p in group.positions}
         unused = used.difference(kept).intersection(self._position[n] for n in self.paths)

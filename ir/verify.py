@@ -24,7 +24,10 @@ class Signature:
 def signature(program: Program) -> Signature:
     """The signature of the graph as it is now."""
     (output,) = program.graph.find_nodes(op="output")
-    outputs = tuple(_described(value(n)) for n in tree_leaves(output.args))
+    results: Any = output.args[0]
+    if program.remembered:  # what a step hands to later ones is no result of the model
+        results = results[: len(results) - len(program.remembered)]
+    outputs = tuple(_described(value(n)) for n in tree_leaves(results))
     inputs = (n for n in written_inputs(program.graph) if not program.tensors.is_state(n))
     return Signature(outputs, tuple(sorted(n.name for n in inputs)))
 

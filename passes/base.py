@@ -211,8 +211,9 @@ def _typed(owner: str, name: str, given: Any, hint: Any) -> Any:
             if given in typing.get_args(option):
                 return given
         elif base is tuple:
-            if isinstance(given, list | tuple) and all(isinstance(g, str) for g in given):
-                return tuple(given)
+            of: Any = typing.get_args(option)[0]
+            if isinstance(given, list | tuple):
+                return tuple(_typed(owner, f"{name}[{i}]", g, of) for i, g in enumerate(given))
         elif base is float:
             if isinstance(given, int | float) and not isinstance(given, bool):
                 return float(given)

@@ -28,6 +28,25 @@ class Measured:
     failed: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """What is done at each denoising step, of passes that choose by step.
+
+    Attributes:
+        sites: in the order in which the model runs them.
+        actions: by model call, for each site.
+        flops: of each model call; ``dense`` of one that is computed in full.
+        parts, compiled: ways of computing a block over all blocks, and how many of them needed code of their own.
+    """
+
+    sites: tuple[str, ...]
+    actions: tuple[tuple[str, ...], ...]
+    flops: tuple[int, ...]
+    dense: int
+    parts: int
+    compiled: int
+
+
 @dataclass
 class GraphReport:
     """One graph: what was found, what each pass did, and what it cost to compile.
@@ -35,6 +54,7 @@ class GraphReport:
     Attributes:
         parts, parts_compiled: calls of compiled code that make up the graph, and how many different ones there are;
             0 if it was compiled as one.
+        steps: what is done at each denoising step, if some pass chooses by step.
     """
 
     number: int
@@ -47,6 +67,7 @@ class GraphReport:
     derived_bytes: int = 0
     parts: int = 0
     parts_compiled: int = 0
+    steps: StepReport | None = None
 
     @classmethod
     def start(cls) -> GraphReport:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.insert import base, inverse, shared
 from accelpass.ir.attention.op import ATTENTION, attend, is_attention, spec_of
-from accelpass.ir.attention.spec import All, AttentionSpec, BlockList, Dense, SinksAndWindow
+from accelpass.ir.attention.spec import All, AttentionSpec, Band, BlockList, Dense, SinksAndWindow
 from accelpass.ir.attention.steps import STEPS
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.graph import hint, module_path, value
@@ -45,7 +45,7 @@ class Lowering:
 def _composed_why_not(spec: AttentionSpec, node: fx.Node) -> str | None:
     if not isinstance(spec.store, Dense):
         return f"store {spec.store.part} is not known to it"
-    if not isinstance(spec.select, All | SinksAndWindow | BlockList):
+    if not isinstance(spec.select, All | Band | SinksAndWindow | BlockList):
         return f"selection {spec.select.part} is not known to it"
     unknown = [s.kind for s in spec.steps if s.kind not in STEPS]
     return f"step {unknown[0]} is not known to it" if unknown else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.ir.attention import steps
-from accelpass.ir.attention.spec import All, AttentionSpec, BlockList, Select, SinksAndWindow
+from accelpass.ir.attention.spec import All, AttentionSpec, Band, BlockList, Select, SinksAndWindow
 from accelpass.ir.errors import GraphError
 from accelpass.ir.graph import call, is_call
 
@@ -78,6 +78,8 @@ def selection(select: Select, rows: int, columns: int, offset: int, like: Tensor
     key = torch.arange(columns, device=like.device)
     if isinstance(select, SinksAndWindow):
         return (key < select.sinks) | ((query - key) < select.window)
+    if isinstance(select, Band):
+        return (query - key).abs() <= select.reach
     if isinstance(select, BlockList):
         listed = torch.tensor(select.blocks, dtype=torch.long, device=like.device)
         pairs = listed if select.per_head else listed.unsqueeze(0)

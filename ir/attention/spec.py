@@ -111,6 +111,18 @@ class SinksAndWindow(Select):
 
 
 @dataclass(frozen=True)
+class Band(Select):
+    """The keys at most ``reach`` before or after the query, along the flattened tokens."""
+
+    part: ClassVar[str] = "band"
+    reach: int
+
+    def __post_init__(self) -> None:
+        if self.reach < 0:
+            raise ValueError(f"reach={self.reach}: need reach >= 0")
+
+
+@dataclass(frozen=True)
 class BlockList(Select):
     """Listed (query block, key block) pairs of ``size`` tokens, per query head if ``per_head``."""
 

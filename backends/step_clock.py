@@ -1,0 +1,112 @@
+"""Which denoising step a call is: told from the timestep and the latents that the model is given."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accelpass.ir.steps import StepError
+
+_NEAR = 2e-3
+"""Timesteps that differ by less than this share of the schedule's span are one: a pipeline may round them to bfloat16."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One model call.
+
+    Attributes:
+        step: counted from 0; a scheduler that calls the model twice per step makes two of it.
+        branch: 0, or the number of calls before it for the same latents: guidance as two calls.
+        fresh: a sampling run begins with it.
+    """
+
+    step: int
+    branch: int
+    fresh: bool
+
+
+@dataclass
+class Clock:
+    """Counts the model calls of one sampling run after another.
+
+    A run begins when the timestep goes back to a noisier one, when the latents change their shape, when the plan's first
+    timestep is due again, or when :meth:`reset` says so. Guidance as two calls repeats the latents; a second-order
+    scheduler repeats the timestep with other latents.
+
+    Attributes:
+        timesteps: those that a plan was made for; None to count alone.
+        declared: the caller says where runs begin, so that going back in time does not.
+    """
+
+    timesteps: Sequence[float] | None = None
+    declared: bool = False
+    last: Tick | None = None
+    _time: float = 0.0
+    _latents: Tensor | None = None
+    _shape: torch.Size | None = None
+
+    def reset(self) -> None:
+        self.last, self._latents, self._shape = None, None, None
+
+    def tick(self, time: float, latents: Tensor) -> Tick:
+        """What the coming call is; nothing changes until :meth:`done`.
+
+        Raises:
+            StepError: the timestep is not the plan's.
+        """
+        last = self.last
+        if last is None or self._shape != latents.shape:
+            return self._first(time)
+        if self._equals(time, self._time) and self._same(latents):
+            return Tick(last.step, last.branch + 1, False)
+        if self.timesteps is not None:
+            following = last.step + 1
+            if following < len(self.timesteps) and self._equals(time, self.timesteps[following]):
+                return Tick(following, 0, False)
+            if self._equals(time, self.timesteps[0]):
+                return self._first(time)
+            raise self._foreign(time, following)
+        back = time > self._time or (last.step == 0 and self._equals(time, self._time))
+        if back and not self.declared:
+            return self._first(time)
+        return Tick(last.step + 1, 0, False)
+
+    def done(self, tick: Tick, time: float, latents: Tensor) -> None:
+        """The call went well."""
+        self.last, self._time, self._shape = tick, time, latents.shape
+        # A pipeline that calls twice passes one tensor twice, or the same values in two.
+        self._latents = latents
+
+    def _first(self, time: float) -> Tick:
+        if self.timesteps is not None and not self._equals(time, self.timesteps[0]):
+            raise self._foreign(time, 0)
+        return Tick(0, 0, True)
+
+    def _foreign(self, time: float, step: int) -> StepError:
+        assert self.timesteps is not None
+        due = f"its step {step} is at {self.timesteps[step]:g}" if step < len(self.timesteps) else "it ends there"
+        return StepError(
+            f"the model is called for timestep {time:g}, which the plan does not have: it was made for "
+            f"{len(self.timesteps)} model calls from {self.timesteps[0]:g} to {self.timesteps[-1]:g}, and {due}. "
+            "Use the scheduler and the number of steps that it was made for, or make a plan for these "
+            "(accelpass.search_steps). If a run was cut off, accelpass.reset(model) begins a new one."
+        )
+
+    def _equals(self, a: float, b: float) -> bool:
+        span = max(map(abs, self.timesteps)) if self.timesteps else max(abs(a), abs(b))
+        near = _NEAR * span / 2 if self.timesteps is None else min(_NEAR * span, self._gap() / 3)
+        return abs(a - b) <= max(near if self.timesteps is not None else 0.0, 1e-6 * span)
+
+    def _gap(self) -> float:
+        """The smallest distance between two different timesteps of the plan."""
+        assert self.timesteps is not None
+        distinct = sorted(set(self.timesteps))
+        return min((b - a for a, b in itertools.pairwise(distinct)), default=1.0)
+
+    def _same(self, latents: Tensor) -> bool:
+        return self._latents is latents or (self._latents is not None and torch.equal(self._latents, latents))

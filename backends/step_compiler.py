@@ -1,0 +1,140 @@
+"""Compiles a model with passes that work across denoising steps; the result is a :class:`SteppedGraph`."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from accelpass.backends.inductor import compile_whole
+from accelpass.backends.rewriting import captured, lowered, refuse_released
+from accelpass.backends.sampling import SteppedGraph
+from accelpass.backends.steps import Composition, compose
+from accelpass.ir.errors import PassError
+from accelpass.ir.graph import placeholders, value
+from accelpass.ir.program import Program
+from accelpass.ir.steps import LATENTS, TIMESTEP, user_input
+from accelpass.ir.tensors import FromInputs
+from accelpass.passes.base import Done, Record
+from accelpass.passes.manager import run
+from accelpass.passes.options import Options
+from accelpass.passes.report import GraphReport, StepReport
+from accelpass.passes.step_cache.base import StepPass
+
+
+def step_graph(
+    gm: fx.GraphModule, program: Program, inputs: Sequence[Any], chosen: Options, report: GraphReport
+) -> SteppedGraph:
+    """Compile the model for each way in which the step passes compute a block.
+
+    Args:
+        program: the captured graph, whose blocks the latents pass through.
+
+    Raises:
+        PassError: there is no input that tells the timestep.
+    """
+    tensors = program.tensors
+    assert isinstance(tensors, FromInputs)
+    latents, time = user_input(program, *LATENTS), user_input(program, *TIMESTEP)
+    passes = tuple(p for p in chosen.passes if isinstance(p, StepPass))
+    if time is None or latents is None:
+        raise PassError(
+            f"{', '.join(p.name for p in passes)}: the model has no input named {', '.join(TIMESTEP)}, from which the "
+            "denoising step could be told; rename the argument, or wrap the model"
+        )
+    if chosen.plan is not None:
+        chosen.plan.check(program)
+    source = _copied(gm)
+    symbolic = any(isinstance(n, torch.SymInt) for node in placeholders(program.gm) for n in _sizes(value(node)))
+
+    def build(args: Sequence[Any]) -> Composition:
+        ready = [] if symbolic else [program]
+        # Symbolic sizes stand for one set of numbers at a time: each is compiled when it is first seen.
+        mode = FakeTensorMode(shape_env=ShapeEnv()) if symbolic else None
+
+        def capture() -> Program:
+            made = ready.pop() if ready else captured(source, args, report, mode)
+            if chosen.plan is not None:
+                made.artefacts = chosen.plan.tensors
+            return made
+
+        composition = compose(
+            capture,
+            passes,
+            lambda made: run(made, chosen.passes),
+            lambda made: lowered(made, chosen),
+            _compiler(chosen),
+            chosen.free_weights,
+        )
+        refuse_released(tensors, composition.derived, args)
+        _describe(report, composition, passes)
+        return composition
+
+    model = min((tensors.position(n) for n in tensors.paths), default=None)
+    graph = SteppedGraph(passes, build, tensors.position(time), tensors.position(latents), model)
+    if not symbolic:
+        graph.composition(inputs)
+    return graph
+
+
+def _compiler(chosen: Options) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
+    if chosen.lowering != "inductor":
+        return lambda part, given: part.forward
+    settings = replace(chosen, inductor={"size_asserts": False, **chosen.inductor})
+    return lambda part, given: compile_whole(part, given, settings)
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """Dynamo's graph to capture from later, when Dynamo has taken its own apart."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    for old, new in copies.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    made = fx.GraphModule(gm, graph)
+    made.meta.update(gm.meta)
+    made._param_name_to_source = dict(getattr(gm, "_param_name_to_source", {}))  # type: ignore[assignment]
+    return made
+
+
+def _sizes(held: Any) -> Sequence[Any]:
+    return held.shape if isinstance(held, Tensor) else (held,)
+
+
+def _describe(report: GraphReport, made: Composition, passes: Sequence[StepPass]) -> None:
+    """What was done at each site over all steps, in place of what was done in each of the graphs."""
+    calls = max((p.horizon() for p in passes), default=0)
+    rows = [made.row(step, 0) for step in range(calls)] if not any(p.searching for p in passes) else []
+    merged: dict[str, Record] = {}
+    for record in made.records:
+        into = merged.setdefault(record.name, Record(record.name))
+        into.skipped = {**record.skipped, **into.skipped}
+        for site, done in record.took.items():
+            into.took.setdefault(site, done)
+    for p in passes:
+        mine = merged[p.name]
+        mine.took = {}
+        for number, block in enumerate(made.sites):
+            for at, (q, path) in enumerate(block):
+                counts = Counter(row[number][at].split("+")[0] for row in rows)
+                if q is p and (p.name, path) not in made.disabled and counts:
+                    shown = ", ".join(f"{action} {count}" for action, count in counts.most_common())
+                    mine.took[path] = Done(f"of {calls} model calls: {shown}")
+    report.records = list(merged.values())
+    sites = tuple(path for block in made.sites for _, path in block)
+    actions = tuple(tuple(itertools.chain.from_iterable(row)) for row in rows)
+    flops = tuple(made.linked(row).flops for row in rows)
+    full = made.linked(made.full).flops
+    report.steps = StepReport(sites, actions, flops, full, len(made.pieces), made.compiled)
+    report.parts, report.parts_compiled = len(made.sites) + 2, made.compiled
+    report.before.flops = full
+    report.after.flops = sum(flops) // len(flops) if flops else full
+    report.derived_bytes = made.derived.derived_bytes()

@@ -1,0 +1,204 @@
+"""What a denoising step computes, block by block, and what it keeps for later steps.
+
+A graph that is run once for each step is cut at its blocks (:func:`prepare`), so that each block can be computed in
+another way at another step. What a block keeps is a further output of the graph (:func:`remember`), what it reads of an
+earlier step a further input (:func:`recall`); who runs the graph hands one to the other.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from accelpass.ir.analyses.block import Block, Sublayer, blocks
+from accelpass.ir.analyses.flow import VIEWS, bare, between
+from accelpass.ir.attention.detect import Attention
+from accelpass.ir.errors import AccelpassError
+from accelpass.ir.graph import aten, is_call, value
+from accelpass.ir.program import Program
+from accelpass.ir.tensors import FromInputs
+
+BLOCK = "step_block"
+"""Key of ``meta``: the number of the block that a node is the end of; -1 for what precedes all blocks."""
+
+
+class StepError(AccelpassError, ValueError):
+    """A call that does not fit the plan of a sampling run: another step, another size, no guidance halves."""
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    """A self- or joint attention of a block, with what is computed from it alone.
+
+    Attributes:
+        path: where it is in the model.
+        attention: the record; ``attention.node`` is the semantic node.
+        streams: what the branches read: the hidden states, and those of the text where both attend jointly.
+        results: the module's outputs, one for each stream, before any gate: after the out-projection, or of the
+            attention itself if its output is projected together with something else (Flux's single blocks).
+    """
+
+    path: str
+    attention: Attention
+    streams: tuple[fx.Node, ...]
+    results: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class StepBlock:
+    """One block of the stack that the latents pass through.
+
+    Attributes:
+        number: counted from the first such block.
+        inputs, outputs: its streams, the latents' first.
+        modules: its attentions over the latents, in order; cross-attention is not among them.
+    """
+
+    number: int
+    path: str
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    modules: tuple[Module, ...]
+
+
+def user_input(program: Program, *names: str) -> fx.Node | None:
+    """The tensor that the model's caller passes under one of these names, in the order of preference."""
+    tensors = program.tensors
+    if not isinstance(tensors, FromInputs):
+        return None
+    by_name = {_called(n): n for n in tensors.inputs_nodes if n not in tensors.paths}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _called(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    words = re.findall(r"\w+", str(name() if callable(name) else name))
+    return words[-1] if words else node.name
+
+
+LATENTS = ("hidden_states", "sample", "latents", "x")
+TIMESTEP = ("timestep", "timesteps", "t", "sigma", "time")
+
+
+def step_blocks(program: Program) -> list[StepBlock]:
+    """The blocks that the latents pass through, in order. Changes nothing."""
+    latents = user_input(program, *LATENTS)
+    if latents is None:
+        return []
+    found: list[StepBlock] = []
+    reached = _reached(program, latents)
+    for block in program.analysis(blocks):
+        if block.inputs[0] in reached:
+            found.append(StepBlock(len(found), block.path, block.inputs, block.outputs, _modules(program, block)))
+    return found
+
+
+def _reached(program: Program, *starts: fx.Node) -> set[fx.Node]:
+    """Everything that is computed from ``starts``, and these."""
+    seen = set(starts)
+    for node in program.graph.nodes:
+        if not seen.isdisjoint(node.all_input_nodes):
+            seen.add(node)
+    return seen
+
+
+def _modules(program: Program, block: Block) -> tuple[Module, ...]:
+    made: list[Module] = []
+    done: set[int] = set()
+    for sublayer in block.sublayers:
+        for attention in sublayer.attentions:
+            if attention.kind == "cross" or attention.node is None or id(attention.node) in done:
+                continue
+            done.add(id(attention.node))
+            mine = [s for s in block.sublayers if any(a.node is attention.node for a in s.attentions)]
+            if all(len(s.attentions) == 1 for s in mine):
+                results = tuple(_result(program, s, attention) for s in mine)
+                made.append(Module(attention.path, attention, tuple(s.input for s in mine), results))
+    return tuple(made)
+
+
+def _result(program: Program, sublayer: Sublayer, attention: Attention) -> fx.Node:
+    """What the attention's module gives, in front of the gate, casts and views."""
+    node = sublayer.branch
+    for _ in range(8):
+        bared = bare(node, *VIEWS)
+        if sublayer.gate is not None and is_call(bared, aten.mul) and sublayer.gate in bared.args[:2]:
+            gated = bared.args[1] if bared.args[0] is sublayer.gate else bared.args[0]
+            assert isinstance(gated, fx.Node)
+            node = gated
+            break
+        if bared is node:
+            node = sublayer.branch
+            break
+        node = bared
+    # An MLP beside the attention that shares its out-projection (Flux's single blocks) is no part of the module.
+    own = {*between(program, sublayer.input, attention.out), *between(program, attention.out, node)}
+    return node if own.issuperset(between(program, sublayer.input, node)) else attention.out
+
+
+def region(program: Program, module: Module) -> list[fx.Node]:
+    """The nodes between a module's streams and its results, results included, in graph order."""
+    pairs = ((start, end) for start in module.streams for end in module.results)
+    return sorted({n for start, end in pairs for n in between(program, start, end)})
+
+
+def prepare(program: Program) -> list[StepBlock]:
+    """Put what several blocks share in front of them, and mark where each block ends (``meta[BLOCK]``).
+
+    Shared values (a rotary table, the embedding of the step) must not vanish with the block that first used them.
+    """
+    found = step_blocks(program)
+    if not found:
+        return []
+    last = max(found[0].inputs)
+    number = _numbers(program, last, [max(b.outputs) for b in found])
+    streams = _reached(program, *found[0].inputs)
+    shared: set[fx.Node] = set()
+    front = [n for n, at in number.items() if n not in streams and any(number[u] != at for u in n.users)]
+    while front:
+        node = front.pop()
+        if node.op == "call_function" and number[node] >= 0 and node not in shared:
+            shared.add(node)
+            front += node.all_input_nodes
+    for node in sorted(shared):
+        last.append(node)
+        last = node
+    if shared:
+        program.changed()
+        found = step_blocks(program)
+    last.meta[BLOCK] = -1
+    for block in found:
+        max(block.outputs).meta[BLOCK] = block.number
+    return found
+
+
+def _numbers(program: Program, first: fx.Node, ends: list[fx.Node]) -> dict[fx.Node, int]:
+    """By node: how many blocks end before it; -1 up to ``first``."""
+    number, now = {}, -1
+    for node in program.graph.nodes:
+        number[node] = now
+        if node is first:
+            now = 0
+        elif 0 <= now < len(ends) and node is ends[now]:
+            now += 1
+    return number
+
+
+def recall(program: Program, name: str, like: fx.Node) -> fx.Node:
+    """An input that holds what an earlier step remembered under ``name``, of the shape of ``like``."""
+    assert isinstance(program.tensors, FromInputs)
+    return program.tensors.recall(name, value(like))
+
+
+def remember(program: Program, name: str, node: fx.Node) -> None:
+    """Hand ``node`` to later steps under ``name``: one more output of the graph."""
+    (output,) = program.graph.find_nodes(op="output")
+    results = output.args[0]
+    assert isinstance(results, tuple | list) and isinstance(value(node), Tensor)
+    if name in program.remembered:
+        raise AccelpassError(f"two passes remember {name!r}")
+    output.args = ((*results, node),)
+    program.remembered.append(name)

@@ -1,0 +1,156 @@
+"""The base of passes that compute a block in one way at one denoising step and in another way at the next.
+
+Such a pass says what is done where (``places``), when (``action``, on the host, from the step's number alone) and how
+(``rewrite``, once for each action that occurs). The backend compiles a block once for each action and puts a step's
+graph together from these.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, fx
+
+from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.errors import SpecConflict
+from accelpass.ir.program import Program
+from accelpass.ir.resize import CannotResize
+from accelpass.ir.steps import Module, StepBlock, recall, remember, step_blocks
+from accelpass.passes.base import Done, Record, SitePatterns, Skip
+
+FULL = "full"
+FIRST = "first call: "
+NO_BLOCKS = (
+    "no block of this graph reads the latents (an input named hidden_states, sample, latents or x), so there are no "
+    "denoising steps to save"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Something that a step may compute in another way: a block, or one attention module of a block."""
+
+    path: str
+    block: StepBlock
+    module: Module | None = None
+
+    @property
+    def streams(self) -> tuple[fx.Node, ...]:
+        return self.block.inputs if self.module is None else self.module.streams
+
+    @property
+    def results(self) -> tuple[fx.Node, ...]:
+        return self.block.outputs if self.module is None else self.module.results
+
+
+@dataclass(frozen=True)
+class StepPass(SitePatterns):
+    """Chooses, for each step and site, one of a few actions; :data:`FULL` is the model's own computation.
+
+    Attributes:
+        timesteps: the timesteps that the schedule was made for, one for each model call; empty if it fits any run.
+    """
+
+    timesteps: tuple[float, ...] = field(default=(), kw_only=True)
+
+    phase: ClassVar[str] = "cache"
+    searching: ClassVar[bool] = False
+    """Every combination of actions may be asked for."""
+
+    @abstractmethod
+    def places(self, blocks: Sequence[StepBlock]) -> list[Site]:
+        """The sites, in the order in which the model runs them."""
+
+    @abstractmethod
+    def action(self, step: int, site: str, branch: int = 0) -> str:
+        """What is done at a step; ``branch`` counts the calls of one step where guidance is two calls."""
+
+    @abstractmethod
+    def horizon(self) -> int:
+        """How many model calls must be looked at to have seen every action."""
+
+    @property
+    def branches(self) -> int:
+        """How many calls of one step differ in what is done."""
+        return 1
+
+    def actions(self, site: str) -> Sequence[str]:
+        """What a search may try at a site; asked for only if :attr:`searching`."""
+        return (FULL,)
+
+    @abstractmethod
+    def rewrite(self, program: Program, site: Site, action: str) -> str:
+        """Do it; returns what was done, for the report.
+
+        Raises:
+            CannotResize, SpecConflict: it cannot be done there; nothing that the graph returns has changed.
+        """
+
+    def why_not(self, program: Program, site: Site) -> str | None:
+        """Why no action but :data:`FULL` is possible at a site, or None."""
+        return None
+
+    def check_call(self, latents: Tensor) -> None:
+        """Raise :class:`StepError` if the first call of a run is not what the schedule assumes."""
+
+    def apply(self, program: Program, record: Record) -> None:
+        sites = self.places(program.analysis(step_blocks))
+        if not sites:
+            record.skip("model", NO_BLOCKS)
+        for site in sites:
+            wanted = self.wanted(site.path)
+            why = wanted.why if isinstance(wanted, Skip) else self.why_not(program, site)
+            if why is not None:
+                record.skip(site.path, why)
+                continue
+            action = program.actions.get(self.name, {}).get(site.path, FULL)
+            if action == FULL:
+                continue
+            try:
+                record.take(site.path, Done(self.rewrite(program, site, action)))
+            except CannotResize as cause:
+                record.skip(site.path, f"{action}: {cause}")
+
+
+def keep(program: Program, site: Site, what: str, nodes: Sequence[fx.Node]) -> None:
+    """Remember ``nodes`` of a site for later steps."""
+    for index, node in enumerate(nodes):
+        remember(program, state_name(site.path, what, index), node)
+
+
+def kept(program: Program, site: Site, what: str, like: Sequence[fx.Node]) -> list[fx.Node]:
+    """What an earlier step remembered of a site; ``like`` are nodes of the same shapes."""
+    return [recall(program, state_name(site.path, what, index), node) for index, node in enumerate(like)]
+
+
+def of_first_branch(name: str) -> str:
+    """The name under which a call finds what the first call of its step remembered as ``name``."""
+    return FIRST + name
+
+
+def state_name(path: str, what: str, index: int = 0) -> str:
+    """How remembered tensors are called: ``transformer_blocks.3.attn1:output``."""
+    return f"{path}:{what}" if index == 0 else f"{path}:{what}{index + 1}"
+
+
+def put(site: Site, new: Sequence[fx.Node]) -> None:
+    """Let ``new`` be the site's results.
+
+    Raises:
+        CannotResize: something reads a result before the new one is there.
+    """
+    for old, node in zip(site.results, new, strict=True):
+        if node.op != "placeholder" and any(user < node for user in old.users if user is not node):
+            raise CannotResize(f"{old.name} is read before the last of the site's results is there")
+    for old, node in zip(site.results, new, strict=True):
+        old.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user is not node)
+
+
+def refuse_edited(spec: AttentionSpec, by: str) -> None:
+    """Raise :class:`SpecConflict` if another pass has edited the attention already."""
+    for owner, part in spec.edits:
+        if owner != by:
+            raise SpecConflict(f"{by!r} and {owner!r} ({part}) cannot both have the attention at {spec.site}")
