@@ -46,7 +46,7 @@ def test_specimens_are_split_and_none_is_lost() -> None:
     unseen, unseen_labels = digits.specimens(held_out=True)
     assert (len(seen), len(unseen)) == (len(seen_labels), len(unseen_labels)) == (1437, 360)
     assert seen.shape[1:] == (1, digits.CELL, digits.CELL)
-    assert -1 <= seen.min() and seen.max() <= 1
+    assert seen.min() >= -1 and seen.max() <= 1
     assert set(unseen_labels.tolist()) == set(range(digits.CLASSES))
 
 
@@ -93,7 +93,7 @@ def test_missing_weights_say_what_to_type(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_a_pipeline_samples_alike_from_one_seed(untrained: Any) -> None:
     one, same, other = (digits.sample(untrained, [3, 9], 2, seed) for seed in (0, 0, 1))
     assert one.shape == (2, 1, digits.SIZE, digits.SIZE)
-    assert 0 <= one.min() and one.max() <= 1
+    assert one.min() >= 0 and one.max() <= 1
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
