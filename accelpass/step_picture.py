@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 _EDGE, _BAR, _ACCENT = "#c3c8d1", "#8791a1", "#004582"
 _RIGHT = 0.935
-_NAME = 38
+_LEAST = 0.03
+"""Inches of a cell between two lines."""
+_NAME = 30
 """Characters of a layer's name that there is room for."""
 _LINE, _HEADING = 125, 85
 """Characters across the picture."""
@@ -52,7 +54,7 @@ def figure(view: StepPlanView) -> Figure:
     common, names = labels(view.sites)
     names = [_cut(name, _NAME) for name in names]
     widest = max(len(name) for name in names)
-    left = min(0.3, 0.062 + 0.0062 * widest)
+    left = 0.062 + 0.0072 * widest
     fig = figure_class()(figsize=(10, height))
     edges = {"left": left, "right": _RIGHT, "top": 1 - above / height, "bottom": under / height}
     ratio = {"height_ratios": (tall, below_bars), "hspace": 2 * gap / (tall + below_bars)}
@@ -63,10 +65,11 @@ def figure(view: StepPlanView) -> Figure:
     bars = fig.add_subplot(grid[1], sharex=cells)
     _bars(bars, view)
     fig.align_ylabels()
+    edge = min(left, 0.1)
     heading = f"What each layer does at each step{': ' if view.title else ''}{view.title}"
     heading = textwrap.shorten(heading, _HEADING, placeholder=" ...")
-    fig.text(left, 1 - 0.28 / height, heading, fontsize=13, fontweight="bold", color=INK, va="center")
-    fig.text(left, 1 - 0.56 / height, view.said, fontsize=9.5, color=SOFT, va="center")
+    fig.text(edge, 1 - 0.28 / height, heading, fontsize=13, fontweight="bold", color=INK, va="center")
+    fig.text(edge, 1 - 0.56 / height, view.said, fontsize=9.5, color=SOFT, va="center")
     _legend(fig, view, shown)
     return fig
 
@@ -111,7 +114,7 @@ class Cells:
         side = min(max(5, max(len(name) for name in names)), max(5, options.max_width // 3))
         room = max(1, options.max_width - side - 1)
         wide = 2 if 2 * view.steps <= room else 1
-        yield Text.assemble((view.title, "bold"), f": {view.said}")
+        yield Text.assemble((view.title, "bold"), ": " if view.title else "", view.said)
         if common:
             yield Text(f"layers: {common}", style="dim")
         for start in range(0, view.steps, room // wide):
@@ -143,7 +146,7 @@ class Cells:
         most = _most(view)
         # A step that costs anything has a bar, be it the lowest.
         levels = [math.ceil(view.flops[step] / most * (len(_BLOCKS) - 1)) for step in steps]
-        bars = "".join(_BLOCKS[level].ljust(wide) if wide == 1 else _BLOCKS[level] * wide for level in levels)
+        bars = "".join(_BLOCKS[level] * wide for level in levels)
         yield _line(Text.assemble((f"{'FLOPs':>{side}} ", "dim"), bars))
 
 
@@ -167,11 +170,9 @@ def _cells(ax: Axes, view: StepPlanView, shown: dict[str, Look], names: list[str
     image = [[to_rgb(shown[taken[site]].colour) for taken in view.actions] for site in range(len(view.sites))]
     ax.imshow(image, aspect="auto", interpolation="nearest")
     # White lines part the cells, unless they would leave nothing of them.
-    thin = 1.0 if min(wide, tall) > 0.12 else 0.4
-    for step in range(1, view.steps):
-        ax.axvline(step - 0.5, color="white", linewidth=thin)
-    for site in range(1, len(view.sites)):
-        ax.axhline(site - 0.5, color="white", linewidth=thin)
+    for count, size, line in ((view.steps, wide, ax.axvline), (len(view.sites), tall, ax.axhline)):
+        for number in range(1, count if size > _LEAST else 0):
+            line(number - 0.5, color="white", linewidth=1.0 if size > 4 * _LEAST else 0.4)
     if min(wide, tall) >= 0.13:
         for step, taken in enumerate(view.actions):
             for site, action in enumerate(taken):
