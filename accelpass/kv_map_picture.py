@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from accelpass import text
+from accelpass import drawing, text
 from accelpass.cache_report import layers_alike
+from accelpass.drawing import INK, SOFT, figure_class
 from accelpass.ir.errors import AccelpassError
 from accelpass.kv_map import FEW_BITS, GONE, KEPT, KVMap
 
@@ -20,32 +21,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-SUFFIXES = (".png", ".html")
-
 # Told apart by lightness alone, so that no kind of colour vision, nor a grey print, mixes them up.
 _COLOURS = {KEPT: (0.00, 0.27, 0.51), FEW_BITS: (0.97, 0.77, 0.43), GONE: (0.89, 0.89, 0.89)}
 _WORDS = {KEPT: "kept", FEW_BITS: "in few bits", GONE: "evicted"}
-_INK, _SOFT = "#1a1f2b", "#616b7c"
 _LINE = 125
 """Characters across the picture."""
 
 
-class MissingExtra(AccelpassError):
-    """A picture needs matplotlib, which is not installed."""
-
-
 def check_target(path: Path) -> Path:
-    """The file to write, refused now if it could not be written after minutes of work.
-
-    Raises:
-        AccelpassError: another suffix, no such folder, or matplotlib is missing.
-    """
-    target = path.expanduser()
-    if target.suffix.lower() not in SUFFIXES:
-        raise AccelpassError(f"{path}: a picture is written as {' or '.join(SUFFIXES)}")
-    if not target.parent.is_dir():
-        raise AccelpassError(f"{path}: there is no folder {target.parent}; make it first")
-    _figure_class()
+    """As :func:`accelpass.drawing.check_target`; here the page too holds a picture that matplotlib draws."""
+    target = drawing.check_target(path)
+    figure_class()
     return target
 
 
@@ -79,7 +65,7 @@ def figure(made: KVMap, title: str = "", head: int | None = None) -> Figure:
     tall = [min(2.2, max(1.0, 0.06 * steps))] * len(layers) + [min(3.2, max(1.0, 0.1 * len(made.last)))]
     above, below, gap = 0.95 + 0.21 * len(said), 0.95, 0.42
     height = above + sum(tall) + gap * (len(tall) - 1) + below
-    fig = _figure_class()(figsize=(10, height))
+    fig = figure_class()(figsize=(10, height))
     between = gap * len(tall) / sum(tall)
     edges = {"left": 0.085, "right": 0.975, "top": 1 - above / height, "bottom": below / height}
     grid = fig.add_gridspec(len(tall), 1, height_ratios=tall, hspace=between, **edges)
@@ -104,9 +90,9 @@ def figure(made: KVMap, title: str = "", head: int | None = None) -> Figure:
     whose = "" if head is None else f", key/value head {head}"
     names = " + ".join(made.passes) or "no pass"
     heading = f"What the key/value cache keeps: {title + ', ' if title else ''}{names}{whose}"
-    fig.text(0.085, 1 - 0.28 / height, heading, fontsize=13, fontweight="bold", color=_INK, va="center")
+    fig.text(0.085, 1 - 0.28 / height, heading, fontsize=13, fontweight="bold", color=INK, va="center")
     for number, line in enumerate(said):
-        fig.text(0.085, 1 - (0.54 + 0.21 * number) / height, line, fontsize=9.5, color=_SOFT, va="center")
+        fig.text(0.085, 1 - (0.54 + 0.21 * number) / height, line, fontsize=9.5, color=SOFT, va="center")
     _legend(fig, made, head)
     return fig
 
@@ -130,17 +116,17 @@ def _rgb(kept: Tensor, head: int | None) -> Any:
 def _finish(ax: Axes, made: KVMap, title: str, ending: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=_INK)
-    ax.set_title(ending, loc="right", fontsize=9, color=_SOFT)
+    ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    ax.set_title(ending, loc="right", fontsize=9, color=SOFT)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    ax.tick_params(labelsize=8, colors=_SOFT)
+    ax.tick_params(labelsize=8, colors=SOFT)
     for edge in ax.spines.values():
         edge.set_color("#c3c8d1")
     if made.steps[-1].seen > made.prompt:
         # On white, so that it shows on dark tokens too.
         ax.axvline(made.prompt - 0.5, color="white", linewidth=2.6)
-        ax.axvline(made.prompt - 0.5, color=_INK, linestyle=(0, (4, 2)), linewidth=1.2)
+        ax.axvline(made.prompt - 0.5, color=INK, linestyle=(0, (4, 2)), linewidth=1.2)
 
 
 def _name_sides(ax: Axes, boundary: float) -> None:
@@ -154,7 +140,7 @@ def _name_sides(ax: Axes, boundary: float) -> None:
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
             fontsize=9,
-            color=_INK,
+            color=INK,
         )
 
 
@@ -195,14 +181,3 @@ def _page(made: KVMap, title: str, png: bytes) -> str:
     sizes = made.sizes()
     template = environment().get_template("kv_map.html.j2")
     return template.render(made=made, title=title, sizes=sizes, layers=layers_alike(sizes), image=image)
-
-
-def _figure_class() -> type[Figure]:
-    """matplotlib's figure without pyplot, which would choose a window system for the whole process."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as cause:
-        raise MissingExtra(f"a picture needs matplotlib ({cause}); pip install 'accelpass[plot]'") from None
-    assert FigureCanvasAgg  # what a figure draws on if nothing else is asked for
-    return Figure

@@ -104,7 +104,17 @@ class PixelSpace(nn.Module):
         from types import SimpleNamespace
 
         self.config = SimpleNamespace(scaling_factor=1.0)
-        self.dtype = torch.float32
+        # A pipeline asks each of its modules where it is; this one has no weight that would tell.
+        self.register_buffer("place", torch.empty(0), persistent=False)
+        self.place: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.place.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.place.dtype
 
     def decode(self, latents: torch.Tensor) -> Any:
         from types import SimpleNamespace

@@ -96,6 +96,7 @@ def train_transformer(
 def _zero_unused_classes(model: torch.nn.Module) -> None:
     """Rows of classes that do not exist stay zero, so that the file packs well; the labels are dropped here, not by
     the model (``LabelEmbedding.token_drop``), so that "no class" is a label like any other."""
+    module: Any
     for module in model.modules():
         if type(module).__name__ == "LabelEmbedding":
             module.dropout_prob = 0.0
