@@ -132,10 +132,11 @@ def compile_regions(gm: fx.GraphModule, inputs: Sequence[Any], compile_part: Com
     return Regions(steps, [_attribute(gm, n) for n in held], len(slot), results, len(code))
 
 
-def part_of(nodes: Sequence[fx.Node]) -> Part:
+def part_of(nodes: Sequence[fx.Node], wanted: frozenset[str] = frozenset()) -> Part:
+    """A stretch of the graph by itself; ``wanted`` names nodes that it hands on though nothing here reads them."""
     inside = set(nodes)
     given = list(dict.fromkeys(p for n in nodes for p in n.all_input_nodes if p not in inside))
-    made = [n for n in nodes if any(u not in inside for u in n.users)]
+    made = [n for n in nodes if n.name in wanted or any(u not in inside for u in n.users)]
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in given:

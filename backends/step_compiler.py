@@ -13,10 +13,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from accelpass.backends.compose import Composer
 from accelpass.backends.inductor import compile_whole
 from accelpass.backends.rewriting import captured, lowered, refuse_released
 from accelpass.backends.sampling import SteppedGraph
-from accelpass.backends.steps import Composition, compose
+from accelpass.backends.steps import Composition
 from accelpass.ir.errors import PassError
 from accelpass.ir.graph import placeholders, value
 from accelpass.ir.program import Program
@@ -65,14 +66,14 @@ def step_graph(
                 made.artefacts = chosen.plan.tensors
             return made
 
-        composition = compose(
+        composition = Composer(
             capture,
             passes,
             lambda made: run(made, chosen.passes),
             lambda made: lowered(made, chosen),
             _compiler(chosen),
             chosen.free_weights,
-        )
+        ).compose()
         refuse_released(tensors, composition.derived, args)
         _describe(report, composition, passes)
         return composition

@@ -7,24 +7,15 @@ choice of one part for each block.
 
 from __future__ import annotations
 
-import itertools
-import operator
-import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
-from torch import Tensor, fx
-from torch._guards import TracingContext, tracing
+from torch import Tensor
 
-from accelpass.backends.regions import Part, Regions, Slot, Step, key_of, layout, part_of
-from accelpass.ir.analyses.cost import at_compiled_sizes, costs
+from accelpass.backends.regions import Regions, Slot, Step
 from accelpass.ir.errors import PassError
-from accelpass.ir.graph import fake_mode, value
-from accelpass.ir.program import Program
-from accelpass.ir.steps import BLOCK, prepare
-from accelpass.ir.tensors import Binder, FromInputs
+from accelpass.ir.tensors import Binder
 from accelpass.passes.base import Record
 from accelpass.passes.step_cache.base import FULL, StepPass
 
@@ -90,7 +81,7 @@ class Composition:
 
     @property
     def full(self) -> Row:
-        return tuple((FULL,) * len(block) for block in self.sites)
+        return tuple(all_full(block) for block in self.sites)
 
     def linked(self, row: Row) -> Linked:
         """The graph of a step; made once for each different row."""
@@ -113,16 +104,17 @@ class Composition:
         return made[:count], dict(zip(graph.keeps, made[count:], strict=True))
 
     def _link(self, row: Row) -> Linked:
-        first, last = self.pieces[-1, ()], self.pieces[len(self.sites), ()]
-        chain = [first, *(self.pieces[i, actions] for i, actions in enumerate(row)), last]
-        outer = list(
+        keys = [(-1, ()), *enumerate(row), (len(row), ())]
+        outer = ((-1, ()), (len(row), ()))
+        chain = [self.pieces[key] for key in keys if key in self.pieces or key not in outer]
+        given = list(
             dict.fromkeys(ref for p in chain for ref in (*p.given, *(r for _, r in p.keeps)) if ref[0] != "value")
         )
-        outer += [
-            r for r in self.results if isinstance(r, tuple) and r[0] not in ("value", "literal") and r not in outer
+        given += [
+            r for r in self.results if isinstance(r, tuple) and r[0] not in ("value", "literal") and r not in given
         ]
-        sources = [ref for ref in outer if ref[0] != "held"]
-        held = [ref for ref in outer if ref[0] == "held"]
+        sources = [ref for ref in given if ref[0] != "held"]
+        held = [ref for ref in given if ref[0] == "held"]
         slot: dict[Ref, int] = {ref: i for i, ref in enumerate([*sources, *held])}
         layouts: dict[str, Hashable] = {}
         for piece in chain:
@@ -131,16 +123,20 @@ class Composition:
                 layouts[name] = piece.layouts[name]
             for kind, name in piece.given:
                 if kind == "value" and (("value", name) not in slot or layouts[name] != piece.layouts[name]):
-                    raise PassError(f"parts of the model do not fit together at {name}; please report this graph")
+                    seen = layouts.get(name, "nothing")
+                    raise PassError(
+                        f"parts of the model do not fit together at {name}: {piece.layouts[name]} is read, {seen} is made"
+                    )
         keeps = [(name, slot[ref]) for p in chain for name, ref in p.keeps]
         results = [r[1] if r[0] == "literal" else slot[r] for r in self.results]
         needed = {i for i, r in zip(results, self.results, strict=True) if r[0] != "literal"} | {i for _, i in keeps}
         steps: list[Step] = []
-        dying: dict[int, int] = {slot[ref]: at for at, p in enumerate(chain) for ref in p.given}
+        dying = {slot["value", name]: at for at, p in enumerate(chain) for name in p.made}
+        dying |= {slot[ref]: at for at, p in enumerate(chain) for ref in p.given}
         for at, piece in enumerate(chain):
             inputs = tuple(slot[ref] for ref in piece.given)
             outputs = tuple(slot["value", name] for name in piece.made)
-            ends = tuple(i for i in dict.fromkeys(inputs) if dying[i] == at and i not in needed)
+            ends = tuple(i for i in dict.fromkeys((*inputs, *outputs)) if dying[i] == at and i not in needed)
             steps.append(Step(piece.fn, inputs, outputs, ends))
         wanted = [i if r[0] == "literal" else Slot(i) for r, i in zip(self.results, results, strict=True)]
         wanted += [Slot(i) for _, i in keeps]
@@ -155,195 +151,6 @@ class Held:
     tensor: Tensor
 
 
-def compose(
-    capture: Callable[[], Program],
-    passes: Sequence[StepPass],
-    rewrite: Callable[[Program], list[Record]],
-    lower: Callable[[Program], Any],
-    compile_part: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
-    release: bool,
-) -> Composition:
-    """Compile every part in every way in which the passes want it.
-
-    Args:
-        capture: the model's graph, new at each call.
-        rewrite: applies all passes to a graph; its ``actions`` say what the step passes do.
-        lower: makes it what the compiler is given.
-        compile_part: compiles one part for fake inputs.
-        release: give back weights that no part needs as floats.
-    """
-    started = time.perf_counter()
-    program = capture()
-    found = prepare(program)
-    owner = {site.path: site.block.number for p in passes for site in p.places(found)}
-    sites: list[list[tuple[StepPass, str]]] = [[] for _ in found]
-    for p in passes:
-        for site in p.places(found):
-            sites[owner[site.path]].append((p, site.path))
-    last = len(found)
-    ways: list[list[Actions]] = [[(FULL,) * len(block)] for block in sites]
-    code: dict[Hashable, Callable[..., Any]] = {}
-    pieces: dict[tuple[int, Actions], Piece] = {}
-    derived: dict[Any, int] = {}
-    records: list[Record] = []
-    binders: list[Binder] = []
-    disabled: set[tuple[str, str]] = set()
-    results: tuple[Any, ...] = ()
-    number = 0
-    while number == 0 or number < max(map(len, ways), default=0):
-        if number:
-            program = capture()
-            prepare(program)
-        chosen = [w[min(number, len(w) - 1)] for w in ways]
-        program.actions = _by_pass(sites, chosen)
-        made = rewrite(program)
-        records += made
-        refused = {(r.name, path) for r in made for path in r.skipped}
-        flops = _flops(program, last)
-        lower(program)
-        assert isinstance(program.tensors, FromInputs)
-        binders.append(program.tensors.binder(release))
-        mode = fake_mode(program.gm)
-        assert mode is not None
-        keeps = _keeps(program, owner)
-        for at, nodes in _segments(program, last).items():
-            if at in (-1, last):
-                if number:
-                    continue  # what surrounds the blocks is the same at every step
-                actions: Actions = ()
-            else:
-                pairs = zip(sites[at], chosen[at], strict=True)
-                actions = tuple(FULL if (p.name, path) in refused else action for (p, path), action in pairs)
-            if (at, actions) in pieces:
-                continue
-            part = part_of(nodes)
-            key = key_of(part)
-            if key not in code:
-                with tracing(TracingContext(mode)):
-                    code[key] = compile_part(part.gm, [value(n) for n in part.given])
-            pieces[at, actions] = _piece(program.tensors, code[key], part, keeps.get(at, ()), flops.get(at, 0), derived)
-        if number == 0:
-            results = _results(program)
-            disabled |= refused
-            ways = [_ways([(p, path) for p, path in block], disabled) for block in sites]
-        else:
-            disabled |= {
-                (p.name, path) for b in sites for p, path in b if (p.name, path) in refused and not p.searching
-            }
-        number += 1
-    order = {what: i for i, what in enumerate(derived)}
-    seconds = time.perf_counter() - started
-    binder = _union(binders, list(derived))
-    return Composition(sites, pieces, results, binder, order, records, frozenset(disabled), len(code), seconds)
-
-
-def _by_pass(sites: list[list[tuple[StepPass, str]]], chosen: list[Actions]) -> dict[str, dict[str, str]]:
-    actions: dict[str, dict[str, str]] = {}
-    for block, row in zip(sites, chosen, strict=True):
-        for (p, path), action in zip(block, row, strict=True):
-            actions.setdefault(p.name, {})[path] = action
-    return actions
-
-
-def _ways(block: list[tuple[StepPass, str]], disabled: set[tuple[str, str]]) -> list[Actions]:
-    """Every combination of actions that occurs at a block, the model's own first."""
-    ways: dict[Actions, None] = {(FULL,) * len(block): None}
-    free = [p.searching and (p.name, path) not in disabled for p, path in block]
-    if any(free):
-        choices = [p.actions(path) if f else (FULL,) for (p, path), f in zip(block, free, strict=True)]
-        ways |= dict.fromkeys(itertools.product(*choices))
-    else:
-        for step in range(max((p.horizon() for p, _ in block), default=0)):
-            for branch in range(max(p.branches for p, _ in block)):
-                one = (FULL if (p.name, path) in disabled else p.action(step, path, branch) for p, path in block)
-                ways[tuple(one)] = None
-    return list(ways)
-
-
-def _segments(program: Program, last: int) -> dict[int, list[fx.Node]]:
-    """The calls of the graph by block; -1 in front of the first, ``last`` after the last.
-
-    Raises:
-        PassError: a pass has replaced the end of a block.
-    """
-    segments: dict[int, list[fx.Node]] = {}
-    now: list[fx.Node] = []
-    expected = -1
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            now.append(node)
-        if node.meta.get(BLOCK) is not None:
-            if node.meta[BLOCK] != expected:
-                break
-            segments[expected] = now
-            now, expected = [], expected + 1
-    if expected != last:
-        raise PassError(
-            f"a pass has replaced the end of block {expected}, so the model cannot be cut there for step caching; "
-            "leave one of the two passes out"
-        )
-    segments[last] = now
-    return segments
-
-
-def _flops(program: Program, last: int) -> dict[int, int]:
-    cost = program.analysis(costs)
-    return {
-        at: at_compiled_sizes(program, sum((cost[n].flops for n in nodes), sympy.S.Zero))
-        for at, nodes in _segments(program, last).items()
-    }
-
-
-def _ref(tensors: FromInputs, node: fx.Node) -> Ref:
-    if node.op == "placeholder":
-        return tensors.origin(node)
-    if node.op == "get_attr":
-        return "held", Held(operator.attrgetter(str(node.target))(tensors.gm))
-    return "value", node.name
-
-
-def _outputs(program: Program) -> tuple[list[Any], list[fx.Node]]:
-    """What the model returns, and what is remembered."""
-    (output,) = program.graph.find_nodes(op="output")
-    everything: Any = output.args[0]
-    count = len(everything) - len(program.remembered)
-    return list(everything[:count]), list(everything[count:])
-
-
-def _results(program: Program) -> tuple[Ref, ...]:
-    assert isinstance(program.tensors, FromInputs)
-    own, _ = _outputs(program)
-    return tuple(_ref(program.tensors, r) if isinstance(r, fx.Node) else ("literal", r) for r in own)
-
-
-def _keeps(program: Program, owner: dict[str, int]) -> dict[int, list[tuple[str, fx.Node]]]:
-    """What each block remembers."""
-    keeps: dict[int, list[tuple[str, fx.Node]]] = {}
-    for name, node in zip(program.remembered, _outputs(program)[1], strict=True):
-        keeps.setdefault(owner[name.rpartition(":")[0]], []).append((name, node))
-    return keeps
-
-
-def _piece(
-    tensors: FromInputs,
-    fn: Callable[..., Any],
-    part: Part,
-    keeps: Sequence[tuple[str, fx.Node]],
-    flops: int,
-    derived: dict[Any, int],
-) -> Piece:
-    given = tuple(_ref(tensors, n) for n in part.given)
-    for kind, what in given:
-        if kind == "derived":
-            derived.setdefault(what, len(derived))
-    kept = tuple((name, _ref(tensors, node)) for name, node in keeps)
-    layouts = {n.name: layout(value(n)) for n in (*part.given, *part.made)}
-    return Piece(fn, given, tuple(n.name for n in part.made), kept, layouts, flops)
-
-
-def _union(binders: Sequence[Binder], derived: Sequence[Any]) -> Binder:
-    """One binder for the derived tensors of all graphs; it releases what none of them reads as floats."""
-    paths = {position: path for b in binders for position, path in b.paths.items()}
-    kept = {p for b in binders for p in b.kept}
-    released = frozenset().union(*(b.released for b in binders)) - kept
-    return Binder((), tuple(derived), paths, released, tuple({p for b in binders for p in b.staying}))
+def all_full(block: Sequence[Any]) -> Actions:
+    """The model's own computation at each of a block's sites."""
+    return (FULL,) * len(block)

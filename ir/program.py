@@ -23,6 +23,7 @@ class Program:
         door: ``dynamo`` or ``export``.
         artefacts: tensors from calibration, by name.
         actions: what each step-caching pass, by name, does at each site of this variant of the graph.
+        pins: how many outputs of the graph, after the model's own, only keep a block's streams alive.
         remembered: names of the graph's last outputs, which later denoising steps read.
     """
 
@@ -31,6 +32,7 @@ class Program:
     door: str
     artefacts: Mapping[str, Tensor] = field(default_factory=dict)
     actions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    pins: int = 0
     remembered: list[str] = field(default_factory=list)
     _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
 

@@ -16,12 +16,12 @@ from accelpass.ir.analyses.block import Block, Sublayer, blocks
 from accelpass.ir.analyses.flow import VIEWS, bare, between
 from accelpass.ir.attention.detect import Attention
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.graph import aten, is_call, value
+from accelpass.ir.graph import aten, is_call, mutates, root, value
 from accelpass.ir.program import Program
 from accelpass.ir.tensors import FromInputs
 
 BLOCK = "step_block"
-"""Key of ``meta``: the number of the block that a node is the end of; -1 for what precedes all blocks."""
+"""Key of ``meta``: the number of the block that a node is the end of; -1 for all nodes in front of the blocks."""
 
 
 class StepError(AccelpassError, ValueError):
@@ -38,12 +38,14 @@ class Module:
         streams: what the branches read: the hidden states, and those of the text where both attend jointly.
         results: the module's outputs, one for each stream, before any gate: after the out-projection, or of the
             attention itself if its output is projected together with something else (Flux's single blocks).
+        region: the nodes between streams and results, results included, in graph order.
     """
 
     path: str
     attention: Attention
     streams: tuple[fx.Node, ...]
     results: tuple[fx.Node, ...]
+    region: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +118,8 @@ def _modules(program: Program, block: Block) -> tuple[Module, ...]:
             mine = [s for s in block.sublayers if any(a.node is attention.node for a in s.attentions)]
             if all(len(s.attentions) == 1 for s in mine):
                 results = tuple(_result(program, s, attention) for s in mine)
-                made.append(Module(attention.path, attention, tuple(s.input for s in mine), results))
+                streams = tuple(s.input for s in mine)
+                made.append(Module(attention.path, attention, streams, results, _region(program, streams, results)))
     return tuple(made)
 
 
@@ -139,10 +142,30 @@ def _result(program: Program, sublayer: Sublayer, attention: Attention) -> fx.No
     return node if own.issuperset(between(program, sublayer.input, node)) else attention.out
 
 
-def region(program: Program, module: Module) -> list[fx.Node]:
-    """The nodes between a module's streams and its results, results included, in graph order."""
-    pairs = ((start, end) for start in module.streams for end in module.results)
-    return sorted({n for start, end in pairs for n in between(program, start, end)})
+def _region(program: Program, streams: tuple[fx.Node, ...], results: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    inside = {n for start in streams for end in results for n in between(program, start, end)}
+    # A value may be written piece by piece (Wan's rotary embedding); the writes have no users.
+    for node in reversed(list(program.graph.nodes)):
+        if node not in inside and any(root(n) in inside for n in mutates(node)):
+            inside |= {node, *(n for start in streams for n in between(program, start, node))}
+    return tuple(sorted(inside))
+
+
+def drop_dead_writes(graph: fx.Graph) -> None:
+    """Remove calls that write to tensors which nothing reads any more, and what was computed for them."""
+    for start in list(graph.nodes):
+        if start._erased or start.op != "call_function" or root(start) is not start:
+            continue
+        own, front = [start], [start]
+        while front:
+            for user in front.pop().users:
+                if user not in own and root(user) is start:
+                    own.append(user)
+                    front.append(user)
+        if any(map(mutates, own)) and all(user in own for n in own for user in n.users):
+            for node in sorted(own, reverse=True):
+                graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def prepare(program: Program) -> list[StepBlock]:
@@ -163,13 +186,23 @@ def prepare(program: Program) -> list[StepBlock]:
         if node.op == "call_function" and number[node] >= 0 and node not in shared:
             shared.add(node)
             front += node.all_input_nodes
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
+    last = max(last, inputs[-1])
     for node in sorted(shared):
         last.append(node)
         last = node
     if shared:
         program.changed()
         found = step_blocks(program)
-    last.meta[BLOCK] = -1
+    for node in program.graph.nodes:
+        node.meta[BLOCK] = -1
+        if node is last:
+            break
+    # A block's streams are there whatever the blocks after it read.
+    pins = [node for block in found for node in block.outputs if node.users]
+    (output,) = program.graph.find_nodes(op="output")
+    output.args = ((*output.args[0], *pins),)  # type: ignore[misc]
+    program.pins = len(pins)
     for block in found:
         max(block.outputs).meta[BLOCK] = block.number
     return found

@@ -25,8 +25,8 @@ def signature(program: Program) -> Signature:
     """The signature of the graph as it is now."""
     (output,) = program.graph.find_nodes(op="output")
     results: Any = output.args[0]
-    if program.remembered:  # what a step hands to later ones is no result of the model
-        results = results[: len(results) - len(program.remembered)]
+    if further := program.pins + len(program.remembered):  # no results of the model
+        results = results[: len(results) - further]
     outputs = tuple(_described(value(n)) for n in tree_leaves(results))
     inputs = (n for n in written_inputs(program.graph) if not program.tensors.is_state(n))
     return Signature(outputs, tuple(sorted(n.name for n in inputs)))

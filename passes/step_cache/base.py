@@ -18,7 +18,7 @@ from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.errors import SpecConflict
 from accelpass.ir.program import Program
 from accelpass.ir.resize import CannotResize
-from accelpass.ir.steps import Module, StepBlock, recall, remember, step_blocks
+from accelpass.ir.steps import Module, StepBlock, drop_dead_writes, recall, remember, step_blocks
 from accelpass.passes.base import Done, Record, SitePatterns, Skip
 
 FULL = "full"
@@ -113,6 +113,7 @@ class StepPass(SitePatterns):
                 record.take(site.path, Done(self.rewrite(program, site, action)))
             except CannotResize as cause:
                 record.skip(site.path, f"{action}: {cause}")
+        drop_dead_writes(program.graph)
 
 
 def keep(program: Program, site: Site, what: str, nodes: Sequence[fx.Node]) -> None:

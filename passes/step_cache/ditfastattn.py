@@ -15,7 +15,7 @@ from accelpass.ir.attention.spec import Band
 from accelpass.ir.graph import aten, call, value
 from accelpass.ir.program import Program
 from accelpass.ir.resize import CannotResize, Resizer
-from accelpass.ir.steps import LATENTS, StepBlock, StepError, recall, region, user_input
+from accelpass.ir.steps import LATENTS, StepBlock, StepError, recall, user_input
 from accelpass.passes.step_cache.base import (
     FULL,
     Site,
@@ -199,7 +199,7 @@ class DiTFastAttn(StepPass):
             anchor = graph.call_function(aten.alias.default, (max(site.results),))
         with graph.inserting_before(anchor):
             resizer = Resizer(graph, found, found.of(site.streams[0])[0], batch // 2, take)
-            made = resizer.copy(region(program, site.module), site.results)
+            made = resizer.copy(site.module.region, site.results)
         graph.erase_node(anchor)
         return resizer.copied(site.module.attention.node), made
 

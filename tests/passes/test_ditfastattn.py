@@ -6,7 +6,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import accelpass
 from accelpass.models_zoo import tiny_diffusers
 from tests.passes.step_truth import denoise, fast_attention
 
