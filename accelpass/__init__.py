@@ -22,10 +22,12 @@ if TYPE_CHECKING:
         ReleasedWeightError,
         SpecConflict,
     )
+    from accelpass.ir.steps import StepError
     from accelpass.kv_cache import KVCache
     from accelpass.packed import load, save
     from accelpass.report import Report
     from accelpass.stateful import reset, state
+    from accelpass.step_search import search_steps
 
     __version__: str
 
@@ -40,6 +42,7 @@ __all__ = [
     "ReleasedWeightError",
     "Report",
     "SpecConflict",
+    "StepError",
     "__version__",
     "calibrate",
     "compile",
@@ -48,6 +51,7 @@ __all__ = [
     "refresh",
     "reset",
     "save",
+    "search_steps",
     "state",
 ]
 
@@ -61,11 +65,13 @@ _HOMES = {
     "PlanError": _ERRORS,
     "ReleasedWeightError": _ERRORS,
     "SpecConflict": _ERRORS,
+    "StepError": "accelpass.ir.steps",
     "Report": "accelpass.report",
     "KVCache": "accelpass.kv_cache",
     "calibrate": "accelpass.calibration",
     "load": "accelpass.packed",
     "save": "accelpass.packed",
+    "search_steps": "accelpass.step_search",
     "reset": "accelpass.stateful",
     "state": "accelpass.stateful",
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from accelpass.backends.step_clock import Clock, Tick
-from accelpass.backends.steps import Composition, Row
+from accelpass.backends.steps import Composition
 from accelpass.ir.derived import StateSpec
 from accelpass.ir.steps import StepError
 from accelpass.passes.step_cache.base import FIRST, StepPass
@@ -28,20 +28,6 @@ class SamplingRun:
     def reset(self) -> None:
         self.clock.reset()
         self.kept.clear()
-
-    def recalled(self, tick: Tick) -> Callable[[str], Tensor]:
-        def find(name: str) -> Tensor:
-            first = name.startswith(FIRST)
-            found = self.kept.get((0 if first else tick.branch, name.removeprefix(FIRST)))
-            if found is None:
-                raise StepError(
-                    f"step {tick.step} reads {name!r}, which no earlier step of this run has kept (call {tick.branch + 1} "
-                    "of the step). Guidance must be done in the same way at all steps; accelpass.reset(model) begins "
-                    "a new run."
-                )
-            return found
-
-        return find
 
     def states(self) -> list[tuple[StateSpec, Tensor]]:
         """What is held, for ``accelpass.state``."""
@@ -81,22 +67,35 @@ class SteppedGraph:
             run.kept.clear()
             for p in self.passes:
                 p.check_call(latents)
-        searcher = next((s for p in self.passes if (s := getattr(p, "searcher", None)) is not None), None)
+        searcher = next((p.searcher for p in self.passes if p.searcher is not None), None)
         if searcher is not None:
-            row = searcher.choose(composition, args, run, tick, time)
+            row = searcher.choose(_Trial(composition, args, self._recalled(run, tick), tick, time, latents))
         else:
             row = composition.row(tick.step, tick.branch)
-        made = self.step(composition, row, args, run, tick)
+        made, kept = composition.evaluate(row, args, self._recalled(run, tick))
+        for name, tensor in kept.items():
+            run.kept[tick.branch, name] = tensor
         run.clock.done(tick, time, latents)
         return made
 
-    @staticmethod
-    def step(composition: Composition, row: Row, args: Sequence[Any], run: SamplingRun, tick: Tick) -> tuple[Any, ...]:
-        """Compute a step as ``row`` says, and keep what it keeps."""
-        made, kept = composition.evaluate(row, args, run.recalled(tick))
-        for name, tensor in kept.items():
-            run.kept[tick.branch, name] = tensor
-        return made
+    def _recalled(self, run: SamplingRun, tick: Tick) -> Callable[[str], Tensor]:
+        """Finds what a step reads: a tensor of the plan, or what an earlier step has kept."""
+
+        def find(name: str) -> Tensor:
+            planned = next((t for p in self.passes if (t := p.operand(name, tick.step)) is not None), None)
+            if planned is not None:
+                return planned
+            branch = 0 if name.startswith(FIRST) else tick.branch
+            found = run.kept.get((branch, name.removeprefix(FIRST)))
+            if found is None:
+                raise StepError(
+                    f"step {tick.step} reads {name!r}, which no earlier step of this run has kept (call {tick.branch + 1} "
+                    "of the step). Guidance must be done in the same way at all steps; accelpass.reset(model) begins "
+                    "a new run."
+                )
+            return found
+
+        return find
 
     def composition(self, args: Sequence[Any]) -> Composition:
         """The compiled parts for a call's sizes, compiled if they are new."""
@@ -127,3 +126,33 @@ class SteppedGraph:
 def _number(time: Any) -> float:
     """A timestep as a number; one for each sample or token must be equal, so that the first speaks for all."""
     return float(time.flatten()[0]) if isinstance(time, Tensor) else float(time)
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """See :class:`accelpass.passes.step_cache.base.Trial`."""
+
+    composition: Composition
+    args: Sequence[Any]
+    recalled: Callable[[str], Tensor]
+    tick: Tick
+    time: float
+    latents: Tensor
+
+    @property
+    def sites(self) -> Sequence[Sequence[tuple[StepPass, str]]]:
+        return self.composition.sites
+
+    @property
+    def step(self) -> int:
+        return self.tick.step
+
+    @property
+    def branch(self) -> int:
+        return self.tick.branch
+
+    def can(self, block: int, actions: tuple[str, ...]) -> bool:
+        return (block, actions) in self.composition.pieces
+
+    def run(self, row: Sequence[tuple[str, ...]]) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+        return self.composition.evaluate(tuple(row), self.args, self.recalled)

@@ -35,6 +35,9 @@ def path_of(source: Any) -> tuple[str, str] | None:
     while source is not None:
         base = getattr(source, "base", None)
         table = getattr(base, "member", None)
+        if isinstance(base, DictGetItemSource) and getattr(base.base, "member", None) == "__dict__":
+            # A class with a __getattr__ of its own (diffusers' models): Dynamo looks the table up in __dict__.
+            table, base = base.index, base.base
         if isinstance(source, DictGetItemSource) and table in _TABLES:
             parts.append(str(source.index))
             kind = kind or _TABLES[table]

@@ -7,10 +7,10 @@ graph together from these.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, fx
 
@@ -19,7 +19,7 @@ from accelpass.ir.errors import SpecConflict
 from accelpass.ir.program import Program
 from accelpass.ir.resize import CannotResize
 from accelpass.ir.steps import Module, StepBlock, drop_dead_writes, recall, remember, step_blocks
-from accelpass.passes.base import Done, Record, SitePatterns, Skip
+from accelpass.passes.base import Done, Pass, Record, SitePatterns, Skip
 
 FULL = "full"
 FIRST = "first call: "
@@ -59,6 +59,8 @@ class StepPass(SitePatterns):
     phase: ClassVar[str] = "cache"
     searching: ClassVar[bool] = False
     """Every combination of actions may be asked for."""
+    searcher: ClassVar[StepSearch | None] = None
+    """Who decides at each call in place of :meth:`action`."""
 
     @abstractmethod
     def places(self, blocks: Sequence[StepBlock]) -> list[Site]:
@@ -71,6 +73,10 @@ class StepPass(SitePatterns):
     @abstractmethod
     def horizon(self) -> int:
         """How many model calls must be looked at to have seen every action."""
+
+    def operand(self, name: str, step: int) -> Tensor | None:
+        """A tensor that a rewritten site recalls and that no step keeps: one that the plan holds for each step."""
+        return None
 
     @property
     def branches(self) -> int:
@@ -155,3 +161,56 @@ def refuse_edited(spec: AttentionSpec, by: str) -> None:
     for owner, part in spec.edits:
         if owner != by:
             raise SpecConflict(f"{by!r} and {owner!r} ({part}) cannot both have the attention at {spec.site}")
+
+
+class Searched(ABC):
+    """Mix-in of passes that fit themselves in a sampling run (``accelpass.search_steps``)."""
+
+    @abstractmethod
+    def search(self, tell: Callable[[str], None]) -> StepSearch:
+        """A new search; it calls ``tell`` once for each model call, with a few words on what it decided."""
+
+
+class StepSearch(ABC):
+    """Takes the decisions of one search, call by call.
+
+    Attributes:
+        in_search: the pass that the model is compiled with meanwhile; its ``searcher`` is this object.
+        options: options of the backend that the search needs.
+    """
+
+    in_search: StepPass
+    options: ClassVar[dict[str, Any]] = {}
+
+    @abstractmethod
+    def choose(self, trial: Trial) -> tuple[tuple[str, ...], ...]:
+        """What to do at this call: by block, the action of each of its sites."""
+
+    @abstractmethod
+    def found(self) -> Pass:
+        """The pass with what was found."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was found besides, for the plan; names begin with the pass's."""
+        return {}
+
+
+class Trial(Protocol):
+    """One model call of a search, which may be computed in several ways before one is chosen.
+
+    Attributes:
+        sites: by block, the pass and the path of each site.
+        step, branch: as in :meth:`StepPass.action`; ``time`` is the timestep, ``latents`` what the model is given.
+    """
+
+    sites: Sequence[Sequence[tuple[StepPass, str]]]
+    step: int
+    branch: int
+    time: float
+    latents: Tensor
+
+    def can(self, block: int, actions: tuple[str, ...]) -> bool:
+        """Whether a block can be computed so."""
+
+    def run(self, row: Sequence[tuple[str, ...]]) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+        """The model's results and what would be kept; nothing is kept."""

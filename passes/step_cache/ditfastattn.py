@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -18,8 +18,10 @@ from accelpass.ir.resize import CannotResize, Resizer
 from accelpass.ir.steps import LATENTS, StepBlock, StepError, recall, user_input
 from accelpass.passes.step_cache.base import (
     FULL,
+    Searched,
     Site,
     StepPass,
+    StepSearch,
     keep,
     kept,
     of_first_branch,
@@ -36,7 +38,7 @@ _OUTPUT, _RESIDUAL = "+output", "+residual"
 
 
 @dataclass(frozen=True)
-class DiTFastAttn(StepPass):
+class DiTFastAttn(StepPass, Searched):
     """Attention shared across steps, in a window plus a cached residual, or for one guidance half alone.
 
     Yuan et al., "DiTFastAttn: Attention Compression for Diffusion Transformer Models", NeurIPS 2024, section 3. Only
@@ -48,6 +50,8 @@ class DiTFastAttn(StepPass):
             residual, C one guidance half for both, X window plus residual for one half. ``accelpass.search_steps`` finds them.
         window: tokens to either side that a query sees along the flattened grid; None for an eighth of the tokens,
             as in the paper's 128 of 1024 and 512 of 4096.
+        threshold: the paper's delta: how much all changes of a step together may change the model's output
+            (:func:`ditfastattn_search.relative_difference`) when the methods are searched; it tried 0.025 to 0.15.
         cond_first: which half of the batch is computed where one stands for both: the first, or the second.
         latents: shape of the latents that the methods were found for, without the batch.
         guidance: how the run does classifier-free guidance: as one ``batch`` of two halves, as two ``calls``, or ``none``.
@@ -57,6 +61,7 @@ class DiTFastAttn(StepPass):
 
     methods: dict[str, str] = field(default_factory=dict)
     window: int | None = None
+    threshold: float = 0.05
     cond_first: bool = True
     latents: tuple[int, ...] = ()
     guidance: Literal["batch", "calls", "none"] = "batch"
@@ -67,6 +72,8 @@ class DiTFastAttn(StepPass):
     paper: ClassVar[str] = "arXiv:2406.08552"
 
     def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 10:
+            raise self.fail("threshold", "a number from 0, which changes nothing, to 10")
         if self.window is not None and self.window < 0:
             raise self.fail("window", "a number of tokens, 0 or more, or None for an eighth of them")
         lengths = {len(letters) for letters in self.methods.values()}
@@ -217,6 +224,11 @@ class DiTFastAttn(StepPass):
                 last = call(program.graph, half, aten.cat.default, [half, half])
             made.append(last)
         return made
+
+    def search(self, tell: Callable[[str], None]) -> StepSearch:
+        from accelpass.passes.step_cache.ditfastattn_search import DiTFastAttnSearch
+
+        return DiTFastAttnSearch(self, tell)
 
     def check_call(self, latents: Tensor) -> None:
         if self.guidance == "calls" or not any(set(letters) & {"C", "X"} for letters in self.methods.values()):
