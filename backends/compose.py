@@ -19,7 +19,7 @@ from accelpass.ir.analyses.cost import at_compiled_sizes, costs
 from accelpass.ir.errors import PassError
 from accelpass.ir.graph import fake_mode, value
 from accelpass.ir.program import Program
-from accelpass.ir.steps import BLOCK, prepare
+from accelpass.ir.steps import BLOCK, STREAM, prepare
 from accelpass.ir.tensors import Binder, FromInputs
 from accelpass.passes.base import Record
 from accelpass.passes.step_cache.base import FULL, StepPass
@@ -140,8 +140,8 @@ class Composer:
             if kind == "derived":
                 self._derived.setdefault(what, len(self._derived))
         kept = tuple((name, _ref(tensors, node)) for name, node in keeps)
-        layouts = {n.name: layout(value(n)) for n in (*part.given, *part.made)}
-        made = tuple(n.name for n in part.made)
+        layouts = {_called(n): layout(value(n)) for n in (*part.given, *part.made)}
+        made = tuple(map(_called, part.made))
         self._pieces[at, actions] = Piece(self._code[key], given, made, kept, layouts, flops)
 
 
@@ -207,7 +207,13 @@ def _ref(tensors: FromInputs, node: fx.Node) -> Ref:
         return tensors.origin(node)
     if node.op == "get_attr":
         return "held", Held(operator.attrgetter(str(node.target))(tensors.gm))
-    return "value", node.name
+    return "value", _called(node)
+
+
+def _called(node: fx.Node) -> str:
+    """The name that a value has in all graphs of the model."""
+    called: str = node.meta.get(STREAM, node.name)
+    return called
 
 
 def _outputs(program: Program) -> tuple[list[Any], list[fx.Node]]:

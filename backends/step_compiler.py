@@ -18,7 +18,7 @@ from accelpass.backends.inductor import compile_whole
 from accelpass.backends.rewriting import captured, lowered, refuse_released
 from accelpass.backends.sampling import SteppedGraph
 from accelpass.backends.steps import Composition
-from accelpass.ir.errors import PassError
+from accelpass.ir.errors import OptionError, PassError
 from accelpass.ir.graph import placeholders, value
 from accelpass.ir.program import Program
 from accelpass.ir.steps import LATENTS, TIMESTEP, user_input
@@ -44,14 +44,22 @@ def step_graph(
     tensors = program.tensors
     assert isinstance(tensors, FromInputs)
     latents, time = user_input(program, *LATENTS), user_input(program, *TIMESTEP)
-    passes = tuple(p for p in chosen.passes if isinstance(p, StepPass))
+    artefacts = {} if chosen.plan is None else chosen.plan.tensors
     if time is None or latents is None:
         raise PassError(
-            f"{', '.join(p.name for p in passes)}: the model has no input named {', '.join(TIMESTEP)}, from which the "
+            f"{', '.join(p.name for p in chosen.passes if isinstance(p, StepPass))}: the model has no input named {', '.join(TIMESTEP)}, from which the "
             "denoising step could be told; rename the argument, or wrap the model"
         )
     if chosen.plan is not None:
         chosen.plan.check(program)
+    device = value(latents).device
+    bound = tuple(p.bound(artefacts, device) if isinstance(p, StepPass) else p for p in chosen.passes)
+    chosen = replace(chosen, passes=bound)
+    passes = tuple(p for p in bound if isinstance(p, StepPass))
+    if len(passes) > 1:
+        raise OptionError(
+            f"{' and '.join(p.name for p in passes)} both choose what a block computes at a denoising step; use one of them"
+        )
     source = _copied(gm)
     symbolic = any(isinstance(n, torch.SymInt) for node in placeholders(program.gm) for n in _sizes(value(node)))
 

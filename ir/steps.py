@@ -22,6 +22,8 @@ from accelpass.ir.tensors import FromInputs
 
 BLOCK = "step_block"
 """Key of ``meta``: the number of the block that a node is the end of; -1 for all nodes in front of the blocks."""
+STREAM = "step_stream"
+"""Key of ``meta``: under which name other blocks know a block's output, whatever computes it."""
 
 
 class StepError(AccelpassError, ValueError):
@@ -56,6 +58,7 @@ class StepBlock:
         number: counted from the first such block.
         inputs, outputs: its streams, the latents' first.
         modules: its attentions over the latents, in order; cross-attention is not among them.
+        region: the nodes between inputs and outputs, outputs included, in graph order.
     """
 
     number: int
@@ -63,6 +66,7 @@ class StepBlock:
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     modules: tuple[Module, ...]
+    region: tuple[fx.Node, ...]
 
 
 def user_input(program: Program, *names: str) -> fx.Node | None:
@@ -94,7 +98,9 @@ def step_blocks(program: Program) -> list[StepBlock]:
     reached = _reached(program, latents)
     for block in program.analysis(blocks):
         if block.inputs[0] in reached:
-            found.append(StepBlock(len(found), block.path, block.inputs, block.outputs, _modules(program, block)))
+            inside = _region(program, block.inputs, block.outputs)
+            modules = _modules(program, block)
+            found.append(StepBlock(len(found), block.path, block.inputs, block.outputs, modules, inside))
     return found
 
 
@@ -205,6 +211,8 @@ def prepare(program: Program) -> list[StepBlock]:
     program.pins = len(pins)
     for block in found:
         max(block.outputs).meta[BLOCK] = block.number
+        for node in block.outputs:
+            node.meta[STREAM] = node.name
     return found
 
 

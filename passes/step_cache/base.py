@@ -8,17 +8,32 @@ graph together from these.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, fx
 
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.errors import SpecConflict
+from accelpass.ir.graph import aten, call, value
 from accelpass.ir.program import Program
 from accelpass.ir.resize import CannotResize
-from accelpass.ir.steps import Module, StepBlock, drop_dead_writes, recall, remember, step_blocks
+from accelpass.ir.steps import (
+    BLOCK,
+    LATENTS,
+    STREAM,
+    Module,
+    StepBlock,
+    StepError,
+    drop_dead_writes,
+    recall,
+    remember,
+    step_blocks,
+    user_input,
+)
 from accelpass.passes.base import Done, Pass, Record, SitePatterns, Skip
 
 FULL = "full"
@@ -52,15 +67,27 @@ class StepPass(SitePatterns):
 
     Attributes:
         timesteps: the timesteps that the schedule was made for, one for each model call; empty if it fits any run.
+        latents: shape of the latents that it was made for, without the batch; empty if it fits any.
+        scheduler: what it was made with, for people to read; the timesteps are what is checked.
     """
 
     timesteps: tuple[float, ...] = field(default=(), kw_only=True)
+    latents: tuple[int, ...] = field(default=(), kw_only=True)
+    scheduler: str = field(default="", kw_only=True)
 
     phase: ClassVar[str] = "cache"
     searching: ClassVar[bool] = False
     """Every combination of actions may be asked for."""
     searcher: ClassVar[StepSearch | None] = None
     """Who decides at each call in place of :meth:`action`."""
+
+    def bound(self, artefacts: Mapping[str, Tensor], device: torch.device) -> StepPass:
+        """The pass with the tensors of its plan.
+
+        Raises:
+            PlanError: it cannot do without, and there are none.
+        """
+        return self
 
     @abstractmethod
     def places(self, blocks: Sequence[StepBlock]) -> list[Site]:
@@ -106,6 +133,12 @@ class StepPass(SitePatterns):
         sites = self.places(program.analysis(step_blocks))
         if not sites:
             record.skip("model", NO_BLOCKS)
+        seen = tuple(int(n) for n in value(latents).shape[1:]) if (latents := user_input(program, *LATENTS)) else ()
+        if self.latents and seen and seen != self.latents:
+            raise StepError(
+                f"the plan of {self.name} is for latents of {list(self.latents)}, and these are {list(seen)}; "
+                "make a plan for this size (accelpass.search_steps)"
+            )
         for site in sites:
             wanted = self.wanted(site.path)
             why = wanted.why if isinstance(wanted, Skip) else self.why_not(program, site)
@@ -143,6 +176,17 @@ def state_name(path: str, what: str, index: int = 0) -> str:
     return f"{path}:{what}" if index == 0 else f"{path}:{what}{index + 1}"
 
 
+@contextmanager
+def appending(node: fx.Node) -> Iterator[Callable[..., fx.Node]]:
+    """Nodes made inside come after ``node``, in the order in which they are made; yields what calls an operator."""
+    graph = node.graph
+    with graph.inserting_after(node):
+        end = graph.call_function(aten.alias.default, (node,))
+    with graph.inserting_before(end):
+        yield lambda target, *args: call(graph, node, target, *args)
+    graph.erase_node(end)
+
+
 def put(site: Site, new: Sequence[fx.Node]) -> None:
     """Let ``new`` be the site's results.
 
@@ -154,6 +198,11 @@ def put(site: Site, new: Sequence[fx.Node]) -> None:
             raise CannotResize(f"{old.name} is read before the last of the site's results is there")
     for old, node in zip(site.results, new, strict=True):
         old.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user is not node)
+        if old is not node and STREAM in old.meta:
+            node.meta[STREAM] = old.meta.pop(STREAM)
+    ends = [old.meta.pop(BLOCK) for old in site.results if BLOCK in old.meta]
+    if ends:
+        max(new).meta[BLOCK] = ends[0]
 
 
 def refuse_edited(spec: AttentionSpec, by: str) -> None:

@@ -15,13 +15,14 @@ from accelpass.ir.attention.spec import Band
 from accelpass.ir.graph import aten, call, value
 from accelpass.ir.program import Program
 from accelpass.ir.resize import CannotResize, Resizer
-from accelpass.ir.steps import LATENTS, StepBlock, StepError, recall, user_input
+from accelpass.ir.steps import StepBlock, StepError, recall
 from accelpass.passes.step_cache.base import (
     FULL,
     Searched,
     Site,
     StepPass,
     StepSearch,
+    appending,
     keep,
     kept,
     of_first_branch,
@@ -53,19 +54,15 @@ class DiTFastAttn(StepPass, Searched):
         threshold: the paper's delta: how much all changes of a step together may change the model's output
             (:func:`ditfastattn_search.relative_difference`) when the methods are searched; it tried 0.025 to 0.15.
         cond_first: which half of the batch is computed where one stands for both: the first, or the second.
-        latents: shape of the latents that the methods were found for, without the batch.
         guidance: how the run does classifier-free guidance: as one ``batch`` of two halves, as two ``calls``, or ``none``.
             With two calls, C and X mean that the second takes the output of the first.
-        scheduler: what they were found with, for people to read; the timesteps are what is checked.
     """
 
     methods: dict[str, str] = field(default_factory=dict)
     window: int | None = None
     threshold: float = 0.05
     cond_first: bool = True
-    latents: tuple[int, ...] = ()
     guidance: Literal["batch", "calls", "none"] = "batch"
-    scheduler: str = ""
 
     name: ClassVar[str] = "ditfastattn"
     summary: ClassVar[str] = "attention shared across denoising steps and guidance halves, or in a window"
@@ -110,16 +107,6 @@ class DiTFastAttn(StepPass, Searched):
     @property
     def branches(self) -> int:
         return 2 if self.guidance == "calls" else 1
-
-    def why_not(self, program: Program, site: Site) -> str | None:
-        if self.latents and self.methods:
-            seen = tuple(int(n) for n in value(_latents(program)).shape[1:])
-            if seen != tuple(self.latents):
-                raise StepError(
-                    f"the plan of ditfastattn is for latents of {list(self.latents)}, and these are {list(seen)}; "
-                    "make a plan for this size (accelpass.search_steps)"
-                )
-        return None
 
     def windowed(self, program: Program, site: Site) -> str | None:
         """Why a window over the tokens has no meaning at a site, or None."""
@@ -202,12 +189,9 @@ class DiTFastAttn(StepPass, Searched):
             low = 0 if start == 0 else half
             return call(graph, node, aten.slice.Tensor, node, dim, low, low + half)
 
-        with graph.inserting_after(max(site.results)):
-            anchor = graph.call_function(aten.alias.default, (max(site.results),))
-        with graph.inserting_before(anchor):
+        with appending(max(site.results)):
             resizer = Resizer(graph, found, found.of(site.streams[0])[0], batch // 2, take)
             made = resizer.copy(site.module.region, site.results)
-        graph.erase_node(anchor)
         return resizer.copied(site.module.attention.node), made
 
     def _own(self, whole: fx.Node, like: fx.Node) -> fx.Node:
@@ -265,9 +249,3 @@ def _next_of(letters: str, step: int, wanted: str, ends: str) -> bool:
         if letter in ends:
             return False
     return False
-
-
-def _latents(program: Program) -> fx.Node:
-    found = user_input(program, *LATENTS)
-    assert found is not None
-    return found
