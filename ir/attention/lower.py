@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.insert import base, inverse, shared
 from accelpass.ir.attention.op import ATTENTION, attend, is_attention, spec_of
-from accelpass.ir.attention.spec import All, AttentionSpec, BlockList, Dense, SinksAndWindow
+from accelpass.ir.attention.spec import All, AttentionSpec, Band, BlockList, Dense, SinksAndWindow
 from accelpass.ir.attention.steps import STEPS
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.graph import hint, module_path, value
@@ -45,7 +45,7 @@ class Lowering:
 def _composed_why_not(spec: AttentionSpec, node: fx.Node) -> str | None:
     if not isinstance(spec.store, Dense):
         return f"store {spec.store.part} is not known to it"
-    if not isinstance(spec.select, All | SinksAndWindow | BlockList):
+    if not isinstance(spec.select, All | Band | SinksAndWindow | BlockList):
         return f"selection {spec.select.part} is not known to it"
     unknown = [s.kind for s in spec.steps if s.kind not in STEPS]
     return f"step {unknown[0]} is not known to it" if unknown else None
@@ -201,11 +201,11 @@ def _inline_traced(program: Program, node: fx.Node, lowering: Lowering) -> None:
     graph, spec = program.graph, spec_of(node)
     operands = [*node.args[:3], *node.args[3]]
     many = node.target is not ATTENTION
-    wanted = value(node)[0] if many else value(node)
+    order = _memory_order(value(node)[0] if many else value(node))  # not in the trace: its strides may be symbolic
 
     def run(*given: Tensor) -> list[Tensor]:
         out, found = lowering.run(given[0], given[1], given[2], given[3:], spec)
-        return [like_in_memory(out, wanted), *(found[name] for name in sorted(spec.statistics))]
+        return [_in_order(out, order), *(found[name] for name in sorted(spec.statistics))]
 
     results = splice(program, trace(program, run, operands), operands, node)
     if many:
@@ -220,7 +220,15 @@ def _inline_traced(program: Program, node: fx.Node, lowering: Lowering) -> None:
 
 def like_in_memory(out: Tensor, wanted: Tensor) -> Tensor:
     """``out`` with its dimensions in memory as ``wanted`` has them: the model may view the result."""
+    return _in_order(out, _memory_order(wanted))
+
+
+def _memory_order(wanted: Tensor) -> tuple[int, ...] | None:
+    """Its dimensions from the slowest to the fastest; None if it is contiguous."""
     if wanted.is_contiguous():
-        return out
-    order = sorted(range(wanted.dim()), key=lambda d: hint(wanted.stride(d)), reverse=True)
-    return out.permute(order).contiguous().permute(inverse(tuple(order)))
+        return None
+    return tuple(sorted(range(wanted.dim()), key=lambda d: hint(wanted.stride(d)), reverse=True))
+
+
+def _in_order(out: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    return out if order is None else out.permute(order).contiguous().permute(inverse(order))
