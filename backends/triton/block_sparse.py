@@ -32,7 +32,7 @@ def _block_sparse(
     v_ptr,  # (B, Hkv, M, DV)
     blocks_ptr,  # (1 or H, q_blocks, most)
     counts_ptr,  # (1 or H, q_blocks)
-    out_ptr,  # (B, H, N, DV)
+    out_ptr,  # (B, N, H, DV)
     lse_ptr,  # (B, H, N)
     scale,
     heads,
@@ -152,7 +152,8 @@ def _block_sparse(
     if DV_P2 != DV:
         mask = mask & (dv < DV)[None, :]
     out = (acc / some[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (row * DV)[:, None] + dv[None, :], out, mask=mask)
+    out_at = (sequence * N + m) * heads + head
+    tl.store(out_ptr + (out_at * DV)[:, None] + dv[None, :], out, mask=mask)
     tl.store(lse_ptr + row, (top + tl.log2(some)) / LOG2E, mask=in_m)
 
 

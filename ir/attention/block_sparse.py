@@ -135,7 +135,7 @@ def block_sparse_attention(
         scale: of the scores.
 
     Returns:
-        The output ``(B, Hq, N, dv)`` and the natural log-sum-exp of the scaled scores, float32 ``(B, Hq, N)``. A row
+        The output ``(B, Hq, N, dv)``, in memory ``(B, N, Hq, dv)``, and the natural log-sum-exp of the scaled scores, float32 ``(B, Hq, N)``. A row
         without any key has output 0 and log-sum-exp -inf.
 
     Raises:
@@ -144,8 +144,7 @@ def block_sparse_attention(
     check_block_sparse(q, k, v, blocks, counts, size, reach)
     heads, rows = q.shape[1], q.shape[2]
     groups, columns, width = heads // k.shape[1], k.shape[2], v.shape[3]
-    out = v.new_zeros((*q.shape[:3], width))
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    out, lse = empty_results(q, v)
     widest = max(q.shape[3], width)  # the fused kernel has one width; channels of zeros change nothing
     q, k, v = (_widened(t, widest) for t in (q, k, v))
     tables = _checked(blocks.tolist(), counts.tolist(), -(-columns // size))
@@ -156,6 +155,9 @@ def block_sparse_attention(
     masks = _Masks(q, reach, causal)
     for mine, theirs, folded, table in shared:
         for low, high, runs in _pieces(table, size, rows, columns, reach, causal):
+            if not runs:
+                out[:, mine, low:high], lse[:, mine, low:high] = 0.0, -torch.inf
+                continue
             keys, values = (_taken(t[:, theirs], runs) for t in (k, v))
             # Query heads of one key head as more rows, which are one matrix product.
             queries = q[:, mine, low:high].reshape(q.shape[0], -1, folded * (high - low), widest)
@@ -186,8 +188,10 @@ def _(
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The output and the log-sum-exp, to be filled."""
-    return v.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    """The output, as torch's fused kernels lay it out, and the log-sum-exp, to be filled."""
+    batch, heads, rows = q.shape[:3]
+    out = v.new_empty((batch, rows, heads, v.shape[3])).transpose(1, 2)
+    return out, q.new_empty((batch, heads, rows), dtype=torch.float32)
 
 
 def _widened(x: Tensor, width: int) -> Tensor:
@@ -231,9 +235,7 @@ def _pieces(
             seen_from = max(0, low - reach) if reach >= 0 else 0
             seen_to = min(columns if reach < 0 else high + reach, high if causal else columns)
             cut = [(max(a, seen_from), min(b, seen_to)) for a, b in runs]
-            cut = [(a, b) for a, b in cut if a < b]
-            if cut:
-                yield low, high, cut
+            yield low, high, [(a, b) for a, b in cut if a < b]
 
 
 def _runs(listed: Sequence[int], size: int, columns: int) -> list[Run]:

@@ -231,4 +231,6 @@ def _memory_order(wanted: Tensor) -> tuple[int, ...] | None:
 
 
 def _in_order(out: Tensor, order: tuple[int, ...] | None) -> Tensor:
-    return out if order is None else out.permute(order).contiguous().permute(inverse(order))
+    if order is None:
+        return out if out.is_contiguous() else out.contiguous()
+    return out.permute(order).contiguous().permute(inverse(order))

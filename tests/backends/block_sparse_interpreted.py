@@ -22,7 +22,7 @@ from accelpass.ir.attention.block_sparse import band_blocks, listed_blocks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (16, 24, 64, 72, 80, 96, 128, 256)
-EXAMPLES = int(os.environ.get("ACCELPASS_EXAMPLES", "14"))
+EXAMPLES = int(os.environ.get("ACCELPASS_EXAMPLES", "8"))
 quick = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 U = 2.0**-24
 
@@ -119,7 +119,7 @@ def test_every_width(width, dtype):
     check(*given_, BlockList(16, ((0, 0), (0, 2), (1, 1))))
 
 
-@pytest.mark.parametrize("ratio", range(1, 9))
+@pytest.mark.parametrize("ratio", [1, 2, 3, 5, 8])
 def test_every_number_of_heads_per_key(ratio):
     r = torch.Generator().manual_seed(ratio)
     given_ = operands(ratio, torch.float16, 2, 2, ratio, 20, 33, 16, 16)

@@ -353,6 +353,19 @@ def renamed(spec):
     return spec.edited(by="a test", select=attention.All())
 
 
+def heads_viewed(q, k, v):
+    """Products leave a contiguous output, which the model may view; a fused operator's is not."""
+    out = torch.softmax(q @ k.mT * 0.3, -1) @ v
+    return out.view(-1, *out.shape[2:])
+
+
+@pytest.mark.parametrize(("select", "name"), [(attention.All(), "sdpa"), (Band(3), "block_sparse")])
+def test_the_output_has_the_memory_that_the_model_views(select, name):
+    used, out, want = lowered(heads_viewed, selecting(select), *operands(2, 2, 1, 12, 12, 8, 8))
+    assert used == {name}
+    torch.testing.assert_close(out, want.flatten(0, 1), atol=ATOL, rtol=0)
+
+
 @pytest.mark.parametrize("core", [plain, causal, in_float32])
 def test_all_keys_are_lowered_to_sdpa(core):
     used, out, want = lowered(core, renamed, *operands(2, 2, 1, 9, 12, 8, 8))
