@@ -14,7 +14,7 @@ from torch.library import triton_op, wrap_triton
 from accelpass.backends.block_sparse import WIDEST
 from accelpass.backends.triton import require_triton
 from accelpass.backends.triton.block_sparse import INTERPRETED, block_sparse
-from accelpass.ir.attention.block_sparse import check_block_sparse, empty_results
+from accelpass.ir.attention.block_sparse import check_block_sparse, effective_reach, empty_results
 
 triton = require_triton()
 
@@ -79,6 +79,7 @@ def block_sparse_attention_triton(
     batch, heads, rows, width = q.shape
     kv_heads, columns = k.shape[1:3]
     q_blocks, most = blocks.shape[1:]
+    reach = effective_reach(reach, rows, columns)
 
     def grid(config: dict[str, int]) -> tuple[int]:
         return (batch * heads * q_blocks * triton.cdiv(size, config["BLOCK_M"]),)
@@ -97,7 +98,7 @@ def block_sparse_attention_triton(
         M=columns,
         q_blocks=q_blocks,
         most=most,
-        reach=min(max(reach, 0), rows + columns),  # in 32 bits
+        reach=reach,
         table_heads=blocks.shape[0],
         bucket=min(triton.next_power_of_2(max(1, most * size)), 4096),  # from there on a config is in its steady state
         q_sb=q.stride(0),

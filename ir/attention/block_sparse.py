@@ -144,6 +144,7 @@ def block_sparse_attention(
     check_block_sparse(q, k, v, blocks, counts, size, reach)
     heads, rows = q.shape[1], q.shape[2]
     groups, columns, width = heads // k.shape[1], k.shape[2], v.shape[3]
+    reach = effective_reach(reach, rows, columns)
     out, lse = empty_results(q, v)
     widest = max(q.shape[3], width)  # the fused kernel has one width; channels of zeros change nothing
     q, k, v = (_widened(t, widest) for t in (q, k, v))
@@ -185,6 +186,11 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     check_block_sparse(q, k, v, blocks, counts, size, reach)
     return empty_results(q, v)
+
+
+def effective_reach(reach: int, rows: int, columns: int) -> int:
+    """The same reach, or -1 where it lets every key through."""
+    return -1 if reach >= max(rows, columns) - 1 else reach
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -180,6 +180,9 @@ def test_query_blocks_with_equal_lists_are_one_call(monkeypatch):
     every = BlockList(16, tuple((i, j) for i in range(8) for j in (range(8) if i < 6 else (0, 5))))
     BLOCK_SPARSE(q, k, v, *listed_blocks(every, 128, 128, "cpu"), 16, -1, False, 0.3)
     assert [shape[2] for shape in calls] == [96, 32]
+    calls.clear()
+    BLOCK_SPARSE(q, k, v, *band_blocks(128, 128, 127, 16, "cpu"), 16, 127, False, 0.3)  # a band of all keys is no band
+    assert [shape[2] for shape in calls] == [128]
 
 
 def test_opcheck():
@@ -291,12 +294,10 @@ def test_selections_are_lowered_to_the_op(core, select):
 
 
 def test_a_list_for_each_head_and_a_causal_window():
-    used, out, want = lowered(plain, selecting(PER_HEAD), *operands(2, 2, 1, 40, 40, 8, 8))
-    assert used == {"block_sparse"}
-    torch.testing.assert_close(out, want, atol=ATOL, rtol=0)
-    used, out, want = lowered(causal, selecting(SinksAndWindow(0, 7)), *operands(2, 2, 1, 40, 40, 8, 8))
-    assert used == {"block_sparse"}
-    torch.testing.assert_close(out, want, atol=ATOL, rtol=0)
+    for core, select in ((plain, PER_HEAD), (causal, SinksAndWindow(0, 7))):
+        used, out, want = lowered(core, selecting(select), *operands(2, 2, 1, 40, 40, 8, 8))
+        assert used == {"block_sparse"}
+        torch.testing.assert_close(out, want, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize(
