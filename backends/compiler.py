@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from accelpass.backends import block_sparse as block_sparse  # registers its kernel
 from accelpass.backends import kv_decode as kv_decode  # registers its kernel
 from accelpass.backends.caches import CacheCalls
 from accelpass.backends.inductor import compile_graph, compile_whole

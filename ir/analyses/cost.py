@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from accelpass.ir.attention.op import is_attention
+from accelpass.ir.attention.op import is_attention, spec_of
+from accelpass.ir.attention.selected import selected_pairs
+from accelpass.ir.attention.spec import All
 from accelpass.ir.graph import aten, value
 from accelpass.ir.program import Program
 from accelpass.ir.weight_only_ops import int4_linear, int8_linear
@@ -117,8 +119,21 @@ def _convolution(node: fx.Node) -> sympy.Expr:
 
 def _attention(node: fx.Node) -> sympy.Expr:
     q, k, v = (value(a) for a in node.args[:3])
-    rows = _numel(q) / _size(q.shape[-1])
-    return 2 * rows * _size(k.shape[-2]) * (_size(q.shape[-1]) + _size(v.shape[-1]))
+    pairs = _numel(q) / _size(q.shape[-1]) * _size(k.shape[-2])
+    if is_attention(node) and not isinstance(spec_of(node).select, All):
+        pairs = _selected(node, pairs)
+    return 2 * pairs * (_size(q.shape[-1]) + _size(v.shape[-1]))
+
+
+def _selected(node: fx.Node, pairs: sympy.Expr) -> sympy.Expr:
+    """The (query, key) pairs of an edited attention; all of them where a size is symbolic or the selection unknown."""
+    q, k = (value(a) for a in node.args[:2])
+    heads, rows, columns = (q.shape[-3] if q.dim() > 2 else 1), q.shape[-2], k.shape[-2]
+    if not all(isinstance(size, int) for size in (heads, rows, columns)):
+        return pairs
+    spec = spec_of(node)
+    found = selected_pairs(spec.select, heads, rows, columns, spec.causal)
+    return pairs if found is None else pairs / (heads * rows * columns) * found
 
 
 _RULES: dict[Any, Callable[[fx.Node], sympy.Expr]] = {

@@ -5,6 +5,7 @@ operators back: the model's own where nothing was edited.
 """
 
 from accelpass.ir.attention import blocks as blocks  # registers its lowering
+from accelpass.ir.attention import fused as fused  # registers its lowerings
 from accelpass.ir.attention.detect import Attention, NearMiss, Survey, detect, near_misses, survey
 from accelpass.ir.attention.insert import insert
 from accelpass.ir.attention.lower import Lowering, Lowerings, NoLowering, lower, register_lowering
@@ -13,6 +14,7 @@ from accelpass.ir.attention.sdpa import SdpaCall, sdpa_call
 from accelpass.ir.attention.spec import (
     All,
     AttentionSpec,
+    Band,
     BlockList,
     Dense,
     Format,
@@ -28,6 +30,7 @@ __all__ = [
     "All",
     "Attention",
     "AttentionSpec",
+    "Band",
     "BlockList",
     "Dense",
     "Format",

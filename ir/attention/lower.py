@@ -201,11 +201,11 @@ def _inline_traced(program: Program, node: fx.Node, lowering: Lowering) -> None:
     graph, spec = program.graph, spec_of(node)
     operands = [*node.args[:3], *node.args[3]]
     many = node.target is not ATTENTION
-    wanted = value(node)[0] if many else value(node)
+    order = _memory_order(value(node)[0] if many else value(node))  # not in the trace: its strides may be symbolic
 
     def run(*given: Tensor) -> list[Tensor]:
         out, found = lowering.run(given[0], given[1], given[2], given[3:], spec)
-        return [like_in_memory(out, wanted), *(found[name] for name in sorted(spec.statistics))]
+        return [_in_order(out, order), *(found[name] for name in sorted(spec.statistics))]
 
     results = splice(program, trace(program, run, operands), operands, node)
     if many:
@@ -220,7 +220,17 @@ def _inline_traced(program: Program, node: fx.Node, lowering: Lowering) -> None:
 
 def like_in_memory(out: Tensor, wanted: Tensor) -> Tensor:
     """``out`` with its dimensions in memory as ``wanted`` has them: the model may view the result."""
+    return _in_order(out, _memory_order(wanted))
+
+
+def _memory_order(wanted: Tensor) -> tuple[int, ...] | None:
+    """Its dimensions from the slowest to the fastest; None if it is contiguous."""
     if wanted.is_contiguous():
-        return out
-    order = sorted(range(wanted.dim()), key=lambda d: hint(wanted.stride(d)), reverse=True)
-    return out.permute(order).contiguous().permute(inverse(tuple(order)))
+        return None
+    return tuple(sorted(range(wanted.dim()), key=lambda d: hint(wanted.stride(d)), reverse=True))
+
+
+def _in_order(out: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    if order is None:
+        return out if out.is_contiguous() else out.contiguous()
+    return out.permute(order).contiguous().permute(inverse(order))

@@ -74,19 +74,19 @@ def selection(select: Select, rows: int, columns: int, offset: int, like: Tensor
     """
     if isinstance(select, All):
         return None
-    query = torch.arange(rows, device=like.device).unsqueeze(-1) + offset
+    query = torch.arange(rows, device=like.device).unsqueeze(-1)
     key = torch.arange(columns, device=like.device)
-    if isinstance(select, SinksAndWindow):
-        return (key < select.sinks) | ((query - key) < select.window)
     if isinstance(select, Band):
         return (query - key).abs() <= select.reach
+    if isinstance(select, SinksAndWindow):
+        return (key < select.sinks) | ((query + offset - key) < select.window)
     if isinstance(select, BlockList):
-        listed = torch.tensor(select.blocks, dtype=torch.long, device=like.device)
-        pairs = listed if select.per_head else listed.unsqueeze(0)
+        heads = select.blocks if select.per_head else (select.blocks,)
+        pairs = [(head, i, j) for head, listed in enumerate(heads) for i, j in listed]  # heads may list unlike numbers
+        at = torch.tensor(pairs, dtype=torch.long, device=like.device).reshape(-1, 3)
         q_blocks, k_blocks = -(-rows // select.size), -(-columns // select.size)
-        grid = torch.zeros(pairs.shape[0], q_blocks, k_blocks, dtype=torch.bool, device=like.device)
-        head = torch.arange(pairs.shape[0], device=like.device).unsqueeze(-1)
-        grid[head, pairs[..., 0], pairs[..., 1]] = True
+        grid = torch.zeros(len(heads), q_blocks, k_blocks, dtype=torch.bool, device=like.device)
+        grid[at[:, 0], at[:, 1], at[:, 2]] = True
         full = grid.repeat_interleave(select.size, 1).repeat_interleave(select.size, 2)[:, :rows, :columns]
         return full if select.per_head else full[0]
     raise GraphError(f"select={select.part} has no reference; register a lowering for it (register_lowering)")

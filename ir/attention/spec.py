@@ -112,19 +112,26 @@ class SinksAndWindow(Select):
 
 @dataclass(frozen=True)
 class Band(Select):
-    """The keys at most ``reach`` before or after the query, along the flattened tokens."""
+    """Query i attends to the keys j with ``|i - j| <= reach``, whatever the numbers of queries and keys.
+
+    The window attention of DiTFastAttn (Yuan et al., 2024, arXiv 2406.08552): tokens are the flattened image, and the
+    band is symmetric, as no token of an image comes after another.
+    """
 
     part: ClassVar[str] = "band"
     reach: int
 
     def __post_init__(self) -> None:
         if self.reach < 0:
-            raise ValueError(f"reach={self.reach}: need reach >= 0")
+            raise ValueError(f"reach={self.reach}: need reach >= 0, at which a query attends to its own key alone")
 
 
 @dataclass(frozen=True)
 class BlockList(Select):
-    """Listed (query block, key block) pairs of ``size`` tokens, per query head if ``per_head``."""
+    """Listed (query block, key block) pairs of ``size`` tokens; ``per_head``: one such list for each query head.
+
+    A query whose block is in no pair attends to nothing. The last block of queries or keys may be shorter.
+    """
 
     part: ClassVar[str] = "block_list"
     size: int

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelpass.ir import SpecConflict
-from accelpass.ir.attention import All, AttentionSpec, BlockList, SinksAndWindow, Step, attend
+from accelpass.ir.attention import All, AttentionSpec, Band, BlockList, SinksAndWindow, Step, attend
 from accelpass.ir.attention.op import ATTENTION, ATTENTION_STATS
 
 # Both sides are f32 sums of at most 16 products, then of at most 9 weighted values; each rounds to 2**-24 relative to
@@ -92,7 +92,7 @@ def test_selection_of_everything_is_dense():
     q, k, v = operands((2,), 2, 2, 5, 5, 4, 6)
     dense = attend(q, k, v, [], AttentionSpec(groups=2, causal=True))[0]
     every = tuple((i, j) for i in range(3) for j in range(3))
-    for select in (SinksAndWindow(sinks=0, window=5), SinksAndWindow(sinks=5, window=1), BlockList(2, every)):
+    for select in (Band(4), SinksAndWindow(sinks=0, window=5), SinksAndWindow(sinks=5, window=1), BlockList(2, every)):
         spec = AttentionSpec(groups=2, causal=True).edited(by="a test", select=select)
         assert torch.equal(attend(q, k, v, [], spec)[0], dense), select
 
@@ -126,7 +126,7 @@ steps = st.lists(
     after=steps,
     groups=st.integers(1, 8),
     scale=st.floats(allow_nan=False, allow_infinity=False),
-    select=st.sampled_from([All(), SinksAndWindow(4, 8), BlockList(2, ((0, 0), (1, 0)))]),
+    select=st.sampled_from([All(), Band(3), SinksAndWindow(4, 8), BlockList(2, ((0, 0), (1, 0)))]),
 )
 def test_spec_round_trip(before, after, groups, scale, select):
     spec = AttentionSpec(groups=groups, scale=scale, steps=(*before, Step("softmax", value="float32"), *after))
@@ -163,5 +163,7 @@ def test_illegal_specs(wrong, message):
 def test_illegal_parts():
     with pytest.raises(ValueError, match="window >= 1"):
         SinksAndWindow(sinks=0, window=0)
+    with pytest.raises(ValueError, match="reach >= 0"):
+        Band(-1)
     with pytest.raises(ValueError, match="at least one token"):
         BlockList(0, ())

@@ -118,3 +118,36 @@ def test_an_attention_that_another_pass_edited_is_left_to_it():
     assert relative_error(got, want) < 1e-5
     for name in ("cpu_decode_attention", "grouped_query"):
         assert list(passes[name].skipped.values()) == ["another pass computes this attention"]
+
+
+@pytest.mark.parametrize("lowering", ["aten", "inductor"])
+def test_a_window_reads_the_keys_in_it_alone(lowering):
+    """Through the whole compiler: the edited attention becomes the block-sparse op, and the report counts its share."""
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from accelpass.backends.compiler import compiled_graphs
+    from accelpass.ir.attention import Band, detect, set_spec, spec_of
+    from accelpass.passes import Done, Pass
+
+    @dataclass(frozen=True)
+    class Near(Pass):
+        name: ClassVar[str] = "near"
+        phase: ClassVar[str] = "attention"
+        summary: ClassVar[str] = "a band of 4 keys on either side"
+
+        def apply(self, program, record):
+            for one in program.analysis(detect):
+                set_spec(one.node, spec_of(one.node).edited(by=self.name, select=Band(4)))
+                record.take(one.path, Done("band"))
+
+    q, k, v = (torch.randn(1, 4, 50, 16) for _ in range(3))
+    model = Attend(1)
+    fast = torch.compile(model, backend="accelpass", options={"lowering": lowering, "passes": [Near()]}, dynamic=False)
+    with torch.no_grad():
+        got = fast(q, k, v)
+    near = (torch.arange(50)[:, None] - torch.arange(50)).abs() <= 4
+    assert relative_error(got, model(q, k, v, near)) < 1e-5
+    (graph,) = compiled_graphs()
+    report = graph.report
+    assert report.after.flops == 2 * 2 * 4 * int(near.sum()) * 16 == report.before.flops * int(near.sum()) // 2500

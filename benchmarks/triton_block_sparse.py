@@ -1,0 +1,182 @@
+"""Time Triton block-sparse attention on an NVIDIA GPU at several densities, against torch SDPA (flash) and FlexAttention.
+
+    PYTHONPATH=<layout> python benchmarks/triton_block_sparse.py --out triton_block_sparse.json
+
+Needs torch >= 2.11, Triton >= 3.6 and accelpass. Each block of queries lists its own block and others drawn at random, so
+no density is a special pattern; FlexAttention gets the same lists, as full blocks. SDPA computes all of them. Every
+candidate is first held to the float32 reference at a small size, and is not timed if it is wrong. A candidate is
+captured in a CUDA graph, candidates take turns, and the figure is the median of the turns' medians.
+
+Units: milliseconds; TFLOP/s of the listed pairs alone, 4 * pairs * width for both products.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cuda_timing import Run, captured, milliseconds  # the scripts' own folder is on their path
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+TOKENS = (16384, 65536, 131072)
+DENSITIES = (10, 25, 50, 100)
+HEADS, KV_HEADS, WIDTH, SIZE = 8, 8, 128, 128
+SMALL = 2048  # tokens of the check against the reference
+SDPA, TRITON, FLEX = "SDPA (flash), all keys", "Triton block-sparse", "FlexAttention"
+WRONG = 0.02  # bf16 rounds at 2**-9; a wrong block costs tens of per cent
+
+
+def lists(tokens: int, density: int) -> tuple[Tensor, Tensor]:
+    """The tables of the op: the diagonal and random blocks, int32 (1, q_blocks, most) and (1, q_blocks)."""
+    side = tokens // SIZE
+    most = max(1, round(side * density / 100))
+    order = torch.rand(side, side, device="cuda")
+    order.fill_diagonal_(2.0)
+    blocks = order.topk(most).indices.sort(-1).values
+    return blocks.int().unsqueeze(0), torch.full((1, side), most, dtype=torch.int32, device="cuda")
+
+
+def block_mask(blocks: Tensor, counts: Tensor) -> BlockMask:
+    """The same lists for FlexAttention, which wants room for all blocks in a row."""
+    side = blocks.shape[1]
+    full = torch.zeros(1, 1, side, side, dtype=torch.int32, device="cuda")
+    full[..., : blocks.shape[2]] = blocks.unsqueeze(1)
+    partly = torch.zeros(1, 1, side, dtype=torch.int32, device="cuda")
+    none = torch.zeros_like(full)
+    return BlockMask.from_kv_blocks(partly, none, counts.unsqueeze(1), full, BLOCK_SIZE=SIZE, compute_q_blocks=False)
+
+
+def candidates(tokens: int, density: int) -> tuple[dict[str, Run], Callable[[], Tensor]]:
+    """What is timed, and the float32 reference of all but SDPA."""
+    import accelpass.backends.triton.block_sparse_ops  # noqa: F401  # registers the op
+
+    op = torch.ops.accelpass.block_sparse_attention_triton.default
+    q = torch.randn(1, HEADS, tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, KV_HEADS, tokens, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    blocks, counts = lists(tokens, density)
+    mask, scale = block_mask(blocks, counts), WIDTH**-0.5
+    flex = torch.compile(flex_attention, dynamic=False)
+
+    def sdpa() -> Tensor:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+            return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=HEADS != KV_HEADS)
+
+    def triton_op() -> Tensor:
+        return op(q, k, v, blocks, counts, SIZE, -1, False, scale)[0]
+
+    def flexible() -> Tensor:
+        return flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=HEADS != KV_HEADS)
+
+    def reference() -> Tensor:
+        seen = torch.zeros(tokens // SIZE, tokens // SIZE, dtype=torch.bool, device="cuda")
+        seen.scatter_(1, blocks[0].long(), True)
+        seen = seen.repeat_interleave(SIZE, 0).repeat_interleave(SIZE, 1)
+        wide = (t.float().repeat_interleave(HEADS // t.shape[1], 1) for t in (q, k, v))
+        return F.scaled_dot_product_attention(*wide, attn_mask=seen, scale=scale)
+
+    return {SDPA: sdpa, TRITON: triton_op, FLEX: flexible}, reference
+
+
+def checked(density: int) -> dict[str, float | str]:
+    """Relative error of every candidate at a small size, or why it has none. SDPA's is at all keys."""
+    errors: dict[str, float | str] = {}
+    for name in (SDPA, TRITON, FLEX):
+        try:
+            runs, reference = candidates(SMALL, 100 if name == SDPA else density)
+            expected = reference()
+            error = (runs[name]().float() - expected).square().mean() / expected.square().mean()
+            errors[name] = float(error.sqrt())
+        except Exception as failure:  # one candidate that does not run must not cost the others' figures
+            errors[name] = f"{type(failure).__name__}: {failure}"
+    return errors
+
+
+def measure(tokens: int, density: int, turns: int) -> dict[str, Any]:
+    errors, notes = checked(density), {}
+    times: dict[str, list[float]] = {}
+    graphs: dict[str, Callable[[], None]] = {}
+    runs, _ = candidates(tokens, density)
+    for name, run in runs.items():
+        error = errors[name]
+        if isinstance(error, str) or error > WRONG:
+            notes[name] = f"not timed: {error}" if isinstance(error, str) else f"WRONG: relative error {error:.3g}"
+            continue
+        try:
+            graphs[name] = captured(run)
+        except Exception as failure:
+            notes[name] = f"{type(failure).__name__}: {failure}"
+    for _ in range(turns):
+        for name, graph in graphs.items():
+            times.setdefault(name, []).append(milliseconds(graph))
+    listed = HEADS * tokens * max(1, round(tokens // SIZE * density / 100)) * SIZE
+    base = statistics.median(times[SDPA]) if SDPA in times else None
+    results = {}
+    for name, turned in times.items():
+        ms = statistics.median(turned)
+        pairs = HEADS * tokens * tokens if name == SDPA else listed
+        results[name] = {
+            "ms": ms,
+            "turns_ms": turned,
+            "tflops": 4 * pairs * WIDTH / ms / 1e9,
+            "times_faster_than_sdpa": base / ms if base else None,
+            "relative_error_at_small_size": errors[name],
+        }
+    if TRITON in results:
+        from accelpass.backends.triton.block_sparse import block_sparse
+
+        results[TRITON]["config"] = str(getattr(block_sparse, "best_config", None))
+    return {"tokens": tokens, "density_percent": density, "results": results, "notes": notes}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--tokens", help="sequence lengths, as 16384,65536 (default: these and 131072)")
+    parser.add_argument("--densities", help="per cent of the blocks, as 10,100 (default: 10,25,50,100)")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("triton_block_sparse: this needs an NVIDIA GPU, and torch sees none (torch.cuda.is_available() is False)")
+        return 2
+    import triton
+
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False  # the references are float32
+    torch.set_grad_enabled(False)
+    torch._dynamo.config.cache_size_limit = 64  # FlexAttention is compiled for each length and list
+    lengths = [int(n) for n in options.tokens.split(",")] if options.tokens else TOKENS
+    densities = [int(n) for n in options.densities.split(",")] if options.densities else DENSITIES
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "width": WIDTH, "size": SIZE, "dtype": "bfloat16"},
+        "cases": [],
+    }
+    print(f"{report['device']}, torch {report['torch']}, triton {report['triton']}", flush=True)
+    for tokens in lengths:
+        for density in densities:
+            case = measure(tokens, density, options.turns)
+            report["cases"].append(case)
+            options.out.write_text(json.dumps(report, indent=1))  # after each case: a run cut short leaves its figures
+            print(f"\n{tokens} tokens, {density} % of the blocks")
+            for name, r in case["results"].items():
+                faster = f"{r['times_faster_than_sdpa']:.2f} x" if r["times_faster_than_sdpa"] else ""
+                print(f"  {name:24s} {r['ms']:9.3f} ms {r['tflops']:7.0f} TFLOP/s {faster}")
+            for name, note in case["notes"].items():
+                print(f"  {name}: {note}")
+            sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
