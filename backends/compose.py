@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from accelpass.ir.analyses.cost import at_compiled_sizes, costs
 from accelpass.ir.errors import PassError
 from accelpass.ir.graph import fake_mode, value
 from accelpass.ir.program import Program
-from accelpass.ir.steps import BLOCK, STREAM, prepare
+from accelpass.ir.steps import BLOCK, NAME, prepare
 from accelpass.ir.tensors import Binder, FromInputs
 from accelpass.passes.base import Record
 from accelpass.passes.step_cache.base import FULL, StepPass
@@ -64,10 +64,12 @@ class Composer:
             self._variant(program, sites, chosen, owner)
         # What surrounds the blocks is the same at every step. A way to compute a block may read more of what precedes
         # the blocks than the model's own does.
-        wanted = frozenset(what for p in self._pieces.values() for kind, what in p.given if kind == "value")
+        read = {what for p in self._pieces.values() for kind, what in p.given if kind == "value"}
+        where = {node: at for at, segment in _segments(dense, len(sites)).items() for node in segment}
         for at, (nodes, flops) in around.items():
             if nodes:
-                self._compile(dense, at, (), part_of(nodes, wanted), (), flops)
+                wanted = frozenset(n.name for n in nodes if _called(n, where) in read)
+                self._compile(dense, at, (), part_of(nodes, wanted), (), flops, where)
         order = {what: i for i, what in enumerate(self._derived)}
         binder = _union(self._binders, list(self._derived))
         disabled, seconds = frozenset(self._disabled), time.perf_counter() - started
@@ -112,14 +114,15 @@ class Composer:
         self._binders.append(program.tensors.binder(self.release))
         keeps = _keeps(program, owner)
         segments = _segments(program, last)
+        where = {node: at for at, nodes in segments.items() for node in nodes}
         for at, block in enumerate(sites):
             pairs = zip(block, chosen[at], strict=True)
             actions = tuple(FULL if (p.name, path) in refused else action for (p, path), action in pairs)
             if (at, actions) not in self._pieces:
-                self._compile(program, at, actions, part_of(segments[at]), keeps.get(at, ()), flops[at])
+                self._compile(program, at, actions, part_of(segments[at]), keeps.get(at, ()), flops[at], where)
         # A site that cannot do all that is planned does nothing: half a plan would read what nobody kept.
         self._disabled |= {(p.name, path) for p, path in everything if (p.name, path) in refused and not p.searching}
-        return {at: (segments[at], flops[at]) for at in (-1, last)}, _results(program)
+        return {at: (segments[at], flops[at]) for at in (-1, last)}, _results(program, where)
 
     def _compile(
         self,
@@ -129,19 +132,20 @@ class Composer:
         part: Part,
         keeps: Sequence[tuple[str, fx.Node]],
         flops: int,
+        where: Mapping[fx.Node, int],
     ) -> None:
         key, mode, tensors = key_of(part), fake_mode(program.gm), program.tensors
         assert mode is not None and isinstance(tensors, FromInputs)
         if key not in self._code:
             with tracing(TracingContext(mode)):
                 self._code[key] = self.compile_part(part.gm, [value(n) for n in part.given])
-        given = tuple(_ref(tensors, n) for n in part.given)
+        given = tuple(_ref(tensors, n, where) for n in part.given)
         for kind, what in given:
             if kind == "derived":
                 self._derived.setdefault(what, len(self._derived))
-        kept = tuple((name, _ref(tensors, node)) for name, node in keeps)
-        layouts = {_called(n): layout(value(n)) for n in (*part.given, *part.made)}
-        made = tuple(map(_called, part.made))
+        kept = tuple((name, _ref(tensors, node, where)) for name, node in keeps)
+        layouts = {_called(n, where): layout(value(n)) for n in (*part.given, *part.made) if n.op == "call_function"}
+        made = tuple(_called(n, where) for n in part.made)
         self._pieces[at, actions] = Piece(self._code[key], given, made, kept, layouts, flops)
 
 
@@ -202,18 +206,18 @@ def _flops(program: Program, last: int) -> dict[int, int]:
     }
 
 
-def _ref(tensors: FromInputs, node: fx.Node) -> Ref:
+def _ref(tensors: FromInputs, node: fx.Node, where: Mapping[fx.Node, int]) -> Ref:
     if node.op == "placeholder":
         return tensors.origin(node)
     if node.op == "get_attr":
         return "held", Held(operator.attrgetter(str(node.target))(tensors.gm))
-    return "value", _called(node)
+    return "value", _called(node, where)
 
 
-def _called(node: fx.Node) -> str:
-    """The name that a value has in all graphs of the model."""
-    called: str = node.meta.get(STREAM, node.name)
-    return called
+def _called(node: fx.Node, where: Mapping[fx.Node, int]) -> str:
+    """The name of a value in all variants of the graph; what passes made is known by its block besides."""
+    called: str | None = node.meta.get(NAME)
+    return f"{where[node]}/{node.name}" if called is None else called
 
 
 def _outputs(program: Program) -> tuple[list[Any], list[fx.Node]]:
@@ -224,10 +228,10 @@ def _outputs(program: Program) -> tuple[list[Any], list[fx.Node]]:
     return list(everything[: count - program.pins]), list(everything[count:])
 
 
-def _results(program: Program) -> tuple[Ref, ...]:
+def _results(program: Program, where: Mapping[fx.Node, int]) -> tuple[Ref, ...]:
     assert isinstance(program.tensors, FromInputs)
     own, _ = _outputs(program)
-    return tuple(_ref(program.tensors, r) if isinstance(r, fx.Node) else ("literal", r) for r in own)
+    return tuple(_ref(program.tensors, r, where) if isinstance(r, fx.Node) else ("literal", r) for r in own)
 
 
 def _keeps(program: Program, owner: dict[str, int]) -> dict[int, list[tuple[str, fx.Node]]]:

@@ -22,8 +22,8 @@ from accelpass.ir.tensors import FromInputs
 
 BLOCK = "step_block"
 """Key of ``meta``: the number of the block that a node is the end of; -1 for all nodes in front of the blocks."""
-STREAM = "step_stream"
-"""Key of ``meta``: under which name other blocks know a block's output, whatever computes it."""
+NAME = "step_name"
+"""Key of ``meta``: under which name a value of the model is known in every variant of the graph."""
 
 
 class StepError(AccelpassError, ValueError):
@@ -159,7 +159,8 @@ def _region(program: Program, streams: tuple[fx.Node, ...], results: tuple[fx.No
 
 def drop_dead_writes(graph: fx.Graph) -> None:
     """Remove calls that write to tensors which nothing reads any more, and what was computed for them."""
-    for start in list(graph.nodes):
+    graph.eliminate_dead_code()
+    for start in reversed(list(graph.nodes)):
         if start._erased or start.op != "call_function" or root(start) is not start:
             continue
         own, front = [start], [start]
@@ -171,7 +172,7 @@ def drop_dead_writes(graph: fx.Graph) -> None:
         if any(map(mutates, own)) and all(user in own for n in own for user in n.users):
             for node in sorted(own, reverse=True):
                 graph.erase_node(node)
-    graph.eliminate_dead_code()
+            graph.eliminate_dead_code()
 
 
 def prepare(program: Program) -> list[StepBlock]:
@@ -211,8 +212,8 @@ def prepare(program: Program) -> list[StepBlock]:
     program.pins = len(pins)
     for block in found:
         max(block.outputs).meta[BLOCK] = block.number
-        for node in block.outputs:
-            node.meta[STREAM] = node.name
+    for node in program.graph.nodes:
+        node.meta[NAME] = node.name
     return found
 
 

@@ -24,7 +24,7 @@ from accelpass.ir.resize import CannotResize
 from accelpass.ir.steps import (
     BLOCK,
     LATENTS,
-    STREAM,
+    NAME,
     Module,
     StepBlock,
     StepError,
@@ -139,7 +139,8 @@ class StepPass(SitePatterns):
                 f"the plan of {self.name} is for latents of {list(self.latents)}, and these are {list(seen)}; "
                 "make a plan for this size (accelpass.search_steps)"
             )
-        for site in sites:
+        # From the last to the first: what a site reads is then still the node that the analyses know.
+        for site in reversed(sites):
             wanted = self.wanted(site.path)
             why = wanted.why if isinstance(wanted, Skip) else self.why_not(program, site)
             if why is not None:
@@ -198,8 +199,8 @@ def put(site: Site, new: Sequence[fx.Node]) -> None:
             raise CannotResize(f"{old.name} is read before the last of the site's results is there")
     for old, node in zip(site.results, new, strict=True):
         old.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user is not node)
-        if old is not node and STREAM in old.meta:
-            node.meta[STREAM] = old.meta.pop(STREAM)
+        if old is not node and NAME in old.meta:
+            node.meta[NAME] = old.meta.pop(NAME)
     ends = [old.meta.pop(BLOCK) for old in site.results if BLOCK in old.meta]
     if ends:
         max(new).meta[BLOCK] = ends[0]

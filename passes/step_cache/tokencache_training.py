@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -71,7 +72,7 @@ class TokenCacheTraining(StepSearch):
         if end not in kept:
             raise PassError(f"tokencache: the output of {paths[-1]} is not kept, so there is nothing to train on")
         if trial.step == 0:
-            self.paths, self.latents = paths, tuple(trial.latents.shape[1:])
+            self.latents = tuple(trial.latents.shape[1:])
         if trial.branch == 0 and trial.step == len(self.times):
             self.times.append(trial.time)
             self._new(kept, paths)
@@ -83,16 +84,20 @@ class TokenCacheTraining(StepSearch):
         return row
 
     def _new(self, kept: dict[str, Tensor], paths: Sequence[str]) -> None:
-        tokens = [kept[state_name(path, "output")].shape[-2] for path in paths]
-        if len(set(tokens)) > 1:
-            raise PassError(f"tokencache: the blocks have different numbers of tokens ({sorted(set(tokens))})")
+        tokens = {path: int(kept[state_name(path, "output")].shape[-2]) for path in paths}
+        # One table for all: blocks over another number of tokens (text beside the image) stay whole.
+        (count, _), *_ = Counter(tokens.values()).most_common(1)
+        self.paths = [path for path in paths if tokens[path] == count]
         device = kept[state_name(paths[0], "output")].device
-        self.logits.append(torch.full((len(paths), tokens[0]), _START, device=device, requires_grad=True))
+        self.logits.append(torch.full((len(self.paths), count), _START, device=device, requires_grad=True))
         self.optimizers.append(torch.optim.Adam([self.logits[-1]], lr=self.wanted.rate))
 
     def _train(self, trial: Trial, dense: Tensor, end: str) -> None:
         logits = self.logits[trial.step]
-        row = [tuple(MIX if trial.can(i, (MIX,)) else KEEP for _ in b) for i, b in enumerate(trial.sites)]
+        row = [
+            tuple(MIX if path in self.paths and trial.can(i, (MIX,)) else KEEP for _, path in block)
+            for i, block in enumerate(trial.sites)
+        ]
         with torch.enable_grad():
             weights = logits.sigmoid()
             self.weights = dict(zip(self.paths, weights.unbind(), strict=True))
