@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from accelpass.kv_cache import KVCache
     from accelpass.packed import load, save
     from accelpass.report import Report
-    from accelpass.stateful import reset, state
+    from accelpass.stateful import reset, sampling_run, state
     from accelpass.step_search import search_steps
 
     __version__: str
@@ -50,6 +50,7 @@ __all__ = [
     "load",
     "refresh",
     "reset",
+    "sampling_run",
     "save",
     "search_steps",
     "state",
@@ -73,6 +74,7 @@ _HOMES = {
     "save": "accelpass.packed",
     "search_steps": "accelpass.step_search",
     "reset": "accelpass.stateful",
+    "sampling_run": "accelpass.stateful",
     "state": "accelpass.stateful",
 }
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from accelpass.backends import compiled_graphs
+from accelpass.backends.sampling import SamplingRun
+from accelpass.backends.step_clock import declared
 from accelpass.ir.derived import DERIVED, StateSpec
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.kv import ledger
@@ -60,7 +64,7 @@ def caches_of(tensors: Iterable[Tensor]) -> list[KVCache]:
 
 
 def state(fast: Any) -> list[StateBuffer]:
-    """Every buffer that passes keep for this model, and of every cache that holds its tokens.
+    """Every buffer that passes keep for this model, of every cache that holds its tokens, and of its sampling run.
 
     Empty if none was declared or the model has not run yet. A cache that was reset belongs to no model until it is filled.
     """
@@ -71,7 +75,16 @@ def state(fast: Any) -> list[StateBuffer]:
         for index, layer in enumerate(cache.layers):
             owner = f"cache {number}, layer {index}"
             found += [_buffer(spec, owner, t) for spec, _, t in DERIVED.states([layer.count])]
+    for number, (graph, run) in enumerate(runs_of(tensors)):
+        owner = f"sampling run of graph {graph}" if number else "sampling run"
+        found += [_buffer(spec, owner, t) for spec, t in run.states()]
     return found
+
+
+def runs_of(tensors: Iterable[Tensor]) -> list[tuple[int, SamplingRun]]:
+    """The sampling runs of the model with these tensors, and the number of the graph that each belongs to."""
+    own = list(tensors)
+    return [(g.report.number, run) for g in compiled_graphs() if g.steps is not None for run in g.steps.runs(own)]
 
 
 def remembered_by(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -85,13 +98,32 @@ def _buffer(spec: StateSpec, owner: str, t: Tensor) -> StateBuffer:
 
 
 def reset(fast: Any) -> None:
-    """Put every state of this model back to its start, for all of its graphs, and empty every cache that it filled."""
+    """Put every state of this model back to its start, for all of its graphs, and empty every cache that it filled.
+
+    The next call of a diffusion model is the first step of a sampling run.
+    """
     tensors = [t for _, t in named_tensors(fast).values()]
     with torch.no_grad():
         for spec, _, t in DERIVED.states(tensors):
             t.fill_(spec.fill)
+    for _, run in runs_of(tensors):
+        run.reset()
     for count in counters_of(tensors):
         ledger.clear(count)
         empty = ledger.holding_of(count).empty
         if empty is not None:
             empty()
+
+
+@contextmanager
+def sampling_run(fast: Any) -> Iterator[None]:
+    """Declare that the calls of a diffusion model in this block are one sampling run.
+
+    Otherwise a run begins when the timestep goes back to an earlier one; inside the block it may go back (restart sampling).
+    What the run has kept is dropped at both ends.
+    """
+    tensors = [t for _, t in named_tensors(fast).values()]
+    reset(fast)
+    with declared(tensors):
+        yield
+    reset(fast)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelpass.backends.step_clock import Clock, Tick
+from accelpass.backends.step_clock import Clock, Tick, is_declared
 from accelpass.backends.steps import Composition
 from accelpass.ir.derived import StateSpec
 from accelpass.ir.steps import StepError
@@ -47,7 +47,6 @@ class SteppedGraph:
         build: compiles the model for the sizes of a call's arguments.
         time, latents: positions of the timestep and the latents among a call's arguments.
         model: the position of one of the model's tensors, which tells instances apart.
-        fixed: the graph has one set of sizes.
     """
 
     passes: tuple[StepPass, ...]
@@ -61,6 +60,7 @@ class SteppedGraph:
     def __call__(self, *args: Any) -> Any:
         composition = self.composition(args)
         run = self.run_of(args)
+        run.clock.declared = is_declared(None if self.model is None else args[self.model])
         time, latents = _number(args[self.time]), args[self.latents]
         tick = run.clock.tick(time, latents)
         if tick.fresh:

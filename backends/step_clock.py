@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,25 @@ from accelpass.ir.steps import StepError
 
 _NEAR = 2e-3
 """Timesteps that differ by less than this share of the schedule's span are one: a pipeline may round them to bfloat16."""
+
+
+_DECLARED: list[frozenset[int]] = []
+"""Identities of the tensors of models whose caller declares where runs begin."""
+
+
+@contextmanager
+def declared(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Timesteps may go back in the runs of the model with these tensors."""
+    mine = frozenset(map(id, tensors))
+    _DECLARED.append(mine)
+    try:
+        yield
+    finally:
+        _DECLARED.remove(mine)
+
+
+def is_declared(tensor: Tensor | None) -> bool:
+    return any(id(tensor) in known for known in _DECLARED)
 
 
 @dataclass(frozen=True)

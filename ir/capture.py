@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.graph import clean_path, placeholders
+from accelpass.ir.graph import clean_path, placeholders, value
 from accelpass.ir.program import Program
 from accelpass.ir.tensors import FromInputs, FromModule
 
@@ -133,5 +133,21 @@ def _drop_noise(gm: fx.GraphModule) -> None:
         if off or node.target is aten.detach.default or node.target is aten.alias.default:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
+        elif node.target is aten.type_as.default or (node.target is aten.to.dtype and len(node.args) == 2):
+            _plain_cast(node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _plain_cast(node: fx.Node) -> None:
+    """A cast to a dtype that is named, not to that of a tensor, which would have to be computed for it; none to its own."""
+    aten = torch.ops.aten
+    given, like = node.args[0], value(node.args[1])
+    assert isinstance(given, fx.Node)
+    if isinstance(like, Tensor):
+        if value(given).device != like.device:
+            return
+        node.target, node.args = aten.to.dtype, (given, like.dtype)
+    if value(given).dtype == node.args[1] and not node.kwargs:
+        node.replace_all_uses_with(given)
+        node.graph.erase_node(node)
