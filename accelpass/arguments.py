@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from accelpass.ir.errors import OptionError
 from accelpass.passes.base import Pass
@@ -61,7 +61,12 @@ def _value(owner: str, key: str, text: str) -> Any:
     cls = registered().get(owner)
     hint = get_type_hints(cls).get(key) if cls is not None else None
     if (get_origin(hint) or hint) is tuple or "|" in text:
-        return text.split("|")
+        words = text.split("|")
+        return words if str in get_args(hint) else [_plain(word) for word in words]
+    return _plain(text)
+
+
+def _plain(text: str) -> Any:
     try:
         return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except json.JSONDecodeError:

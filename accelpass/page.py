@@ -10,6 +10,7 @@ from accelpass.cache_report import layers_alike
 from accelpass.grouping import alike, collapse
 from accelpass.picture import draw, kind_of, sayings
 from accelpass.report import Report
+from accelpass.step_picture import values
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -79,6 +80,7 @@ def render(report: Report) -> str:
             picture=draw(report),
             rows=rows(report),
             decisions=decisions(report),
+            steps=None if report.steps is None else values(report.steps),
             caches=[(cache, text.holds(cache), layers_alike(cache)) for cache in report.caches],
             kinds={name: kind_of(done) for name, done in report.passes.items()},
         )

@@ -17,6 +17,7 @@ from accelpass.lookup import Found, reads
 from accelpass.passes.base import Done
 from accelpass.passes.registry import registered
 from accelpass.stateful import remembered_by
+from accelpass.step_plan_view import StepPlanView
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -73,6 +74,7 @@ class Report:
             ``free_weights``; ``derived``: packed forms, held besides.
         seconds: spent in compiling all graphs; ``seconds_in_passes`` of them in accelpass.
         notes: what a reader must know to read the figures right.
+        steps: what is done at each denoising step, if a pass chooses by step; FLOPs are then the mean over the steps.
         caches: each live ``accelpass.KVCache`` that holds tokens of this model, as it is now.
     """
 
@@ -89,6 +91,7 @@ class Report:
     modules: tuple[str, ...] = ()
     """Paths of the modules that hold weights themselves, in the model's order: what the picture shows."""
     caches: tuple[CacheReport, ...] = ()
+    steps: StepPlanView | None = None
 
     @classmethod
     def of(cls, found: Found) -> Report:
@@ -121,6 +124,7 @@ class Report:
             seconds_in_passes=sum(g.seconds_in_passes for g in graphs),
             notes=tuple(_notes(found, memory, flops)),
             modules=tuple(_leaves(found.modules)),
+            steps=next(filter(None, (_steps(g) for g in reversed(found.graphs))), None),
             caches=cache_reports(t for m in found.modules for t in (*m.parameters(), *m.buffers())),
         )
 
@@ -165,6 +169,15 @@ def _row(graph: CompiledGraph) -> GraphRow:
     )
 
 
+def _steps(graph: CompiledGraph) -> StepPlanView | None:
+    done = graph.report.steps
+    if done is None or not done.actions:
+        return None
+    shares = tuple(flops / done.dense for flops in done.flops)
+    title = ", ".join(p.name for p in graph.steps.passes) if graph.steps is not None else ""
+    return StepPlanView(title, done.sites, len(done.actions), done.actions, shares, done.timesteps)
+
+
 def _one_forward(found: Found) -> list[list[CompiledGraph]]:
     """Graphs grouped into recompilations of each other, by the tensors that they read.
 
@@ -199,7 +212,10 @@ def _passes(graphs: Sequence[CompiledGraph]) -> dict[str, PassReport]:
 
 def _packed_bytes(graph: CompiledGraph, remembered: set[int]) -> int:
     """What was derived from weights; state is derived from its anchor in form alone."""
-    made = graph.binder.tensors() if graph.binder else []
+    binders = [graph.binder] if graph.binder else []
+    if graph.steps is not None:
+        binders = [made.derived for made in graph.steps.compositions.values()]
+    made = [t for binder in binders for t in binder.tensors()]
     return sum(t.numel() * t.element_size() for t in made if id(t) not in remembered)
 
 

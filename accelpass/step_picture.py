@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
@@ -78,14 +78,17 @@ def page(view: StepPlanView) -> str:
     """The picture as a page of its own."""
     from accelpass.page import environment
 
+    return environment().get_template("step_plan.html.j2").render(**values(view))
+
+
+def values(view: StepPlanView) -> dict[str, Any]:
+    """What the template of the picture reads."""
     shown, counts = looks(view), view.counts()
     common, names = labels(view.sites)
     cells = len(view.sites) * view.steps
     legend = [(action, look, counts[action], counts[action] / cells) for action, look in shown.items()]
-    template = environment().get_template("step_plan.html.j2")
-    return template.render(
-        view=view, looks=shown, legend=legend, common=common, names=names, ticks=ticks(view.steps, 40), most=_most(view)
-    )
+    about = {"common": common, "names": names, "ticks": ticks(view.steps, 40), "most": _most(view)}
+    return {"view": view, "looks": shown, "legend": legend, **about}
 
 
 def table(view: StepPlanView) -> Cells:

@@ -13,6 +13,7 @@ from rich.text import Text
 from accelpass.cache_report import CacheReport, LayerBytes, layers_alike
 from accelpass.grouping import alike, collapse
 from accelpass.report import PassReport, Report
+from accelpass.step_picture import table
 
 WIDTH = 100
 LINES = 40
@@ -78,6 +79,9 @@ def lines(report: Report, width: int = WIDTH) -> Iterator[RenderableType]:
         yield from _pass(done, room, width)
     if not report.passes:
         yield Text("no pass ran", style="dim")
+    if report.steps is not None:
+        yield _figure("steps", report.steps.said)
+        yield table(report.steps)
     for cache in report.caches[:_CACHES]:
         yield from _cache(cache)
     if len(report.caches) > _CACHES:

@@ -26,8 +26,8 @@ from accelpass.ir.tensors import FromInputs
 from accelpass.passes.base import Done, Record
 from accelpass.passes.manager import run
 from accelpass.passes.options import Options
-from accelpass.passes.report import GraphReport, StepReport
-from accelpass.passes.step_cache.base import StepPass
+from accelpass.passes.report import GraphReport, StepReport, costs
+from accelpass.passes.step_cache.base import FULL, StepPass
 
 
 def step_graph(
@@ -74,10 +74,16 @@ def step_graph(
                 made.artefacts = chosen.plan.tensors
             return made
 
+        def rewrite(made: Program) -> list[Record]:
+            done = run(made, chosen.passes)
+            if not any(made.actions[p.name].get(path, FULL) != FULL for p in passes for path in made.actions[p.name]):
+                report.after = costs(made)  # of the model in full; its FLOPs are replaced by the mean over the steps
+            return done
+
         composition = Composer(
             capture,
             passes,
-            lambda made: run(made, chosen.passes),
+            rewrite,
             lambda made: lowered(made, chosen),
             _compiler(chosen),
             chosen.free_weights,
@@ -133,16 +139,20 @@ def _describe(report: GraphReport, made: Composition, passes: Sequence[StepPass]
         mine.took = {}
         for number, block in enumerate(made.sites):
             for at, (q, path) in enumerate(block):
-                counts = Counter(row[number][at].split("+")[0] for row in rows)
+                counts = Counter(p.shown(row[number][at]) for row in rows)
                 if q is p and (p.name, path) not in made.disabled and counts:
                     shown = ", ".join(f"{action} {count}" for action, count in counts.most_common())
                     mine.took[path] = Done(f"of {calls} model calls: {shown}")
     report.records = list(merged.values())
     sites = tuple(path for block in made.sites for _, path in block)
-    actions = tuple(tuple(itertools.chain.from_iterable(row)) for row in rows)
+    flat = [p for block in made.sites for p, _ in block]
+    actions = tuple(
+        tuple(p.shown(a) for p, a in zip(flat, itertools.chain.from_iterable(row), strict=True)) for row in rows
+    )
+    timesteps = next((p.timesteps for p in passes if p.timesteps), tuple(map(float, range(len(rows)))))
     flops = tuple(made.linked(row).flops for row in rows)
     full = made.linked(made.full).flops
-    report.steps = StepReport(sites, actions, flops, full, len(made.pieces), made.compiled)
+    report.steps = StepReport(sites, actions, flops, timesteps, full, len(made.pieces), made.compiled)
     report.parts, report.parts_compiled = len(made.sites) + 2, made.compiled
     report.before.flops = full
     report.after.flops = sum(flops) // len(flops) if flops else full

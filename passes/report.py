@@ -35,6 +35,7 @@ class StepReport:
     Attributes:
         sites: in the order in which the model runs them.
         actions: by model call, for each site.
+        timesteps: of each model call; their numbers if the schedule is for any.
         flops: of each model call; ``dense`` of one that is computed in full.
         parts, compiled: ways of computing a block over all blocks, and how many of them needed code of their own.
     """
@@ -42,6 +43,7 @@ class StepReport:
     sites: tuple[str, ...]
     actions: tuple[tuple[str, ...], ...]
     flops: tuple[int, ...]
+    timesteps: tuple[float, ...]
     dense: int
     parts: int
     compiled: int

@@ -45,7 +45,8 @@ def band_blocks(n: int, m: int, reach: int, size: int, device: torch.device | st
         raise ValueError(f"band_blocks: size={size}, reach={reach}; need size >= 1 and reach >= 0")
     reach = min(reach, max(n, m))  # what is further away does not exist
     low = torch.arange(0, n, size, dtype=torch.int32, device=device)
-    first = (low - reach).clamp_min(0) // size
+    # Not clamp_min(0): Inductor (torch 2.13) makes Max(0, q - reach) an index expression, and fails to simplify it.
+    first = (low - reach) * (low > reach).to(torch.int32) // size
     last = (low + (size - 1)).clamp_max(n - 1).add(reach).clamp_max(m - 1) // size
     counts = torch.where(low - reach < m, last - first + 1, 0)
     most = min(-(-m // size), 1 + 2 * -(-reach // size))

@@ -75,7 +75,7 @@ class StepPass(SitePatterns):
     latents: tuple[int, ...] = field(default=(), kw_only=True)
     scheduler: str = field(default="", kw_only=True)
 
-    phase: ClassVar[str] = "cache"
+    phase: ClassVar[str] = "attention"
     searching: ClassVar[bool] = False
     """Every combination of actions may be asked for."""
     searcher: ClassVar[StepSearch | None] = None
@@ -100,6 +100,10 @@ class StepPass(SitePatterns):
     @abstractmethod
     def horizon(self) -> int:
         """How many model calls must be looked at to have seen every action."""
+
+    def shown(self, action: str) -> str:
+        """What a picture calls an action."""
+        return action.split("+output")[0].split("+residual")[0]
 
     def operand(self, name: str, step: int) -> Tensor | None:
         """A tensor that a rewritten site recalls and that no step keeps: one that the plan holds for each step."""

@@ -101,6 +101,9 @@ class DiTFastAttn(StepPass, Searched):
             method += _RESIDUAL
         return method + _OUTPUT if set(letters) & set("ACX" if by_calls else "A") else method
 
+    def shown(self, action: str) -> str:
+        return "reuse" if action == SHARE else super().shown(action)
+
     def horizon(self) -> int:
         return max(map(len, self.methods.values()), default=0)
 

@@ -99,6 +99,9 @@ class TokenCache(StepPass, Searched):
     def action(self, step: int, site: str, branch: int = 0) -> str:
         raise PlanError("tokencache has no predictor yet")  # bound() has been asked before
 
+    def shown(self, action: str) -> str:
+        return f"tokens {1 - self.ratio:.0%}" if action.startswith(TOKENS) else super().shown(action)
+
     def horizon(self) -> int:
         return len(self.timesteps)
 
