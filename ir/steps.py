@@ -8,15 +8,17 @@ earlier step a further input (:func:`recall`); who runs the graph hands one to t
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from accelpass.ir.analyses.block import Block, Sublayer, blocks
 from accelpass.ir.analyses.flow import VIEWS, bare, between
 from accelpass.ir.attention.detect import Attention
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.graph import aten, is_call, mutates, root, value
+from accelpass.ir.graph import aten, fake_mode, is_call, mutates, root, value
 from accelpass.ir.program import Program
 from accelpass.ir.tensors import FromInputs
 
@@ -233,6 +235,15 @@ def recall(program: Program, name: str, like: fx.Node) -> fx.Node:
     """An input that holds what an earlier step remembered under ``name``, of the shape of ``like``."""
     assert isinstance(program.tensors, FromInputs)
     return program.tensors.recall(name, value(like))
+
+
+def recall_new(program: Program, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
+    """An input that a plan, or a search, has a tensor for at each step."""
+    mode, tensors = fake_mode(program.gm), program.tensors
+    assert mode is not None and isinstance(tensors, FromInputs)
+    with mode:
+        like = torch.empty(tuple(shape), dtype=dtype, device=value(tensors.inputs_nodes[0]).device)
+    return tensors.recall(name, like)
 
 
 def remember(program: Program, name: str, node: fx.Node) -> None:

@@ -189,6 +189,8 @@ def appending(node: fx.Node) -> Iterator[Callable[..., fx.Node]]:
         end = graph.call_function(aten.alias.default, (node,))
     with graph.inserting_before(end):
         yield lambda target, *args: call(graph, node, target, *args)
+    if BLOCK in node.meta and end.prev is not node:
+        end.prev.meta[BLOCK] = node.meta.pop(BLOCK)  # what was made belongs to the block that ended here
     graph.erase_node(end)
 
 

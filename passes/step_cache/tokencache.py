@@ -12,11 +12,10 @@ from torch import Tensor, fx
 
 from accelpass.ir.analyses.axes import axes
 from accelpass.ir.errors import PlanError
-from accelpass.ir.graph import aten, call, fake_mode, value
+from accelpass.ir.graph import aten, call, value
 from accelpass.ir.program import Program
 from accelpass.ir.resize import CannotResize, Resizer
-from accelpass.ir.steps import StepBlock, StepError
-from accelpass.ir.tensors import FromInputs
+from accelpass.ir.steps import StepBlock, StepError, recall_new
 from accelpass.passes.step_cache.base import (
     FULL,
     Searched,
@@ -121,7 +120,7 @@ class TokenCache(StepPass, Searched):
             keep(program, site, "output", made)
             return "nothing"
         if action == MIX:
-            weight = _input(program, f"{site.path}:weight", value(outputs[0]).shape[-2:-1], torch.float32)
+            weight = recall_new(program, f"{site.path}:weight", value(outputs[0]).shape[-2:-1], torch.float32)
             with appending(last) as build:
                 column = build(aten.unsqueeze.default, weight, -1)
                 change = build(aten.mul.Tensor, build(aten.sub.Tensor, outputs[0], cache), column)
@@ -130,7 +129,7 @@ class TokenCache(StepPass, Searched):
             keep(program, site, "output", [mixed])
             return "a mixture of new and cached tokens"
         count = int(action.removeprefix(TOKENS))
-        rows = _input(program, f"{site.path}:rows", (count,), torch.int64)
+        rows = recall_new(program, f"{site.path}:rows", (count,), torch.int64)
         found, stream = program.analysis(axes), site.block.inputs[0]
 
         def take(node: fx.Node, dim: int) -> fx.Node:
@@ -210,12 +209,3 @@ class Trained(TokenCache):
     @cached_property
     def _rows(self) -> dict[tuple[str, int], Tensor]:
         return {}
-
-
-def _input(program: Program, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
-    """An input of the graph that the plan, or the training, has a tensor for at each step."""
-    mode = fake_mode(program.gm)
-    assert mode is not None and isinstance(program.tensors, FromInputs)
-    with mode:
-        like = torch.empty(tuple(shape), dtype=dtype, device=value(program.tensors.inputs_nodes[0]).device)
-    return program.tensors.recall(name, like)

@@ -92,3 +92,25 @@ def denoise(
         made.append(out.clone())
         latents = latents - 0.3 * out[:, : latents.shape[1]]
     return made
+
+
+class DeltaBlock(nn.Module):
+    """A block that adds what it added at an earlier step (ProfilingDiT's card; Taylor's first order on top)."""
+
+    def __init__(self, inner: nn.Module, start: int, interval: int, taylor: bool) -> None:
+        super().__init__()
+        self.inner, self.start, self.interval, self.taylor = inner, start, interval, taylor
+        self.step, self.deltas = 0, []
+        self.norm1 = inner.norm1  # the model reads it of its first block
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        since, self.step = self.step - self.start, self.step + 1
+        if since < 0 or since % self.interval == 0:
+            made = self.inner(hidden_states, *args, **kwargs)
+            if since >= 0:
+                self.deltas.append(made - hidden_states)
+            return made
+        delta = self.deltas[-1]
+        if self.taylor and len(self.deltas) > 1:
+            delta = delta + (since % self.interval) * (delta - self.deltas[-2]) / self.interval
+        return hidden_states + delta

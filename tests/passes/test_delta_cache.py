@@ -1,0 +1,51 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from accelpass.backends import graphs_of
+from accelpass.models_zoo import tiny_diffusers
+from tests.passes.step_truth import DeltaBlock, denoise
+
+TIMES = [9, 8, 7, 6, 5, 4, 3, 2, 1]
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    name=st.sampled_from(["dit", "pixart"]),
+    start=st.integers(0, 3),
+    interval=st.integers(1, 4),
+    predict=st.sampled_from(["delta", "taylor"]),
+    both=st.booleans(),
+)
+def test_follows_the_oracle(name: str, start: int, interval: int, predict: str, both: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, call = tiny_diffusers.build(name)
+    model.eval()
+    truth = copy.deepcopy(model)
+    for number in (0, 1) if both else (1,):
+        truth.transformer_blocks[number] = DeltaBlock(
+            truth.transformer_blocks[number], start, interval, predict == "taylor"
+        )
+    cached = {"name": "delta_cache", "start": start, "interval": interval, "predict": predict}
+    cached["include"] = ["*"] if both else ["*.1"]
+    fast = torch.compile(model, backend="accelpass", options={"passes": [cached], "lowering": "eager"})
+    for wanted, found in zip(denoise(truth, call, TIMES), denoise(fast, call, TIMES), strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan", "flux"])
+def test_a_cached_block_is_gone(name: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, call = tiny_diffusers.build(name)
+    model.eval()
+    cached = {"name": "delta_cache", "start": 0, "interval": 2}
+    fast = torch.compile(model, backend="accelpass", options={"passes": [cached], "lowering": "eager"})
+    denoise(fast, call, [900, 700, 500])
+    steps = graphs_of(model)[0].report.steps
+    assert steps is not None and steps.flops[0] == steps.dense
+    assert steps.flops[1] < 0.75 * steps.dense
