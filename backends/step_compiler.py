@@ -141,8 +141,10 @@ def _describe(report: GraphReport, made: Composition, passes: Sequence[StepPass]
     sites = tuple(path for block in made.sites for _, path in block)
     actions = tuple(tuple(itertools.chain.from_iterable(row)) for row in rows)
     flops = tuple(made.linked(row).flops for row in rows)
-    full = made.linked(made.full).flops
-    report.steps = StepReport(sites, actions, flops, full, len(made.pieces), made.compiled)
+    attention = tuple(made.linked(row).attention for row in rows)
+    dense = made.linked(made.full)
+    full = dense.flops
+    report.steps = StepReport(sites, actions, flops, full, len(made.pieces), made.compiled, attention, dense.attention)
     report.parts, report.parts_compiled = len(made.sites) + 2, made.compiled
     report.before.flops = full
     report.after.flops = sum(flops) // len(flops) if flops else full
