@@ -239,7 +239,8 @@ def _warm_up() -> None:
     from diffusers import DiTTransformer2DModel
 
     call = _first_call(digits.pipeline(), 2)
-    for how in ({}, {"backend": "accelpass"}):
+    backends: list[dict[str, Any]] = [{}, {"backend": "accelpass"}]
+    for how in backends:
         small = DiTTransformer2DModel(**{**digits.CONFIG, "num_layers": 1}).eval()
         with torch._inductor.config.patch(force_disable_caches=True):
             torch.compile(small, **how)(**call)

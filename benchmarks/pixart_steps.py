@@ -82,7 +82,7 @@ def times(steps: int) -> list[int]:
 def compiled(model: Any, letters: str) -> Any:
     """The model with all layers as ``letters`` say."""
     methods = {f"transformer_blocks.{i}.attn1": letters for i in range(len(model.transformer_blocks))}
-    plan = {"name": "ditfastattn", "methods": methods, "timesteps": times(len(letters)), "cond_first": False}
+    plan: Any = {"name": "ditfastattn", "methods": methods, "timesteps": times(len(letters)), "cond_first": False}
     return torch.compile(model, backend="accelpass", options={"passes": [plan]})
 
 
@@ -93,9 +93,9 @@ def measure(sizes: Sizes, say: Callable[[str], None]) -> dict[str, Any]:
     latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(2))
     dense = torch.compile(model)
     with torch._inductor.config.patch(force_disable_caches=True):
-        compiled_in = {"inductor": _seconds(lambda: dense(**call_of(sizes, 0, len(LETTERS), latents)))}
+        compiled_in = {"inductor": _seconds(dense, **call_of(sizes, 0, len(LETTERS), latents))}
         fast = compiled(model, LETTERS)
-        compiled_in["accelpass"] = _seconds(lambda: fast(**call_of(sizes, 0, len(LETTERS), latents)))
+        compiled_in["accelpass"] = _seconds(fast, **call_of(sizes, 0, len(LETTERS), latents))
     for name, seconds in compiled_in.items():
         say(f"{name}: compiled, {seconds:.0f} s")
     report = graphs_of(model)[-1].report.steps
@@ -127,9 +127,9 @@ def step_rows(
         # A step needs what the steps before it kept, so the run is made up to the last kind that is new.
         for step in range(last + 1):
             call = call_of(sizes, step, len(LETTERS), latents + step)
-            found[kinds[step]].append(_seconds(lambda call=call: fast(**call)))
+            found[kinds[step]].append(_seconds(fast, **call))
             if step % 4 == 0:
-                found["inductor"].append(_seconds(lambda call=call: dense(**call)))
+                found["inductor"].append(_seconds(dense, **call))
         say(f"steps, turn {turn + 1} of {sizes.turns}")
     seconds = {kind: statistics.median(taken) for kind, taken in found.items()}
     base, counts = seconds["inductor"], Counter(kinds)
@@ -163,7 +163,7 @@ def run_rows(
     taken: dict[str, list[float]] = {"fast": [], "dense": []}
     for turn in range(max(1, sizes.turns // 2)):
         for name, run in (("fast", fast), ("dense", dense)):
-            taken[name].append(_seconds(lambda run=run: denoise(sizes, run, latents, short)))
+            taken[name].append(_seconds(denoise, sizes, run, latents, short))
         say(f"whole runs, turn {turn + 1}")
     whole, full = (statistics.median(taken[name]) for name in ("fast", "dense"))
     made = graphs_of(model)[-1].report.steps
@@ -184,9 +184,9 @@ def denoise(sizes: Sizes, run: Any, latents: Tensor, steps: int) -> Tensor:
     return latents
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def _seconds(run: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
     start = time.perf_counter()
-    run()
+    run(*args, **kwargs)
     return time.perf_counter() - start
 
 

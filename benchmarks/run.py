@@ -188,12 +188,14 @@ class Part:
     Attributes:
         apart: its candidates in order, if rows of several runs make one table.
         of: the model, by which results are named.
+        below: what the page says under the table.
     """
 
     run: Callable[[Any, Any, Given], Content]
     title: str
     apart: tuple[str, ...] = ()
     of: str = "smollm2"
+    below: str = ""
 
 
 PARTS = {
@@ -217,6 +219,11 @@ PARTS = {
         "images come to an accuracy of {real_class_accuracy:.3f} and a Fréchet distance of {real_frechet:.2f}",
         apart=tuple(digits_steps.CANDIDATES),
         of="digits",
+        below="cache-dit 1.5.3 (`--peer`) takes the pipeline as it is and is compiled as its documentation says, F1B0 with "
+        "four steps of warm-up. It runs in a process of its own: its times are against a dense Inductor that takes turns with "
+        "it there, and its FLOPs those of the blocks that it ran.\n\n"
+        "![quality against attention FLOPs, all FLOPs and time](images/digits-curves.png)\n\n"
+        "The picture is made by `python -m benchmarks.diffusion_plots`.",
     ),
     "pixart_steps": Part(
         _pixart_steps,
@@ -299,6 +306,7 @@ def _page(results: Path) -> str:
                 parts.append(ABOUT[about])
             content = json.loads(path.read_text())
             parts.append(_table(part.title.format(**content), content["rows"]) + f"\nOn: {content['device']}.")
+            parts += [part.below] if part.below else []
     return "\n\n".join(parts) + "\n"
 
 
