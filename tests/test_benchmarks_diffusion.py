@@ -142,3 +142,44 @@ def test_the_picture_has_a_panel_for_each_pair() -> None:
     ]  # fmt: skip
     corners = [ax.get_position() for ax in figure.axes]
     assert min(min(c.x0, c.y0) for c in corners) >= 0 and max(max(c.x1, c.y1) for c in corners) <= 1
+
+
+def test_a_small_run_makes_all_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(digits.CONFIG, "num_layers", 1)
+    untrained, compiler = digits.transformer, torch.compile
+    torch.manual_seed(0)
+    weights = untrained(trained=False).state_dict()
+
+    def same() -> Any:
+        model = untrained(trained=False)
+        model.load_state_dict(weights)
+        return model
+
+    def uncompiled(model: Any, backend: str = "eager", options: dict[str, Any] | None = None) -> Any:
+        options = {"lowering": "eager", **(options or {})} if backend == "accelpass" else None
+        return compiler(model, backend=backend, options=options)
+
+    def peer(command: list[str], **_: Any) -> None:
+        image = torch.zeros(digits.CLASSES, 1, digits.SIZE, digits.SIZE)
+        found = {"images": [image], "seconds": [1.0], "reused": 0.25, "compile_seconds": 2.0}
+        torch.save([{"name": "inductor", **found}, {"name": "cache-dit", **found, "seconds": [0.5]}], command[3])
+
+    monkeypatch.setattr(digits, "transformer", same)
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    monkeypatch.setattr(digits_steps.subprocess, "run", peer)
+    monkeypatch.setattr(digits_steps, "PLANS", tmp_path)
+    monkeypatch.setattr(digits_steps, "_weights_digest", lambda: "none")
+    sizes = digits_steps.Sizes(steps=4, per_class=1, labels=1, runs=1, batch=1)
+    names = ["ditfastattn, threshold 0.4", "tokencache, all, every 2/2"]
+    with torch.no_grad():
+        made = digits_steps.measure(names, sizes, lambda said: None, "python")
+    rows = {r["name"]: r for r in made["rows"]}
+    assert list(rows) == ["inductor", *names, "cache-dit"]
+    assert len({tuple(r) for r in rows.values()}) == 1, "one table"
+    assert rows["inductor"]["psnr"] == 100 and rows["inductor"]["flops"] == rows["inductor"]["time"] == 1
+    assert rows["tokencache, all, every 2/2"]["attention_flops"] == 0.5
+    assert rows["cache-dit"]["time"] == 0.5 and rows["cache-dit"]["flops"] == 0.75
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    title = run.PARTS["digits_steps"].title.format(**made)
+    assert run._table(title, made["rows"]).count("\n") == 4 + len(rows)
+    json.dumps(made)
