@@ -144,6 +144,7 @@ def test_the_picture_has_a_panel_for_each_pair() -> None:
     assert min(min(c.x0, c.y0) for c in corners) >= 0 and max(max(c.x1, c.y1) for c in corners) <= 1
 
 
+@pytest.mark.slow
 def test_a_small_run_makes_all_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(digits.CONFIG, "num_layers", 1)
     untrained, compiler = digits.transformer, torch.compile
