@@ -16,6 +16,7 @@ from torch._guards import TracingContext, tracing
 from accelpass.backends.regions import Part, key_of, layout, part_of
 from accelpass.backends.steps import Actions, Composition, Held, Piece, Ref, all_full
 from accelpass.ir.analyses.cost import at_compiled_sizes, costs
+from accelpass.ir.attention.op import is_attention
 from accelpass.ir.errors import PassError
 from accelpass.ir.graph import fake_mode, value
 from accelpass.ir.program import Program
@@ -25,6 +26,8 @@ from accelpass.passes.base import Record
 from accelpass.passes.step_cache.base import FULL, StepPass
 
 Sites = list[list[tuple[StepPass, str]]]
+Flops = tuple[int, int]
+"""Of a part, and of the products of its attentions alone."""
 
 
 @dataclass
@@ -101,7 +104,7 @@ class Composer:
 
     def _variant(
         self, program: Program, sites: Sites, chosen: list[Actions], owner: dict[str, int]
-    ) -> tuple[dict[int, tuple[list[fx.Node], int]], tuple[Ref, ...]]:
+    ) -> tuple[dict[int, tuple[list[fx.Node], Flops]], tuple[Ref, ...]]:
         """Compile the blocks of one graph that are new; returns what surrounds them, and the model's results."""
         last, everything = len(sites), [site for block in sites for site in block]
         program.actions = _by_pass(sites, chosen)
@@ -131,7 +134,7 @@ class Composer:
         actions: Actions,
         part: Part,
         keeps: Sequence[tuple[str, fx.Node]],
-        flops: int,
+        flops: Flops,
         where: Mapping[fx.Node, int],
     ) -> None:
         key, mode, tensors = key_of(part), fake_mode(program.gm), program.tensors
@@ -146,7 +149,7 @@ class Composer:
         kept = tuple((name, _ref(tensors, node, where)) for name, node in keeps)
         layouts = {_called(n, where): layout(value(n)) for n in (*part.given, *part.made) if n.op == "call_function"}
         made = tuple(_called(n, where) for n in part.made)
-        self._pieces[at, actions] = Piece(self._code[key], given, made, kept, layouts, flops)
+        self._pieces[at, actions] = Piece(self._code[key], given, made, kept, layouts, *flops)
 
 
 def _by_pass(sites: Sites, chosen: list[Actions]) -> dict[str, dict[str, str]]:
@@ -198,12 +201,14 @@ def _segments(program: Program, last: int) -> dict[int, list[fx.Node]]:
     return segments
 
 
-def _flops(program: Program, last: int) -> dict[int, int]:
+def _flops(program: Program, last: int) -> dict[int, Flops]:
     cost = program.analysis(costs)
-    return {
-        at: at_compiled_sizes(program, sum((cost[n].flops for n in nodes), sympy.S.Zero))
-        for at, nodes in _segments(program, last).items()
-    }
+
+    def of(nodes: list[fx.Node]) -> int:
+        return at_compiled_sizes(program, sum((cost[n].flops for n in nodes), sympy.S.Zero))
+
+    segments = _segments(program, last).items()
+    return {at: (of(nodes), of([n for n in nodes if is_attention(n)])) for at, nodes in segments}
 
 
 def _ref(tensors: FromInputs, node: fx.Node, where: Mapping[fx.Node, int]) -> Ref:

@@ -151,8 +151,12 @@ def _describe(report: GraphReport, made: Composition, passes: Sequence[StepPass]
     )
     timesteps = next((p.timesteps for p in passes if p.timesteps), tuple(map(float, range(len(rows)))))
     flops = tuple(made.linked(row).flops for row in rows)
-    full = made.linked(made.full).flops
-    report.steps = StepReport(sites, actions, flops, timesteps, full, len(made.pieces), made.compiled)
+    attention = tuple(made.linked(row).attention for row in rows)
+    dense = made.linked(made.full)
+    full = dense.flops
+    report.steps = StepReport(
+        sites, actions, flops, timesteps, full, len(made.pieces), made.compiled, attention, dense.attention
+    )
     report.parts, report.parts_compiled = len(made.sites) + 2, made.compiled
     report.before.flops = full
     report.after.flops = sum(flops) // len(flops) if flops else full

@@ -29,7 +29,11 @@ Row = tuple[Actions, ...]
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """One part of the model, compiled: the block computed in one of its ways, or what precedes or follows all blocks."""
+    """One part of the model, compiled: the block computed in one of its ways, or what precedes or follows all blocks.
+
+    Attributes:
+        attention: FLOPs of attention's products alone, among ``flops``.
+    """
 
     fn: Callable[..., Any]
     given: tuple[Ref, ...]
@@ -37,6 +41,7 @@ class Piece:
     keeps: tuple[tuple[str, Ref], ...]
     layouts: dict[str, Hashable]
     flops: int
+    attention: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +52,7 @@ class Linked:
     sources: tuple[Ref, ...]
     keeps: tuple[str, ...]
     flops: int
+    attention: int
 
 
 @dataclass(eq=False)
@@ -141,7 +147,8 @@ class Composition:
         wanted = [i if r[0] == "literal" else Slot(i) for r, i in zip(self.results, results, strict=True)]
         wanted += [Slot(i) for _, i in keeps]
         regions = Regions(steps, [ref[1].tensor for ref in held], len(slot), tuple(wanted), len(chain))
-        return Linked(regions, tuple(sources), tuple(n for n, _ in keeps), sum(p.flops for p in chain))
+        flops, attention = sum(p.flops for p in chain), sum(p.attention for p in chain)
+        return Linked(regions, tuple(sources), tuple(n for n, _ in keeps), flops, attention)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,10 +1,11 @@
-"""``make bench``: quality, memory, compile time, decode and prefill of SmolLM2-135M, and its KV caches, on this machine.
+"""``make bench``: SmolLM2-135M (quality, memory, compile time, speed, KV caches) and diffusion models, on this machine.
 
     python -m benchmarks.run --only decode,prefill        # some of them
     python -m benchmarks.run --only none --write docs/benchmarks.md   # the tables, from the results that lie there
     python -m benchmarks.run --only kv_quality --only-candidates "h2o, 20 %"   # one row, beside those of earlier runs
     python -m benchmarks.run --only kv_quality --only-candidates none --peer PYTHON   # kvpress, with a Python that has it
     python -m benchmarks.run --only kv_quality,kv_decode --quick   # do they work? results go to build/
+    python -m benchmarks.run --only digits_steps,pixart_steps   # diffusion; --peer with a Python that has cache-dit
 
 Each part writes a JSON under benchmarks/results; the tables are made from those.
 """
@@ -24,13 +25,36 @@ import torch
 
 from accelpass.backends import graphs_of
 from accelpass.models_zoo import load
-from benchmarks import compile_time, decode, kv_decode, kv_memory, kv_prefill, kv_quality, kv_tasks, memory, quality
+from benchmarks import (
+    compile_time,
+    decode,
+    digits_steps,
+    kv_decode,
+    kv_memory,
+    kv_prefill,
+    kv_quality,
+    kv_tasks,
+    memory,
+    pixart_steps,
+    quality,
+)
 
 Content = dict[str, Any]
 NOTE = (
     "The model was quantized once before it came here (Q4_1, groups of 32), so int4 results with groups of 32 are flattered. "
     "Timings are medians; candidates take turns within one process."
 )
+ABOUT = {
+    "smollm2": "SmolLM2-135M-Instruct, made by `make bench` (`python -m benchmarks.run`).\n\n" + NOTE,
+    "digits": "Passes that work across denoising steps on the digits model (docs/digits-model.md): FLOPs, and the time of whole "
+    "pipeline runs, as shares of the dense model's with Inductor, which takes turns with all; `outside` is the share of the "
+    "time outside the transformer. PSNR is against the dense images. `variants` are steps that differ in what they "
+    "compute, `parts` the pieces of code for all of them, `per_variant` the compile time of each variant after the first, "
+    "over that of dense Inductor.",
+    "pixart": "A transformer of PixArt's shape with random weights: DiTFastAttn by a plan of the published density. Each "
+    "kind of step is timed in turns with dense Inductor.",
+}
+"""What precedes the first table of a model."""
 QUALITY = {
     "dense": None,
     "int8_weights": ["int8_weights"],
@@ -82,19 +106,21 @@ def _say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Given:
-    """What a user typed for the KV parts.
+    """What a user typed for the KV and the diffusion parts.
 
     Attributes:
         candidates: the only ones to measure; None for all.
         quick: a few minutes, to see that all of it runs.
         short: a third of the time: fewer windows, and no pass keys in the longest context.
-        peer: a Python that has kvpress.
+        peer: a Python that has kvpress, or cache-dit.
+        per_class: images of each digit.
     """
 
     candidates: tuple[str, ...] | None = None
     quick: bool = False
     short: bool = False
     peer: str | None = None
+    per_class: int = digits_steps.Sizes.per_class
 
     def among(self, known: Sequence[str]) -> list[str]:
         return [name for name in known if self.candidates is None or name in self.candidates]
@@ -145,17 +171,31 @@ def _kv_decode(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": rows, "tokens": kv_decode.TOKENS}
 
 
+def _digits_steps(model: Any, tokenizer: Any, given: Given) -> Content:
+    offered = list(digits_steps.SHORT if given.quick else digits_steps.CANDIDATES)
+    sizes = digits_steps.QUICK if given.quick else digits_steps.Sizes(per_class=given.per_class)
+    return digits_steps.measure(given.among(offered), sizes, _say, given.peer)
+
+
+def _pixart_steps(model: Any, tokenizer: Any, given: Given) -> Content:
+    return pixart_steps.measure(pixart_steps.QUICK if given.quick else pixart_steps.Sizes(), _say)
+
+
 @dataclass(frozen=True)
 class Part:
     """One benchmark: how to run it and how its table is headed ({} is filled from the result).
 
     Attributes:
-        apart: its candidates are measured one after another, so that rows of several runs make one table.
+        apart: its candidates in order, if rows of several runs make one table.
+        of: the model, by which results are named.
+        below: what the page says under the table.
     """
 
     run: Callable[[Any, Any, Given], Content]
     title: str
-    apart: bool = False
+    apart: tuple[str, ...] = ()
+    of: str = "smollm2"
+    below: str = ""
 
 
 PARTS = {
@@ -168,11 +208,29 @@ PARTS = {
         _kv_quality,
         "KV caches: perplexity of the last {scored} tokens of a context, and pass keys found at ten depths, where the question "
         "is part of the prompt or comes when the context is stored; bytes of a cache of {capacity} tokens",
-        apart=True,
+        apart=tuple(kv_quality.METHODS),
     ),
     "kv_prefill": Part(_kv_prefill, "KV caches: prompts, with and without scores"),
     "kv_memory": Part(_kv_memory, "KV caches: a process that reads 4080 tokens and answers, over what it held before"),
     "kv_decode": Part(_kv_decode, "KV caches: decode, batch 1, of the last {tokens} tokens of a context"),
+    "digits_steps": Part(
+        _digits_steps,
+        "Digits, {steps} steps of DDIM with guidance: {images} images; a dense run of ten takes {dense_seconds:.1f} s; real "
+        "images come to an accuracy of {real_class_accuracy:.3f} and a Fréchet distance of {real_frechet:.2f}",
+        apart=tuple(digits_steps.CANDIDATES),
+        of="digits",
+        below="cache-dit 1.5.3 (`--peer`) takes the pipeline as it is and is compiled as its documentation says, F1B0 with "
+        "four steps of warm-up. It runs in a process of its own: its times are against a dense Inductor that takes turns with "
+        "it there, and its FLOPs those of the blocks that it ran.\n\n"
+        "![quality against attention FLOPs, all FLOPs and time](images/digits-curves.png)\n\n"
+        "The picture is made by `python -m benchmarks.diffusion_plots`.",
+    ),
+    "pixart_steps": Part(
+        _pixart_steps,
+        "PixArt's shape, {layers} of 28 layers, {tokens} tokens, {steps} steps `{letters}`: {variants} variants, each after "
+        "the first compiled in {per_variant:.2f} of the dense compile time",
+        of="pixart",
+    ),
 }
 
 
@@ -181,32 +239,36 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}, or none")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--write", type=Path, help="write the tables as Markdown here")
-    parser.add_argument("--only-candidates", help="of the KV parts: names with ; between them, or none")
-    parser.add_argument("--quick", action="store_true", help="of the KV parts: short ones, results under build/")
+    parser.add_argument("--only-candidates", help="of the KV parts and digits_steps: names with ; between, or none")
+    parser.add_argument(
+        "--quick", action="store_true", help="of the KV and diffusion parts: short, results under build/"
+    )
     parser.add_argument("--short", action="store_true", help="of kv_quality: fewer windows, no pass keys at 4k")
-    parser.add_argument("--peer", help="of kv_quality: a Python that has kvpress, which is measured too")
+    parser.add_argument("--peer", help="a Python with kvpress (kv_quality) or cache-dit (digits_steps), measured too")
+    parser.add_argument("--per-class", type=int, default=Given.per_class, help="of digits_steps: images of each digit")
     given = parser.parse_args()
     if given.quick:
         given.results = Path("build/quick_results")
     candidates = None if given.only_candidates is None else tuple(given.only_candidates.split(";"))
-    unknown = set(candidates or ()) - {"none", *kv_quality.METHODS, *kv_decode.CANDIDATES}
+    known = [*kv_quality.METHODS, *kv_decode.CANDIDATES, *digits_steps.CANDIDATES]
+    unknown = set(candidates or ()) - {"none", *known}
     if unknown:
-        known = "; ".join([*kv_quality.METHODS, *kv_decode.CANDIDATES])
-        parser.error(f"no candidate {'; '.join(sorted(unknown))}; there are {known}")
+        parser.error(f"no candidate {'; '.join(sorted(unknown))}; there are {'; '.join(known)}")
     wanted = [] if given.only == "none" else given.only.split(",")
     if set(wanted) - set(PARTS):
         parser.error(f"no benchmark {', '.join(sorted(set(wanted) - set(PARTS)))}; there are {', '.join(PARTS)}")
     torch.set_grad_enabled(False)
     given.results.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load("smollm2-135m") if wanted else (None, None)
+    language = any(PARTS[name].of == "smollm2" for name in wanted)
+    model, tokenizer = load("smollm2-135m") if language else (None, None)
+    chosen = Given(candidates, given.quick, given.short, given.peer, given.per_class)
     for name in wanted:
         torch._dynamo.reset()
         _say(f"== {name}")
-        made = PARTS[name].run(model, tokenizer, Given(candidates, given.quick, given.short, given.peer))
-        content = {"device": _device(), **made}
-        path = given.results / f"smollm2_{name}_cpu.json"
+        content = {"device": _device(), **PARTS[name].run(model, tokenizer, chosen)}
+        path = given.results / _file(name)
         if PARTS[name].apart and candidates is not None and path.exists():
-            content["rows"] = _merged(json.loads(path.read_text())["rows"], content["rows"])
+            content["rows"] = _merged(json.loads(path.read_text())["rows"], content["rows"], PARTS[name].apart)
         path.write_text(json.dumps(content, indent=1) + "\n")
         _say(_table(PARTS[name].title.format(**content), content["rows"]))
     if given.write:
@@ -214,10 +276,15 @@ def main() -> None:
         given.write.write_text(_page(given.results))
 
 
-def _merged(before: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of two runs, new ones in the place of old ones; in the order of methods, those of others last."""
+def _file(name: str) -> str:
+    """Where a part's result lies; the name of a part of another model begins with the model's."""
+    return f"{name}_cpu.json" if name.startswith(PARTS[name].of) else f"{PARTS[name].of}_{name}_cpu.json"
+
+
+def _merged(before: list[dict[str, Any]], new: list[dict[str, Any]], order: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of two runs, new ones in the place of old ones; in the order given, those of others last."""
     rows = {row["name"]: row for row in (*before, *new)}
-    return [rows.pop(name) for name in kv_quality.METHODS if name in rows] + list(rows.values())
+    return [rows.pop(name) for name in order if name in rows] + list(rows.values())
 
 
 def _device() -> str:
@@ -229,12 +296,17 @@ def _device() -> str:
 
 
 def _page(results: Path) -> str:
-    parts = ["# Benchmarks", "SmolLM2-135M-Instruct, made by `make bench` (`python -m benchmarks.run`).", NOTE]
+    parts = ["# Benchmarks"]
+    about = ""
     for name, part in PARTS.items():
-        path = results / f"smollm2_{name}_cpu.json"
+        path = results / _file(name)
         if path.exists():
+            if part.of != about:
+                about = part.of
+                parts.append(ABOUT[about])
             content = json.loads(path.read_text())
             parts.append(_table(part.title.format(**content), content["rows"]) + f"\nOn: {content['device']}.")
+            parts += [part.below] if part.below else []
     return "\n\n".join(parts) + "\n"
 
 

@@ -38,6 +38,7 @@ class StepReport:
         timesteps: of each model call; their numbers if the schedule is for any.
         flops: of each model call; ``dense`` of one that is computed in full.
         parts, compiled: ways of computing a block over all blocks, and how many of them needed code of their own.
+        attention, dense_attention: as ``flops`` and ``dense``, of the products of queries, keys and values alone.
     """
 
     sites: tuple[str, ...]
@@ -47,6 +48,8 @@ class StepReport:
     dense: int
     parts: int
     compiled: int
+    attention: tuple[int, ...] = ()
+    dense_attention: int = 0
 
 
 @dataclass

@@ -45,9 +45,10 @@ def band_blocks(n: int, m: int, reach: int, size: int, device: torch.device | st
         raise ValueError(f"band_blocks: size={size}, reach={reach}; need size >= 1 and reach >= 0")
     reach = min(reach, max(n, m))  # what is further away does not exist
     low = torch.arange(0, n, size, dtype=torch.int32, device=device)
-    # Not clamp_min(0): Inductor (torch 2.13) makes Max(0, q - reach) an index expression, and fails to simplify it.
-    first = (low - reach) * (low > reach).to(torch.int32) // size
-    last = (low + (size - 1)).clamp_max(n - 1).add(reach).clamp_max(m - 1) // size
+    # Divided first, then clamped: Inductor (torch 2.13) fails on the quotient of a clamped position, whose range it
+    # looks for in the wrong place ("vr must not be None").
+    first = ((low - reach) // size).clamp_min(0)
+    last = ((low + (size - 1 + reach)) // size).clamp_max(min(n - 1 + reach, m - 1) // size)
     counts = torch.where(low - reach < m, last - first + 1, 0)
     most = min(-(-m // size), 1 + 2 * -(-reach // size))
     blocks = first.unsqueeze(-1) + torch.arange(most, dtype=torch.int32, device=device)
