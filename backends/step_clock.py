@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ class Clock:
         """The smallest distance between two different timesteps of the plan."""
         assert self.timesteps is not None
         distinct = sorted(set(self.timesteps))
-        return min((b - a for a, b in itertools.pairwise(distinct)), default=1.0)
+        return min((b - a for a, b in itertools.pairwise(distinct)), default=math.inf)
 
     def _same(self, latents: Tensor) -> bool:
         return self._latents is latents or (self._latents is not None and torch.equal(self._latents, latents))
