@@ -92,3 +92,73 @@ def denoise(
         made.append(out.clone())
         latents = latents - 0.3 * out[:, : latents.shape[1]]
     return made
+
+
+# --- TokenCache
+
+
+def block_pred(f: Callable[[Tensor], Tensor], z: Tensor, cache: Tensor, keep: Tensor) -> Tensor:
+    """A block that computes the tokens in ``keep`` among themselves; the others are the cached ones."""
+    out = cache.clone()
+    if len(keep):
+        out[:, keep] = f(z[:, keep])
+    return out
+
+
+def soft_block(f: Callable[[Tensor], Tensor], z: Tensor, cache: Tensor, w: Tensor) -> Tensor:
+    """The mixture that the predictor is trained with."""
+    w = w[None, :, None]
+    return w * f(z) + (1 - w) * cache
+
+
+def token_schedule(
+    table: Tensor, ratio: float, intervals: tuple[int, int], boundary: float, blocks: float, rotation: int
+) -> tuple[list[set[int]], list[list[Tensor]]]:
+    """By step the blocks that are pruned, and by step and block the tokens that are kept; ``table`` is [L, T, n]."""
+    layers, steps, tokens = table.shape
+    count = tokens - round(ratio * tokens)
+    second = round(boundary * steps)
+    full = {0, *range(0, second, intervals[0]), *range(second, steps, intervals[1])}
+    pruned: list[set[int]] = []
+    predictions = 0
+    for step in range(steps):
+        if step in full or count == tokens:
+            pruned.append(set())
+            continue
+        mean = [table[layer, step].mean().item() for layer in range(layers)]
+        least = sorted(range(layers), key=lambda layer: mean[layer])[: round(blocks * layers)]
+        pruned.append({b for b in least if rotation == 0 or (b - predictions) % rotation})
+        predictions += 1
+    keep = [
+        [torch.tensor(sorted(sorted(range(tokens), key=lambda i: -row[i])[:count]), dtype=torch.long) for row in rows]
+        for rows in table.transpose(0, 1).tolist()
+    ]
+    return pruned, keep
+
+
+class TokenBlock(nn.Module):
+    """Stands in the place of a transformer block whose first argument is the stream of tokens."""
+
+    def __init__(self, inner: nn.Module, number: int, pruned: list[set[int]], keep: list[list[Tensor]]) -> None:
+        super().__init__()
+        self.inner, self.number, self.pruned, self.keep = inner, number, pruned, keep
+        self.step, self.cache = 0, torch.empty(0)
+        if hasattr(inner, "norm1"):
+            self.norm1 = inner.norm1  # DiT takes its embedding of the timestep from the first block
+
+    def forward(self, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
+        def f(z: Tensor) -> Tensor:
+            return self.inner(z, *args, **given)
+
+        selected = self.number in self.pruned[self.step]
+        kept = self.keep[self.step][self.number]
+        self.cache = block_pred(f, hidden_states, self.cache, kept) if selected else f(hidden_states)
+        self.step += 1
+        return self.cache
+
+
+def token_cache(model: nn.Module, pruned: list[set[int]], keep: list[list[Tensor]]) -> nn.Module:
+    """A diffusers model whose ``transformer_blocks`` follow a schedule; the model is changed."""
+    for number, block in enumerate(model.transformer_blocks):
+        model.transformer_blocks[number] = TokenBlock(block, number, pruned, keep)
+    return model
