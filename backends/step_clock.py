@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from accelpass.ir.steps import StepError
 
-_NEAR = 2e-3
-"""Timesteps that differ by less than this share of the schedule's span are one: a pipeline may round them to bfloat16."""
+_NEAR = 2**-8
+"""Timesteps that differ by no more than this share of the schedule's span are one: half of bfloat16's spacing above 512 is
+2, and a pipeline may round them to bfloat16."""
 
 
 _DECLARED: list[frozenset[int]] = []
@@ -119,14 +121,14 @@ class Clock:
 
     def _equals(self, a: float, b: float) -> bool:
         span = max(map(abs, self.timesteps)) if self.timesteps else max(abs(a), abs(b))
-        near = _NEAR * span / 2 if self.timesteps is None else min(_NEAR * span, self._gap() / 3)
-        return abs(a - b) <= max(near if self.timesteps is not None else 0.0, 1e-6 * span)
+        near = min(_NEAR * span, self._gap() / 3) if self.timesteps else 0.0
+        return abs(a - b) <= max(near, 1e-6 * span)
 
     def _gap(self) -> float:
         """The smallest distance between two different timesteps of the plan."""
         assert self.timesteps is not None
         distinct = sorted(set(self.timesteps))
-        return min((b - a for a, b in itertools.pairwise(distinct)), default=1.0)
+        return min((b - a for a, b in itertools.pairwise(distinct)), default=math.inf)
 
     def _same(self, latents: Tensor) -> bool:
         return self._latents is latents or (self._latents is not None and torch.equal(self._latents, latents))

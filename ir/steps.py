@@ -8,8 +8,9 @@ earlier step a further input (:func:`recall`); who runs the graph hands one to t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -103,7 +104,26 @@ def step_blocks(program: Program) -> list[StepBlock]:
             inside = _region(program, block.inputs, block.outputs)
             modules = _modules(program, block)
             found.append(StepBlock(len(found), block.path, block.inputs, block.outputs, modules, inside))
-    return found
+    return _with_own_paths(found)
+
+
+def _with_own_paths(found: list[StepBlock]) -> list[StepBlock]:
+    """Blocks of one path (a module that is called twice, blocks that are written in one ``forward``) are told apart."""
+    taken: Counter[str] = Counter()
+
+    def own(path: str, kind: str) -> str:
+        path = path or kind
+        taken[path] += 1
+        return path if taken[path] == 1 else f"{path}#{taken[path]}"
+
+    return [
+        replace(
+            block,
+            path=own(block.path, "block"),
+            modules=tuple(replace(m, path=own(m.path, "attention")) for m in block.modules),
+        )
+        for block in found
+    ]
 
 
 def _reached(program: Program, *starts: fx.Node) -> set[fx.Node]:

@@ -200,16 +200,31 @@ def put(site: Site, new: Sequence[fx.Node]) -> None:
     Raises:
         CannotResize: something reads a result before the new one is there.
     """
-    for old, node in zip(site.results, new, strict=True):
-        if node.op != "placeholder" and any(user < node for user in old.users if user is not node):
+    readers = [
+        [user for user in old.users if user not in _made_from(old, node)]
+        for old, node in zip(site.results, new, strict=True)
+    ]
+    for old, node, others in zip(site.results, new, readers, strict=True):
+        if node.op != "placeholder" and any(user < node for user in others):
             raise CannotResize(f"{old.name} is read before the last of the site's results is there")
-    for old, node in zip(site.results, new, strict=True):
-        old.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user is not node)
+    for old, node, others in zip(site.results, new, readers, strict=True):
+        old.replace_all_uses_with(node, delete_user_cb=others.__contains__)
         if old is not node and NAME in old.meta:
             node.meta[NAME] = old.meta.pop(NAME)
     ends = [old.meta.pop(BLOCK) for old in site.results if BLOCK in old.meta]
     if ends:
         max(new).meta[BLOCK] = ends[0]
+
+
+def _made_from(old: fx.Node, new: fx.Node) -> set[fx.Node]:
+    """What ``new`` is computed with after ``old``, ``new`` included."""
+    made, front = {new}, [new]
+    while front:
+        for before in front.pop().all_input_nodes:
+            if old < before and before not in made:
+                made.add(before)
+                front.append(before)
+    return made
 
 
 def refuse_edited(spec: AttentionSpec, by: str) -> None:

@@ -97,7 +97,7 @@ class DiTFastAttn(StepPass, Searched):
         if by_calls and method in (HALF, WINDOW_HALF):
             method = TWIN if branch else {HALF: FULL, WINDOW_HALF: WINDOW}[method]
         # Kept only if it is read: by a window before the next full attention, by a shared step anywhere.
-        if method in (FULL, HALF) and _next_of(letters, step, "WX", "FC"):
+        if letters[step] in "FC" and _next_of(letters, step, "WX", "FC"):
             method += _RESIDUAL
         return method + _OUTPUT if set(letters) & set("ACX" if by_calls else "A") else method
 
@@ -135,6 +135,10 @@ class DiTFastAttn(StepPass, Searched):
             made = [recall(program, name, node) for name, node in zip(names, like, strict=True)]
             put(site, made)
             keep(program, site, "output", made)
+            if residual:
+                assert site.module.attention.node is not None
+                name = of_first_branch(state_name(site.path, "residual"))
+                keep(program, site, "residual", [recall(program, name, site.module.attention.node)])
             return "the output of this step's first call"
         if method in (WINDOW, WINDOW_HALF) or residual:
             why = self.windowed(program, site)
@@ -142,7 +146,8 @@ class DiTFastAttn(StepPass, Searched):
                 raise CannotResize(why)
         node = site.module.attention.node
         assert node is not None
-        refuse_edited(spec_of(node), self.name)
+        if method != FULL or residual:
+            refuse_edited(spec_of(node), self.name)
         window = self._window(node)
         if method in (HALF, WINDOW_HALF):
             node, made = self._half(program, site)

@@ -48,8 +48,8 @@ class TokenCache(StepPass, Searched):
         intervals: every how many steps a full one comes, in the first and in the second phase (inferred).
         boundary: share of the steps after which the second phase begins (inferred).
         blocks: share of the blocks that is pruned at a prediction step, the least important ones (inferred).
-        rotation: one of so many ranks of pruned blocks is spared in turn, so that each is computed in full at least
-            every ``rotation`` prediction steps; 0 spares none (inferred).
+        rotation: every ``rotation``-th block is spared, others at the next prediction step, so that each is computed in
+            full at least every ``rotation`` prediction steps; 0 spares none (inferred).
         pressure: weight of the mean importance in the predictor's loss, without which all would be important (inferred).
         rate: learning rate of its training with Adam.
         paths: the blocks in the order of the trained table.
@@ -190,7 +190,7 @@ class Trained(TokenCache):
                 self.importance[:, step].mean(-1).argsort(stable=True).tolist()[: round(self.blocks * len(self.paths))]
             )
             spared = turn % self.rotation if self.rotation else None
-            chosen = (b for rank, b in enumerate(ranked) if spared is None or rank % self.rotation != spared)
+            chosen = (b for b in ranked if spared is None or b % self.rotation != spared)
             schedule.append(frozenset(self.paths[b] for b in chosen))
             turn += 1
         return tuple(schedule)

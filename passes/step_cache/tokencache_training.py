@@ -98,6 +98,10 @@ class TokenCacheTraining(StepSearch):
             tuple(MIX if path in self.paths and trial.can(i, (MIX,)) else KEEP for _, path in block)
             for i, block in enumerate(trial.sites)
         ]
+        if all(action == KEEP for block in row for action in block):
+            raise PassError(
+                "tokencache: no block's output can be mixed with a cached one, so there is nothing to train"
+            )
         with torch.enable_grad():
             weights = logits.sigmoid()
             self.weights = dict(zip(self.paths, weights.unbind(), strict=True))
