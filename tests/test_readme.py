@@ -22,6 +22,25 @@ def test_python_blocks_run(tmp_path):
         assert said in done.stdout
 
 
+def test_python_of_the_diffusion_page_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "diffusion.md").read_text(), re.S)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "ditfastattn" in done.stdout and "4 steps of 10 layers" in done.stdout
+    assert (tmp_path / "steps.json").exists()
+
+
+def test_diffusion_commands_run(tmp_path):
+    commands = re.findall(r"^accelpass (?:search-steps|sample) .*$", README, re.M)
+    assert len(commands) == 2
+    for command in commands:
+        code = f"import sys; sys.argv = {command.split()!r}; from accelpass.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+    assert "PSNR against the plain images" in done.stdout
+    assert (tmp_path / "sample.png").exists()
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make ([a-z-]+)", README):
