@@ -67,7 +67,7 @@ class SteppedGraph:
             run.kept.clear()
             for p in self.passes:
                 p.check_call(latents)
-        searcher = next((p.searcher for p in self.passes if p.searcher is not None), None)
+        searcher = next((p.decides for p in self.passes if p.decides is not None), None)
         if searcher is not None:
             row = searcher.choose(_Trial(composition, args, self._recalled(run, tick), tick, time, latents))
         else:

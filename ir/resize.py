@@ -144,7 +144,7 @@ class Resizer:
         ):
             self._moved_split(node, args)
         with torch.no_grad():
-            new = self.graph.call_function(node.target, tuple(args), kwargs)  # type: ignore[arg-type]
+            new = self.graph.call_function(node.target, tuple(args), kwargs)
             new.meta = {k: node.meta[k] for k in KEPT if k in node.meta}
             try:
                 refresh(new)
@@ -160,7 +160,7 @@ class Resizer:
     def _note_join(self, node: fx.Node) -> None:
         """A concatenation along the axis makes another axis; remember how long it is, and where its parts begin."""
         parts: Any = node.args[0]
-        at = (node.args[1] if len(node.args) > 1 else 0) % value(node).dim()  # type: ignore[operator]
+        at = (node.args[1] if len(node.args) > 1 else 0) % value(node).dim()
         joined = self.axes.of(node)[at]
         lengths = [(int(value(p).shape[at]), int(value(self._env[p]).shape[at])) for p in parts]
         if all(old == new for old, new in lengths) or not joined.leaves:

@@ -230,7 +230,7 @@ def prepare(program: Program) -> list[StepBlock]:
     # A block's streams are there whatever the blocks after it read.
     pins = [node for block in found for node in block.outputs if node.users]
     (output,) = program.graph.find_nodes(op="output")
-    output.args = ((*output.args[0], *pins),)  # type: ignore[misc]
+    output.args = ((*output.args[0], *pins),)
     program.pins = len(pins)
     for block in found:
         max(block.outputs).meta[BLOCK] = block.number

@@ -78,8 +78,6 @@ class StepPass(SitePatterns):
     phase: ClassVar[str] = "attention"
     searching: ClassVar[bool] = False
     """Every combination of actions may be asked for."""
-    searcher: ClassVar[StepSearch | None] = None
-    """Who decides at each call in place of :meth:`action`."""
 
     def bound(self, artefacts: Mapping[str, Tensor], device: torch.device) -> StepPass:
         """The pass with the tensors of its plan.
@@ -104,6 +102,11 @@ class StepPass(SitePatterns):
     def shown(self, action: str) -> str:
         """What a picture calls an action."""
         return action.split("+output")[0].split("+residual")[0]
+
+    @property
+    def decides(self) -> StepSearch | None:
+        """Who decides at each call in place of :meth:`action`, while a search goes on."""
+        return None
 
     def operand(self, name: str, step: int) -> Tensor | None:
         """A tensor that a rewritten site recalls and that no step keeps: one that the plan holds for each step."""
@@ -274,11 +277,20 @@ class Trial(Protocol):
         step, branch: as in :meth:`StepPass.action`; ``time`` is the timestep, ``latents`` what the model is given.
     """
 
-    sites: Sequence[Sequence[tuple[StepPass, str]]]
-    step: int
-    branch: int
-    time: float
-    latents: Tensor
+    @property
+    def sites(self) -> Sequence[Sequence[tuple[StepPass, str]]]: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def branch(self) -> int: ...
+
+    @property
+    def time(self) -> float: ...
+
+    @property
+    def latents(self) -> Tensor: ...
 
     def can(self, block: int, actions: tuple[str, ...]) -> bool:
         """Whether a block can be computed so."""

@@ -37,6 +37,11 @@ class InSearch(DiTFastAttn):
 
     searching: ClassVar[bool] = True
 
+    @property
+    def decides(self) -> StepSearch | None:
+        found: StepSearch | None = self.searcher
+        return found
+
     def actions(self, site: str) -> Sequence[str]:
         return (FULL, *_ACTIONS.values())
 

@@ -27,6 +27,11 @@ class InTraining(TokenCache):
 
     searching: ClassVar[bool] = True
 
+    @property
+    def decides(self) -> StepSearch | None:
+        found: StepSearch | None = self.searcher
+        return found
+
     def bound(self, artefacts: Any, device: torch.device) -> InTraining:
         return self
 
