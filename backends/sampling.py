@@ -67,24 +67,25 @@ class SteppedGraph:
             run.kept.clear()
             for p in self.passes:
                 p.check_call(latents)
+        recalled = self._recalled(run, tick, latents.device)
         searcher = next((p.decides for p in self.passes if p.decides is not None), None)
         if searcher is not None:
-            row = searcher.choose(_Trial(composition, args, self._recalled(run, tick), tick, time, latents))
+            row = searcher.choose(_Trial(composition, args, recalled, tick, time, latents))
         else:
             row = composition.row(tick.step, tick.branch)
-        made, kept = composition.evaluate(row, args, self._recalled(run, tick))
+        made, kept = composition.evaluate(row, args, recalled)
         for name, tensor in kept.items():
             run.kept[tick.branch, name] = tensor
         run.clock.done(tick, time, latents)
         return made
 
-    def _recalled(self, run: SamplingRun, tick: Tick) -> Callable[[str], Tensor]:
+    def _recalled(self, run: SamplingRun, tick: Tick, device: torch.device) -> Callable[[str], Tensor]:
         """Finds what a step reads: a tensor of the plan, or what an earlier step has kept."""
 
         def find(name: str) -> Tensor:
             planned = next((t for p in self.passes if (t := p.operand(name, tick.step)) is not None), None)
             if planned is not None:
-                return planned
+                return planned.to(device)
             branch = 0 if name.startswith(FIRST) else tick.branch
             found = run.kept.get((branch, name.removeprefix(FIRST)))
             if found is None:

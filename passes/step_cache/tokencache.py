@@ -201,10 +201,10 @@ class Trained(TokenCache):
 
     def rows(self, path: str, step: int) -> Tensor:
         """Positions of the tokens that are computed, ascending: those of the largest importance."""
-        return self._rows.setdefault(
-            (path, step),
-            self.importance[self.paths.index(path), step].topk(self.kept_tokens).indices.sort().values,
-        )
+        if (path, step) not in self._rows:
+            importance = self.importance[self.paths.index(path), step]
+            self._rows[path, step] = importance.topk(self.kept_tokens).indices.sort().values
+        return self._rows[path, step]
 
     @cached_property
     def _rows(self) -> dict[tuple[str, int], Tensor]:
