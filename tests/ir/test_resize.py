@@ -163,6 +163,10 @@ def _broken(x: Tensor, picks: Tensor, what: str) -> Tensor:
         return operator.add(*x.chunk(2, 1))
     if what == "roll":
         return x.roll(1, 1)
+    if what == "pad":
+        return F.pad(x, (0, 0, 1, 0))
+    if what == "ones":
+        return x * x.new_ones(TOKENS, 1)
     return x[:, picks]
 
 
@@ -176,6 +180,8 @@ def _broken(x: Tensor, picks: Tensor, what: str) -> Tensor:
         ("step", "takes every 2th row"),
         ("chunk", r"\((chunk|split)\) works along the axis"),
         ("roll", r"\(roll\) works along the axis"),
+        ("pad", r"gives \[4, 4, 16\] where \[4, 13, 16\] was expected"),
+        ("ones", r"gives \[12, 1\] where \[3, 1\] was expected"),
         ("index", r"\(index\) works along the axis"),
     ],
 )

@@ -13,7 +13,7 @@ from accelpass.lookup import find
 from accelpass.models_zoo import tiny_diffusers
 from tests.passes.step_truth import denoise
 
-QUICK = ("pixart", "sd3", "wan")
+QUICK = ("sd3", "wan")
 NAMES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in tiny_diffusers.NAMES if n != "dit"]
 TIMES = {"flux": [0.9, 0.6, 0.3]}
 WINDOWED = {"pixart", "wan", "ltx_video"}
@@ -39,7 +39,7 @@ def compiled(model: nn.Module, methods: dict[str, str], times: list[float]) -> A
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dense_shared_and_halved(name: str) -> None:
+def test_dense_shared_halved_and_windowed(name: str) -> None:
     model, call, times = built(name)
     truth = denoise(model, call, times)
     fast = compiled(model, {}, times)
@@ -68,13 +68,7 @@ def test_dense_shared_and_halved(name: str) -> None:
         assert torch.equal(a, b)
     assert all(b.name.partition(":")[2].startswith("output") for b in accelpass.state(fast))
 
-
-@pytest.mark.parametrize("name", NAMES)
-def test_windows_where_they_have_a_meaning(name: str) -> None:
-    model, call, times = built(name)
-    fast = compiled(model, {}, times)
-    truth = denoise(fast, call, times)
-    sites = find(fast).graphs[0].report.steps.sites
+    # Windows, where they have a meaning.
     torch._dynamo.reset()
     fast = compiled(model, dict.fromkeys(sites, "FW"), times[:2])
     found = denoise(fast, call, times[:2])
