@@ -48,7 +48,8 @@ def step_graph(
     if time is None or latents is None:
         raise PassError(
             f"{', '.join(p.name for p in chosen.passes if isinstance(p, StepPass))}: the model has no input named {', '.join(TIMESTEP)}, from which the "
-            "denoising step could be told; rename the argument, or wrap the model"
+            "denoising step could be told; rename the argument, or wrap the model. If it has one, a graph break cuts the model "
+            "in two, and fullgraph=True shows where"
         )
     if chosen.plan is not None:
         chosen.plan.check(program)

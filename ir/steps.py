@@ -109,12 +109,13 @@ def step_blocks(program: Program) -> list[StepBlock]:
 
 def _with_own_paths(found: list[StepBlock]) -> list[StepBlock]:
     """Blocks of one path (a module that is called twice, blocks that are written in one ``forward``) are told apart."""
-    taken: Counter[str] = Counter()
+    taken: Counter[tuple[str, str]] = Counter()
 
     def own(path: str, kind: str) -> str:
         path = path or kind
-        taken[path] += 1
-        return path if taken[path] == 1 else f"{path}#{taken[path]}"
+        taken[path, kind] += 1
+        number = taken[path, kind]
+        return path if number == 1 else f"{path}#{number}"
 
     return [
         replace(

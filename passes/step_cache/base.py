@@ -43,6 +43,8 @@ NO_BLOCKS = (
     "denoising steps to save"
 )
 
+NO_SITES = "the blocks that the latents pass through hold nothing for this pass: no attention over the latents"
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -137,9 +139,10 @@ class StepPass(SitePatterns):
         """Raise :class:`StepError` if the first call of a run is not what the schedule assumes."""
 
     def apply(self, program: Program, record: Record) -> None:
-        sites = self.places(program.analysis(step_blocks))
+        found = program.analysis(step_blocks)
+        sites = self.places(found)
         if not sites:
-            record.skip("model", NO_BLOCKS)
+            record.skip("model", NO_SITES if found else NO_BLOCKS)
         seen = tuple(int(n) for n in value(latents).shape[1:]) if (latents := user_input(program, *LATENTS)) else ()
         if self.latents and seen and seen != self.latents:
             raise StepError(

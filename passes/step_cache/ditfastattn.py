@@ -117,8 +117,10 @@ class DiTFastAttn(StepPass, Searched):
         if len(site.streams) > 1:
             return "text and image attend jointly; a window along both has no meaning"
         found: Axes = program.analysis(axes)
-        tokens = found.of(site.streams[0])[-2]
-        if any(part.whole == tokens.leaves for part in found.parts):
+        # A stream that is joined itself, or one that attends together with text whose own result nobody reads (SD3's last).
+        operands = () if site.module.attention.node is None else site.module.attention.node.args[:2]
+        tokens = [found.of(n)[-2].leaves for n in (site.streams[0], *operands) if isinstance(n, fx.Node)]
+        if any(part.whole in tokens for part in found.parts):
             return "its tokens are joined from text and image; a window along both has no meaning"
         spec = site.module.attention.spec
         return "the model's own mask is not combined with a window" if spec.bias != "none" or spec.before else None

@@ -102,7 +102,9 @@ def trained(table: Tensor, **options: Any) -> Trained:
 
 
 @pytest.mark.parametrize(
-    ("name", "ratio"), [("dit", 0.5), ("dit", 0.8), ("dit", 1.0), ("pixart", 0.3)], ids=lambda v: str(v)
+    ("name", "ratio"),
+    [("dit", 0.5), pytest.param("dit", 0.8, marks=pytest.mark.slow), ("dit", 1.0), ("pixart", 0.3)],
+    ids=lambda v: str(v),
 )
 def test_follows_the_oracle(name: str, ratio: float) -> None:
     model, call = dit() if name == "dit" else pixart()
@@ -111,7 +113,7 @@ def test_follows_the_oracle(name: str, ratio: float) -> None:
     fast = fast_of(model, table, ratio=ratio, **ALWAYS)
     same(denoise(fast, call, TIMES), truth_of(model, call, table, ratio=ratio, **ALWAYS))
 
-    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(seed=st.integers(1, 10**6), options=SCHEDULES)
     def other_plans(seed: int, options: dict[str, Any]) -> None:
         table = random_table(layers, seed)
@@ -177,6 +179,7 @@ def test_pruned_blocks_compute_their_kept_tokens_alone() -> None:
     assert min(counted) < 0.5 * counted[0]
 
 
+@pytest.mark.slow
 def test_compiled_with_inductor() -> None:
     model, call = dit(1)
     table = random_table(1, 5)
