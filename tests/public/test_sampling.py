@@ -236,6 +236,16 @@ def test_instances_of_a_class_have_runs_of_their_own() -> None:
     assert not accelpass.state(one) and accelpass.state(two)
 
 
+def test_a_new_run_drops_what_the_last_one_kept() -> None:
+    fast = small(Denoiser().eval(), "FAFW")
+    small_run(fast, times=(0.9, 0.7, 0.5, 0.3))
+    assert {b.name for b in accelpass.state(fast)} == {
+        f"blocks.{n}:{what}" for n in range(2) for what in ("output", "residual")
+    }
+    small_run(fast, seed=1, times=(0.9,))
+    assert {b.name for b in accelpass.state(fast)} == {f"blocks.{n}:output" for n in range(2)}
+
+
 def test_one_model_compiled_twice() -> None:
     model = Denoiser().eval()
     shares, dense = small(model), small(model, "FFF")
