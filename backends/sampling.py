@@ -114,7 +114,8 @@ class SteppedGraph:
             timesteps = next((p.timesteps for p in self.passes if p.timesteps), None)
             key = id(anchor)
             ref = None if anchor is None else weakref.ref(anchor, lambda _: self._runs.pop(key, None))
-            known = (ref, SamplingRun(Clock(timesteps)))
+            calls = next((p.calls for p in self.passes if p.calls is not None), None)
+            known = (ref, SamplingRun(Clock(timesteps, calls)))
             self._runs[id(anchor)] = known
         return known[1]
 

@@ -62,10 +62,12 @@ class Clock:
 
     Attributes:
         timesteps: those that a plan was made for; None to count alone.
+        most: calls that one step has, if it is known; None if guidance may be one call or two.
         declared: the caller says where runs begin, so that going back in time does not.
     """
 
     timesteps: Sequence[float] | None = None
+    most: int | None = None
     declared: bool = False
     last: Tick | None = None
     _time: float = 0.0
@@ -84,7 +86,8 @@ class Clock:
         last = self.last
         if last is None or self._shape != latents.shape:
             return self._first(time)
-        if self._equals(time, self._time) and self._same(latents):
+        more = self.most is None or last.branch + 1 < self.most
+        if more and self._equals(time, self._time) and self._same(latents):
             return Tick(last.step, last.branch + 1, False)
         if self.timesteps is not None:
             following = last.step + 1

@@ -119,6 +119,11 @@ class StepPass(SitePatterns):
         """How many calls of one step differ in what is done."""
         return 1
 
+    @property
+    def calls(self) -> int | None:
+        """How many calls of the model make a step, if the schedule says so: two where guidance is two calls."""
+        return None
+
     def actions(self, site: str) -> Sequence[str]:
         """What a search may try at a site; asked for only if :attr:`searching`."""
         return (FULL,)

@@ -101,6 +101,10 @@ class DiTFastAttn(StepPass, Searched):
             method += _RESIDUAL
         return method + _OUTPUT if set(letters) & set("ACX" if by_calls else "A") else method
 
+    @property
+    def calls(self) -> int | None:
+        return self.branches if self.methods else None
+
     def shown(self, action: str) -> str:
         return "reuse" if action == SHARE else super().shown(action)
 

@@ -161,3 +161,13 @@ def test_a_declaration_is_for_one_model_and_ends() -> None:
     with pytest.raises(KeyError), declared(other.parameters()):
         raise KeyError
     assert not is_declared(other.weight)
+
+
+def test_one_call_a_step_is_never_followed_by_a_second_one() -> None:
+    """A run that was cut off after its first step, and one with the same noise and other labels."""
+    latents = torch.ones(2, 3)
+    for clock in (Clock((9.0, 5.0), 1), Clock(most=1)):
+        for _ in range(2):
+            tick = clock.tick(9.0, latents)
+            assert (tick.step, tick.branch, tick.fresh) == (0, 0, True)
+            clock.done(tick, 9.0, latents)
