@@ -171,7 +171,7 @@ def _row(graph: CompiledGraph) -> GraphRow:
 
 def _steps(graph: CompiledGraph) -> StepPlanView | None:
     done = graph.report.steps
-    if done is None or not done.actions:
+    if done is None or not done.actions or not done.sites:
         return None
     shares = tuple(flops / done.dense for flops in done.flops)
     title = ", ".join(p.name for p in graph.steps.passes) if graph.steps is not None else ""

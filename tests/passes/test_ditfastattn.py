@@ -130,11 +130,11 @@ def test_follows_the_oracle_when_compiled_for_its_plan() -> None:
     ]
     report = report_of(fast).steps
     assert report.sites == PATHS
-    assert report.actions[0] == ("full+residual+output", "full+output")
+    assert report.actions[0] == ("full", "full")
     assert [row[0] for row in report.actions] == [
-        "full+residual+output", "window+output", "share", "window+half+output", "half+residual+output", "window+output",
+        "full", "window", "reuse", "window+half", "half", "window",
     ]  # fmt: skip
-    assert len({row[1] for row in report.actions}) == 4
+    assert {row[1] for row in report.actions} == {"full", "reuse", "window"}
 
 
 @pytest.mark.slow
@@ -328,7 +328,7 @@ class Edits(Pass):
     """Gives every attention a window of its own."""
 
     name: ClassVar[str] = "edits"
-    phase: ClassVar[str] = "attention"
+    phase: ClassVar[str] = "structure"
     summary: ClassVar[str] = "for tests"
 
     def apply(self, program: Any, record: Any) -> None:
