@@ -93,7 +93,7 @@ class Sizes:
     """
 
     steps: int = 50
-    per_class: int = 20
+    per_class: int = 10
     labels: int = 4
     runs: int = 20
     batch: int = 4

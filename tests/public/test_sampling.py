@@ -90,13 +90,13 @@ def test_runs_do_not_leak_into_each_other(pipe: Any) -> None:
     """Other seeds, batches and numbers of steps through one compiled model, against one that is compiled for each."""
     model = pipe.transformer
     fast = following(model, "FAWC")
-    runs = [((3, 7), 4, 0), ((1,), 4, 1), ((3, 7), 3, 2), ((3, 7), 1, 5), ((3, 7), 1, 5), ((1,), 2, 4), ((3, 7), 4, 0)]
+    runs = [((3, 7), 4, 0), ((1,), 4, 1), ((3, 7), 3, 2), ((1,), 2, 4), ((3, 7), 4, 0)]
     made = [images(pipe, fast, *run) for run in runs]
     for run, found in zip(runs, made, strict=True):
         if run in runs[1:3]:
             torch._dynamo.reset()
             torch.testing.assert_close(found, images(pipe, following(model, "FAWC"), *run), atol=1e-5, rtol=1e-4)
-    assert torch.equal(made[0], made[-1]) and torch.equal(made[3], made[4])
+    assert torch.equal(made[0], made[-1])
     with pytest.raises(StepError, match="has 4 model calls, and this is number 5"):
         images(pipe, fast, steps=5)
 
