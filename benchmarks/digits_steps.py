@@ -72,8 +72,6 @@ CANDIDATES: dict[str, Setting] = {
     "tokencache, all, every 2/2": _token_cache(1.0, (2, 2)),
     "tokencache, all, every 2/3": _token_cache(1.0, (2, 3)),
     "tokencache, all, every 3/4": _token_cache(1.0, (3, 4)),
-    "delta_cache, every 2": Setting(beside=({"name": "delta_cache", "interval": 2},)),
-    "delta_cache, every 3, taylor": Setting(beside=({"name": "delta_cache", "interval": 3, "predict": "taylor"},)),
     "ditfastattn, threshold 0.15, int8_weights": Setting(
         {"name": "ditfastattn", "threshold": 0.15}, beside=("int8_weights",)
     ),

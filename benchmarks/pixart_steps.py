@@ -48,9 +48,9 @@ class Sizes:
         turns: how often each kind of step is timed.
     """
 
-    layers: int = 4
+    layers: int = 2
     latents: int = 128
-    turns: int = 5
+    turns: int = 3
 
 
 QUICK = Sizes(layers=1, latents=32, turns=2)
