@@ -103,8 +103,7 @@ def step_graph(
 def _compiler(chosen: Options) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
     if chosen.lowering != "inductor":
         return lambda part, given: part.forward
-    settings = replace(chosen, inductor={"size_asserts": False, **chosen.inductor})
-    return lambda part, given: compile_whole(part, given, settings)
+    return lambda part, given: compile_whole(part, given, chosen)
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from accelpass.backends.regions import Regions, Slot, Step
@@ -39,6 +40,7 @@ class Piece:
     given: tuple[Ref, ...]
     made: tuple[str, ...]
     keeps: tuple[tuple[str, Ref], ...]
+    strides: dict[str, tuple[int, ...]]
     layouts: dict[str, Hashable]
     flops: int
     attention: int
@@ -51,6 +53,7 @@ class Linked:
     regions: Regions
     sources: tuple[Ref, ...]
     keeps: tuple[str, ...]
+    strides: dict[str, tuple[int, ...]]
     flops: int
     attention: int
 
@@ -101,10 +104,14 @@ class Composition:
         """The model's results at one step, and what the step keeps."""
         graph = self.linked(row)
         bound = self.derived(args)
-        given = [
-            args[what] if kind == "argument" else bound[self.order[what]] if kind == "derived" else recalled(what)
-            for kind, what in graph.sources
-        ]
+        given = []
+        for kind, what in graph.sources:
+            if kind == "argument":
+                given.append(args[what])
+            elif kind == "derived":
+                given.append(bound[self.order[what]])
+            else:
+                given.append(_laid_out(recalled(what), graph.strides.get(what)))
         made = graph.regions(*given)
         count = len(made) - len(graph.keeps)
         return made[:count], dict(zip(graph.keeps, made[count:], strict=True))
@@ -128,7 +135,7 @@ class Composition:
                 slot.setdefault(("value", name), len(slot))
                 layouts[name] = piece.layouts[name]
             for kind, name in piece.given:
-                if kind == "value" and (("value", name) not in slot or layouts[name] != piece.layouts[name]):
+                if kind == "value" and (("value", name) not in slot or not _fits(layouts[name], piece.layouts[name])):
                     seen = layouts.get(name, "nothing")
                     raise PassError(
                         f"parts of the model do not fit together at {name}: {piece.layouts[name]} is read, {seen} is made"
@@ -148,7 +155,14 @@ class Composition:
         wanted += [Slot(i) for _, i in keeps]
         regions = Regions(steps, [ref[1].tensor for ref in held], len(slot), tuple(wanted), len(chain))
         flops, attention = sum(p.flops for p in chain), sum(p.attention for p in chain)
-        return Linked(regions, tuple(sources), tuple(n for n, _ in keeps), flops, attention)
+        return Linked(
+            regions,
+            tuple(sources),
+            tuple(n for n, _ in keeps),
+            {name: known for p in chain for name, known in p.strides.items()},
+            flops,
+            attention,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,3 +175,20 @@ class Held:
 def all_full(block: Sequence[Any]) -> Actions:
     """The model's own computation at each of a block's sites."""
     return (FULL,) * len(block)
+
+
+def _laid_out(kept: Tensor, strides: tuple[int, ...] | None) -> Tensor:
+    """A kept tensor in memory as the code that reads it was compiled for; None if none does, and it is handed on alone."""
+    if strides is None or kept.stride() == strides:
+        return kept
+    made = torch.empty_strided(kept.shape, strides, dtype=kept.dtype, device=kept.device)
+    return made.copy_(kept)
+
+
+def _fits(made: Any, wanted: Any) -> bool:
+    """Layouts are equal, except for the strides of dimensions that have one row."""
+    if made == wanted:
+        return True
+    (shape, strides, *rest), (other, others, *rest_of_other) = made, wanted
+    same = all(a == b for size, a, b in zip(shape, strides, others, strict=True) if size != 1)
+    return shape == other and same and rest == rest_of_other

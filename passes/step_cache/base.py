@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, fx
 
+from accelpass.ir.attention.insert import inverse
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.errors import SpecConflict
 from accelpass.ir.graph import aten, call, value
@@ -205,12 +206,23 @@ def appending(node: fx.Node) -> Iterator[Callable[..., fx.Node]]:
     graph.erase_node(end)
 
 
+def _laid_out(node: fx.Node, like: fx.Node) -> fx.Node:
+    """``node`` in memory as ``like`` is: what reads it, in this block or the next, was captured for that."""
+    if value(node).stride() == value(like).stride():
+        return node
+    order = tuple(sorted(range(value(like).dim()), key=value(like).stride().__getitem__, reverse=True))
+    with appending(node) as build:
+        stored = build(aten.contiguous.default, build(aten.permute.default, node, order))
+        return build(aten.permute.default, stored, inverse(order))
+
+
 def put(site: Site, new: Sequence[fx.Node]) -> None:
     """Let ``new`` be the site's results.
 
     Raises:
         CannotResize: something reads a result before the new one is there.
     """
+    new = [_laid_out(node, old) for old, node in zip(site.results, new, strict=True)]
     readers = [
         [user for user in old.users if user not in _made_from(old, node)]
         for old, node in zip(site.results, new, strict=True)

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from accelpass.backends import graphs_of
-from accelpass.models_zoo import tiny_diffusers
+from accelpass.backends.steps import Piece
+from accelpass.models_zoo import digits, tiny_diffusers
 from tests.passes.step_truth import DeltaBlock, denoise
 
 TIMES = [9, 8, 7, 6, 5, 4, 3, 2, 1]
@@ -35,6 +37,33 @@ def test_follows_the_oracle(name: str, start: int, interval: int, predict: str, 
     fast = torch.compile(model, backend="accelpass", options={"passes": [cached], "lowering": "eager"})
     for wanted, found in zip(denoise(truth, call, TIMES), denoise(fast, call, TIMES), strict=True):
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_blocks_hand_on_what_the_next_one_was_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patches of an image come channel by channel in memory; a block that only adds to them would hand that on."""
+    torch._dynamo.reset()
+    monkeypatch.setitem(digits.CONFIG, "num_layers", 2)
+    model = digits.transformer(trained=False)
+    call = {"timestep": torch.tensor([9, 9]), "class_labels": torch.tensor([1, 1000])}
+    cached = {"name": "delta_cache", "start": 0, "interval": 2}
+    fast = torch.compile(model, backend="accelpass", options={"passes": [cached], "lowering": "aten"})
+    run = {**call, "hidden_states": torch.zeros(2, 1, 32, 32)}
+    denoise(fast, run, [9.0])
+    (graph,) = graphs_of(model)
+    assert graph.steps is not None
+    (composition,) = graph.steps.compositions.values()
+    seen: list[tuple[object, object]] = []
+    for key, piece in composition.pieces.items():
+
+        def watched(*args: torch.Tensor, piece: Piece = piece) -> tuple[torch.Tensor, ...]:
+            made = piece.fn(*args)
+            seen.extend((t.stride(), piece.layouts[name][1]) for name, t in zip(piece.made, made, strict=True))
+            return made
+
+        composition.pieces[key] = replace(piece, fn=watched)
+    composition._linked.clear()
+    denoise(fast, run, [9.0, 7.0, 5.0])
+    assert len(seen) > 9 and all(a == b for a, b in seen)
 
 
 @pytest.mark.parametrize("name", ["sd3", "wan", "flux"])
