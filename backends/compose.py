@@ -149,8 +149,7 @@ class Composer:
         kept = tuple((name, _ref(tensors, node, where)) for name, node in keeps)
         layouts = {_called(n, where): layout(value(n)) for n in (*part.given, *part.made) if n.op == "call_function"}
         made = tuple(_called(n, where) for n in part.made)
-        strides = {tensors.recalled[n]: value(n).stride() for n in part.given if n in tensors.recalled}
-        self._pieces[at, actions] = Piece(self._code[key], given, made, kept, strides, layouts, *flops)
+        self._pieces[at, actions] = Piece(self._code[key], given, made, kept, layouts, *flops)
 
 
 def _by_pass(sites: Sites, chosen: list[Actions]) -> dict[str, dict[str, str]]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from accelpass.backends.regions import Regions, Slot, Step
@@ -40,7 +39,6 @@ class Piece:
     given: tuple[Ref, ...]
     made: tuple[str, ...]
     keeps: tuple[tuple[str, Ref], ...]
-    strides: dict[str, tuple[int, ...]]
     layouts: dict[str, Hashable]
     flops: int
     attention: int
@@ -53,7 +51,6 @@ class Linked:
     regions: Regions
     sources: tuple[Ref, ...]
     keeps: tuple[str, ...]
-    strides: dict[str, tuple[int, ...]]
     flops: int
     attention: int
 
@@ -104,14 +101,10 @@ class Composition:
         """The model's results at one step, and what the step keeps."""
         graph = self.linked(row)
         bound = self.derived(args)
-        given = []
-        for kind, what in graph.sources:
-            if kind == "argument":
-                given.append(args[what])
-            elif kind == "derived":
-                given.append(bound[self.order[what]])
-            else:
-                given.append(_laid_out(recalled(what), graph.strides.get(what)))
+        given = [
+            args[what] if kind == "argument" else bound[self.order[what]] if kind == "derived" else recalled(what)
+            for kind, what in graph.sources
+        ]
         made = graph.regions(*given)
         count = len(made) - len(graph.keeps)
         return made[:count], dict(zip(graph.keeps, made[count:], strict=True))
@@ -155,14 +148,7 @@ class Composition:
         wanted += [Slot(i) for _, i in keeps]
         regions = Regions(steps, [ref[1].tensor for ref in held], len(slot), tuple(wanted), len(chain))
         flops, attention = sum(p.flops for p in chain), sum(p.attention for p in chain)
-        return Linked(
-            regions,
-            tuple(sources),
-            tuple(n for n, _ in keeps),
-            {name: known for p in chain for name, known in p.strides.items()},
-            flops,
-            attention,
-        )
+        return Linked(regions, tuple(sources), tuple(n for n, _ in keeps), flops, attention)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,14 +161,6 @@ class Held:
 def all_full(block: Sequence[Any]) -> Actions:
     """The model's own computation at each of a block's sites."""
     return (FULL,) * len(block)
-
-
-def _laid_out(kept: Tensor, strides: tuple[int, ...] | None) -> Tensor:
-    """A kept tensor in memory as the code that reads it was compiled for; None if none does, and it is handed on alone."""
-    if strides is None or kept.stride() == strides:
-        return kept
-    made = torch.empty_strided(kept.shape, strides, dtype=kept.dtype, device=kept.device)
-    return made.copy_(kept)
 
 
 def _fits(made: Any, wanted: Any) -> bool:

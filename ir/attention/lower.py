@@ -201,7 +201,7 @@ def _inline_traced(program: Program, node: fx.Node, lowering: Lowering) -> None:
     graph, spec = program.graph, spec_of(node)
     operands = [*node.args[:3], *node.args[3]]
     many = node.target is not ATTENTION
-    order = _memory_order(value(node)[0] if many else value(node))  # not in the trace: its strides may be symbolic
+    order = memory_order(value(node)[0] if many else value(node))  # not in the trace: its strides may be symbolic
 
     def run(*given: Tensor) -> list[Tensor]:
         out, found = lowering.run(given[0], given[1], given[2], given[3:], spec)
@@ -220,10 +220,10 @@ def _inline_traced(program: Program, node: fx.Node, lowering: Lowering) -> None:
 
 def like_in_memory(out: Tensor, wanted: Tensor) -> Tensor:
     """``out`` with its dimensions in memory as ``wanted`` has them: the model may view the result."""
-    return _in_order(out, _memory_order(wanted))
+    return _in_order(out, memory_order(wanted))
 
 
-def _memory_order(wanted: Tensor) -> tuple[int, ...] | None:
+def memory_order(wanted: Tensor) -> tuple[int, ...] | None:
     """Its dimensions from the slowest to the fastest; None if it is contiguous."""
     if wanted.is_contiguous():
         return None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.ir.attention.insert import inverse
+from accelpass.ir.attention.lower import memory_order
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.errors import SpecConflict
 from accelpass.ir.graph import aten, call, value
@@ -172,14 +173,14 @@ class StepPass(SitePatterns):
         drop_dead_writes(program.graph)
 
 
-def keep(program: Program, site: Site, what: str, nodes: Sequence[fx.Node]) -> None:
-    """Remember ``nodes`` of a site for later steps."""
-    for index, node in enumerate(nodes):
-        remember(program, state_name(site.path, what, index), node)
+def keep(program: Program, site: Site, what: str, nodes: Sequence[fx.Node], like: Sequence[fx.Node]) -> None:
+    """Remember ``nodes`` of a site for later steps, in memory as ``like`` are, which is how :func:`kept` reads them."""
+    for index, (node, known) in enumerate(zip(nodes, like, strict=True)):
+        remember(program, state_name(site.path, what, index), _laid_out(node, known))
 
 
 def kept(program: Program, site: Site, what: str, like: Sequence[fx.Node]) -> list[fx.Node]:
-    """What an earlier step remembered of a site; ``like`` are nodes of the same shapes."""
+    """What an earlier step remembered of a site; ``like`` are the nodes that :func:`keep` was given."""
     return [recall(program, state_name(site.path, what, index), node) for index, node in enumerate(like)]
 
 
@@ -210,7 +211,7 @@ def _laid_out(node: fx.Node, like: fx.Node) -> fx.Node:
     """``node`` in memory as ``like`` is: what reads it, in this block or the next, was captured for that."""
     if value(node).stride() == value(like).stride():
         return node
-    order = tuple(sorted(range(value(like).dim()), key=value(like).stride().__getitem__, reverse=True))
+    order = memory_order(value(like)) or tuple(range(value(like).dim()))
     with appending(node) as build:
         stored = build(aten.contiguous.default, build(aten.permute.default, node, order))
         return build(aten.permute.default, stored, inverse(order))

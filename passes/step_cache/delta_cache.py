@@ -78,8 +78,9 @@ class DeltaCache(StepPass):
                 if action == _KEEP_SLOPE:
                     before = kept(program, site, "delta", results)
                     changes = [build(aten.sub.Tensor, now, old) for now, old in zip(deltas, before, strict=True)]
-                    keep(program, site, "slope", [build(aten.div.Tensor, c, float(self.interval)) for c in changes])
-            keep(program, site, "delta", deltas)
+                    slopes = [build(aten.div.Tensor, c, float(self.interval)) for c in changes]
+                    keep(program, site, "slope", slopes, results)
+            keep(program, site, "delta", deltas, results)
             return "the block, and what it adds"
         added: list[fx.Node] = kept(program, site, "delta", results)
         with appending(max(results)) as build:

@@ -131,8 +131,8 @@ class DiTFastAttn(StepPass, Searched):
 
     def rewrite(self, program: Program, site: Site, action: str) -> str:
         method, output, residual = _parsed(action)
-        assert site.module is not None
-        like = site.results
+        assert site.module is not None and site.module.attention.node is not None
+        like, attention = site.results, site.module.attention.node
         if method == SHARE:
             put(site, kept(program, site, "output", like))
             return "the output of an earlier step"
@@ -140,18 +140,16 @@ class DiTFastAttn(StepPass, Searched):
             names = [of_first_branch(state_name(site.path, "output", n)) for n in range(len(like))]
             made = [recall(program, name, node) for name, node in zip(names, like, strict=True)]
             put(site, made)
-            keep(program, site, "output", made)
+            keep(program, site, "output", made, like)
             if residual:
-                assert site.module.attention.node is not None
                 name = of_first_branch(state_name(site.path, "residual"))
-                keep(program, site, "residual", [recall(program, name, site.module.attention.node)])
+                keep(program, site, "residual", [recall(program, name, attention)], [attention])
             return "the output of this step's first call"
         if method in (WINDOW, WINDOW_HALF) or residual:
             why = self.windowed(program, site)
             if why is not None:
                 raise CannotResize(why)
-        node = site.module.attention.node
-        assert node is not None
+        node = attention
         if method != FULL or residual:
             refuse_edited(spec_of(node), self.name)
         window = self._window(node)
@@ -162,7 +160,7 @@ class DiTFastAttn(StepPass, Searched):
         graph = program.graph
         if method in (WINDOW, WINDOW_HALF):
             set_spec(node, spec_of(node).edited(by=self.name, select=Band(window)))
-            (rest,) = kept(program, site, "residual", [site.module.attention.node])
+            (rest,) = kept(program, site, "residual", [attention])
             with graph.inserting_after(node):
                 mine = self._own(rest, node) if method == WINDOW_HALF else rest
             with graph.inserting_after(max(node, mine)):
@@ -177,12 +175,12 @@ class DiTFastAttn(StepPass, Searched):
             if method == HALF:
                 with graph.inserting_after(rest):
                     rest = call(graph, node, aten.cat.default, [rest, rest])
-            keep(program, site, "residual", [rest])
+            keep(program, site, "residual", [rest], [attention])
         if method in (HALF, WINDOW_HALF):
             made = self._doubled(program, made)
             put(site, made)
         if output:
-            keep(program, site, "output", made)
+            keep(program, site, "output", made, like)
         return _SAID[method].format(window=window)
 
     def _window(self, node: fx.Node) -> int:

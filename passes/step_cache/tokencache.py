@@ -108,7 +108,7 @@ class TokenCache(StepPass, Searched):
         graph, outputs = program.graph, site.block.outputs
         last = max(outputs)
         if action == KEEP:
-            keep(program, site, "output", outputs[:1])
+            keep(program, site, "output", outputs[:1], outputs[:1])
             return "all tokens"
         (cache,) = kept(program, site, "output", outputs[:1])
         if action == REUSE:
@@ -117,7 +117,7 @@ class TokenCache(StepPass, Searched):
             with appending(last) as build:
                 made = [build(aten.alias.default, cache)]
             put(site, made)
-            keep(program, site, "output", made)
+            keep(program, site, "output", made, outputs)
             return "nothing"
         if action == MIX:
             weight = recall_new(program, f"{site.path}:weight", value(outputs[0]).shape[-2:-1], torch.float32)
@@ -126,7 +126,7 @@ class TokenCache(StepPass, Searched):
                 change = build(aten.mul.Tensor, build(aten.sub.Tensor, outputs[0], cache), column)
                 mixed = build(aten.add.Tensor, cache, change)
             put(site, [mixed, *outputs[1:]])
-            keep(program, site, "output", [mixed])
+            keep(program, site, "output", [mixed], outputs[:1])
             return "a mixture of new and cached tokens"
         count = int(action.removeprefix(TOKENS))
         rows = recall_new(program, f"{site.path}:rows", (count,), torch.int64)
@@ -140,7 +140,7 @@ class TokenCache(StepPass, Searched):
             first, *others = resizer.copy(site.block.region, outputs)
             whole = build(aten.index_copy.default, cache, value(cache).dim() - 2, rows, first)
         put(site, [whole, *others])
-        keep(program, site, "output", [whole])
+        keep(program, site, "output", [whole], outputs[:1])
         return f"{count} tokens, the others as they were"
 
     def search(self, tell: Callable[[str], None]) -> StepSearch:
