@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import nn
 
 from accelpass.ir.errors import OptionError
-from accelpass.passes.base import Pass
 from accelpass.passes.plan import Plan
 from accelpass.passes.registry import make
 from accelpass.passes.step_cache.base import Searched
@@ -74,11 +73,6 @@ def search_steps(
         for _ in range(runs):
             sample(fast)
     found = search.found()
-    if hasattr(found, "scheduler") and scheduler:
-        found = with_(found, scheduler=scheduler)
+    if scheduler:
+        found = replace(found, scheduler=scheduler)
     return Plan.of(model, [found, *others], search.tensors())
-
-
-def with_(p: Pass, **changes: Any) -> Pass:
-    """The pass with some options changed."""
-    return type(p).from_options({**{f.name: getattr(p, f.name) for f in fields(p)}, **changes})

@@ -4,11 +4,34 @@ They run as scripts on a machine where accelpass is not installed, so this is im
 """
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Run = Callable[[], Tensor]
+
+
+def machine(script: str) -> dict[str, Any] | None:
+    """What a report says of the machine; None, and a line on stdout, where there is no GPU. Sets what all scripts want."""
+    name = Path(script).stem
+    if not torch.cuda.is_available():
+        print(f"{name}: this needs an NVIDIA GPU, and torch sees none (torch.cuda.is_available() is False)")
+        return None
+    import triton
+
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False  # the references are float32
+    torch.set_grad_enabled(False)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability(),
+        "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+    }
 
 
 def captured(run: Run) -> Callable[[], None]:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from accelpass.backends import graphs_of
 from accelpass.models_zoo import digits
 from accelpass.passes.plan import Plan, describe
 from accelpass.passes.report import GraphReport
-from accelpass.step_search import with_
 from benchmarks import digits_quality
 
 Row = dict[str, Any]
@@ -186,7 +185,7 @@ def plan_of(setting: Setting, sizes: Sizes, say: Callable[[str], None]) -> Plan:
         plan.save(path)
         say(f"found in {time.perf_counter() - start:.0f} s: {path}")
     (found,) = plan.passes()
-    return Plan([describe(with_(found, **setting.changes))], plan.fingerprint, plan.tensors)
+    return Plan([describe(replace(found, **setting.changes))], plan.fingerprint, plan.tensors)
 
 
 def searched(search: dict[str, Any], sizes: Sizes) -> Plan:

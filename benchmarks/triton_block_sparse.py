@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cuda_timing import Run, captured, milliseconds  # the scripts' own folder is on their path
+from cuda_timing import Run, captured, machine, milliseconds  # the scripts' own folder is on their path
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -142,23 +142,14 @@ def main() -> int:
     parser.add_argument("--tokens", help="sequence lengths, as 16384,65536 (default: these and 131072)")
     parser.add_argument("--densities", help="per cent of the blocks, as 10,100 (default: 10,25,50,100)")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("triton_block_sparse: this needs an NVIDIA GPU, and torch sees none (torch.cuda.is_available() is False)")
+    about = machine(__file__)
+    if about is None:
         return 2
-    import triton
-
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False  # the references are float32
-    torch.set_grad_enabled(False)
     torch._dynamo.config.cache_size_limit = 64  # FlexAttention is compiled for each length and list
     lengths = [int(n) for n in options.tokens.split(",")] if options.tokens else TOKENS
     densities = [int(n) for n in options.densities.split(",")] if options.densities else DENSITIES
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "capability": torch.cuda.get_device_capability(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
+        **about,
         "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "width": WIDTH, "size": SIZE, "dtype": "bfloat16"},
         "cases": [],
     }

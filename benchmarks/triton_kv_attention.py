@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cuda_timing import Run, captured, copy_bandwidth, milliseconds  # the scripts' own folder is on their path
+from cuda_timing import Run, captured, copy_bandwidth, machine, milliseconds  # the scripts' own folder is on their path
 from torch import Tensor
 
 CONTEXTS = (32768, 131072)
@@ -187,24 +187,14 @@ def main() -> int:
     parser.add_argument("--contexts", help="slots of the cache, as 32768,131072 (default: these)")
     parser.add_argument("--batches", help="sequences, as 1,16 (default: these)")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("triton_kv_attention: this needs an NVIDIA GPU, and torch sees none (torch.cuda.is_available() is False)")
+    about = machine(__file__)
+    if about is None:
         return 2
-    import triton
-
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False  # the references are float32
-    torch.set_grad_enabled(False)
     contexts = [int(n) for n in options.contexts.split(",")] if options.contexts else CONTEXTS
     batches = [int(b) for b in options.batches.split(",")] if options.batches else BATCHES
     copy, errors = copy_bandwidth(), checked()
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "capability": torch.cuda.get_device_capability(),
-        "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
+        **about,
         "copy_gb_per_s": copy,
         "shape": {"kv_heads": KV_HEADS, "heads": HEADS, "width": WIDTH, "group": GROUP, "dtype": "bfloat16"},
         "errors_at_small_size": errors,

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cuda_timing import Run, captured, copy_bandwidth, milliseconds  # the scripts' own folder is on their path
+from cuda_timing import Run, captured, copy_bandwidth, machine, milliseconds  # the scripts' own folder is on their path
 from torch import Tensor
 
 SHAPES = ((4096, 4096), (11008, 4096), (128256, 4096))  # outputs, inputs
@@ -192,23 +192,14 @@ def main() -> int:
     parser.add_argument("--shapes", help="N,K pairs, as 4096,4096;11008,4096 (default: all)")
     parser.add_argument("--batches", help="rows of x, as 1,8,64 (default: all)")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("triton_weight_only: this needs an NVIDIA GPU, and torch sees none (torch.cuda.is_available() is False)")
+    about = machine(__file__)
+    if about is None:
         return 2
-    import triton
-
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False  # the references are float32
-    torch.set_grad_enabled(False)
     shapes = [tuple(map(int, s.split(","))) for s in options.shapes.split(";")] if options.shapes else SHAPES
     batches = [int(b) for b in options.batches.split(",")] if options.batches else BATCHES
     copy = copy_bandwidth()
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "capability": torch.cuda.get_device_capability(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
+        **about,
         "copy_gb_per_s": copy,
         "cases": [],
     }

@@ -36,7 +36,7 @@ from accelpass.ir.steps import (
     step_blocks,
     user_input,
 )
-from accelpass.passes.base import Done, Pass, Record, SitePatterns, Skip
+from accelpass.passes.base import Done, Record, SitePatterns, Skip
 
 FULL = "full"
 FIRST = "first call: "
@@ -282,7 +282,7 @@ class StepSearch(ABC):
         """What to do at this call: by block, the action of each of its sites."""
 
     @abstractmethod
-    def found(self) -> Pass:
+    def found(self) -> StepPass:
         """The pass with what was found."""
 
     def tensors(self) -> dict[str, Tensor]:

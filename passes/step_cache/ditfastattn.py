@@ -130,7 +130,7 @@ class DiTFastAttn(StepPass, Searched):
         return "the model's own mask is not combined with a window" if spec.bias != "none" or spec.before else None
 
     def rewrite(self, program: Program, site: Site, action: str) -> str:
-        method, output, residual = _parsed(action)
+        method, output, residual = parsed(action)
         assert site.module is not None and site.module.attention.node is not None
         like, attention = site.results, site.module.attention.node
         if method == SHARE:
@@ -247,7 +247,7 @@ _SAID = {
 }
 
 
-def _parsed(action: str) -> tuple[str, bool, bool]:
+def parsed(action: str) -> tuple[str, bool, bool]:
     """(method, whether its output is kept, whether the residual is)."""
     output, residual = action.endswith(_OUTPUT), _RESIDUAL in action
     return action.removesuffix(_OUTPUT).removesuffix(_RESIDUAL), output, residual

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from accelpass.ir.errors import PassError
 from accelpass.ir.program import Program
-from accelpass.passes.base import Pass
 from accelpass.passes.step_cache.base import FULL, Site, StepSearch, Trial
-from accelpass.passes.step_cache.ditfastattn import HALF, LETTERS, METHODS, SHARE, WINDOW, WINDOW_HALF, DiTFastAttn
+from accelpass.passes.step_cache.ditfastattn import (
+    HALF,
+    LETTERS,
+    METHODS,
+    SHARE,
+    WINDOW,
+    WINDOW_HALF,
+    DiTFastAttn,
+    parsed,
+)
 
 _KEEPS = {FULL: "full+residual+output", HALF: "half+residual+output", WINDOW: "window+output"}
 _ACTIONS = {**_KEEPS, WINDOW_HALF: "window+half+output", SHARE: SHARE}
@@ -62,13 +70,12 @@ class DiTFastAttnSearch(StepSearch):
     """
 
     def __init__(self, wanted: DiTFastAttn, tell: Callable[[str], None]) -> None:
-        given = {f.name: getattr(wanted, f.name) for f in fields(DiTFastAttn)}
-        self.in_search = InSearch(**{**given, "methods": {}, "timesteps": ()}, searcher=self)
+        self.in_search = InSearch(**{**vars(wanted), "methods": {}, "timesteps": ()}, searcher=self)
         self.wanted, self.tell = wanted, tell
         self.letters: dict[str, str] = {}
         self.times: list[float] = []
         self.latents: tuple[int, ...] = ()
-        self.guidance = "none"
+        self.guidance: Literal["batch", "calls", "none"] = "none"
         self.row: tuple[tuple[str, ...], ...] = ()
 
     def choose(self, trial: Trial) -> tuple[tuple[str, ...], ...]:
@@ -83,8 +90,8 @@ class DiTFastAttnSearch(StepSearch):
             self._greedy(trial, row)
         for block, actions in zip(trial.sites, row, strict=True):
             for (_, path), action in zip(block, actions, strict=True):
-                self.letters[path] = self.letters.get(path, "") + _LETTER[_method(action)]
-        counts = Counter(_method(action) for actions in row for action in actions)
+                self.letters[path] = self.letters.get(path, "") + _LETTER[parsed(action)[0]]
+        counts = Counter(parsed(action)[0] for actions in row for action in actions)
         self.tell(f"step {trial.step}: {', '.join(f'{m} {n}' for m, n in counts.most_common())}")
         self.row = tuple(map(tuple, row))
         return self.row
@@ -112,18 +119,11 @@ class DiTFastAttnSearch(StepSearch):
             else:
                 row[block][index] = _KEEPS[FULL]
 
-    def found(self) -> Pass:
-        given = {f.name: getattr(self.wanted, f.name) for f in fields(DiTFastAttn)}
-        return DiTFastAttn(
-            **{
-                **given,
-                "methods": self.letters,
-                "timesteps": tuple(self.times),
-                "latents": self.latents,
-                "guidance": self.guidance,
-            }
+    def found(self) -> DiTFastAttn:
+        return replace(
+            self.wanted,
+            methods=self.letters,
+            timesteps=tuple(self.times),
+            latents=self.latents,
+            guidance=self.guidance,
         )
-
-
-def _method(action: str) -> str:
-    return action.removesuffix("+output").removesuffix("+residual")

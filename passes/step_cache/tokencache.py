@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -92,8 +92,7 @@ class TokenCache(StepPass, Searched):
                 f"tokencache: the predictor's table is {list(table.shape)}; {len(self.paths)} blocks and "
                 f"{len(self.timesteps)} steps need [{len(self.paths)}, {len(self.timesteps)}, tokens]"
             )
-        given = {f.name: getattr(self, f.name) for f in fields(TokenCache)}
-        return Trained(**given, importance=table.to(device))
+        return Trained(**vars(self), importance=table.to(device))
 
     def action(self, step: int, site: str, branch: int = 0) -> str:
         raise PlanError("tokencache has no predictor yet")  # bound() has been asked before

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from accelpass.ir.errors import PassError
-from accelpass.passes.base import Pass
 from accelpass.passes.step_cache.base import StepSearch, Trial, state_name
 from accelpass.passes.step_cache.tokencache import IMPORTANCE, KEEP, MIX, TokenCache
 
@@ -58,8 +57,7 @@ class TokenCacheTraining(StepSearch):
     options: ClassVar[dict[str, Any]] = {"lowering": "aten"}
 
     def __init__(self, wanted: TokenCache, tell: Callable[[str], None]) -> None:
-        given = {f.name: getattr(wanted, f.name) for f in fields(TokenCache)}
-        self.in_search = InTraining(**{**given, "timesteps": ()}, searcher=self)
+        self.in_search = InTraining(**{**vars(wanted), "timesteps": ()}, searcher=self)
         self.wanted, self.tell = wanted, tell
         self.weights: dict[str, Tensor] = {}
         self.logits: list[Tensor] = []
@@ -119,10 +117,8 @@ class TokenCacheTraining(StepSearch):
         self.weights = {}
         self.tell(f"step {trial.step}: error {error.item():.3f}, mean importance {weights.mean().item():.2f}")
 
-    def found(self) -> Pass:
-        given = {f.name: getattr(self.wanted, f.name) for f in fields(TokenCache)}
-        found = {"timesteps": tuple(self.times), "latents": self.latents, "paths": tuple(self.paths)}
-        return TokenCache(**{**given, **found})
+    def found(self) -> TokenCache:
+        return replace(self.wanted, timesteps=tuple(self.times), latents=self.latents, paths=tuple(self.paths))
 
     def tensors(self) -> dict[str, Tensor]:
         table = torch.stack([t.detach().sigmoid() for t in self.logits], 1)
