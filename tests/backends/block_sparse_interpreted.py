@@ -19,6 +19,7 @@ from accelpass.backends.triton.block_sparse import INTERPRETED
 from accelpass.backends.triton.block_sparse_ops import block_sparse_attention_triton
 from accelpass.ir.attention import AttentionSpec, BlockList, Step, attend
 from accelpass.ir.attention.block_sparse import band_blocks, listed_blocks
+from tests.backends.tolerance import within
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (16, 24, 64, 72, 80, 96, 128, 256)
@@ -73,14 +74,6 @@ def check(q: Tensor, k: Tensor, v: Tensor, select: BlockList, reach: int = -1, c
     # The reference rounds the log-sum-exp to float32, and so does the kernel, once more for the change of base.
     within(lse, found["lse"], delta.squeeze(-1) + noise + 4 * U * found["lse"].abs())
     assert out.dtype == q.dtype and lse.dtype == torch.float32
-
-
-def within(got: Tensor, expected: Tensor, bound: Tensor) -> None:
-    assert got.shape == expected.shape
-    gone = expected == -torch.inf
-    assert torch.equal(got == -torch.inf, gone)
-    over = torch.where(gone, 0.0, (got.double() - expected).abs() / bound)
-    assert not over.numel() or over.max() <= 1, f"{over.max():.3g} times the tolerance"
 
 
 def test_the_interpreter_is_in_effect():

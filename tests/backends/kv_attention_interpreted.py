@@ -22,6 +22,7 @@ from accelpass.backends.triton.kv_attention import INTERPRETED
 from accelpass.ir.kv.decode import WANT, Decoded, PackedRows, Store, merge
 from accelpass.ir.kv.decode_reference import decode_reference
 from accelpass.ir.kv.rows import dequantize_rows, quantize_rows
+from tests.backends.tolerance import within
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (64, 80, 96, 128, 256)
@@ -118,14 +119,6 @@ def check(arguments: dict[str, Any], splits: int | None = None, dtype: torch.dty
     within(got.mass, expected.mass, tilts * expected.mass + heads * 2.0**-40)
     assert got.out.dtype == (dtype or q.dtype)
     return got
-
-
-def within(got: Tensor, expected: Tensor, bound: Tensor) -> None:
-    assert got.shape == expected.shape
-    gone = expected == -torch.inf
-    assert torch.equal(got == -torch.inf, gone)
-    over = torch.where(gone, 0.0, (got.double() - expected).abs() / bound)
-    assert not over.numel() or over.max() <= 1, f"{over.max():.3g} times the tolerance"
 
 
 def test_the_interpreter_is_in_effect():

@@ -1,27 +1,5 @@
 """Decode attention over stored keys and values in Triton: every case of two files beside this one. `triton_children` says why."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from tests.backends.triton_children import suite
 
-import pytest
-
-from tests.backends.triton_children import Child, cases, started
-
-FILES = ("kv_attention_interpreted", "kv_attention_compiled")
-
-
-@pytest.fixture(scope="module")
-def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Child]]:
-    with started(FILES, tmp_path_factory.mktemp("triton")) as running:
-        yield running
-
-
-@pytest.mark.parametrize(("file", "case"), cases(FILES, slow=False))
-def test_case(children: dict[str, Child], file: str, case: str) -> None:
-    children[file].hold(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("file", "case"), cases(FILES, slow=True))
-def test_slow_case(tmp_path: Path, file: str, case: str) -> None:
-    Child(file, tmp_path, "slow").hold(case)
+children, test_case, test_slow_case = suite("kv_attention_interpreted", "kv_attention_compiled")

@@ -2,31 +2,10 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
+from tests.backends.triton_children import suite
 
-from tests.backends.triton_children import Child, cases, started
-
-FILES = ("weight_only_interpreted", "weight_only_compiled")
-
-
-@pytest.fixture(scope="module")
-def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Child]]:
-    with started(FILES, tmp_path_factory.mktemp("triton")) as running:
-        yield running
-
-
-@pytest.mark.parametrize(("file", "case"), cases(FILES, slow=False))
-def test_case(children: dict[str, Child], file: str, case: str) -> None:
-    children[file].hold(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("file", "case"), cases(FILES, slow=True))
-def test_slow_case(tmp_path: Path, file: str, case: str) -> None:
-    Child(file, tmp_path, "slow").hold(case)
+children, test_case, test_slow_case = suite("weight_only_interpreted", "weight_only_compiled")
 
 
 def test_without_triton_the_extra_is_named() -> None:

@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,3 +67,23 @@ def started(files: Sequence[str], folder: Path) -> Iterator[dict[str, Child]]:
         for child in children.values():
             child.process.kill()
             child.process.wait()
+
+
+def suite(*files: str) -> tuple[Any, Any, Any]:
+    """The fixture ``children``, ``test_case`` and ``test_slow_case`` of a test file over the cases of ``files``."""
+
+    @pytest.fixture(scope="module")
+    def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Child]]:
+        with started(files, tmp_path_factory.mktemp("triton")) as running:
+            yield running
+
+    @pytest.mark.parametrize(("file", "case"), cases(files, slow=False))
+    def test_case(children: dict[str, Child], file: str, case: str) -> None:
+        children[file].hold(case)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("file", "case"), cases(files, slow=True))
+    def test_slow_case(tmp_path: Path, file: str, case: str) -> None:
+        Child(file, tmp_path, "slow").hold(case)
+
+    return children, test_case, test_slow_case
