@@ -1,0 +1,69 @@
+"""Selections made of blocks of keys, for each head on its own: the base of sparse attention.
+
+A method is a subclass that says which blocks: from the sizes alone (static, a plan), or estimated from queries and keys
+(dynamic). Everything else (kernels, masks, cost) is common.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from accelpass.ir.attention.spec import Select
+
+if TYPE_CHECKING:
+    from accelpass.ir.attention.spec import AttentionSpec
+
+
+class Blocks(NamedTuple):
+    """Listed key blocks, as ``block_sparse_attention`` takes them.
+
+    ``tables`` is 1 (all heads read the same), heads, or batch * heads.
+
+    Attributes:
+        blocks: int32 ``(tables, q_blocks, most)``: for each query block the key blocks that it reads, ascending.
+        counts: int32 ``(tables, q_blocks)``: how many of them are valid.
+        size: tokens of a block.
+        order: int32 ``(tables of its own, k_tokens)``: the token that stands at each place, if the blocks are of
+            reordered keys; None where keys keep their order. Causality is by token, not by place.
+    """
+
+    blocks: Tensor
+    counts: Tensor
+    size: int
+    order: Tensor | None = None
+
+
+class BlockSelect(Select, ABC):
+    """Which blocks of keys each query attends to.
+
+    ``blocks`` is plain torch code that the compiler traces, also with symbolic numbers of tokens.
+    """
+
+    @abstractmethod
+    def blocks(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Blocks:
+        """The lists for q ``(batch, heads, n, d)`` and k ``(batch, kv_heads, m, d)``; the attention itself cuts them to
+        what is causal, if the spec is."""
+
+    def mask(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
+        """The same as a boolean mask ``(batch or 1, heads or 1, n, m)``, True where a query attends; the reference."""
+        return listed_mask(self.blocks(q, k, spec), q.shape[1], q.shape[2], k.shape[2])
+
+
+def listed_mask(listed: Blocks, heads: int, rows: int, columns: int) -> Tensor:
+    """Listed blocks as a boolean mask ``(batch or 1, heads or 1, rows, columns)``, without the causal cut."""
+    blocks, counts, size, order = listed
+    tables, q_blocks, most = blocks.shape
+    k_blocks = -(-columns // size)
+    valid = torch.arange(most, device=blocks.device) < counts.unsqueeze(-1)
+    at = blocks.long().masked_fill(valid.logical_not(), k_blocks)  # one column more, for entries that are none
+    grid = torch.zeros(tables, q_blocks, k_blocks + 1, dtype=torch.bool, device=blocks.device).scatter(2, at, True)
+    full = grid[:, :, :k_blocks].repeat_interleave(size, 1).repeat_interleave(size, 2)[:, :rows, :columns]
+    if order is not None:
+        place = torch.argsort(order.long(), -1).unsqueeze(1)  # where each token stands
+        tables = max(len(full), len(place))
+        full = full.expand(tables, -1, -1).gather(2, place.expand(tables, rows, columns))
+    return full.unsqueeze(0) if tables == 1 else full.unflatten(0, (-1, heads))
