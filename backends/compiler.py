@@ -15,6 +15,7 @@ from accelpass.backends import block_sparse as block_sparse  # registers its ker
 from accelpass.backends import kv_decode as kv_decode  # registers its kernel
 from accelpass.backends.caches import CacheCalls
 from accelpass.backends.inductor import compile_graph, compile_whole
+from accelpass.backends.prune_compiler import pruned_model, pruning_pass
 from accelpass.backends.regions import Regions
 from accelpass.backends.rewriting import captured, lowered, refuse_released
 from accelpass.backends.sampling import SteppedGraph
@@ -57,9 +58,8 @@ class CompiledGraph:
     def __call__(self, *args: Any) -> Any:
         if self.caches is None:
             return self.fn(*(args if self.binder is None else self.binder(args)))
-        assert self.binder is not None
         tokens = self.caches.check(args)
-        made = self.fn(*self.binder(args))
+        made = self.fn(*(args if self.binder is None else self.binder(args)))
         self.caches.note(args, tokens)
         return made
 
@@ -120,6 +120,17 @@ def backend(
         report.seconds = time.perf_counter() - started
         mine = [(path, example_inputs[tensors.position(n)]) for n, (path, _) in tensors.paths.items()]
         return CompiledGraph(stepped, None, chosen, options, report, _weak(mine), _parameters(mine), steps=stepped)
+    pruning = pruning_pass(chosen)
+    if pruning is not None:
+        pruned = pruned_model(gm, program, example_inputs, chosen, pruning, report)
+        if pruned is not None:
+            report.seconds = time.perf_counter() - started
+            mine = [(path, example_inputs[tensors.position(n)]) for n, (path, _) in tensors.paths.items()]
+            model, calls = pruned
+            return CompiledGraph(model, None, chosen, options, report, _weak(mine), _parameters(mine), calls)
+        program = captured(gm, example_inputs, report)
+        tensors = program.tensors
+        assert isinstance(tensors, FromInputs)
     with torch.no_grad():
         if chosen.plan is not None:
             chosen.plan.check(program)

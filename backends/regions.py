@@ -94,12 +94,15 @@ class Part:
     made: list[fx.Node]
 
 
-def compile_regions(gm: fx.GraphModule, inputs: Sequence[Any], compile_part: Compile) -> Regions | None:
+def compile_regions(
+    gm: fx.GraphModule, inputs: Sequence[Any], compile_part: Compile, code: dict[Hashable, Fn] | None = None
+) -> Regions | None:
     """Compile ``gm`` part by part; None if it does not repeat itself or cannot be cut safely.
 
     Args:
         inputs: real inputs.
         compile_part: compiles one part for fake inputs; called once for each different part.
+        code: parts that were compiled before, which gets what is new.
     """
     mode = fake_mode(gm)
     if mode is None or not _can_cut(gm, inputs):
@@ -119,7 +122,7 @@ def compile_regions(gm: fx.GraphModule, inputs: Sequence[Any], compile_part: Com
     slot: dict[fx.Node, int] = {}
     for node in (*placeholders(gm), *held, *(n for part in parts for n in part.made)):
         slot[node] = len(slot)
-    code: dict[Hashable, Fn] = {}
+    code = {} if code is None else code
     steps = []
     for i, part in enumerate(parts):
         key = key_of(part)

@@ -37,6 +37,20 @@ def captured(
     return program
 
 
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """Dynamo's graph to capture from later, when Dynamo has taken its own apart."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    for old, new in copies.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    made = fx.GraphModule(gm, graph)
+    made.meta.update(gm.meta)
+    made._param_name_to_source = dict(getattr(gm, "_param_name_to_source", {}))  # type: ignore[assignment]
+    return made
+
+
 def lowered(program: Program, chosen: Options) -> list[kv.CacheUse]:
     """Make a rewritten program what the compiler is given; returns what it does to key/value caches."""
     uses = kv.lower(program)

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from accelpass.backends.compose import Composer
 from accelpass.backends.inductor import compile_whole
-from accelpass.backends.rewriting import captured, lowered, refuse_released
+from accelpass.backends.rewriting import captured, copied, lowered, refuse_released
 from accelpass.backends.sampling import SteppedGraph
 from accelpass.backends.steps import Composition
 from accelpass.ir.errors import OptionError, PassError
@@ -61,7 +61,7 @@ def step_graph(
         raise OptionError(
             f"{' and '.join(p.name for p in passes)} both choose what a block computes at a denoising step; use one of them"
         )
-    source = _copied(gm)
+    source = copied(gm)
     symbolic = any(isinstance(n, torch.SymInt) for node in placeholders(program.gm) for n in _sizes(value(node)))
 
     def build(args: Sequence[Any]) -> Composition:
@@ -104,20 +104,6 @@ def _compiler(chosen: Options) -> Callable[[fx.GraphModule, list[Any]], Callable
     if chosen.lowering != "inductor":
         return lambda part, given: part.forward
     return lambda part, given: compile_whole(part, given, chosen)
-
-
-def _copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """Dynamo's graph to capture from later, when Dynamo has taken its own apart."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, copies))
-    for old, new in copies.items():
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-    made = fx.GraphModule(gm, graph)
-    made.meta.update(gm.meta)
-    made._param_name_to_source = dict(getattr(gm, "_param_name_to_source", {}))  # type: ignore[assignment]
-    return made
 
 
 def _sizes(held: Any) -> Sequence[Any]:

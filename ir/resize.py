@@ -96,6 +96,10 @@ class Resizer:
             self._env[node] = self._copied(node)
         return [self._env[n] for n in results]
 
+    def put(self, outer: fx.Node, rows: fx.Node) -> None:
+        """Let the copies read ``rows`` in the place of ``outer``."""
+        self._env[outer] = rows
+
     def copied(self, node: fx.Node) -> fx.Node:
         """The copy of a node of the region."""
         return self._env[node]

@@ -160,7 +160,7 @@ class _Lowering:
             buffers, given = layer.named(more)
             new = New(q, k, v, count, statistics, given, layer.functions, layer.leads)
             store.fill(buffers, new, layer.layout, layer.format)
-            count.add_(k.shape[2])
+            count.add_(store.advance(new))
             return []
 
         self.run(("fill", *layer.key), run, [q, k, v, site.count, *found, *layer.operands], before)
@@ -198,7 +198,7 @@ class _Lowering:
                 out, on = select.attend(buffers, new, query, layer.layout, layer.format, rows[0] if rows else None)
                 made = [out] if on is None else [out, on]
             made[0] = like_in_memory(made[0], wanted)
-            count.add_(k.shape[2])
+            count.add_(store.advance(new))
             return made
 
         key = ("extend", replace(spec, site=""), *layer.key, str(wanted.stride()))
@@ -220,7 +220,8 @@ class _Lowering:
 def _statistics(attention: fx.Node, wants: Sequence[str]) -> list[fx.Node]:
     """The prompt's attention as the model wrote it, with these statistics beside it."""
     spec = spec_of(attention)
-    own = AttentionSpec.from_json(attention.meta["attention_spec"])
+    text = attention.meta.get("attention_spec")  # a copy for fewer rows was never the model's own
+    own = AttentionSpec.from_json(text) if text else replace(spec, store=Dense(), format=Native(), edits=())
     makers = {part: who for who, part in spec.edits}
     set_spec(attention, own)
     found: list[fx.Node] = []

@@ -87,6 +87,10 @@ class Storage(Store, ABC):
         """Buffers that all layers of this storage have in common; they live with the first."""
         return []
 
+    def advance(self, new: New) -> Tensor | int:
+        """How far a call moves the layer's counter: by its tokens."""
+        return new.k.shape[2]
+
     @abstractmethod
     def fill(self, held: Held, new: New, layout: Layout, format: RowFormat) -> None:
         """Store a prompt in an empty layer. Its attention was the model's own, over all of it."""
@@ -129,7 +133,8 @@ class Segment:
 
     Attributes:
         at: position of each row, ``(batch, kv_heads, rows)``; None where the row's number is its position.
-        valid: which rows hold a token, broadcast to ``(batch, kv_heads, rows)``.
+        valid: which rows hold a token, broadcast to ``(batch, kv_heads, rows)``; or, of several queries, which rows each
+            may read, ``(batch, kv_heads, tokens, rows)``.
         q: other queries than the model's, shaped as ``Query.q``.
         rows: which rows are read at all, ``(batch, kv_heads, n)``; then ``at`` and ``valid`` are of these.
         value_format: the format of values, if it is not that of keys.
@@ -170,7 +175,7 @@ class Query:
 
     def __init__(self, q: Tensor, extras: Sequence[Tensor], spec: AttentionSpec, layout: Layout) -> None:
         self.spec, self.layout, self.extras = spec, layout, extras
-        self.dtype = q.dtype
+        self.dtype, self._given = q.dtype, q
         self.one = isinstance(q.shape[2], int) and q.shape[2] == 1
         # A single new token sees all that is stored: a causal mask says nothing about it.
         skip = spec.bias == "causal" and self.one
@@ -190,6 +195,12 @@ class Query:
             return f"its probabilities go through {spec.after[0].kind!r}"
         return None
 
+    def last(self) -> Query:
+        """The last of several tokens by itself."""
+        rows = self._given.shape[2]
+        extras = [e[..., -1:, :] if e.dim() > 1 and e.shape[-2] == rows else e for e in self.extras]
+        return Query(self._given[:, :, -1:], extras, self.spec, self.layout)
+
     def logits(self, segment: Segment) -> Tensor:
         """Scores of a segment's keys, as the model masks and biases them."""
         q = self.q if segment.q is None else segment.q
@@ -203,7 +214,8 @@ class Query:
             stepped = steps.apply(scores.flatten(1, 2), self._before, self._moved(segment))
             scores = stepped.unflatten(1, (-1, self.spec.groups)).float()
         if segment.valid is not None:
-            scores = scores.masked_fill(segment.valid.logical_not()[:, :, None, None], float("-inf"))
+            hidden = segment.valid.logical_not().unsqueeze(2)
+            scores = scores.masked_fill(hidden if hidden.dim() == 5 else hidden.unsqueeze(3), float("-inf"))
         return scores
 
     def attend(self, *segments: Segment, want: Sequence[str] = ()) -> Attended:

@@ -1,0 +1,234 @@
+"""Compiles a decoder with a pass that drops tokens between blocks; the result is a :class:`PrunedModel`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+
+from accelpass.backends.caches import CacheCalls
+from accelpass.backends.inductor import compile_whole
+from accelpass.backends.pruned import PrunedModel, kept
+from accelpass.backends.pruned_graph import PrunedGraph, Stage
+from accelpass.backends.regions import compile_regions, part_of
+from accelpass.backends.rewriting import captured, copied, lowered, refuse_released
+from accelpass.backends.steps import Held, Ref
+from accelpass.ir.errors import OptionError
+from accelpass.ir.graph import fake_mode, known, placeholders, value
+from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.program import Program
+from accelpass.ir.tensors import FromInputs
+from accelpass.ir.tokens import CannotCut, Cut, cut, decoder_blocks
+from accelpass.passes.base import Record
+from accelpass.passes.manager import run
+from accelpass.passes.options import Options
+from accelpass.passes.report import GraphReport, costs
+from accelpass.passes.token_pruning.base import CUT, TokenPruning, importance_name
+
+
+def pruning_pass(chosen: Options) -> TokenPruning | None:
+    """The pass that drops tokens.
+
+    Raises:
+        OptionError: there are two.
+    """
+    found = [p for p in chosen.passes if isinstance(p, TokenPruning)]
+    if len(found) > 1:
+        raise OptionError(f"{' and '.join(p.name for p in found)} both drop tokens between blocks; use one of them")
+    return found[0] if found else None
+
+
+def pruned_model(
+    gm: fx.GraphModule,
+    program: Program,
+    inputs: Sequence[Any],
+    chosen: Options,
+    pruning: TokenPruning,
+    report: GraphReport,
+) -> tuple[PrunedModel, CacheCalls | None] | None:
+    """Compile the graph stretch by stretch; None if no token can leave it (the pass says why when it runs).
+
+    Args:
+        program: the captured graph.
+    """
+    ends = pruning.ends(program)
+    if not ends:
+        return None
+    builder = _Builder(copied(gm), chosen, report, tuple(ends))
+    keep = tuple(ends.values())
+    sites = program.analysis(kv_sites)
+    fresh = not sites or sites[0].is_prompt
+    made = _tokens(program)
+    try:
+        if fresh and isinstance(made, int):
+            sizes = []
+            for share in keep:
+                sizes.append(kept(sizes[-1] if sizes else made, share))
+            graph = builder.graph(program, inputs, sizes)
+        else:
+            graph = builder.graph(program, inputs, None)
+    except CannotCut as cause:
+        report.note = "; ".join(filter(None, (report.note, f"{pruning.name}: {cause}")))
+        return None
+    tensors = program.tensors
+    assert isinstance(tensors, FromInputs)
+    counts = tuple(tensors.position(s.count) for s in sites)
+    wider = None
+    if not fresh and isinstance(made, int):
+        count = len(ends)
+
+        def wider(rows: int, args: Sequence[Any]) -> PrunedGraph:
+            return builder.graph(builder.capture(args), args, [rows] * count)
+
+    model = PrunedModel(graph, wider, keep, counts, fresh)
+    report.records = builder.records
+    report.parts, report.parts_compiled = len(graph.stages), len(builder.code)
+    calls = CacheCalls.of(builder.uses, tensors) if builder.uses else None
+    return model, calls
+
+
+def _tokens(program: Program) -> Any:
+    return value(decoder_blocks(program)[0].input).shape[1]
+
+
+@dataclass(eq=False)
+class _Builder:
+    """Makes the graphs of one model for different numbers of rows; equal parts share code."""
+
+    gm: fx.GraphModule
+    chosen: Options
+    report: GraphReport
+    ends: tuple[int, ...]
+    code: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    uses: list[Any] = field(default_factory=list)
+
+    def capture(self, args: Sequence[Any]) -> Program:
+        """The model's graph once more, at the sizes that it was first captured for."""
+        made = captured(self.gm, args, self.report)
+        if self.chosen.plan is not None:
+            made.artefacts = self.chosen.plan.tensors
+        return made
+
+    def graph(self, program: Program, args: Sequence[Any], sizes: Sequence[int] | None) -> PrunedGraph:
+        """Cut, rewritten and compiled for these rows in the stretches after the first."""
+        with torch.no_grad():
+            found = cut(program, self.ends, sizes)
+            program.gm.meta[CUT] = found
+            records = run(program, self.chosen.passes)
+            if not self.records:
+                self.records, self.report.after = records, costs(program)
+            uses = lowered(program, self.chosen)
+            self.uses = self.uses or uses
+            tensors = program.tensors
+            assert isinstance(tensors, FromInputs)
+            counts = [tensors.position(u.count) for u in uses]
+            binder = tensors.binder(release=self.chosen.free_weights)
+            program.gm.recompile()
+            refuse_released(tensors, binder, args)
+            return self._compiled(program, found, binder, counts, sizes)
+
+    def _compiled(
+        self, program: Program, found: Cut, binder: Any, counts: Sequence[int], sizes: Sequence[int] | None
+    ) -> PrunedGraph:
+        gm, tensors = program.gm, program.tensors
+        assert isinstance(tensors, FromInputs)
+        (output,) = gm.graph.find_nodes(op="output")
+        results: Any = output.args[0]
+        own = len(results) - program.pins - len(program.remembered)
+        pins = list(results[own : own + program.pins])
+        importance = dict(zip(program.remembered, results[own + program.pins :], strict=True))
+        segments = _segments(gm.graph, pins[: found.pins])
+        symbol = found.tokens.node.expr if isinstance(found.tokens, torch.SymInt) else None
+        bound = [n for n in placeholders(gm) if n not in tensors.recalled]
+        place = {n: i for i, n in enumerate(bound)}
+
+        def ref(node: Any) -> Ref:
+            if not isinstance(node, fx.Node):
+                return "literal", node
+            if isinstance(value(node), torch.SymInt) and symbol is not None and symbol in value(node).node.expr.free_symbols:
+                return "size", value(node).node.expr
+            if node in place:
+                return "bound", place[node]
+            if node in tensors.recalled:
+                return "recalled", tensors.recalled[node]
+            if node.op == "get_attr":
+                return "held", Held(operator.attrgetter(str(node.target))(gm))
+            return "value", node.name
+
+        wanted = frozenset(n.name for n in results if isinstance(n, fx.Node))
+        stages, layers = [], 0
+        for number, nodes in enumerate(segments):
+            last = number == len(segments) - 1
+            stretch = None if last else found.stretches[number]
+            part = part_of(nodes, wanted)
+            layers += 0 if stretch is None else len(stretch.attentions)
+            name = importance.get(importance_name(number))
+            stages.append(
+                Stage(
+                    "" if stretch is None else stretch.blocks[0],
+                    self._code(part.gm, [value(n) for n in part.given], fake_mode(gm)),
+                    tuple(ref(n) for n in part.given),
+                    tuple(n.name for n in part.made),
+                    pins[number].name if not last else "",
+                    "" if name is None else name.name,
+                    {} if stretch is None else stretch.taken,
+                    counts[layers - 1] if counts else -1,
+                )
+            )
+        tokens = int(sizes[-1]) if sizes else (found.tokens if isinstance(found.tokens, int) else 0)
+        return PrunedGraph(
+            stages,
+            tuple(ref(n) for n in results[:own]),
+            tuple(ref(n) for n in pins),
+            binder,
+            symbol,
+            _asked(bound, found.tokens) if symbol is not None else None,
+            tokens,
+            found.width,
+            found.dtype,
+        )
+
+    def _code(self, gm: fx.GraphModule, given: list[Any], mode: Any) -> Callable[..., Any]:
+        if self.chosen.lowering != "inductor":
+            return gm.forward
+        with tracing(TracingContext(mode)):
+            if all(t.device.type == "cpu" for t in given if isinstance(t, Tensor)) and self.chosen.regions:
+                made = compile_regions(gm, given, lambda part, inputs: compile_whole(part, inputs, self.chosen), self.code)
+                if made is not None:
+                    return made
+            return compile_whole(gm, given, self.chosen)
+
+
+def _segments(graph: fx.Graph, ends: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """The calls up to each end, and those after the last."""
+    segments: list[list[fx.Node]] = [[]]
+    left = list(ends)
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        segments[-1].append(node)
+        if left and node is left[0]:
+            left.pop(0)
+            segments.append([])
+    if left:
+        raise CannotCut(f"{left[0].name}, the end of a stretch of blocks, is not where it was; leave another pass out")
+    return segments
+
+
+def _asked(bound: Sequence[fx.Node], tokens: torch.SymInt) -> tuple[int, int | None]:
+    """The input that says how many tokens a call has."""
+    for at, node in enumerate(bound):
+        held = value(node)
+        if isinstance(held, torch.SymInt) and known(held == tokens):
+            return at, None
+        if isinstance(held, Tensor):
+            for dim, size in enumerate(held.shape):
+                if known(size == tokens):
+                    return at, dim
+    raise CannotCut(f"no input of the graph says how many tokens ({tokens}) it has")
