@@ -6,6 +6,7 @@ input of its own, so that whoever runs the graph can hand in the rows that are l
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,8 @@ from accelpass.ir.analyses.axes import Axes, axes
 from accelpass.ir.analyses.block import Block, blocks
 from accelpass.ir.attention.op import is_attention
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.graph import fake_mode, is_call, known, mutates, value
-from accelpass.ir.kv.ops import KV_APPEND
+from accelpass.ir.graph import aten, call, fake_mode, is_call, known, mutates, value
+from accelpass.ir.kv.ops import KV_APPEND, KV_READ
 from accelpass.ir.program import Program
 from accelpass.ir.resize import CannotResize, Resizer
 from accelpass.ir.tensors import FromInputs
@@ -117,6 +118,11 @@ def cut(program: Program, ends: Sequence[int], sizes: Sequence[int] | None = Non
     found = decoder_blocks(program)
     streams = [found[0].input, *(found[e].output for e in ends), found[-1].output]
     _hoist(program, streams[0])
+    continues = any(True for _ in program.graph.find_nodes(op="call_function", target=KV_READ))
+    if continues:
+        for node in [n for n in program.graph.nodes if is_attention(n) and n > streams[1]]:
+            _see_as_the_last(program, node)
+        program.changed()
     known_axes: Axes = program.analysis(axes)
     tokens = known_axes.of(streams[0])[1]
     if not tokens.leaves:
@@ -140,6 +146,11 @@ def cut(program: Program, ends: Sequence[int], sizes: Sequence[int] | None = Non
     for stretch in reversed(stretches[1:]):  # a later one no longer reads what an earlier one is about to lose
         at = stretch.number
         cutter.isolate(stretch, streams[at], regions[at], None if sizes is None else sizes[at - 1])
+    if continues:
+        for stretch in stretches:
+            for name, what in stretch.taken.items():
+                if not what.is_table:
+                    raise CannotCut(f"{name} mixes tokens, so its rows cannot be kept for later calls")
     cutter.pin()
     program.changed()
     program.graph.eliminate_dead_code()
@@ -175,6 +186,22 @@ def _hoist(program: Program, stream: fx.Node) -> None:
             last.append(node)
             last = node
     program.changed()
+
+
+def _see_as_the_last(program: Program, node: fx.Node) -> None:
+    """Let each query see what the last one does; the layer's storage cuts that to what precedes it.
+
+    A token that is taken up again has no row in the masks of this call.
+    """
+    extras, tokens = list(node.args[3]), value(node.args[0]).shape[2]
+    if isinstance(tokens, int) and tokens == 1:
+        return
+    for at, extra in enumerate(extras):
+        held = value(extra)
+        if held.dim() > 1 and known(held.shape[-2] == tokens):
+            with program.graph.inserting_after(extra):
+                extras[at] = call(program.graph, extra, aten.slice.Tensor, extra, held.dim() - 2, -1, sys.maxsize)
+    node.args = (*node.args[:3], extras, *node.args[4:])
 
 
 def _check_reads(

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.op import attend, is_attention, set_spec, spec_of
 from accelpass.ir.attention.spec import All, AttentionSpec
-from accelpass.ir.graph import aten, call, fake_mode, value
+from accelpass.ir.graph import fake_mode, value
 from accelpass.ir.kv.lower import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.program import Program
@@ -112,7 +112,6 @@ class TokenPruning(Pass):
         named["advance"] = _input(program, f"advance:{number}", (), torch.int64)
         if not site.is_prompt:
             named["keep"] = _input(program, f"keep:{number}", (batch, site.capacity), torch.bool)
-            _see_as_the_last(program, node)
         give(site.append, named, {})
 
 
@@ -157,19 +156,3 @@ def last_row(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: At
     cut = [e[..., -1:, :] if e.dim() > 1 and e.shape[-2] == rows else e for e in extras]
     _, found = attend(q[:, :, -1:], k, v, cut, own)
     return found["column_sums"].sum(1) / q.shape[1]
-
-
-def _see_as_the_last(program: Program, node: fx.Node) -> None:
-    """Let each query see what the last one does; the storage cuts that to what precedes it.
-
-    A token that is taken up again has no row in the masks of this call.
-    """
-    extras, tokens = list(node.args[3]), value(node.args[0]).shape[2]
-    if isinstance(tokens, int) and tokens == 1:
-        return
-    with program.graph.inserting_before(node):
-        for at, extra in enumerate(extras):
-            held = value(extra)
-            if held.dim() > 1 and not (isinstance(held.shape[-2], int) and held.shape[-2] == 1):
-                extras[at] = call(program.graph, node, aten.slice.Tensor, extra, held.dim() - 2, -1, 9223372036854775807)
-    node.args = (*node.args[:3], extras, *node.args[4:])
