@@ -20,9 +20,9 @@ from accelpass.ir.kv.ledger import holding_of
 from accelpass.ir.tokens import stream_name
 from accelpass.passes.token_pruning.rows_at_positions import importance_state
 
-LARGEST = 256
+LARGEST = 128
 """Tokens that are taken up in one piece by a graph of static sizes."""
-SMALLEST = 8
+SMALLEST = 16
 
 
 @dataclass(eq=False)
