@@ -192,7 +192,7 @@ def _for_chosen(
     row = torch.arange(keep, device=inputs[found.rows.argument].device).expand(int(found.batch), -1)
     given = [hint(a) if isinstance(a, torch.SymInt) else a for a in inputs]
     short = taken(given, found.inputs, row, row)
-    if isinstance(found.tokens, torch.SymInt):
+    if isinstance(found.tokens, torch.SymInt) and not known(found.tokens == hint(found.tokens)):
         return short, captured(gm, short, report, FakeTensorMode(shape_env=ShapeEnv()))
     return short, captured(gm, short, report, edit=lambda made: shorten(made, found.inputs, keep))
 

@@ -7,14 +7,13 @@ them). What was left out is state of the cache's first layer; graphs of later ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from accelpass.ir.attention.op import spec_of
 from accelpass.ir.derived import DERIVED, StateSpec
-from accelpass.ir.graph import aten, call, is_call, placeholders, through, value
+from accelpass.ir.graph import aten, call, is_call, known, placeholders, through, value
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.program import Program
 from accelpass.ir.prompt import positions_of
@@ -63,7 +62,7 @@ def follow(program: Program) -> list[str]:
     with graph.inserting_before(start):
         for node in positions:
             users = list(node.users)
-            of_each = value(node).dim() == 2 and _same(value(node).shape[0], value(first.count).shape[0])
+            of_each = value(node).dim() == 2 and known(value(node).shape[0] == value(first.count).shape[0])
             column = call(graph, start, aten.select.int, dropped, 1, int(of_each))
             less = call(graph, start, aten.unsqueeze.default, column, 1) if of_each else column
             if not of_each:  # one row of positions for all sequences, of which the same number of tokens were left out
@@ -80,10 +79,6 @@ def follow(program: Program) -> list[str]:
     return sorted(set(done))
 
 
-def _same(a: Any, b: Any) -> bool:
-    return isinstance(a, int) and isinstance(b, int) and a == b
-
-
 def _unmasked(
     program: Program, site: KVSite, states: tuple[fx.Node, ...], masks: dict[tuple[fx.Node, str, int], fx.Node]
 ) -> list[str]:
@@ -93,7 +88,7 @@ def _unmasked(
     extras, done = list(site.attention.args[3]), []
     for step in spec_of(site.attention).before:
         at = step.extra
-        if step.kind not in _MASKS or at is None or not _same(value(extras[at]).shape[-1], site.capacity):
+        if step.kind not in _MASKS or at is None or not known(value(extras[at]).shape[-1] == site.capacity):
             continue
         key = (extras[at], step.kind, site.window)
         if key not in masks:
