@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from accelpass.report import Report
     from accelpass.stateful import reset, sampling_run, state
     from accelpass.step_search import search_steps
+    from accelpass.surviving import SurvivingTokens, surviving_tokens
 
     __version__: str
 
@@ -43,6 +44,7 @@ __all__ = [
     "Report",
     "SpecConflict",
     "StepError",
+    "SurvivingTokens",
     "__version__",
     "calibrate",
     "compile",
@@ -54,6 +56,7 @@ __all__ = [
     "save",
     "search_steps",
     "state",
+    "surviving_tokens",
 ]
 
 _ERRORS = "accelpass.ir.errors"
@@ -67,6 +70,8 @@ _HOMES = {
     "ReleasedWeightError": _ERRORS,
     "SpecConflict": _ERRORS,
     "StepError": "accelpass.ir.steps",
+    "SurvivingTokens": "accelpass.surviving",
+    "surviving_tokens": "accelpass.surviving",
     "Report": "accelpass.report",
     "KVCache": "accelpass.kv_cache",
     "calibrate": "accelpass.calibration",

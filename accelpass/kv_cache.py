@@ -95,8 +95,13 @@ class KVLayer(CacheLayerMixin):
         return (query_length, 0) if self.fresh else (self.capacity, 0)
 
     def get_seq_length(self) -> Any:
-        """Tokens held: 0, or a tensor, so that a graph serves every length."""
-        return 0 if self.fresh else self.count[0]
+        """Tokens read: 0, or a tensor, so that a graph serves every length.
+
+        Of a prompt that was shortened, callers go on counting what was left out; the graph counts what is held.
+        """
+        if self.fresh or torch.compiler.is_compiling():
+            return 0 if self.fresh else self.count[0]
+        return self.count[0] + ledger.holding_of(self.count).dropped
 
     def get_max_length(self) -> int:
         return self.capacity

@@ -18,6 +18,7 @@ from accelpass.passes.base import Done
 from accelpass.passes.registry import registered
 from accelpass.stateful import remembered_by
 from accelpass.step_plan_view import StepPlanView
+from accelpass.surviving import SurvivingTokens, surviving_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -76,6 +77,7 @@ class Report:
         notes: what a reader must know to read the figures right.
         steps: what is done at each denoising step, if a pass chooses by step; FLOPs are then the mean over the steps.
         caches: each live ``accelpass.KVCache`` that holds tokens of this model, as it is now.
+        survivors: which tokens of the last prompt went on, for each place that chose some.
     """
 
     model: str
@@ -92,6 +94,7 @@ class Report:
     """Paths of the modules that hold weights themselves, in the model's order: what the picture shows."""
     caches: tuple[CacheReport, ...] = ()
     steps: StepPlanView | None = None
+    survivors: tuple[SurvivingTokens, ...] = ()
 
     @classmethod
     def of(cls, found: Found) -> Report:
@@ -125,6 +128,7 @@ class Report:
             notes=tuple(_notes(found, memory, flops)),
             modules=tuple(_leaves(found.modules)),
             steps=next(filter(None, (_steps(g) for g in reversed(found.graphs))), None),
+            survivors=surviving_of(t for m in found.modules for t in (*m.parameters(), *m.buffers())),
             caches=cache_reports(t for m in found.modules for t in (*m.parameters(), *m.buffers())),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
@@ -14,11 +14,14 @@ from accelpass.cache_report import CacheReport, LayerBytes, layers_alike
 from accelpass.grouping import alike, collapse
 from accelpass.report import PassReport, Report
 from accelpass.step_picture import table
+from accelpass.surviving import SurvivingTokens
 
 WIDTH = 100
 LINES = 40
 _REASONS = 5
 """Groups of sites shown for each pass and kind; what is left is counted."""
+_PLACES = 4
+"""Places that chose tokens of which a strip is shown."""
 _CACHES, _LAYERS, _BUFFERS = 2, 3, 3
 """Caches, groups of layers of each, and buffers of each group that are shown; what is left is counted."""
 
@@ -73,7 +76,7 @@ def lines(report: Report, width: int = WIDTH) -> Iterator[RenderableType]:
     parts, different = (sum(g.parts[i] for g in report.graphs) for i in (0, 1))
     shared = f"; {parts} parts, {different} of them different" if parts else ""
     yield _figure("compile time", f"{report.seconds:.1f} s, {share:.0%} of it in passes{shared}")
-    used = 8 + len(report.notes) + len(report.caches[:_CACHES]) * (_LAYERS + 2)
+    used = 8 + len(report.notes) + 2 * len(report.survivors[:_PLACES]) + len(report.caches[:_CACHES]) * (_LAYERS + 2)
     room = max(2, min(_REASONS, (LINES - used) // max(1, len(report.passes)) - 2))
     for done in report.passes.values():
         yield from _pass(done, room, width)
@@ -82,6 +85,7 @@ def lines(report: Report, width: int = WIDTH) -> Iterator[RenderableType]:
     if report.steps is not None:
         yield _figure("steps", report.steps.said)
         yield table(report.steps)
+    yield from _survivors(report.survivors, width)
     for cache in report.caches[:_CACHES]:
         yield from _cache(cache)
     if len(report.caches) > _CACHES:
@@ -140,6 +144,15 @@ def _cache(cache: CacheReport) -> Iterator[RenderableType]:
     for column in table.columns:
         column.no_wrap, column.overflow = True, "ellipsis"
     yield Padding(table, (0, 0, 0, 4), expand=False)
+
+
+def _survivors(found: Sequence[SurvivingTokens], width: int) -> Iterator[Text]:
+    """The first sequence of the last prompt, a line for each place that chose."""
+    for one in found[:_PLACES]:
+        yield _figure("tokens kept", f"{len(one.kept[0])} of {one.tokens} by {one.path}")
+        yield Text(f"    |{one.strip(min(72, width - 6))}|", style="cyan", no_wrap=True)
+    if len(found) > _PLACES:
+        yield Text(f"    ... and {len(found) - _PLACES} places more; see .survivors", style="dim")
 
 
 def _group(mark: str, style: str, sites: list[str], reason: str, width: int) -> Text:

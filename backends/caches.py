@@ -35,8 +35,12 @@ class CacheCalls:
     model: int | None
 
     @staticmethod
-    def of(uses: Sequence[CacheUse], tensors: FromInputs) -> CacheCalls:
-        counts = tuple((tensors.position(u.count), u.form) for u in uses)
+    def of(uses: Sequence[CacheUse], tensors: FromInputs, marks: Sequence[str] = ()) -> CacheCalls:
+        """
+        Args:
+            marks: names of passes without which a cache that they filled cannot be gone on with.
+        """
+        counts = tuple((tensors.position(u.count), (*u.form, *marks)) for u in uses)
         model = min((tensors.position(n) for n in tensors.paths), default=None)
         return CacheCalls(counts, _tokens(uses[0].tokens, tensors), uses[0].is_prompt, model)
 

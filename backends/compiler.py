@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from accelpass.backends import block_sparse as block_sparse  # registers its kernel
 from accelpass.backends import kv_decode as kv_decode  # registers its kernel
 from accelpass.backends.caches import CacheCalls
+from accelpass.backends.filtered import FilteredPrompt, Part, WholePrompt, anchor_of, filtered
 from accelpass.backends.inductor import compile_graph, compile_whole
 from accelpass.backends.prune_compiler import pruned_model, pruning_pass
 from accelpass.backends.regions import Regions
@@ -22,6 +23,7 @@ from accelpass.backends.sampling import SteppedGraph
 from accelpass.backends.step_compiler import step_graph
 from accelpass.ir.capture import NotCanonical
 from accelpass.ir.errors import PassError
+from accelpass.ir.kv.sites import kv_sites
 from accelpass.ir.steps import step_blocks
 from accelpass.ir.tensors import Binder, FromInputs
 from accelpass.passes.base import Record
@@ -29,6 +31,7 @@ from accelpass.passes.manager import run
 from accelpass.passes.options import Options, parse
 from accelpass.passes.report import GraphReport, costs, measure
 from accelpass.passes.step_cache.base import StepPass
+from accelpass.passes.token_pruning.filter import PromptFilter
 
 _COMPILED: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
@@ -51,17 +54,23 @@ class CompiledGraph:
     parameters: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict, repr=False)
     caches: CacheCalls | None = None
     steps: SteppedGraph | None = None
+    prompt: FilteredPrompt | WholePrompt | None = None
 
     def __post_init__(self) -> None:
         _COMPILED.add(self)
 
     def __call__(self, *args: Any) -> Any:
         if self.caches is None:
-            return self.fn(*(args if self.binder is None else self.binder(args)))
+            return self._run(args)
         tokens = self.caches.check(args)
-        made = self.fn(*(args if self.binder is None else self.binder(args)))
+        made = self._run(args)
         self.caches.note(args, tokens)
         return made
+
+    def _run(self, args: Sequence[Any]) -> Any:
+        if self.prompt is not None:
+            return self.prompt(args)
+        return self.fn(*(args if self.binder is None else self.binder(args)))
 
 
 def graphs_of(module: torch.nn.Module) -> list[CompiledGraph]:
@@ -115,22 +124,29 @@ def backend(
     with torch.no_grad():
         report.before = measure(program)
         report.note = "; ".join(filter(None, (report.note, *report.before.failed)))
+    mine = [(path, example_inputs[tensors.position(n)]) for n, (path, _) in tensors.paths.items()]
     if any(isinstance(p, StepPass) for p in chosen.passes) and step_blocks(program):
         stepped = step_graph(gm, program, example_inputs, chosen, report)
         report.seconds = time.perf_counter() - started
-        mine = [(path, example_inputs[tensors.position(n)]) for n, (path, _) in tensors.paths.items()]
         return CompiledGraph(stepped, None, chosen, options, report, _weak(mine), _parameters(mine), steps=stepped)
     pruning = pruning_pass(chosen)
     if pruning is not None:
         pruned = pruned_model(gm, program, example_inputs, chosen, pruning, report)
         if pruned is not None:
             report.seconds = time.perf_counter() - started
-            mine = [(path, example_inputs[tensors.position(n)]) for n, (path, _) in tensors.paths.items()]
             model, calls = pruned
             return CompiledGraph(model, None, chosen, options, report, _weak(mine), _parameters(mine), calls)
         program = captured(gm, example_inputs, report)
         tensors = program.tensors
         assert isinstance(tensors, FromInputs)
+    filters = [p.name for p in chosen.passes if isinstance(p, PromptFilter)]
+    is_later = any(not s.is_prompt for s in kv_sites(program))
+    if filters and not is_later and (short := filtered(gm, program, example_inputs, chosen, report)) is not None:
+        binder = short.second.binder
+        report.seconds, report.derived_bytes = time.perf_counter() - started, binder.derived_bytes()
+        return CompiledGraph(
+            short.second.fn, binder, chosen, options, report, _weak(mine), _parameters(mine), short.caches, prompt=short
+        )
     with torch.no_grad():
         if chosen.plan is not None:
             chosen.plan.check(program)
@@ -156,10 +172,10 @@ def backend(
         if isinstance(fn, Regions):
             report.parts, report.parts_compiled = len(fn.steps), fn.compiled
     report.seconds = time.perf_counter() - started
-    mine = [(path, example_inputs[tensors.position(n)]) for n, (path, _) in tensors.paths.items()]
     report.derived_bytes = binder.derived_bytes()
-    caches = CacheCalls.of(uses, tensors) if uses else None
-    return CompiledGraph(fn, binder, chosen, options, report, _weak(mine), _parameters(mine), caches)
+    caches = CacheCalls.of(uses, tensors, filters) if uses else None
+    whole = WholePrompt(Part(fn, binder), anchor_of(tensors)) if filters and not is_later else None
+    return CompiledGraph(fn, binder, chosen, options, report, _weak(mine), _parameters(mine), caches, prompt=whole)
 
 
 def _weak(tensors: Sequence[tuple[str, Tensor]]) -> tuple[weakref.ref[Tensor], ...]:

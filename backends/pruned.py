@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelpass.backends.pruned_graph import PrunedGraph, Stage
+from accelpass.backends.pruned_graph import PrunedGraph, Run, Stage
+from accelpass.backends.survivors import Survivors, keep_last
 from accelpass.ir.derived import DERIVED, StateSpec
 from accelpass.ir.kv.ledger import holding_of
 from accelpass.ir.tokens import stream_name
@@ -26,13 +27,6 @@ SMALLEST = 16
 
 
 @dataclass(eq=False)
-class Survivors:
-    """Which tokens went on at the last call: before which block, and their positions ``(batch, tokens)``, -1 for none."""
-
-    rows: list[tuple[str, Tensor]] = field(default_factory=list)
-
-
-@dataclass(eq=False)
 class PrunedModel:
     """What Dynamo calls.
 
@@ -40,8 +34,9 @@ class PrunedModel:
         graph: for as many rows in each stretch as the graph was captured for, or the prompt's own.
         wider: makes a graph whose later stretches take this many rows; None if ``graph`` takes any number.
         keep: the share of tokens that goes on, by stretch before it.
-        count: position of the first layer's counter among the arguments; None without a KVCache.
+        counts: positions of the layers' counters among the arguments; none without a KVCache.
         fresh: the cache is empty before the call.
+        owner: position of one of the model's own tensors, or None.
     """
 
     graph: PrunedGraph
@@ -49,7 +44,7 @@ class PrunedModel:
     keep: tuple[float, ...]
     counts: tuple[int, ...]
     fresh: bool
-    survivors: Survivors = field(default_factory=Survivors)
+    owner: int | None
     _wider: dict[int, PrunedGraph] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
@@ -82,9 +77,13 @@ class PrunedModel:
             if whole is run.ends[0]:
                 whole = whole.clone()
             put(whole, rows, stream)
-            survivors.append((stage.path, rows))
-        self.survivors.rows = survivors
+            survivors.append(Survivors(stage.path, rows, tokens))
+        self.tell(args, survivors)
         return run.results({stream_name(len(self.keep) + 1): whole})
+
+    def tell(self, args: Sequence[Any], survivors: Sequence[Survivors]) -> None:
+        """Remember which tokens went on."""
+        keep_last(None if self.owner is None else args[self.owner], survivors)
 
     def for_rows(self, count: int, args: Sequence[Any]) -> PrunedGraph:
         """A graph whose later stretches take ``count`` rows."""
@@ -161,7 +160,7 @@ class Memory:
         row = [s for i, s in enumerate(like.shape) if i not in (0, dim)]
         return self._state(f"table.{source}", row, like.dtype)
 
-    def tabulate(self, stages: Sequence[Stage], run: Any, rows: Tensor) -> None:
+    def tabulate(self, stages: Sequence[Stage], run: Run, rows: Tensor) -> None:
         """Keep the rows of these tokens of every table that a stretch reads."""
         for source, dim in {(t.source, t.dims[0]) for s in stages for t in s.taken.values() if t.is_table}:
             made = run.pinned(source)
@@ -170,7 +169,7 @@ class Memory:
             index = rows.reshape(*rows.shape, *[1] * (new.dim() - 2)).expand_as(new)
             table.scatter_(1, index, new)
 
-    def rows(self, stage: Stage, run: Any, rows: Tensor) -> dict[str, Tensor]:
+    def rows(self, stage: Stage, run: Run, rows: Tensor) -> dict[str, Tensor]:
         """The inputs of a stretch that are rows of tables."""
         found = {}
         for name, what in stage.taken.items():
@@ -224,8 +223,8 @@ class _Step:
                     spare = torch.cat([whole, whole[:, :1]], 1)
                     put(spare, torch.where(inside, rows - self.before, tokens), made)
                     whole = spare[:, :-1]
-            survivors.append((model.graph.stages[number].path, _listed(wanted, int(last))))
-        model.survivors.rows = survivors
+            survivors.append(Survivors(model.graph.stages[number].path, _listed(wanted, int(last)), total))
+        model.tell(self.args, survivors)
         return run.results({stream_name(len(model.keep) + 1): whole})
 
     def _pieces(self, missing: Tensor, count: int) -> list[Tensor]:
@@ -243,7 +242,7 @@ class _Step:
         self._end = pieces[-1]
         return pieces
 
-    def _stretch(self, number: int, rows: Tensor, keep: Tensor, advance: int, run: Any) -> Tensor:
+    def _stretch(self, number: int, rows: Tensor, keep: Tensor, advance: int, run: Run) -> Tensor:
         """Compute these tokens in one stretch; returns the stream after it."""
         graph = self.model.for_rows(rows.shape[1], self.args)
         mine = run if graph is self.model.graph else graph.begin(self.args, run.values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,25 @@ from accelpass.passes.report import GraphReport
 
 
 def captured(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], report: GraphReport, at: FakeTensorMode | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    report: GraphReport,
+    at: FakeTensorMode | None = None,
+    edit: Callable[[Program], None] = lambda program: None,
 ) -> Program:
-    """The canonical program with its attentions as semantic nodes; see :func:`from_dynamo`."""
-    program = from_dynamo(gm, example_inputs, at)
+    """The canonical program with its attentions as semantic nodes; see :func:`from_dynamo`.
+
+    Args:
+        edit: changes the graph before attentions are looked for.
+    """
+
+    def begin() -> Program:
+        program = from_dynamo(gm, example_inputs, at)
+        with torch.no_grad():
+            edit(program)
+        return program
+
+    program = begin()
     try:
         with torch.no_grad():
             attention.insert(program)
@@ -33,7 +48,7 @@ def captured(
         # An unforeseen spelling must not stop a model that compiles without us: take the graph anew, without the
         # semantic nodes, and say so.
         report.note = f"attention stays as the model wrote it: {type(cause).__name__}: {cause}"
-        program = from_dynamo(gm, example_inputs, at)
+        program = begin()
     return program
 
 

@@ -25,6 +25,7 @@ class Program:
         actions: what each step-caching pass, by name, does at each site of this variant of the graph.
         pins: how many outputs of the graph, after the model's own, only keep a block's streams alive.
         remembered: names of the graph's last outputs, which later denoising steps read.
+        refused: why what a pass asks of the backend cannot be done for this graph, by the pass's name.
     """
 
     gm: fx.GraphModule
@@ -34,6 +35,7 @@ class Program:
     actions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     pins: int = 0
     remembered: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
     _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

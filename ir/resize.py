@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,8 @@ from accelpass.ir.graph import aten, call, is_call, refresh, value
 from accelpass.ir.splice import KEPT
 
 _SHAPED = (aten.view, aten.reshape, aten._unsafe_view, aten.expand)
-_MADE = (aten.arange, aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn)
+_RANDOM = (aten.empty, aten.rand, aten.randn)
+_MADE = (aten.arange, aten.zeros, aten.ones, aten.full, *_RANDOM)
 Take = Callable[[fx.Node, int], fx.Node]
 Leaves = tuple[Axis, ...]
 
@@ -66,6 +68,8 @@ class Resizer:
 
     Attributes:
         take: makes, from a value that is computed outside and has the axis in some dimension, the rows that are kept.
+        anew: the rows that are kept are a sequence of their own, counted from 0: positions that the graph makes for all rows
+            are made for as many as there are now, and what it cuts off the end is cut off the new end.
     """
 
     graph: fx.Graph
@@ -73,6 +77,7 @@ class Resizer:
     dim: Dim
     size: int
     take: Take
+    anew: bool = False
     _sizes: _Sizes = field(default_factory=_Sizes)
     _env: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
@@ -128,11 +133,11 @@ class Resizer:
         return call(self.graph, node, aten.cat.default, taken, index)
 
     def _copied(self, node: fx.Node) -> fx.Node:
-        if is_call(node, *_MADE):
-            raise CannotResize(f"{node.name} makes a tensor of its own for all rows")
         args = list(fx.map_arg(node.args, self._env.__getitem__))
         kwargs = dict(fx.map_arg(node.kwargs, self._env.__getitem__))
         dims = self.axes.of(node)
+        if is_call(node, *_MADE):
+            self._made_anew(node, args)
         if is_call(node, *_SHAPED):
             given: Any = args[1]
             if len(given) != len(dims):
@@ -147,7 +152,9 @@ class Resizer:
             node, aten.split_with_sizes, aten.split, aten.chunk, aten.select, aten.index, aten.narrow, aten.roll
         ):
             self._moved_split(node, args)
-        with torch.no_grad():
+        # A call without tensors among its operands would make a real one.
+        mode = getattr(value(node), "fake_mode", None) or nullcontext()
+        with torch.no_grad(), mode:
             new = self.graph.call_function(node.target, tuple(args), kwargs)
             new.meta = {k: node.meta[k] for k in KEPT if k in node.meta}
             try:
@@ -160,6 +167,16 @@ class Resizer:
             self._note_join(node)
         self._check(node, new)
         return new
+
+    def _made_anew(self, node: fx.Node, args: list[Any]) -> None:
+        changed = any(map(self._sizes.changes, self.axes.of(node)))
+        counts = is_call(node, aten.arange)
+        if not self.anew or is_call(node, *_RANDOM) or (counts and changed and args[:-1] not in ([], [0])):
+            raise CannotResize(f"{node.name} makes a tensor of its own for all rows")
+        if changed and counts:
+            args[-1] = self._sizes.of(self.axes.of(node)[0])
+        elif changed:
+            args[0] = [self._sizes.of(d) for d in self.axes.of(node)]
 
     def _note_join(self, node: fx.Node) -> None:
         """A concatenation along the axis makes another axis; remember how long it is, and where its parts begin."""
@@ -184,6 +201,8 @@ class Resizer:
 
     def _position(self, node: fx.Node, dim: Dim, position: int) -> int:
         size = int(dim.size)
+        if self.anew and -self._sizes.of(dim) <= position < 0:
+            return self._sizes.of(dim) + position
         absolute = position + size if position < 0 else min(position, size)
         known = self._sizes.moved.get(dim.leaves, {0: 0, size: self._sizes.of(dim)})
         if absolute not in known:
@@ -193,8 +212,11 @@ class Resizer:
     def _moved_slice(self, node: fx.Node, args: list[Any]) -> None:
         args += [0, None, None, 1][len(args) - 1 :]
         source: Any = node.args[0]
-        dim = self.axes.of(source)[args[1] % value(source).dim()]
+        at = args[1] % value(source).dim()
+        dim, rows = self.axes.of(source)[at], self.axes.of(node)[at]
         if not self._sizes.changes(dim):
+            if self.anew and self._sizes.changes(rows) and args[2] in (None, 0) and args[4] == 1:
+                args[3] = self._sizes.of(rows)  # a table of positions, cut to the rows that there are
             return
         if args[4] != 1:
             raise CannotResize(f"{node.name} takes every {args[4]}th row")
@@ -216,6 +238,10 @@ class Resizer:
         if not set(at) & set(changed):
             return
         dim = self.axes.of(source)[at[0]]
+        if self.anew and is_call(node, aten.select) and -self._sizes.of(dim) <= args[2] < 0:
+            return
+        if self.anew and is_call(node, aten.index) and _counted(n for n in node.args[1] if n is not None):
+            return
         if not is_call(node, aten.split_with_sizes):
             raise CannotResize(f"{node.name} ({name}) works along the axis")
         sizes, start = [], 0
@@ -232,3 +258,17 @@ class Resizer:
         wanted = [self._sizes.of(d) for d in self.axes.of(node)]
         if list(made.shape) != wanted:
             raise CannotResize(f"{node.name} ({node.target}) gives {list(made.shape)} where {wanted} was expected")
+
+
+def _counted(indices: Iterable[Any]) -> bool:
+    """Whether indices are made of positions that the graph counts itself, and of nothing that it is given."""
+    front, seen = list(indices), set()
+    while front:
+        node = front.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op != "call_function":
+            return False
+        front += node.all_input_nodes
+    return True

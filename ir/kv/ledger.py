@@ -24,6 +24,7 @@ class Holding:
         tokens: how many it has seen.
         form: how they are stored: what tells one compiled set of passes from another; None while it is empty.
         model: a tensor of the model that filled it.
+        dropped: tokens of the prompt that were left out before the others were stored.
         empty: puts the layer's owner back to its start.
     """
 
@@ -31,6 +32,7 @@ class Holding:
     tokens: int = 0
     form: Any = None
     model: weakref.ref[Tensor] | None = None
+    dropped: int = 0
     empty: Callable[[], None] | None = field(default=None, repr=False)
 
     def check(self, tokens: int, form: Any, model: Tensor | None, fresh: bool) -> None:
@@ -66,7 +68,7 @@ class Holding:
             self.model = weakref.ref(model)
 
     def forget(self) -> None:
-        self.tokens, self.form, self.model = 0, None, None
+        self.tokens, self.form, self.model, self.dropped = 0, None, None, 0
 
 
 def _shown(form: Any) -> str:
@@ -111,7 +113,7 @@ def copy(count: Tensor, other: Tensor) -> None:
         for recipe, _, tensors in DERIVED.of([count]):
             DERIVED.seed([other], recipe, tuple(t.clone() for t in tensors))
     mine, its = holding_of(count), holding_of(other)
-    its.tokens, its.form, its.model = mine.tokens, mine.form, mine.model
+    its.tokens, its.form, its.model, its.dropped = mine.tokens, mine.form, mine.model, mine.dropped
 
 
 def clear(count: Tensor) -> None:

@@ -116,8 +116,8 @@ def test_survivors_are_those_of_the_oracle_nested_and_with_the_last_token():
             fast(given[:, piece], past_key_values=cache)
             oracle.step(given[0, piece])
             found = accelpass.surviving_tokens(fast)
-            assert [rows[0].tolist() for _, rows in found] == list(oracle.survivors.values())
-            first, second = ({*rows[0].tolist()} for _, rows in found)
+            assert [list(one.kept[0]) for one in found] == list(oracle.survivors.values())
+            first, second = ({*one.kept[0]} for one in found)
             assert second <= first and piece.stop - 1 in second
 
 
@@ -156,8 +156,8 @@ def test_equals_dense_where_it_must(family):
             got = fast(**now, past_key_values=cache).logits[:, -1]
             want = model(**now, past_key_values=dense).logits[:, -1]
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
-    took = {site for r in accelpass.explain(fast).passes if r.name == "lazyllm" for site in r.took}
-    assert len(took) == 3
+    took = accelpass.explain(fast).passes["lazyllm"].took
+    assert len(took) >= 3
 
 
 def test_generate_token_for_token_at_keep_1():
@@ -190,7 +190,7 @@ def test_no_later_token_changes_an_earlier_one():
     fast, given = compiled(model, keep), ids(20)
     with torch.no_grad():
         before = fast(given, use_cache=False).logits
-        survivors = accelpass.surviving_tokens(fast)[0][1][0].tolist()
+        survivors = accelpass.surviving_tokens(fast)[0].kept[0]
         at = next(t for t in survivors if t not in (0, 19))
         changed = given.clone()
         changed[0, at] = (changed[0, at] + 1) % VOCABULARY
@@ -218,9 +218,9 @@ def test_packed_weights(weights):
         for fast in (both, packed, dense):
             cache = KVCache(model, CAPACITY)
             outs.append(torch.cat([fast(given[:, p], past_key_values=cache).logits[:, -1:] for p in pieces([18, 1, 3])]))
-    report = {r.name: r for r in accelpass.explain(both).passes}
+    report, other = accelpass.explain(both).passes, accelpass.explain(packed).passes
     name = weights if isinstance(weights, str) else weights["name"]
-    assert len(report[name].took) == len({r.name: r for r in accelpass.explain(packed).passes}[name].took)
+    assert {*report[name].took} == {*other[name].took}
     assert torch.allclose(outs[1], outs[2], rtol=1e-4, atol=1e-4)  # all tokens kept: packed weights alone
     assert torch.isfinite(outs[0]).all()
 
@@ -274,7 +274,7 @@ def skipped(model: Any, **call: Any) -> str:
     with torch.no_grad():
         got, want = fast(**call)[0], model(**call)[0]
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
-    (found,) = (r for r in accelpass.explain(fast).passes if r.name == "lazyllm")
+    found = accelpass.explain(fast).passes["lazyllm"]
     assert not found.took
     return " ".join(found.skipped.values())
 

@@ -1,0 +1,241 @@
+"""Compiles the two graphs of a prompt that is shortened before the model reads it, and runs the first before the second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from accelpass.backends.caches import CacheCalls
+from accelpass.backends.inductor import compile_graph
+from accelpass.backends.regions import Regions
+from accelpass.backends.rewriting import captured, lowered, refuse_released
+from accelpass.backends.survivors import Survivors, keep_last
+from accelpass.ir.graph import fake_mode, hint, known, value
+from accelpass.ir.kv import shortened
+from accelpass.ir.kv.ledger import holding_of
+from accelpass.ir.kv.lower import CacheUse
+from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.program import Program
+from accelpass.ir.prompt import NoPrompt, Prompt, TokenInput, prompt, shorten
+from accelpass.ir.tensors import Binder, FromInputs
+from accelpass.passes.base import Done, Record
+from accelpass.passes.manager import run
+from accelpass.passes.options import Options
+from accelpass.passes.report import GraphReport, Measured, costs
+from accelpass.passes.token_pruning.filter import PromptFilter
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One compiled graph."""
+
+    fn: Callable[..., Any]
+    binder: Binder
+
+    def __call__(self, args: Sequence[Any]) -> Any:
+        return self.fn(*self.binder(args))
+
+
+@dataclass(frozen=True, eq=False)
+class WholePrompt:
+    """A prompt that a pass would shorten and does not: all of its tokens survive."""
+
+    whole: Part
+    model: int | None
+
+    def __call__(self, args: Sequence[Any]) -> Any:
+        keep_last(None if self.model is None else args[self.model], [])
+        return self.whole(args)
+
+
+@dataclass(frozen=True, eq=False)
+class FilteredPrompt:
+    """Chooses tokens, runs the model on them, and notes what was left out.
+
+    Attributes:
+        path: the module whose queries choose.
+        first: returns what :func:`accelpass.passes.token_pruning.look.chosen` says.
+        second: the model for ``keep`` tokens.
+        inputs: the arguments that depend on the tokens.
+        counters: positions of the cache layers' counters; none without a cache. A layer holds ``capacity`` tokens.
+        caches: checks of what ``second`` does to them.
+        model: the position of one of the model's own tensors.
+    """
+
+    path: str
+    keep: int
+    first: Part
+    second: Part
+    inputs: tuple[TokenInput, ...]
+    counters: tuple[int, ...]
+    capacity: int
+    caches: CacheCalls | None
+    model: int | None
+
+    def __call__(self, args: Sequence[Any]) -> Any:
+        rows, positions, seen, moved = self.first(args)
+        made = self.second(taken(args, self.inputs, rows, positions))
+        one = next(i for i in self.inputs if i.role == "rows")
+        tokens = int(args[one.argument].shape[one.dims[0]])
+        if self.counters:
+            shortened.note(args[self.counters[0]], self.capacity, tokens - self.keep, moved, seen)
+        for position in self.counters:
+            holding_of(args[position]).dropped = tokens - self.keep
+        keep_last(None if self.model is None else args[self.model], [Survivors(self.path, rows, tokens)])
+        return made
+
+
+def taken(args: Sequence[Any], inputs: Sequence[TokenInput], rows: Tensor, positions: Tensor) -> list[Any]:
+    """A call's arguments with the chosen tokens alone.
+
+    Args:
+        rows: ``(batch, kept)``; positions: the same, where each stands among them.
+    """
+    made, kept = list(args), rows.shape[1]
+    for one in inputs:
+        given = args[one.argument]
+        if one.role == "count":
+            made[one.argument] = kept
+        elif one.role == "positions":
+            own = given.dim() == 2 and given.shape[0] == rows.shape[0]
+            places = positions if own else torch.arange(kept, device=rows.device).expand(*given.shape[:-1], -1)
+            made[one.argument] = places.to(given.dtype).contiguous()
+        else:
+            for dim in one.dims:
+                given = _taken(given, rows, dim)
+            made[one.argument] = given
+    return made
+
+
+def _taken(given: Tensor, rows: Tensor, dim: int) -> Tensor:
+    """The rows of each sequence; sequences are ``given``'s first dimension, if there are several."""
+    if rows.shape[0] == 1:
+        return given.index_select(dim, rows[0])
+    shape = [rows.shape[0] if i == 0 else rows.shape[1] if i == dim else 1 for i in range(given.dim())]
+    wide = [rows.shape[1] if i == dim else size for i, size in enumerate(given.shape)]
+    return given.gather(dim, rows.view(shape).expand(wide))
+
+
+def filtered(
+    gm: fx.GraphModule, program: Program, inputs: Sequence[Any], chosen: Options, report: GraphReport
+) -> FilteredPrompt | None:
+    """Compile a prompt's graph twice; None if it is read as it is: :meth:`PromptFilter.apply` then says why.
+
+    Args:
+        program: the captured graph. It is used up if this succeeds.
+    """
+    (by,) = (p for p in chosen.passes if isinstance(p, PromptFilter))
+    others = replace(chosen, passes=tuple(p for p in chosen.passes if p is not by))
+    tensors = program.tensors
+    assert isinstance(tensors, FromInputs)
+    try:
+        found = prompt(program)
+        by.layer_of(found)
+        if not by.shortens(found):
+            return None
+        _specialise(tensors, found)
+        short, model = _for_chosen(gm, program, found, by.keep, inputs, report)
+    except NoPrompt as why:
+        program.refused[by.name] = str(why)
+        return None
+    if chosen.plan is not None:
+        chosen.plan.check(program)
+        program.artefacts = model.artefacts = chosen.plan.tensors
+    tokens = hint(found.tokens)
+    sites = kv_sites(program)
+    counters, capacity = tuple(tensors.position(s.count) for s in sites), sites[0].capacity if sites else 0
+    path = by.look(program, found)
+    # What the first look needs is packed before the memory of any float weight is given back.
+    first = _rewritten(program, inputs, replace(others, passes=tuple(p for p in others.passes if p.phase != "cache")))
+    second = _rewritten(model, short, others)
+    second.binder.released -= frozenset(first.binder.kept)
+    parts = [_compiled(one, args, others, report) for one, args in ((first, inputs), (second, short))]
+    took = Done(f"its queries choose {by.keep} of the prompt's tokens (of {tokens} when this was compiled)")
+    report.records = [Record(by.name, {path: took}), *second.records]
+    report.after = replace(second.cost, flops=first.cost.flops + second.cost.flops)
+    assert isinstance(model.tensors, FromInputs)
+    caches = CacheCalls.of(second.uses, model.tensors, (by.name,)) if second.uses else None
+    return FilteredPrompt(path, by.keep, *parts, found.inputs, counters, capacity, caches, anchor_of(tensors))
+
+
+def anchor_of(tensors: FromInputs) -> int | None:
+    """The position of one of the model's own tensors, which tells instances apart."""
+    return min((tensors.position(n) for n in tensors.paths), default=None)
+
+
+def _specialise(tensors: FromInputs, found: Prompt) -> None:
+    """Let every size but the number of tokens be the number that it is, which guards see to."""
+    for node in tensors.inputs_nodes:
+        given = value(node)
+        if node in tensors.paths or not node.users:
+            continue
+        for size in given.shape if isinstance(given, Tensor) else (given,):
+            if isinstance(size, torch.SymInt) and not known(size == found.tokens):
+                int(size)
+
+
+def _for_chosen(
+    gm: fx.GraphModule, program: Program, found: Prompt, keep: int, inputs: Sequence[Any], report: GraphReport
+) -> tuple[list[Any], Program]:
+    """The model for ``keep`` tokens, and arguments of that many.
+
+    Raises:
+        NoPrompt: a graph of static sizes cannot be made shorter.
+    """
+    row = torch.arange(keep, device=inputs[found.rows.argument].device).expand(int(found.batch), -1)
+    given = [hint(a) if isinstance(a, torch.SymInt) else a for a in inputs]
+    short = taken(given, found.inputs, row, row)
+    if isinstance(found.tokens, torch.SymInt) and not known(found.tokens == hint(found.tokens)):
+        return short, captured(gm, short, report, FakeTensorMode(shape_env=ShapeEnv()))
+    return short, captured(gm, short, report, edit=lambda made: shorten(made, found.inputs, keep))
+
+
+@dataclass(frozen=True, eq=False)
+class _Rewritten:
+    program: Program
+    records: list[Record]
+    cost: Measured
+    binder: Binder
+    uses: list[CacheUse]
+
+
+@torch.no_grad()
+def _rewritten(program: Program, inputs: Sequence[Any], chosen: Options) -> _Rewritten:
+    observers = []
+    if chosen.debug:
+        from accelpass.backends.debug import replay
+
+        observers.append(replay(program, inputs))
+    records = run(program, chosen.passes, observers)
+    cost = costs(program)
+    uses = lowered(program, chosen)
+    assert isinstance(program.tensors, FromInputs)
+    binder = program.tensors.binder(release=chosen.free_weights)
+    program.gm.recompile()
+    refuse_released(program.tensors, binder, inputs)
+    return _Rewritten(program, records, cost, binder, uses)
+
+
+def _compiled(made: _Rewritten, args: Sequence[Any], chosen: Options, report: GraphReport) -> Part:
+    with torch.no_grad():
+        inputs = made.binder(args)
+    fn: Callable[..., Any] = made.program.gm
+    if chosen.lowering == "inductor":
+        rewrote = {record.name for record in made.records if record.took}
+        exact = all(p.exact for p in chosen.passes if p.name in rewrote)
+        mode = fake_mode(made.program.gm)
+        assert mode is not None
+        # Each graph is compiled for itself; the length of the second is not one that Dynamo has seen.
+        with tracing(TracingContext(mode)):
+            fn = compile_graph(made.program.gm, inputs, chosen, exact)
+        if isinstance(fn, Regions):
+            report.parts += len(fn.steps)
+            report.parts_compiled += fn.compiled
+    return Part(fn, made.binder)

@@ -1,0 +1,133 @@
+"""A cache whose prompt was shortened: how many tokens were left out, and graphs of later calls that follow the short sequence.
+
+Whoever calls the model goes on counting the tokens of the whole text (``generate`` passes positions and masks for all of
+them). What was left out is state of the cache's first layer; graphs of later calls subtract it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from accelpass.ir.attention.op import spec_of
+from accelpass.ir.derived import DERIVED, StateSpec
+from accelpass.ir.graph import aten, call, is_call, known, placeholders, through, value
+from accelpass.ir.kv.sites import KVSite, kv_sites
+from accelpass.ir.program import Program
+from accelpass.ir.prompt import positions_of
+from accelpass.ir.splice import splice, trace
+from accelpass.ir.tensors import FromInputs
+
+DROPPED = StateSpec("tokens.dropped", (2,), torch.int64, "sequence", batched=True)
+"""Of each sequence: tokens that were left out; those of them that are no padding, by which later positions move."""
+_MASKS = ("keep", "fill", "add")
+_LAYOUT = (aten.to, aten._to_copy, aten.view, aten.reshape, aten.slice, aten.expand, aten.clone, aten.contiguous)
+
+
+def seen_state(capacity: int) -> StateSpec:
+    """Which rows of a cache hold tokens, and which padding."""
+    return StateSpec("tokens.seen", (capacity,), torch.bool, "sequence", fill=1, batched=True)
+
+
+def note(count: Tensor, capacity: int, rows: int, moved: Tensor, seen: Tensor) -> None:
+    """Remember that a prompt was shortened.
+
+    Args:
+        count: the counter of the cache's first layer.
+        rows: how many tokens of each sequence were left out; ``moved`` those that are no padding, ``(batch,)``.
+        seen: ``(batch, kept)``, False where a kept token is padding.
+    """
+    (dropped,) = DERIVED.get([count], DROPPED.recipe()).tensors
+    (valid,) = DERIVED.get([count], seen_state(capacity).recipe()).tensors
+    with torch.no_grad():
+        dropped[:, 0] = rows
+        dropped[:, 1] = moved
+        valid.fill_(True)
+        valid[:, : seen.shape[1]] = seen
+
+
+def follow(program: Program) -> list[str]:
+    """Let a graph that reads a filled cache count as the cache does; returns what was done, for the report."""
+    sites = [s for s in kv_sites(program) if not s.is_prompt]
+    if not sites:
+        return []
+    first, graph, tensors = sites[0], program.graph, program.tensors
+    assert isinstance(tensors, FromInputs)
+    dropped = tensors.state(first.count, DROPPED)
+    seen = tensors.state(first.count, seen_state(first.capacity))
+    positions, done = positions_of(program), []
+    start = placeholders(program.gm)[-1].next
+    with graph.inserting_before(start):
+        for node in positions:
+            users = list(node.users)
+            of_each = value(node).dim() == 2 and known(value(node).shape[0] == value(first.count).shape[0])
+            column = call(graph, start, aten.select.int, dropped, 1, int(of_each))
+            less = call(graph, start, aten.unsqueeze.default, column, 1) if of_each else column
+            if not of_each:  # one row of positions for all sequences, of which the same number of tokens were left out
+                less = call(graph, start, aten.select.int, column, 0, 0)
+            moved = call(graph, start, aten.sub.Tensor, node, less)
+            for user in users:
+                user.replace_input_with(node, moved)
+            done.append("positions")
+        # Layers raise their counters as they store; what follows needs the number of tokens before.
+        before = call(graph, start, aten.clone.default, first.count)
+    masks: dict[tuple[fx.Node, str, int], fx.Node] = {}
+    for site in sites:
+        done += _unmasked(program, site, (before, seen, dropped), masks)
+    return sorted(set(done))
+
+
+def _unmasked(
+    program: Program, site: KVSite, states: tuple[fx.Node, ...], masks: dict[tuple[fx.Node, str, int], fx.Node]
+) -> list[str]:
+    """Where tokens were left out, the mask is that of the rows that there are, whatever the caller says of the text."""
+    if site.attention is None:
+        return []
+    extras, done = list(site.attention.args[3]), []
+    for step in spec_of(site.attention).before:
+        at = step.extra
+        if step.kind not in _MASKS or at is None or not known(value(extras[at]).shape[-1] == site.capacity):
+            continue
+        key = (extras[at], step.kind, site.window)
+        if key not in masks:
+            run = _masking(step.kind, site.window, step.kind == "add" and not _is_mask(extras[at]))
+            operands = [extras[at], *states]
+            (masks[key],) = splice(program, trace(program, run, operands), operands, site.attention)
+        extras[at] = masks[key]
+        done.append("masks")
+    site.attention.args = (*site.attention.args[:3], extras, *site.attention.args[4:])
+    return done
+
+
+def _masking(kind: str, window: int, hides: bool) -> Callable[..., list[Tensor]]:
+    return lambda given, count, seen, dropped: [mask(given, count, seen, dropped, kind, window, hides)]
+
+
+def _is_mask(extra: fx.Node) -> bool:
+    """An additive mask that holds nothing else, such as a bias of distances."""
+    source = through(extra, *_LAYOUT)
+    return source.op == "placeholder" or is_call(source, aten.where, aten.masked_fill)
+
+
+def mask(given: Tensor, count: Tensor, seen: Tensor, dropped: Tensor, kind: str, window: int, hides: bool) -> Tensor:
+    """``given`` ``(..., tokens, capacity)``; for sequences whose prompt was shortened, the mask of what is stored.
+
+    Args:
+        count: tokens before the call, ``(batch,)``; ``seen``, ``dropped``: the states.
+        kind: of the step that reads it: ``keep`` where True, ``fill`` where True, or ``add``.
+        hides: ``given`` holds more than a mask; keys are hidden in it, and none shown.
+    """
+    slot = torch.arange(given.shape[-1], device=given.device)
+    place = count[:, None] + torch.arange(given.shape[-2], device=given.device)
+    allowed = (slot <= place[..., None]) & seen[:, None]
+    if window:
+        allowed = allowed & (slot > place[..., None] - window)
+    allowed, short = allowed[:, None], (dropped[:, 0] > 0)[:, None, None, None]
+    if kind == "add":
+        low = torch.finfo(given.dtype).min
+        own = torch.where(allowed, given if hides else 0.0, low).to(given.dtype)
+    else:
+        own = allowed if kind == "keep" else allowed.logical_not()
+    return torch.where(short, own, given)
