@@ -85,7 +85,9 @@ def pruned_model(
         def wider(rows: int, args: Sequence[Any]) -> PrunedGraph:
             return builder.graph(builder.capture(args), args, [rows] * count)
 
-    model = PrunedModel(graph, wider, keep, counts, fresh, min((tensors.position(n) for n in tensors.paths), default=None))
+    model = PrunedModel(
+        graph, wider, keep, counts, fresh, min((tensors.position(n) for n in tensors.paths), default=None)
+    )
     report.records = builder.records
     report.parts, report.parts_compiled = len(graph.stages), len(builder.code)
     calls = CacheCalls.of(builder.uses, tensors) if builder.uses else None
@@ -151,7 +153,11 @@ class _Builder:
         def ref(node: Any) -> Ref:
             if not isinstance(node, fx.Node):
                 return "literal", node
-            if isinstance(value(node), torch.SymInt) and symbol is not None and symbol in value(node).node.expr.free_symbols:
+            if (
+                isinstance(value(node), torch.SymInt)
+                and symbol is not None
+                and symbol in value(node).node.expr.free_symbols
+            ):
                 return "size", value(node).node.expr
             if node in place:
                 return "bound", place[node]
@@ -199,7 +205,9 @@ class _Builder:
             return gm.forward
         with tracing(TracingContext(mode)):
             if all(t.device.type == "cpu" for t in given if isinstance(t, Tensor)) and self.chosen.regions:
-                made = compile_regions(gm, given, lambda part, inputs: compile_whole(part, inputs, self.chosen), self.code)
+                made = compile_regions(
+                    gm, given, lambda part, inputs: compile_whole(part, inputs, self.chosen), self.code
+                )
                 if made is not None:
                     return made
             return compile_whole(gm, given, self.chosen)

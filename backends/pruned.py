@@ -70,7 +70,9 @@ class PrunedModel:
             if memory is not None:
                 memory.note(number, rows)
                 if number == 1:
-                    memory.tabulate(self.graph.stages[1:], run, torch.arange(tokens, device=rows.device).expand(batch, tokens))
+                    memory.tabulate(
+                        self.graph.stages[1:], run, torch.arange(tokens, device=rows.device).expand(batch, tokens)
+                    )
             given = {stream_name(number): stream, **run.rows_of(stage, rows)}
             given |= {f"positions:{number}": rows, f"advance:{number}": torch.tensor(tokens, device=rows.device)}
             stream = run.stage(number, given, rows.shape[1])

@@ -118,7 +118,9 @@ def _attentions(program: Program) -> tuple[Attention, ...]:
         chosen = [a for a in every if a.spec.bias in ("causal", "sliding_window") or a.spec.causal]
     if not chosen:
         if every:
-            raise NoPrompt("no attention is known to be causal: where tokens see later ones, the last says nothing of what matters")
+            raise NoPrompt(
+                "no attention is known to be causal: where tokens see later ones, the last says nothing of what matters"
+            )
         misses = program.analysis(near_misses)
         raise NoPrompt("no self-attention was recognised" + (f" ({misses[0].path}: {misses[0].why})" if misses else ""))
     for one in chosen:
@@ -172,7 +174,9 @@ def _role(node: fx.Node, looked_up: set[Any]) -> str:
         return "positions"
     if node in looked_up or any(part in name for part in _BY_TOKEN):
         return "rows"
-    raise NoPrompt(f"it cannot be told what the input {name} is; positions are known by one of the names {', '.join(POSITIONS)}")
+    raise NoPrompt(
+        f"it cannot be told what the input {name} is; positions are known by one of the names {', '.join(POSITIONS)}"
+    )
 
 
 def called(node: fx.Node) -> str:
@@ -239,6 +243,10 @@ def _unexpected(node: fx.Node, dim: int) -> fx.Node:
 def _refuse_numbers(region: Sequence[fx.Node], tokens: int) -> None:
     """A number that the graph computes with and that equals the number of tokens may be just that."""
     for node in region:
-        numbers = [n for n in (*node.args, *node.kwargs.values()) if isinstance(n, int | float) and not isinstance(n, bool)]
+        numbers = [
+            n for n in (*node.args, *node.kwargs.values()) if isinstance(n, int | float) and not isinstance(n, bool)
+        ]
         if is_call(node, *_ARITHMETIC, *_COMPARED) and tokens in numbers:
-            raise NoPrompt(f"the first prompt is not filtered: {node.name} computes with {tokens}, which may be its length")
+            raise NoPrompt(
+                f"the first prompt is not filtered: {node.name} computes with {tokens}, which may be its length"
+            )

@@ -6,6 +6,7 @@ input of its own, so that whoever runs the graph can hand in the rows that are l
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ def decoder_blocks(program: Program) -> list[Block]:
     for block in found:
         if len(block.inputs) != 1 or value(block.input).dim() != 3:
             raise CannotCut(f"{block.path}: its stream is not one of (batch, tokens, channels)")
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in itertools.pairwise(found):
         if before.output is not after.input:
             raise CannotCut(f"{after.path} does not read what {before.path} gives")
     return found
@@ -131,7 +132,7 @@ def cut(program: Program, ends: Sequence[int], sizes: Sequence[int] | None = Non
     limits = [0, *(e + 1 for e in ends), len(found)]
     stretches, regions = [], []
     order = {node: at for at, node in enumerate(program.graph.nodes)}
-    for number, (start, end) in enumerate(zip(streams, streams[1:], strict=False)):
+    for number, (start, end) in enumerate(itertools.pairwise(streams)):
         inside = found[limits[number] : limits[number + 1]]
         region = [n for n in sorted(reached, key=order.__getitem__) if order[start] < order[n] <= order[end]]
         attentions = [n for n in region if is_attention(n)]

@@ -32,7 +32,9 @@ class LazyLLM(TokenPruning):
     """
 
     name: ClassVar[str] = "lazyllm"
-    summary: ClassVar[str] = "drop tokens between blocks by the last token's attention; later steps may take them up again"
+    summary: ClassVar[str] = (
+        "drop tokens between blocks by the last token's attention; later steps may take them up again"
+    )
     paper: ClassVar[str] = "LazyLLM, arXiv 2407.14057"
     keep: tuple[float, ...] = (0.5, 0.5, 0.5)
     layers: tuple[int, ...] = ()
