@@ -8,19 +8,31 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from accelpass import cli_output as output
+from accelpass.cli_options import (
+    AskOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    GuidanceOption,
+    HtmlOption,
+    JsonOption,
+    Lowering,
+    LoweringOption,
+    ModelArgument,
+    PassesOption,
+    PromptOption,
+    SeedOption,
+    StepsOption,
+)
 from accelpass.terminal import INTERRUPTED, UsageMistake, guarded, step
-
-if TYPE_CHECKING:
-    from accelpass.compare import Comparison
 
 app = typer.Typer(
     name="accelpass",
@@ -31,40 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 QUESTION = "What is the capital of France?"
-
-
-class Lowering(StrEnum):
-    """Mirrors accelpass.passes.options.LOWERINGS, which cannot be imported here without importing torch."""
-
-    inductor = "inductor"
-    aten = "aten"
-    eager = "eager"
-
-
-class Dtype(StrEnum):
-    """Float types that a model can be loaded in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Zoo name, local Hugging Face folder, or hub id.")]
-PassesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--passes",
-        "--pass",
-        help="NAME, or NAME:key=value,key=value; repeatable. Several names parted by commas. 'none' for no pass. "
-        "Lists inside a value are parted by |.",
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
-HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write the report as a page to this file.")]
-LoweringOption = Annotated[Lowering, typer.Option("--lowering", help="'eager' runs the rewritten graph uncompiled.")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Float type to load the model in.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="'cpu', 'cuda', ...")]
-PromptOption = Annotated[str, typer.Option("--prompt", help="What to ask.")]
 
 
 def main() -> None:
@@ -99,7 +77,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a small real model one question, with plain torch.compile and with int8 weights, and compare."""
-    _page(html)
+    output.check_page(html)
     from accelpass.compare import compare, first_layers
 
     options = {"passes": ["int8_weights"], "lowering": lowering.value}
@@ -111,7 +89,7 @@ def demo(
         result = compare(model, tokenizer, QUESTION, options, max_new_tokens, on_step=update)
     page = result.report.to_html(html)
     if as_json:
-        _json(
+        output.as_json(
             {"question": QUESTION, "quick": quick, "lowering": lowering.value, **result.to_dict(), "report": str(page)}
         )
         return
@@ -120,7 +98,7 @@ def demo(
             "--quick: only the first 6 of 30 layers ran, so the answers are nonsense; the figures are of those layers."
         )
     print(f"Asked: {QUESTION}")
-    _comparison(result)
+    output.comparison(result)
     print(f"\nWhat was done to each layer, and why not more: {page}")
 
 
@@ -155,7 +133,7 @@ def run(
     text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
     if as_json:
         # The first token of each kind pays for compiling, so no speed is given here: that is what bench is for.
-        _json({"model": model, "prompt": prompt, "answer": text, "tokens": answer.tokens})
+        output.as_json({"model": model, "prompt": prompt, "answer": text, "tokens": answer.tokens})
     else:
         print(text)
 
@@ -183,9 +161,9 @@ def bench(
         result = compare(loaded, tokenizer, prompt, options, tokens, rounds, stop_at_end=False, on_step=update)
     if as_json:
         about = {"model": model, "dtype": dtype.value, "device": device, "lowering": lowering.value, "tokens": tokens}
-        _json({**about, **result.to_dict()})
+        output.as_json({**about, **result.to_dict()})
     else:
-        _comparison(result, answers=False)
+        output.comparison(result, answers=False)
 
 
 @app.command()
@@ -200,7 +178,7 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """What the passes would do to each layer, and why not more. Nothing is lowered unless --lowering inductor."""
-    _page(html)
+    output.check_page(html)
     options = _options(passes, lowering)
     import accelpass
     from accelpass.generation import cache_for, greedy, prompt_tokens
@@ -222,11 +200,9 @@ def explain(
     if html is not None:
         page = report.to_html(html)
     if as_json:
-        _json({"model": model, **report.to_dict()})
+        output.as_json({"model": model, **report.to_dict()})
     else:
-        # A pipe has no width of its own, and rich would cut the reasons at 80 columns.
-        console = Console(highlight=False)
-        console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=not console.is_terminal)
+        output.show(report)
         if html is not None:
             print(f"report: {page}")
 
@@ -265,16 +241,10 @@ def kv_map(
         made = body.recorded(loaded, tokenizer, prompt, options, tokens, chosen, update)
     written = body.written(made, target, Path(model).name, head)
     if as_json:
-        _json({"model": model, "prompt": prompt, **made.to_dict(), "picture": written and str(written)})
+        output.as_json({"model": model, "prompt": prompt, **made.to_dict(), "picture": written and str(written)})
     else:
         body.told(made)
         print(f"picture: {written}")
-
-
-StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
-GuidanceOption = Annotated[float, typer.Option("--guidance", min=1, help="Guidance scale; 1 for none.")]
-AskOption = Annotated[list[str] | None, typer.Option("--ask", help="A class or a prompt; once for each image.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of the first noise.")]
 
 
 @app.command("search-steps")
@@ -333,7 +303,7 @@ def sample(
     as_json: JsonOption = False,
 ) -> None:
     """Make images with and without passes, and say what they cost and how far apart they are."""
-    _page(html)
+    output.check_page(html)
     options = _options(passes, lowering)
     from accelpass import sampling_command as body
 
@@ -349,10 +319,9 @@ def sample(
     ratio = compared.fast_seconds / compared.dense_seconds
     figures = {"seconds": compared.fast_seconds, "dense_seconds": compared.dense_seconds, "psnr": compared.psnr}
     if as_json:
-        _json({"model": model, **figures, "images": str(sheet), **report.to_dict()})
+        output.as_json({"model": model, **figures, "images": str(sheet), **report.to_dict()})
         return
-    console = Console(highlight=False)
-    console.print(report if console.is_terminal else str(report), markup=False, soft_wrap=not console.is_terminal)
+    output.show(report)
     print(f"a run takes {compared.fast_seconds:.2f} s, plainly compiled {compared.dense_seconds:.2f} s ({ratio:.2f}x)")
     print(f"PSNR against the plain images: {compared.psnr:.1f} dB")
     print(f"images: {sheet}" + (f"\nreport: {page}" if page else ""))
@@ -369,7 +338,7 @@ def list_passes(as_json: JsonOption = False) -> None:
     found = sorted(registered().values(), key=lambda p: (PHASES.index(p.phase), p.name))
     if as_json:
         kept = ("name", "phase", "summary", "paper", "exact")
-        _json([{k: getattr(p, k) for k in kept} | {"options": options_of(p)} for p in found])
+        output.as_json([{k: getattr(p, k) for k in kept} | {"options": options_of(p)} for p in found])
         return
     console = Console(highlight=False)
     for p in found:
@@ -389,7 +358,7 @@ def zoo(as_json: JsonOption = False) -> None:
     from accelpass.models_zoo import ZOO
 
     if as_json:
-        _json([asdict(entry) for entry in ZOO.values()])
+        output.as_json([asdict(entry) for entry in ZOO.values()])
         return
     console = Console(highlight=False)
     for e in ZOO.values():
@@ -426,39 +395,6 @@ def _load(name: str, device: str, dtype: Dtype, generates: bool = False) -> tupl
     return model.to(device), tokenizer
 
 
-def _page(html: Path | None) -> None:
-    """Refuse a page that cannot be written now, not after minutes of compiling."""
-    if html is not None and not html.expanduser().parent.is_dir():
-        raise UsageMistake(f"--html {html}: there is no folder {html.expanduser().parent}; make it first")
-
-
-def _json(what: Any) -> None:
-    print(json.dumps(what, indent=2))
-
-
 def _generates(model: Any) -> bool:
     can: Callable[[], bool] = getattr(model, "can_generate", lambda: False)
     return can()
-
-
-def _comparison(result: Comparison, answers: bool = True) -> None:
-    from accelpass.text import ratio, size
-
-    console = Console(highlight=False)
-    table = Table("", "ms a token", "tokens/s", "prompt", box=None, padding=(0, 3, 0, 0))
-    for c in (result.baseline, result.candidate):
-        seconds = c.token_seconds
-        speed = f"{1 / seconds:.1f}" if seconds else "-"
-        table.add_row(c.name, f"{seconds * 1000:.1f}", speed, f"{c.prefill_seconds * 1000:.0f} ms")
-    if answers:
-        for name, answer in result.answers.items():
-            console.print(Text(f"{name:<14}{answer!r}"))
-        console.print()
-    console.print(table)
-    if result.ratio:
-        other = result.baseline.name
-        console.print(f"\na token takes {1 / result.ratio:.2f} of {other}'s time ({result.ratio:.2f}x the speed)")
-        if other == "eager":
-            console.print("nothing was lowered on either side, so this says nothing about compiled speed")
-    before, after = result.report.weight_bytes
-    console.print(f"weights read per token: {size(before)} -> {size(after)}{ratio(before, after)}")
