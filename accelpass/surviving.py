@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ class SurvivingTokens:
         cells = min(cells, self.tokens)
         edges = [self.tokens * i // cells for i in range(cells + 1)]
         kept = set(self.kept[sequence])
-        return [sum(i in kept for i in range(a, b)) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+        return [sum(i in kept for i in range(a, b)) / (b - a) for a, b in itertools.pairwise(edges)]
 
     def strip(self, cells: int = 72, sequence: int = 0) -> str:
         """One character for each stretch of the prompt, the taller the more of it went on; blank where nothing did."""
@@ -49,7 +50,9 @@ class SurvivingTokens:
             ValueError: ``ids`` is another prompt, of another length.
         """
         if ids.dim() != 2 or ids.shape[1] != self.tokens:
-            raise ValueError(f"the last prompt had {self.tokens} tokens; ids is {tuple(ids.shape)}, for (batch, tokens)")
+            raise ValueError(
+                f"the last prompt had {self.tokens} tokens; ids is {tuple(ids.shape)}, for (batch, tokens)"
+            )
         runs: list[list[int]] = []
         for position in self.kept[sequence]:
             if not runs or position != runs[-1][-1] + 1:

@@ -95,4 +95,3 @@ class PromptFilter(Pass):
     def shortens(self, found: Prompt) -> bool:
         """Whether a prompt is long enough; of a symbolic length this adds the guard that it always is, or never."""
         return bool(found.tokens > self.keep)
-

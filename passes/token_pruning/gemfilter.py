@@ -67,7 +67,9 @@ class GemFilter(PromptFilter):
         if layer >= depth:
             raise NoPrompt(f"layer={layer}: the model has {depth} attentions, the last is number {depth - 1}")
         if found.windows[layer]:
-            raise NoPrompt(f"layer={layer} sees its last {found.windows[layer]} tokens alone; choose one that sees the whole prompt")
+            raise NoPrompt(
+                f"layer={layer} sees its last {found.windows[layer]} tokens alone; choose one that sees the whole prompt"
+            )
         return layer
 
     def choose(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
