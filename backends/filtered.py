@@ -17,6 +17,7 @@ from accelpass.backends.inductor import compile_graph
 from accelpass.backends.regions import Regions
 from accelpass.backends.rewriting import captured, lowered, refuse_released
 from accelpass.backends.survivors import Survivors, keep_last
+from accelpass.ir.capture import NotCanonical
 from accelpass.ir.graph import fake_mode, hint, known, value
 from accelpass.ir.kv import shortened
 from accelpass.ir.kv.ledger import holding_of
@@ -26,7 +27,7 @@ from accelpass.ir.program import Program
 from accelpass.ir.prompt import NoPrompt, Prompt, TokenInput, prompt, shorten
 from accelpass.ir.tensors import Binder, FromInputs
 from accelpass.passes.base import Done, Record
-from accelpass.passes.manager import run
+from accelpass.passes.manager import ordered, run
 from accelpass.passes.options import Options
 from accelpass.passes.report import GraphReport, Measured, costs
 from accelpass.passes.token_pruning.filter import PromptFilter
@@ -131,6 +132,7 @@ def filtered(
     Args:
         program: the captured graph. It is used up if this succeeds.
     """
+    ordered(chosen.passes)  # refuses what does not go together
     (by,) = (p for p in chosen.passes if isinstance(p, PromptFilter))
     others = replace(chosen, passes=tuple(p for p in chosen.passes if p is not by))
     tensors = program.tensors
@@ -142,7 +144,7 @@ def filtered(
             return None
         _specialise(tensors, found)
         short, model = _for_chosen(gm, program, found, by.keep, inputs, report)
-    except NoPrompt as why:
+    except (NoPrompt, NotCanonical) as why:
         program.refused[by.name] = str(why)
         return None
     if chosen.plan is not None:
@@ -153,16 +155,17 @@ def filtered(
     counters, capacity = tuple(tensors.position(s.count) for s in sites), sites[0].capacity if sites else 0
     path = by.look(program, found)
     # What the first look needs is packed before the memory of any float weight is given back.
-    first = _rewritten(program, inputs, replace(others, passes=tuple(p for p in others.passes if p.phase != "cache")))
+    uncached = tuple(p for p in others.passes if p.phase != "cache")
+    first = _rewritten(program, inputs, replace(others, passes=uncached, free_weights=False))
     second = _rewritten(model, short, others)
     second.binder.released -= frozenset(first.binder.kept)
-    parts = [_compiled(one, args, others, report) for one, args in ((first, inputs), (second, short))]
+    looking, reading = (_compiled(one, args, others, report) for one, args in ((first, inputs), (second, short)))
     took = Done(f"its queries choose {by.keep} of the prompt's tokens (of {tokens} when this was compiled)")
     report.records = [Record(by.name, {path: took}), *second.records]
     report.after = replace(second.cost, flops=first.cost.flops + second.cost.flops)
     assert isinstance(model.tensors, FromInputs)
     caches = CacheCalls.of(second.uses, model.tensors, (by.name,)) if second.uses else None
-    return FilteredPrompt(path, by.keep, *parts, found.inputs, counters, capacity, caches, anchor_of(tensors))
+    return FilteredPrompt(path, by.keep, looking, reading, found.inputs, counters, capacity, caches, anchor_of(tensors))
 
 
 def anchor_of(tensors: FromInputs) -> int | None:
@@ -193,7 +196,7 @@ def _for_chosen(
     given = [hint(a) if isinstance(a, torch.SymInt) else a for a in inputs]
     short = taken(given, found.inputs, row, row)
     if isinstance(found.tokens, torch.SymInt) and not known(found.tokens == hint(found.tokens)):
-        return short, captured(gm, short, report, FakeTensorMode(shape_env=ShapeEnv()))
+        return short, captured(gm, short, report, FakeTensorMode(shape_env=ShapeEnv()), guarded=True)
     return short, captured(gm, short, report, edit=lambda made: shorten(made, found.inputs, keep))
 
 

@@ -27,15 +27,17 @@ def captured(
     report: GraphReport,
     at: FakeTensorMode | None = None,
     edit: Callable[[Program], None] = lambda program: None,
+    guarded: bool = False,
 ) -> Program:
     """The canonical program with its attentions as semantic nodes; see :func:`from_dynamo`.
 
     Args:
         edit: changes the graph before attentions are looked for.
+        at, guarded: see :func:`from_dynamo`.
     """
 
     def begin() -> Program:
-        program = from_dynamo(gm, example_inputs, at)
+        program = from_dynamo(gm, example_inputs, at, guarded)
         with torch.no_grad():
             edit(program)
         return program

@@ -61,7 +61,9 @@ class _Interpreter(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], at: FakeTensorMode | None = None) -> Program:
+def from_dynamo(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], at: FakeTensorMode | None = None, guarded: bool = False
+) -> Program:
     """Capture what Dynamo gave to a backend.
 
     Args:
@@ -69,6 +71,8 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], at: FakeTenso
         example_inputs: the real inputs, model parameters among them.
         at: capture for the very sizes of ``example_inputs``, faked in this mode; None for those that Dynamo chose,
             which may be symbolic.
+        guarded: with ``at``, take numbers (a scale) that Dynamo made symbolic as they are, too, and guard that they stay so;
+            while Dynamo compiles alone.
 
     Raises:
         NotCanonical: the graph cannot be retraced (it holds batched tensors, for one); the cause is chained.
@@ -78,6 +82,11 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], at: FakeTenso
         fakes = [n.meta["example_value"] for n in old]
     else:
         fakes = [at.from_tensor(t, static_shapes=True) if isinstance(t, Tensor) else t for t in example_inputs]
+        if guarded:
+            for node, fake in zip(old, fakes, strict=True):
+                number = getattr(node.meta["example_value"], "item_memo", None)
+                if isinstance(number, torch.SymFloat):
+                    fake.item_memo = float(number)
     mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
     if mode is None:
         raise NotCanonical("the graph has no tensor inputs")

@@ -13,9 +13,10 @@ from torch import Tensor, fx
 from accelpass.ir.analyses.axes import Axes, Dim, axes
 from accelpass.ir.analyses.flow import output_nodes
 from accelpass.ir.analyses.linear import embeddings
+from accelpass.ir.attention import steps
 from accelpass.ir.attention.detect import Attention, detect, near_misses
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.graph import aten, fake_mode, is_call, known, through, value, written_inputs
+from accelpass.ir.graph import aten, fake_mode, is_call, known, mutates, through, value, written_inputs
 from accelpass.ir.kv.sites import kv_sites
 from accelpass.ir.program import Program
 from accelpass.ir.resize import CannotResize, Resizer
@@ -27,6 +28,13 @@ _BY_TOKEN = ("mask", "type")
 _LAYOUT = (aten.to, aten._to_copy, aten.view, aten.reshape, aten.unsqueeze, aten.expand, aten.clone, aten.contiguous)
 _ARITHMETIC = (aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.pow, aten.full, aten.remainder)
 _COMPARED = (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge)
+
+
+MASKS = ("keep", "fill", "add")
+"""Steps on scores that mask keys."""
+HIDDEN = -1e4
+"""A mask hides a key with at most this."""
+_TRIED = 7
 
 
 class NoPrompt(AccelpassError):
@@ -115,7 +123,7 @@ def _attentions(program: Program) -> tuple[Attention, ...]:
         nodes = {s.attention for s in sites}
         chosen = [a for a in every if a.node in nodes]
     else:
-        chosen = [a for a in every if a.spec.bias in ("causal", "sliding_window") or a.spec.causal]
+        chosen = [a for a in every if a.spec.bias in ("causal", "sliding_window") or a.spec.causal or _is_causal(a)]
     if not chosen:
         if every:
             raise NoPrompt(
@@ -129,6 +137,37 @@ def _attentions(program: Program) -> tuple[Attention, ...]:
         if value(one.q).dim() != 4 or value(one.k).dim() != 4:
             raise NoPrompt(f"{one.path}: queries and keys are not (batch, heads, tokens, d)")
     return tuple(chosen)
+
+
+def _is_causal(attention: Attention) -> bool:
+    """Whether a mask that depends on nothing but a symbolic number of tokens is causal, tried for a few of them."""
+    steps_ = [s for s in attention.spec.before if s.kind in MASKS]
+    tokens = value(attention.q).shape[-2]
+    if not steps_ or not isinstance(tokens, torch.SymInt):
+        return False
+    values: dict[fx.Node, Any] = {}
+    order: dict[fx.Node, None] = {}
+    front = list(attention.extras)
+    while front:
+        node = front.pop()
+        if node in order:
+            continue
+        order[node] = None
+        front += node.all_input_nodes
+        if node.op == "placeholder" and isinstance(value(node), torch.SymInt) and known(value(node) == tokens):
+            values[node] = _TRIED
+        elif node.op != "call_function" or mutates(node):
+            return False
+    for node in sorted(order):
+        if node not in values:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            assert callable(node.target)
+            values[node] = node.target(*args, **kwargs)
+    extras = [values[e] for e in attention.extras]
+    device = value(attention.q).device
+    scores = steps.apply(torch.zeros((1, 1, _TRIED, _TRIED), device=device), steps_, extras)
+    wanted = torch.ones((_TRIED, _TRIED), dtype=torch.bool, device=device).tril()
+    return bool(((scores > HIDDEN) == wanted).all())
 
 
 def _inputs(program: Program, found: Axes, token: Dim, batch: Any) -> list[TokenInput]:

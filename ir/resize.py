@@ -203,6 +203,8 @@ class Resizer:
         size = int(dim.size)
         if self.anew and -self._sizes.of(dim) <= position < 0:
             return self._sizes.of(dim) + position
+        if self.anew and position == 1 < min(size, self._sizes.of(dim)):  # a larger one may be counted from the end
+            return 1
         absolute = position + size if position < 0 else min(position, size)
         known = self._sizes.moved.get(dim.leaves, {0: 0, size: self._sizes.of(dim)})
         if absolute not in known:

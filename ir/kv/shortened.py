@@ -16,13 +16,12 @@ from accelpass.ir.derived import DERIVED, StateSpec
 from accelpass.ir.graph import aten, call, is_call, known, placeholders, through, value
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.program import Program
-from accelpass.ir.prompt import positions_of
+from accelpass.ir.prompt import MASKS, positions_of
 from accelpass.ir.splice import splice, trace
 from accelpass.ir.tensors import FromInputs
 
 DROPPED = StateSpec("tokens.dropped", (2,), torch.int64, "sequence", batched=True)
 """Of each sequence: tokens that were left out; those of them that are no padding, by which later positions move."""
-_MASKS = ("keep", "fill", "add")
 _LAYOUT = (aten.to, aten._to_copy, aten.view, aten.reshape, aten.slice, aten.expand, aten.clone, aten.contiguous)
 
 
@@ -88,7 +87,7 @@ def _unmasked(
     extras, done = list(site.attention.args[3]), []
     for step in spec_of(site.attention).before:
         at = step.extra
-        if step.kind not in _MASKS or at is None or not known(value(extras[at]).shape[-1] == site.capacity):
+        if step.kind not in MASKS or at is None or not known(value(extras[at]).shape[-1] == site.capacity):
             continue
         key = (extras[at], step.kind, site.window)
         if key not in masks:

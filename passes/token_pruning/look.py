@@ -10,10 +10,7 @@ from torch import Tensor, fx
 from accelpass.ir.attention import steps
 from accelpass.ir.attention.op import spec_of
 from accelpass.ir.attention.spec import Step
-
-_MASKS = ("keep", "fill", "add")
-_HIDDEN = -1e8
-"""A mask hides a key with at most this, or with half of what its dtype can say."""
+from accelpass.ir.prompt import HIDDEN, MASKS
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -23,7 +20,7 @@ def operands_of(attention: fx.Node) -> tuple[list[fx.Node], tuple[Step, ...]]:
     q, k = attention.args[:2]
     extras = attention.args[3]
     assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(extras, list | tuple)
-    return [q, k, *extras], tuple(s for s in spec_of(attention).before if s.kind in _MASKS)
+    return [q, k, *extras], tuple(s for s in spec_of(attention).before if s.kind in MASKS)
 
 
 def chosen(choose: Choose, masks: Sequence[Step], q: Tensor, k: Tensor, extras: Sequence[Tensor]) -> list[Tensor]:
@@ -50,4 +47,4 @@ def visible(masks: Sequence[Step], q: Tensor, k: Tensor, extras: Sequence[Tensor
         return torch.ones((batch, tokens), dtype=torch.bool, device=q.device)
     last = [e[..., -1:, :] if e.dim() > 1 else e for e in extras]
     scores = steps.apply(torch.zeros((batch, heads, 1, tokens), dtype=q.dtype, device=q.device), masks, last)
-    return (scores > max(_HIDDEN, torch.finfo(q.dtype).min / 2)).any(1).squeeze(1)
+    return (scores > HIDDEN).any(1).squeeze(1)
