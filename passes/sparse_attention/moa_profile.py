@@ -95,17 +95,15 @@ def why_not(spec: AttentionSpec, q: Tensor, k: Tensor) -> str | None:
 
 @dataclass
 class Profile:
-    """Influence of each site at each length, and the heads that the sites have; fill it with :meth:`attend`.
+    """Influence of each site at each length, summed over sequences; fill it with :meth:`attend`.
 
     Attributes:
         block: tokens of a block.
         influence: by length, by site: sums of ``|E|`` ``(heads, blocks, blocks)``.
-        samples: by length, how many sequences are in them.
     """
 
     block: int
     influence: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    samples: dict[int, int] = field(default_factory=dict)
     kv_heads: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 

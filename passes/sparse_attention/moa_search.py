@@ -56,19 +56,15 @@ class Problem:
 def search_space(lengths: Sequence[int], step: int, shares: int) -> list[Rule]:
     """Spans ``alpha + beta * N`` that are positive at the shortest length and no longer than any: alpha in steps from the
     shortest length below zero to the longest, beta in equal shares from 0 to 1. The narrowest at the longest comes first.
-
-    Raises:
-        PassError: there is none.
+    The last is everything, ``(0, 1)``.
     """
-    alphas = [a for a in range(-(lengths[0] // step) * step, lengths[-1] + 1, step)]
+    alphas = range(-(lengths[0] // step) * step, lengths[-1] + 1, step)
     rules = [
         (float(alpha), part / shares)
         for alpha in alphas
         for part in range(shares + 1)
         if alpha + part / shares * lengths[0] > 0 and all(alpha + part / shares * n <= n for n in lengths)
     ]
-    if not rules:
-        raise PassError(f"moa: with step={step} and shares={shares} no span fits prompts of {lengths[0]} tokens")
     return sorted(rules, key=lambda rule: (rule[0] + rule[1] * lengths[-1], rule))
 
 
@@ -101,7 +97,9 @@ def pareto(problem: Problem, advance: Callable[[], None] = lambda: None, levels:
     for length in range(count if count > 1 else 0):
         others = [i for i in range(count) if i != length]
         for at in product(range(levels - 1), repeat=len(others)):
-            chosen = _solved(problem, length, {other: ends[level, other] for other, level in zip(others, at, strict=True)})
+            chosen = _solved(
+                problem, length, {other: ends[level, other] for other, level in zip(others, at, strict=True)}
+            )
             advance()
             if chosen is not None:
                 found.append(chosen)
@@ -117,7 +115,9 @@ def _best(problem: Problem, found: Sequence[Array]) -> list[Array]:
     each = list({tuple(chosen): chosen for chosen in found}.values())
     costs = [problem.cost(chosen) for chosen in each]
     # The solver is exact up to a tolerance only: the smaller of two costs may differ in the last digits.
-    return [c for c, mine in zip(each, costs, strict=True) if not any((o <= mine).all() and (o < mine).any() for o in costs)]
+    return [
+        c for c, mine in zip(each, costs, strict=True) if not any((o <= mine).all() and (o < mine).any() for o in costs)
+    ]
 
 
 def _solved(problem: Problem, length: int, limits: dict[int, float]) -> Array | None:

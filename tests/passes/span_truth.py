@@ -54,9 +54,7 @@ class Spans(Oracle):
         fresh = "kept" not in layer
         old = [[]] * heads if fresh else layer["kept"]
         if fresh or new > 1:
-            sizes = [
-                cache_size(r, total, self.capacity - total, self.block, self.sinks, self.reserve) for r in rules
-            ]
+            sizes = [cache_size(r, total, self.capacity - total, self.block, self.sinks, self.reserve) for r in rules]
             layer["size"] = [max(pair) for pair in zip(sizes, layer.get("size", sizes), strict=True)]
         layer["kept"], seen = [], []
         for head in range(heads):

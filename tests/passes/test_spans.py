@@ -33,7 +33,7 @@ def test_the_mask_is_the_cards(rules, tokens, sinks, block):
     want = moa_mask(alpha, beta, tokens, sinks * block, block)
     assert torch.equal(got, want)
     for head, rule in enumerate(rules):
-        widest = want[head].unflatten(0, (tokens, 1)).any(1).sum(-1).max().item()
+        widest = int(want[head].sum(-1).max())
         share = density(rule, tokens, sinks * block, block) * -(-tokens // block)
         assert share - 1 <= widest / block <= share
 
@@ -60,7 +60,7 @@ def test_the_cache_is_the_cards(pieces, first, second, sinks, reserve):
     for tokens in (prompt, *more):
         q, out = layer.feed(tokens)
         want = oracle.attend(remembered, q, layer.k, layer.v, layer.scale, None, 0)
-        if tokens != prompt or layer.k.shape[2] != prompt:
+        if layer.k.shape[2] > prompt:  # the prompt's own attention is not the cache's
             assert torch.allclose(out, want, atol=2e-4), f"after {layer.k.shape[2]} tokens"
         assert_holds(layer, remembered)
 
