@@ -30,8 +30,9 @@ def _block_sparse(
     q_ptr,  # (B, H, N, D)
     k_ptr,  # (B, Hkv, M, D)
     v_ptr,  # (B, Hkv, M, DV)
-    blocks_ptr,  # (1 or H, q_blocks, most)
-    counts_ptr,  # (1 or H, q_blocks)
+    blocks_ptr,  # (tables, q_blocks, most)
+    counts_ptr,  # (tables, q_blocks)
+    order_ptr,  # (orders, M)
     out_ptr,  # (B, N, H, DV)
     lse_ptr,  # (B, H, N)
     scale,
@@ -41,7 +42,8 @@ def _block_sparse(
     q_blocks,
     most,
     reach,
-    table_heads,  # 1 or H
+    tables,  # 1, H or B * H
+    orders,  # the same
     bucket,  # keys in the longest list, rounded up to a power of two, for autotuning alone
     q_sb,  # strides: _sb of a sequence, _sh of a head, _sn of a token; the innermost one is 1
     q_sh,
@@ -59,6 +61,7 @@ def _block_sparse(
     DV_P2: tl.constexpr,
     SIZE: tl.constexpr,
     RAGGED: tl.constexpr,  # the last key block is shorter than SIZE
+    HAS_ORDER: tl.constexpr,  # a tile's keys are the tokens that stand at its places, gathered as they are loaded
     HAS_REACH: tl.constexpr,
     CAUSAL: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter's dot multiplies the bit patterns of bf16 (Triton 3.7); float32 holds them
@@ -90,9 +93,10 @@ def _block_sparse(
     q = tl.load(q_ptr + at[:, None] + d[None, :], mask=mask, other=0.0)
     if WIDEN:
         q = q.to(tl.float32)
-    table = (head % table_heads).to(tl.int64) * q_blocks + q_block
+    table = (pair % tables).to(tl.int64) * q_blocks + q_block
     count = tl.load(counts_ptr + table)
     listed_ptr = blocks_ptr + table * most
+    order_base = order_ptr + (pair % orders).to(tl.int64) * M
     k_base = k_ptr + sequence * k_sb + kv_head * k_sh
     v_base = v_ptr + sequence * v_sb + kv_head * v_sh
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -101,15 +105,22 @@ def _block_sparse(
     for t in range(count * K_TILES):
         block = tl.load(listed_ptr + t // K_TILES)
         start = block * SIZE + t % K_TILES * BLOCK_N
-        key = start + n
+        place = start + n
         end = tl.minimum(block * SIZE + SIZE, M)
-        k_at = k_base + start.to(tl.int64) * k_sn + (n * k_sn)[:, None] + d[None, :]
-        v_at = v_base + start.to(tl.int64) * v_sn + (n * v_sn)[:, None] + dv[None, :]
+        if HAS_ORDER:
+            key = tl.load(order_base + place, mask=place < end, other=0)
+            held = key.to(tl.int64)
+            k_at = k_base + (held * k_sn)[:, None] + d[None, :]
+            v_at = v_base + (held * v_sn)[:, None] + dv[None, :]
+        else:
+            key = place
+            k_at = k_base + start.to(tl.int64) * k_sn + (n * k_sn)[:, None] + d[None, :]
+            v_at = v_base + start.to(tl.int64) * v_sn + (n * v_sn)[:, None] + dv[None, :]
         PART: tl.constexpr = RAGGED or SIZE % BLOCK_N != 0  # a tile may go past the end of its block
         if PART and D_P2 != D:
-            k = tl.load(k_at, mask=(key < end)[:, None] & (d < D)[None, :], other=0.0)
+            k = tl.load(k_at, mask=(place < end)[:, None] & (d < D)[None, :], other=0.0)
         elif PART:
-            k = tl.load(k_at, mask=(key < end)[:, None], other=0.0)
+            k = tl.load(k_at, mask=(place < end)[:, None], other=0.0)
         elif D_P2 != D:
             k = tl.load(k_at, mask=(d < D)[None, :], other=0.0)
         else:
@@ -118,7 +129,7 @@ def _block_sparse(
             k = k.to(tl.float32)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
         if PART:
-            s = tl.where((key < end)[None, :], s, float("-inf"))
+            s = tl.where((place < end)[None, :], s, float("-inf"))
         if HAS_REACH:
             away = m[:, None] - key[None, :]
             s = tl.where((away <= reach) & (away >= -reach), s, float("-inf"))
@@ -134,9 +145,9 @@ def _block_sparse(
         acc *= alpha[:, None]
         top = new_top
         if PART and DV_P2 != DV:
-            v = tl.load(v_at, mask=(key < end)[:, None] & (dv < DV)[None, :], other=0.0)
+            v = tl.load(v_at, mask=(place < end)[:, None] & (dv < DV)[None, :], other=0.0)
         elif PART:
-            v = tl.load(v_at, mask=(key < end)[:, None], other=0.0)
+            v = tl.load(v_at, mask=(place < end)[:, None], other=0.0)
         elif DV_P2 != DV:
             v = tl.load(v_at, mask=(dv < DV)[None, :], other=0.0)
         else:
@@ -183,5 +194,5 @@ block_sparse: Any = triton.autotune(
         (128, 128, 8, 2),
         (128, 128, 8, 3),
     ),
-    key=["bucket", "D", "DV", "SIZE", "HAS_REACH", "CAUSAL"],
+    key=["bucket", "D", "DV", "SIZE", "HAS_ORDER", "HAS_REACH", "CAUSAL"],
 )(_block_sparse)

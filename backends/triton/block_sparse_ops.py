@@ -2,7 +2,7 @@
 
 The same function as `accelpass.ir.attention.block_sparse.block_sparse_attention`, whose docstring says what the arguments
 are, for CUDA tensors of 32 bits or less (CPU tensors only under TRITON_INTERPRET=1). Unlike there, the lists are not
-looked at: an entry must be a key block that exists. There is no backward.
+looked at: an entry must be a key block that exists, and an order must have tokens that do. There is no backward.
 
 The op may be captured in a CUDA graph once it has run, which is when it is tuned.
 """
@@ -22,13 +22,22 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _NARROW = 16  # channels that a tensor core takes at least
 
 
-def check_triton(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, size: int, reach: int) -> None:
+def check_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    counts: Tensor,
+    size: int,
+    reach: int,
+    order: Tensor | None = None,
+) -> None:
     """Check what the kernel needs.
 
     Raises:
         TypeError, ValueError: as `check_block_sparse`, or the kernel has no tile for this dtype or width.
     """
-    check_block_sparse(q, k, v, blocks, counts, size, reach)
+    check_block_sparse(q, k, v, blocks, counts, size, reach, order)
     if q.dtype not in _FLOATS:
         raise TypeError(f"block_sparse_attention_triton: q is {q.dtype}; it must be bfloat16, float16 or float32")
     for name, tensor in (("q", q), ("v", v)):
@@ -62,6 +71,7 @@ def block_sparse_attention_triton(
     reach: int,
     causal: bool,
     scale: float,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output ``(B, Hq, N, dv)`` and the log-sum-exp, float32 ``(B, Hq, N)``.
 
@@ -69,13 +79,14 @@ def block_sparse_attention_triton(
         TypeError, ValueError: as `check_triton`.
         RuntimeError: Triton cannot run on q's device.
     """
-    check_triton(q, k, v, blocks, counts, size, reach)
+    check_triton(q, k, v, blocks, counts, size, reach, order)
     _check_device(q)
     out, lse = empty_results(q, v)
     if not lse.numel() or not v.shape[3]:
         return out, lse
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     blocks, counts = blocks.contiguous(), counts.contiguous()
+    places = blocks if order is None else order.contiguous()  # a pointer that is not read is a pointer all the same
     batch, heads, rows, width = q.shape
     kv_heads, columns = k.shape[1:3]
     q_blocks, most = blocks.shape[1:]
@@ -90,6 +101,7 @@ def block_sparse_attention_triton(
         v_ptr=v,
         blocks_ptr=blocks,
         counts_ptr=counts,
+        order_ptr=places,
         out_ptr=out,
         lse_ptr=lse,
         scale=scale,
@@ -99,7 +111,8 @@ def block_sparse_attention_triton(
         q_blocks=q_blocks,
         most=most,
         reach=reach,
-        table_heads=blocks.shape[0],
+        tables=blocks.shape[0],
+        orders=places.shape[0],
         bucket=min(triton.next_power_of_2(max(1, most * size)), 4096),  # from there on a config is in its steady state
         q_sb=q.stride(0),
         q_sh=q.stride(1),
@@ -117,6 +130,7 @@ def block_sparse_attention_triton(
         DV_P2=max(_NARROW, triton.next_power_of_2(v.shape[3])),
         SIZE=size,
         RAGGED=columns % size != 0,
+        HAS_ORDER=order is not None,
         HAS_REACH=reach >= 0,
         CAUSAL=causal,
         WIDEN=INTERPRETED,
@@ -136,6 +150,7 @@ def _(
     reach: int,
     causal: bool,
     scale: float,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_triton(q, k, v, blocks, counts, size, reach)
+    check_triton(q, k, v, blocks, counts, size, reach, order)
     return empty_results(q, v)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from accelpass.ir.attention.block_select import causal_form
 from accelpass.ir.attention.op import is_attention, spec_of
 from accelpass.ir.attention.selected import selected_pairs
 from accelpass.ir.attention.spec import All
@@ -131,7 +132,7 @@ def _selected(node: fx.Node, pairs: sympy.Expr) -> sympy.Expr:
     heads, rows, columns = (q.shape[-3] if q.dim() > 2 else 1), q.shape[-2], k.shape[-2]
     if not all(isinstance(size, int) for size in (heads, rows, columns)):
         return pairs
-    spec = spec_of(node)
+    spec = causal_form(spec_of(node), rows, columns)
     found = selected_pairs(spec.select, heads, rows, columns, spec.causal)
     return pairs if found is None else pairs / (heads * rows * columns) * found
 

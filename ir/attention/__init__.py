@@ -6,6 +6,7 @@ operators back: the model's own where nothing was edited.
 
 from accelpass.ir.attention import blocks as blocks  # registers its lowering
 from accelpass.ir.attention import fused as fused  # registers its lowerings
+from accelpass.ir.attention.block_select import Blocks, BlockSelect
 from accelpass.ir.attention.detect import Attention, NearMiss, Survey, detect, near_misses, survey
 from accelpass.ir.attention.insert import insert
 from accelpass.ir.attention.lower import Lowering, Lowerings, NoLowering, lower, register_lowering
@@ -32,6 +33,8 @@ __all__ = [
     "AttentionSpec",
     "Band",
     "BlockList",
+    "BlockSelect",
+    "Blocks",
     "Dense",
     "Format",
     "Lowering",

@@ -7,15 +7,17 @@ A method is a subclass that says which blocks: from the sizes alone (static, a p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention.spec import Select
+from accelpass.ir.attention.spec import AttentionSpec, Select
+from accelpass.ir.graph import known
 
-if TYPE_CHECKING:
-    from accelpass.ir.attention.spec import AttentionSpec
+MASKS = ("keep", "fill", "add")
+"""Steps that hide keys."""
 
 
 class Blocks(NamedTuple):
@@ -46,11 +48,25 @@ class BlockSelect(Select, ABC):
     @abstractmethod
     def blocks(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Blocks:
         """The lists for q ``(batch, heads, n, d)`` and k ``(batch, kv_heads, m, d)``; the attention itself cuts them to
-        what is causal, if the spec is."""
+        what is causal, if the spec is. A causal mask of the model is ``spec.causal`` here (:func:`causal_form`)."""
 
     def mask(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
         """The same as a boolean mask ``(batch or 1, heads or 1, n, m)``, True where a query attends; the reference."""
         return listed_mask(self.blocks(q, k, spec), q.shape[1], q.shape[2], k.shape[2])
+
+    def pairs(self, heads: int, rows: int, columns: int, causal: bool) -> int | None:
+        """How many (query, key) pairs are attended to in all heads of one sequence; None if only the data tells."""
+        return None
+
+
+def causal_form(spec: AttentionSpec, rows: Any, columns: Any) -> AttentionSpec:
+    """The same spec with ``causal`` in the place of a mask that is known to be causal.
+
+    Only where there are as many queries as keys: sdpa's ``causal`` counts queries from the first key.
+    """
+    if spec.causal or spec.bias != "causal" or not known(rows == columns):
+        return spec
+    return replace(spec, causal=True, steps=tuple(s for s in spec.steps if s.kind not in MASKS))
 
 
 def listed_mask(listed: Blocks, heads: int, rows: int, columns: int) -> Tensor:
@@ -65,5 +81,6 @@ def listed_mask(listed: Blocks, heads: int, rows: int, columns: int) -> Tensor:
     if order is not None:
         place = torch.argsort(order.long(), -1).unsqueeze(1)  # where each token stands
         tables = max(len(full), len(place))
-        full = full.expand(tables, -1, -1).gather(2, place.expand(tables, rows, columns))
+        full, place = (t.repeat(tables // len(t), 1, 1) for t in (full, place))
+        full = full.gather(2, place.expand(-1, rows, -1))
     return full.unsqueeze(0) if tables == 1 else full.unflatten(0, (-1, heads))

@@ -2,7 +2,8 @@
 
 The format is that of FlexAttention's block mask (Dong et al., 2024, arXiv 2412.05496), in which the block-sparse
 methods of the literature can all be written: indices of key blocks and how many of them are valid. `reach` and `causal`
-cut inside the listed blocks, so a band needs no mask either.
+cut inside the listed blocks, so a band needs no mask either. With an `order`, blocks are of reordered keys (Wang et al.,
+2025, arXiv 2510.21270): attention does not depend on the order of its keys, and sorted keys need fewer blocks.
 
 The op's body is the CPU's kernel, and runs on any device; `KERNELS` has what other devices use instead.
 """
@@ -10,16 +11,16 @@ The op's body is the CPU's kernel, and runs on any device; `KERNELS` has what ot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from accelpass.ir.attention.spec import BlockList
-from accelpass.ir.graph import aten
+from accelpass.ir.attention.stacked import dense, stacked
+from accelpass.ir.graph import known
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, bool, float], tuple[Tensor, Tensor]]
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, bool, float, Tensor | None], tuple[Tensor, Tensor]]
 KERNELS: dict[str, Kernel] = {}
 """By device type: what computes ``block_sparse_attention`` in a graph for that device, with its signature."""
 
@@ -77,7 +78,16 @@ def listed_blocks(select: BlockList, n: int, m: int, device: torch.device | str)
     return blocks.to(device), counts.reshape(len(tables), q_blocks).to(device)
 
 
-def check_block_sparse(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, size: int, reach: int) -> None:
+def check_block_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    counts: Tensor,
+    size: int,
+    reach: int,
+    order: Tensor | None = None,
+) -> None:
     """Check what ``block_sparse_attention`` needs.
 
     Raises:
@@ -98,17 +108,29 @@ def check_block_sparse(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: 
         raise ValueError(f"{name}: {shown}; k's heads must divide q's")
     if size < 1 or reach < -1:
         raise ValueError(f"{name}: size={size}, reach={reach}; need size >= 1 and reach >= 0, or -1 for none")
-    q_blocks = -(-q.shape[2] // size)
-    if blocks.dim() != 3 or blocks.shape[0] not in (1, q.shape[1]) or blocks.shape[1] != q_blocks:
+    q_blocks, heads = -(-q.shape[2] // size), q.shape[1]
+    tables = (1, heads, q.shape[0] * heads)
+    if blocks.dim() != 3 or blocks.shape[0] not in tables or blocks.shape[1] != q_blocks:
         raise ValueError(
-            f"{name}: blocks is {tuple(blocks.shape)}; {q.shape[1]} heads of {q.shape[2]} queries in blocks of {size} "
-            f"need (1 or {q.shape[1]}, {q_blocks}, most)"
+            f"{name}: blocks is {tuple(blocks.shape)}; {q.shape[0]} x {heads} heads of {q.shape[2]} queries in blocks of "
+            f"{size} need ({_either(tables)}, {q_blocks}, most)"
         )
     if counts.shape != blocks.shape[:2]:
         raise ValueError(f"{name}: counts is {tuple(counts.shape)} and blocks {tuple(blocks.shape)}")
-    devices = {str(t.device) for t in (q, k, v, blocks, counts)}
+    if order is not None:
+        if order.dtype != torch.int32:
+            raise TypeError(f"{name}: order is {order.dtype}; it must be torch.int32")
+        if order.dim() != 2 or order.shape[0] not in tables or order.shape[1] != k.shape[2]:
+            raise ValueError(
+                f"{name}: order is {tuple(order.shape)}; {k.shape[2]} keys need ({_either(tables)}, {k.shape[2]})"
+            )
+    devices = {str(t.device) for t in (q, k, v, blocks, counts, order) if t is not None}
     if len(devices) > 1:
         raise ValueError(f"{name}: operands are on {', '.join(sorted(devices))}; move them to one device")
+
+
+def _either(numbers: Sequence[int]) -> str:
+    return " or ".join(dict.fromkeys(map(str, numbers)))
 
 
 @torch.library.custom_op("accelpass::block_sparse_attention", mutates_args=())
@@ -122,6 +144,7 @@ def block_sparse_attention(
     reach: int,
     causal: bool,
     scale: float,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over listed blocks of keys. There is no backward.
 
@@ -129,48 +152,54 @@ def block_sparse_attention(
         q: ``(B, Hq, N, d)``.
         k: ``(B, Hkv, M, d)``; Hkv divides Hq.
         v: ``(B, Hkv, M, dv)``.
-        blocks: int32 ``(1 or Hq, q_blocks, most)``: for each query block the key blocks that it reads, ascending.
-        counts: int32 ``(1 or Hq, q_blocks)``: how many of these are valid; the others are not looked at.
+        blocks: int32 ``(tables, q_blocks, most)``: for each query block the key blocks that it reads, ascending. One
+            table serves all heads, Hq are of one sequence's heads, B * Hq of each sequence's own.
+        counts: int32 ``(tables, q_blocks)``: how many of these are valid; the others are not looked at.
         size: tokens of a block; the last block of queries and of keys may be shorter.
         reach: query i reads no key j with ``|i - j| > reach``, listed or not; -1 for no such limit.
         causal: query i reads no key j > i (sdpa's ``is_causal``, whatever N and M are).
         scale: of the scores.
+        order: int32 ``(1, Hq or B * Hq, M)``: key block b holds the tokens ``order[b * size : (b + 1) * size]``; each row
+            has all tokens once. ``reach`` and ``causal`` go by token. None where keys stand in their own order.
 
     Returns:
-        The output ``(B, Hq, N, dv)``, in memory ``(B, N, Hq, dv)``, and the natural log-sum-exp of the scaled scores, float32 ``(B, Hq, N)``. A row
-        without any key has output 0 and log-sum-exp -inf.
+        The output ``(B, Hq, N, dv)``, in memory ``(B, N, Hq, dv)``, and the natural log-sum-exp of the scaled scores,
+        float32 ``(B, Hq, N)``. A row without any key has output 0 and log-sum-exp -inf.
 
     Raises:
-        TypeError, ValueError: as ``check_block_sparse``; a list is not of this many keys, or is not ascending.
+        TypeError, ValueError: as ``check_block_sparse``; a list is not of this many keys, or is not ascending; an order
+            misses a token.
     """
-    check_block_sparse(q, k, v, blocks, counts, size, reach)
-    heads, rows = q.shape[1], q.shape[2]
-    groups, columns, width = heads // k.shape[1], k.shape[2], v.shape[3]
+    check_block_sparse(q, k, v, blocks, counts, size, reach, order)
+    rows, columns, width = q.shape[2], k.shape[2], v.shape[3]
     reach = effective_reach(reach, rows, columns)
+    blocks = _checked(blocks, counts, -(-columns // size))
+    if order is not None and not torch.zeros_like(order, dtype=torch.bool).scatter(1, _inside(order), True).all():
+        raise ValueError(f"block_sparse_attention: order does not name each of the {columns} tokens once")
     out, lse = empty_results(q, v)
     widest = max(q.shape[3], width)  # the fused kernel has one width; channels of zeros change nothing
     q, k, v = (_widened(t, widest) for t in (q, k, v))
-    tables = _checked(blocks.tolist(), counts.tolist(), -(-columns // size))
-    if all(table == tables[0] for table in tables):
-        shared = [(slice(0, heads), slice(0, k.shape[1]), groups, tables[0])]
-    else:
-        shared = [(slice(h, h + 1), slice(h // groups, h // groups + 1), 1, t) for h, t in enumerate(tables)]
-    masks = _Masks(q, reach, causal)
-    for mine, theirs, folded, table in shared:
-        for low, high, runs in _pieces(table, size, rows, columns, reach, causal):
-            if not runs:
-                out[:, mine, low:high], lse[:, mine, low:high] = 0.0, -torch.inf
-                continue
-            keys, values = (_taken(t[:, theirs], runs) for t in (k, v))
-            # Query heads of one key head as more rows, which are one matrix product.
-            queries = q[:, mine, low:high].reshape(q.shape[0], -1, folded * (high - low), widest)
-            mask, empty = masks(low, high, runs)
-            if mask is not None and folded > 1:
-                mask = mask.repeat(folded, 1)
-            made, logs = _dense(queries, keys, values, mask, scale)
-            logs = logs.reshape(q.shape[0], -1, high - low)
-            out[:, mine, low:high] = made[..., :width].reshape(*logs.shape, width)
-            lse[:, mine, low:high] = logs if empty is None else logs.masked_fill(empty, -torch.inf)
+    if order is not None or not ((blocks == blocks[:1]).all() and (counts == counts[:1]).all()):
+        made, logs = stacked(q, k, v, blocks, counts, size, reach, causal, scale, order)
+        out.copy_(made[..., :width])
+        lse.copy_(logs)
+        return out, lse
+    folded, masks = q.shape[1] // k.shape[1], _Masks(q, reach, causal)
+    table = [row[:count] for row, count in zip(blocks[0].tolist(), counts[0].tolist(), strict=True)]
+    for low, high, runs in _pieces(table, size, rows, columns, reach, causal):
+        if not runs:
+            out[:, :, low:high], lse[:, :, low:high] = 0.0, -torch.inf
+            continue
+        keys, values = (_taken(t, runs) for t in (k, v))
+        # Query heads of one key head as more rows, which are one matrix product.
+        queries = q[:, :, low:high].reshape(q.shape[0], -1, folded * (high - low), widest)
+        mask, empty = masks(low, high, runs)
+        if mask is not None and folded > 1:
+            mask = mask.repeat(folded, 1)
+        made, logs = dense(queries, keys, values, mask, scale)
+        logs = logs.reshape(q.shape[0], -1, high - low)
+        out[:, :, low:high] = made[..., :width].reshape(*logs.shape, width)
+        lse[:, :, low:high] = logs if empty is None else logs.masked_fill(empty, -torch.inf)
     return out, lse
 
 
@@ -185,14 +214,15 @@ def _(
     reach: int,
     causal: bool,
     scale: float,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_block_sparse(q, k, v, blocks, counts, size, reach)
+    check_block_sparse(q, k, v, blocks, counts, size, reach, order)
     return empty_results(q, v)
 
 
 def effective_reach(reach: int, rows: int, columns: int) -> int:
     """The same reach, or -1 where it lets every key through."""
-    return -1 if reach >= max(rows, columns) - 1 else reach
+    return -1 if reach < 0 or (known(reach >= rows - 1) and known(reach >= columns - 1)) else reach
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,20 +238,28 @@ def _widened(x: Tensor, width: int) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _checked(blocks: list[list[list[int]]], counts: list[list[int]], k_blocks: int) -> list[list[list[int]]]:
-    """For each head, for each query block, the valid entries."""
-    tables = []
-    for rows, valid in zip(blocks, counts, strict=True):
-        table = [row[: max(0, count)] for row, count in zip(rows, valid, strict=True)]
-        for at, (row, count) in enumerate(zip(table, valid, strict=True)):
-            ascending = all(a < b for a, b in pairwise(row))
-            if len(row) != count or not ascending or (row and not 0 <= row[0] <= row[-1] < k_blocks):
-                raise ValueError(
-                    f"block_sparse_attention: query block {at} lists {row} and counts {count}; "
-                    f"it must list that many of {k_blocks} key blocks, ascending"
-                )
-        tables.append(table)
-    return tables
+def _checked(blocks: Tensor, counts: Tensor, k_blocks: int) -> Tensor:
+    """The lists with zeros for what is not to be looked at.
+
+    Raises:
+        ValueError: a list is longer than its table, not ascending, or names a block that does not exist.
+    """
+    most = blocks.shape[2]
+    valid = torch.arange(most, device=blocks.device) < counts.unsqueeze(-1)
+    wrong = (counts < 0) | (counts > most) | (valid & ((blocks < 0) | (blocks >= k_blocks))).any(-1)
+    wrong |= (valid[..., 1:] & (blocks[..., 1:] <= blocks[..., :-1])).any(-1)
+    if wrong.any():
+        table, at = wrong.nonzero()[0].tolist()
+        count = int(counts[table, at])
+        raise ValueError(
+            f"block_sparse_attention: query block {at} lists {blocks[table, at, : max(0, count)].tolist()} and counts "
+            f"{count}; it must list that many of {k_blocks} key blocks, ascending"
+        )
+    return blocks.masked_fill(valid.logical_not(), 0)
+
+
+def _inside(order: Tensor) -> Tensor:
+    return order.long().clamp(0, max(0, order.shape[1] - 1))
 
 
 def _pieces(
@@ -294,28 +332,6 @@ class _Masks:
         empty = hidden.all(-1)
         mask = self.like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         return mask, empty if bool(empty.any()) else None
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of one piece with its log-sum-exp; what a row without keys gets there does not matter."""
-    return (_fused if q.device.type == "cpu" else _composed)(q, k, v, mask, scale)
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """torch's kernel. Against products and a softmax over one scratch: as fast on long runs, faster on short ones."""
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
-        q, k, v, 0.0, False, attn_mask=mask, scale=scale
-    )
-    return out, lse.float()
-
-
-def _composed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    scores = torch.matmul(q, k.mT).float() * scale
-    if mask is not None:
-        scores = scores + mask
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
-    return torch.matmul(weights.to(v.dtype), v), lse
 
 
 BLOCK_SPARSE = torch.ops.accelpass.block_sparse_attention.default

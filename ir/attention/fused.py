@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from accelpass.ir.attention.block_select import BlockSelect, causal_form
 from accelpass.ir.attention.block_sparse import (
     BLOCK_SPARSE,
     FLOATS,
@@ -17,7 +18,7 @@ from accelpass.ir.attention.block_sparse import (
 )
 from accelpass.ir.attention.lower import Lowering, register_lowering
 from accelpass.ir.attention.spec import All, AttentionSpec, Band, BlockList, Dense, Native, SinksAndWindow, Step
-from accelpass.ir.graph import aten, value
+from accelpass.ir.graph import aten, known, value
 
 _KERNEL_BLOCK = 128
 """Tokens of a band's block on a GPU: its tiles are as large or divide it."""
@@ -44,13 +45,15 @@ def _plain(spec: AttentionSpec, node: fx.Node) -> str | None:
 
 def _block_sparse_why_not(spec: AttentionSpec, node: fx.Node) -> str | None:
     select = spec.select
+    if isinstance(select, BlockSelect):
+        spec = causal_form(spec, *(value(n).shape[-2] for n in node.args[:2]))
     if isinstance(select, SinksAndWindow):
         # With sinks, a block list would have to say which keys of a block are one.
         if select.sinks or not spec.causal:
             return (
                 "sinks are not a band" if select.sinks else "the window of an attention that is not causal is no band"
             )
-    elif not isinstance(select, Band | BlockList):
+    elif not isinstance(select, Band | BlockList | BlockSelect):
         return f"selection {select.part} is not one of blocks"
     if spec.before:
         return f"a step {spec.before[0].kind} changes its scores"
@@ -60,11 +63,12 @@ def _block_sparse_why_not(spec: AttentionSpec, node: fx.Node) -> str | None:
     if why is not None:
         return why
     q, k = (value(n) for n in node.args[:2])
-    if not all(isinstance(size, int) for n in node.args[:3] for size in value(n).shape):
+    sizes = [size for n in node.args[:3] for size in value(n).shape]
+    if not isinstance(select, BlockSelect) and not all(isinstance(size, int) for size in sizes):
         return "a size is symbolic"
     if isinstance(select, BlockList) and select.per_head and len(select.blocks) != q.shape[1]:
         return f"{len(select.blocks)} lists for {q.shape[1]} heads"
-    return None if q.shape[2] and k.shape[2] else "there are no tokens"
+    return "there are no tokens" if known(q.shape[2] == 0) or known(k.shape[2] == 0) else None
 
 
 def _block_sparse(
@@ -73,8 +77,11 @@ def _block_sparse(
     """As ``attend``; a row without keys gives 0, also where the softmax is one that gives not-a-number."""
     select, rows, columns = spec.select, q.shape[2], k.shape[2]
     kernel = KERNELS.get(q.device.type)
-    reach = -1
-    if isinstance(select, BlockList):
+    reach, order = -1, None
+    if isinstance(select, BlockSelect):
+        spec = causal_form(spec, rows, columns)
+        blocks, counts, size, order = select.blocks(q, k, spec)
+    elif isinstance(select, BlockList):
         size = select.size
         blocks, counts = listed_blocks(select, rows, columns, q.device)
     else:
@@ -84,7 +91,7 @@ def _block_sparse(
         size = cpu_rows(reach) if kernel is None else _KERNEL_BLOCK
         blocks, counts = band_blocks(rows, columns, reach, size, q.device)
     run = kernel or BLOCK_SPARSE
-    out, lse = run(q, k, v, blocks, counts, size, reach, spec.causal, spec.scale)
+    out, lse = run(q, k, v, blocks, counts, size, reach, spec.causal, spec.scale, order)
     return out, {"lse": lse} if spec.statistics else {}
 
 

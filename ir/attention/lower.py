@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from accelpass.ir.attention.block_select import BlockSelect
 from accelpass.ir.attention.insert import base, inverse, shared
 from accelpass.ir.attention.op import ATTENTION, attend, is_attention, spec_of
 from accelpass.ir.attention.spec import All, AttentionSpec, Band, BlockList, Dense, SinksAndWindow
@@ -45,7 +46,9 @@ class Lowering:
 def _composed_why_not(spec: AttentionSpec, node: fx.Node) -> str | None:
     if not isinstance(spec.store, Dense):
         return f"store {spec.store.part} is not known to it"
-    if not isinstance(spec.select, All | Band | SinksAndWindow | BlockList):
+    if isinstance(spec.select, BlockSelect) and any(value(n).dim() != 4 for n in node.args[:2]):
+        return f"selection {spec.select.part} is of (batch, heads, tokens, d) operands"
+    if not isinstance(spec.select, All | Band | SinksAndWindow | BlockList | BlockSelect):
         return f"selection {spec.select.part} is not known to it"
     unknown = [s.kind for s in spec.steps if s.kind not in STEPS]
     return f"step {unknown[0]} is not known to it" if unknown else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.ir.attention import steps
+from accelpass.ir.attention.block_select import BlockSelect, causal_form
 from accelpass.ir.attention.spec import All, AttentionSpec, Band, BlockList, Select, SinksAndWindow
 from accelpass.ir.errors import GraphError
 from accelpass.ir.graph import call, is_call
@@ -37,20 +38,23 @@ def attend(
     Returns:
         The output ``(..., q_heads, q_tokens, d_v)`` and the statistics by name.
     """
+    rows, columns = q.shape[-2], k.shape[-2]
+    if isinstance(spec.select, BlockSelect):
+        mask: Tensor | None = spec.select.mask(q, k, causal_form(spec, rows, columns))
+    else:
+        mask = selection(spec.select, rows, columns, 0 if spec.causal else columns - rows, q)
     if spec.groups > 1:
         k = k.repeat_interleave(spec.groups, -3)
         v = v.repeat_interleave(spec.groups, -3)
     scores = torch.matmul(q, k.transpose(-1, -2))
     if spec.scale != 1.0:
         scores = scores * spec.scale
-    rows, columns = q.shape[-2], k.shape[-2]
     if spec.causal:
         allowed = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(allowed.logical_not(), float("-inf"))
     # Sinks are columns that no selection may remove, so the selection comes before the first of them is added.
     at = next((i for i, s in enumerate(spec.before) if s.kind == "sink"), len(spec.before))
     scores = steps.apply(scores, spec.before[:at], extras)
-    mask = selection(spec.select, rows, columns, 0 if spec.causal else columns - rows, q)
     if mask is not None:
         scores = scores.masked_fill(mask.logical_not(), float("-inf"))
     scores = steps.apply(scores, spec.before[at:], extras)
@@ -68,6 +72,8 @@ def attend(
 
 def selection(select: Select, rows: int, columns: int, offset: int, like: Tensor) -> Tensor | None:
     """Which keys each query attends to as a boolean mask, True where it does; None for all.
+
+    A :class:`BlockSelect` needs more than sizes, and has its own :meth:`~BlockSelect.mask`.
 
     Args:
         offset: position of the first query among the keys.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from accelpass.ir.attention.block_select import BlockSelect
 from accelpass.ir.attention.spec import All, Band, BlockList, Select, SinksAndWindow
 
 
@@ -30,6 +31,8 @@ def selected_pairs(select: Select, heads: int, rows: int, columns: int, causal: 
     elif isinstance(select, BlockList):
         of_heads = select.blocks if select.per_head else (select.blocks,) * heads
         return sum(_listed(pairs, select.size, rows, columns, causal) for pairs in of_heads)
+    elif isinstance(select, BlockSelect):
+        return select.pairs(heads, rows, columns, causal)
     else:
         return None
     return heads * each

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.attention import steps
+from accelpass.ir.attention.block_select import MASKS
 from accelpass.ir.attention.spec import AttentionSpec, Select, Store
 from accelpass.ir.derived import StateSpec
 from accelpass.ir.kv.banks import RowFormat, Rows, ValueFormat, taken_rows
@@ -23,7 +24,6 @@ from accelpass.ir.kv.banks import RowFormat, Rows, ValueFormat, taken_rows
 Held = Mapping[str, Tensor]
 """The buffers of one layer by name."""
 
-_MASKS = ("keep", "fill", "add")
 _OUTSIDE = ("view", "center", "safe_softmax", "softmax", "drop", "sink")
 
 
@@ -175,7 +175,7 @@ class Query:
         self.one = isinstance(q.shape[2], int) and q.shape[2] == 1
         # A single new token sees all that is stored: a causal mask says nothing about it.
         skip = spec.bias == "causal" and self.one
-        self._before = [s for s in spec.before if not (skip and s.kind in _MASKS)]
+        self._before = [s for s in spec.before if not (skip and s.kind in MASKS)]
         scaled = q.float() * spec.scale
         if self.one:
             scaled = fence(scaled)
@@ -230,7 +230,7 @@ class Query:
                 scores, summed over those. Each ``(batch, kv_heads, rows)``, float32, a tensor for each segment.
         """
         kernel = KERNELS.get(self.q.device.type) if self.one else None
-        plain = all(s.value_format is None for s in segments) and all(s.kind in _MASKS for s in self._before)
+        plain = all(s.value_format is None for s in segments) and all(s.kind in MASKS for s in self._before)
         if kernel is not None and plain:
             return kernel(self, segments, want)
         logits = [self.logits(s) for s in segments]

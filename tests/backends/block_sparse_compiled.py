@@ -109,7 +109,7 @@ def hopper(
     names = [p.name for p in kernels.block_sparse.fn.params]
     padded = max(16, triton.next_power_of_2(width))
     values = {
-        **dict.fromkeys(("RAGGED", "HAS_REACH", "CAUSAL", "WIDEN"), False),
+        **dict.fromkeys(("RAGGED", "HAS_ORDER", "HAS_REACH", "CAUSAL", "WIDEN"), False),
         **dict.fromkeys(("D", "DV"), width),
         **dict.fromkeys(("D_P2", "DV_P2"), padded),
         "G": 4,
@@ -119,7 +119,7 @@ def hopper(
     }
     fixed = {name: values[name] for name in names if name.isupper() and name not in "NM"}
     kinds = {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), NAMES[dtype]), "lse_ptr": "*fp32", "scale": "fp32"}
-    kinds |= dict.fromkeys(("blocks_ptr", "counts_ptr"), "*i32")
+    kinds |= dict.fromkeys(("blocks_ptr", "counts_ptr", "order_ptr"), "*i32")
     signature = {name: "constexpr" if name in fixed else kinds.get(name, "i32") for name in names}
     strided = [name for name in names if name.endswith(("_ptr", "_sb", "_sh", "_sn"))]
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in strided}
@@ -148,9 +148,16 @@ def test_compiles_for_hopper():
     ("width", "dtype", "size"), [(72, torch.float16, 128), (96, torch.bfloat16, 64), (16, torch.float16, 24)]
 )
 def test_every_option_compiles(width, dtype, size):
-    options = dict.fromkeys(("RAGGED", "HAS_REACH", "CAUSAL"), True)
+    options = dict.fromkeys(("RAGGED", "HAS_ORDER", "HAS_REACH", "CAUSAL"), True)
     built = hopper(kernels.block_sparse.configs[2], width, dtype, size, **options)
     assert built.asm["cubin"] and "ld.local" not in built.asm["ptx"]
+
+
+def test_gathered_keys_are_fetched_ahead():
+    """With an order too, keys and values come by asynchronous copies of 16 bytes, and products use tensor cores."""
+    ptx = hopper(MIDDLE, HAS_ORDER=True, CAUSAL=True).asm["ptx"]
+    assert "wgmma.mma_async" in ptx and "ld.local" not in ptx
+    assert re.search(r"cp\.async\.cg\.shared\.global.*, 0x10", ptx)
 
 
 def test_tuning_does_not_depend_on_an_exact_length():

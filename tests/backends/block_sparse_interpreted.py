@@ -17,7 +17,8 @@ from torch import Tensor
 
 from accelpass.backends.triton.block_sparse import INTERPRETED
 from accelpass.backends.triton.block_sparse_ops import block_sparse_attention_triton
-from accelpass.ir.attention import AttentionSpec, BlockList, Step, attend
+from accelpass.ir.attention import AttentionSpec, BlockList, Blocks, Step, attend
+from accelpass.ir.attention.block_select import listed_mask
 from accelpass.ir.attention.block_sparse import band_blocks, listed_blocks
 from tests.backends.tolerance import within
 
@@ -55,14 +56,19 @@ def mask_of(select: BlockList, rows: int, columns: int, reach: int, causal: bool
 
 def check(q: Tensor, k: Tensor, v: Tensor, select: BlockList, reach: int = -1, causal: bool = False) -> None:
     """Hold the output and the log-sum-exp to the reference."""
-    scale = q.shape[3] ** -0.5
     rows, columns = q.shape[2], k.shape[2]
     tables = listed_blocks(select, rows, columns, "cpu")
-    out, lse = block_sparse_attention_triton(q, k, v, *tables, select.size, reach, causal, scale)
+    hold(q, k, v, Blocks(*tables, select.size), mask_of(select, rows, columns, reach, causal), reach, causal)
+
+
+def hold(q: Tensor, k: Tensor, v: Tensor, listed: Blocks, mask: Tensor, reach: int = -1, causal: bool = False) -> None:
+    """The kernel on ``listed`` against the reference under ``mask``."""
+    scale, columns = q.shape[3] ** -0.5, k.shape[2]
+    blocks, counts, size, order = listed
+    out, lse = block_sparse_attention_triton(q, k, v, blocks, counts, size, reach, causal, scale, order)
     keep = Step("keep", extra=0, value=-math.inf)
     spec = AttentionSpec(groups=q.shape[1] // k.shape[1], scale=scale, steps=(keep, Step("safe_softmax")))
     spec = spec.edited(by="a test", statistics={"lse"})
-    mask = mask_of(select, rows, columns, reach, causal)
     expected, found = attend(q.double(), k.double(), v.double(), [mask], spec)
     spread, _ = attend(q.double(), k.double(), v.double().abs(), [mask], spec)
     terms = q.double().abs() @ k.double().abs().repeat_interleave(spec.groups, 1).mT * scale
@@ -128,6 +134,36 @@ def test_a_band(reach, causal):
     check(q, k, v, BlockList(16, tuple(pairs)), reach, causal)
 
 
+def listed_at_random(seed: int, tables: int, orders: int, rows: int, columns: int, size: int) -> Blocks:
+    r = torch.Generator().manual_seed(seed)
+    q_blocks, k_blocks = -(-rows // size), -(-columns // size)
+    chosen = torch.rand(tables, q_blocks, k_blocks, generator=r) < 0.6
+    at = torch.where(chosen, torch.arange(k_blocks), k_blocks).sort(-1).values.clamp_max(k_blocks - 1)
+    order = torch.stack([torch.randperm(columns, generator=r) for _ in range(orders)]).int() if orders else None
+    return Blocks(at.int(), chosen.sum(-1).int(), size, order)
+
+
+@pytest.mark.parametrize("size", [8, 16, 24, 64])
+@pytest.mark.parametrize(("tables", "orders"), [(1, 4), (8, 1), (8, 8), (4, 8), (8, 0)])
+def test_an_order_and_tables_of_each_sequence_and_head(tables, orders, size):
+    """Two sequences of four heads; the keys of a tile lie anywhere, and causality goes by token."""
+    q, k, v = operands(tables + orders, torch.float16, 2, 2, 2, 53, 53, 24, 16)
+    listed = listed_at_random(size, tables, orders, 53, 53, size)
+    seen = listed_mask(listed, 4, 53, 53)
+    at = torch.arange(53)[:, None] - torch.arange(53)
+    hold(q, k, v, listed, seen)
+    hold(q, k, v, listed, seen & (at >= 0), causal=True)
+    hold(q, k, v, listed, seen & (at.abs() <= 9), reach=9)
+
+
+def test_an_order_changes_nothing_where_all_blocks_are_listed():
+    q, k, v = operands(8, torch.float32, 1, 1, 2, 40, 40, 16, 16)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).int().repeat(2, 1)
+    every = Blocks(torch.arange(3, dtype=torch.int32).repeat(1, 3, 1), torch.full((1, 3), 3, dtype=torch.int32), 16)
+    causal = torch.ones(1, 40, 40, dtype=torch.bool).tril()
+    hold(q, k, v, every._replace(order=order), causal, causal=True)
+
+
 def test_rows_without_keys():
     q, k, v = operands(4, rows=40, columns=40, width=16, out_width=16)
     tables = listed_blocks(BlockList(16, ((1, 2),)), 40, 40, "cpu")
@@ -160,6 +196,8 @@ def test_opcheck():
     parts = ("test_schema", "test_faketensor")  # the others trace Triton calls, which an interpreted kernel is not
     q, k, v = operands(7, torch.bfloat16, width=16, out_width=24)
     given_ = (q, k, v, *band_blocks(40, 40, 5, 16, "cpu"), 16, 5, False, 1.0)
+    torch.library.opcheck(torch.ops.accelpass.block_sparse_attention_triton, given_, test_utils=parts)
+    given_ = (*given_[:-1], 1.0, torch.arange(40).flip(0).int()[None])
     torch.library.opcheck(torch.ops.accelpass.block_sparse_attention_triton, given_, test_utils=parts)
 
 

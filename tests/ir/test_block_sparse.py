@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from accelpass.ir import attention
-from accelpass.ir.attention import AttentionSpec, Band, BlockList, SinksAndWindow, Step, attend
+from accelpass.ir.attention import AttentionSpec, Band, BlockList, SinksAndWindow, Step, attend, stacked
 from accelpass.ir.attention import block_sparse as sparse
 from accelpass.ir.attention.block_sparse import BLOCK_SPARSE, band_blocks, listed_blocks
 from accelpass.ir.capture import from_dynamo
@@ -131,7 +131,7 @@ def test_the_body_for_other_devices_is_the_same(monkeypatch):
     q, k, v = operands(1, 2, 2, 70, 90, 8, 8)
     tables = random_tables(torch.Generator().manual_seed(1), 1, 5, 6, 4)
     want = BLOCK_SPARSE(q, k, v, *tables, 16, 30, True, 0.3)
-    monkeypatch.setattr(sparse, "_fused", sparse._composed)
+    monkeypatch.setattr(stacked, "_fused", stacked._composed)
     got = BLOCK_SPARSE(q, k, v, *tables, 16, 30, True, 0.3)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, atol=ATOL, rtol=0)
@@ -157,13 +157,13 @@ def test_blocks_that_are_not_listed_are_not_read(per_head):
 
 def test_a_band_computes_on_its_share_alone(monkeypatch):
     """Query-key pairs that reach the dense kernel, of 16 times as many: the band and half a block on either side."""
-    computed, dense = [], sparse._dense
+    computed, dense = [], sparse.dense
 
     def counted(q, k, *rest):
         computed.append(q.shape[2] * k.shape[2])
         return dense(q, k, *rest)
 
-    monkeypatch.setattr(sparse, "_dense", counted)
+    monkeypatch.setattr(sparse, "dense", counted)
     n, reach = 4096, 128
     q, k, v = operands(1, 1, 1, n, n, 4, 4)
     BLOCK_SPARSE(q, k, v, *band_blocks(n, n, reach, 64, "cpu"), 64, reach, False, 0.3)
@@ -174,8 +174,8 @@ def test_a_band_computes_on_its_share_alone(monkeypatch):
 
 
 def test_query_blocks_with_equal_lists_are_one_call(monkeypatch):
-    calls, dense = [], sparse._dense
-    monkeypatch.setattr(sparse, "_dense", lambda *given: calls.append(given[0].shape) or dense(*given))
+    calls, dense = [], sparse.dense
+    monkeypatch.setattr(sparse, "dense", lambda *given: calls.append(given[0].shape) or dense(*given))
     q, k, v = operands(1, 1, 1, 128, 128, 4, 4)
     every = BlockList(16, tuple((i, j) for i in range(8) for j in (range(8) if i < 6 else (0, 5))))
     BLOCK_SPARSE(q, k, v, *listed_blocks(every, 128, 128, "cpu"), 16, -1, False, 0.3)
