@@ -35,11 +35,15 @@ Verdict = Take | Skip
 
 @dataclass(frozen=True)
 class Done:
-    """What was done at one site, with the bytes of its weights before and after."""
+    """What was done at one site, with the bytes of its weights before and after.
+
+    ``densities``: of an attention, the share of the keys that the last query of each head sees, at the compiled length.
+    """
 
     what: str
     bytes_before: int = 0
     bytes_after: int = 0
+    densities: tuple[float, ...] = ()
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from accelpass.ir.attention.block_select import BlockSelect
 from accelpass.ir.attention.lower import like_in_memory
 from accelpass.ir.attention.op import set_spec, spec_of, want
 from accelpass.ir.attention.spec import All, AttentionSpec, Dense, Native
@@ -218,9 +219,11 @@ class _Lowering:
 
 
 def _statistics(attention: fx.Node, wants: Sequence[str]) -> list[fx.Node]:
-    """The prompt's attention as the model wrote it, with these statistics beside it."""
+    """The prompt's attention as the model wrote it, over the blocks that a pass chose, with these statistics beside it."""
     spec = spec_of(attention)
     own = AttentionSpec.from_json(attention.meta["attention_spec"])
+    if isinstance(spec.select, BlockSelect):
+        own = own.edited(by=next(who for who, part in spec.edits if part == "select"), select=spec.select)
     makers = {part: who for who, part in spec.edits}
     set_spec(attention, own)
     found: list[fx.Node] = []

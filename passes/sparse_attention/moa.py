@@ -15,10 +15,10 @@ from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.errors import OptionError, PassError, PlanError
 from accelpass.ir.program import Program
 from accelpass.passes.base import Attend, CalibratedOnLoss, Skip, Study
-from accelpass.passes.sparse_attention.moa_profile import Profile, dense, why_not
+from accelpass.passes.sparse_attention.moa_profile import Profile, dense
 from accelpass.passes.sparse_attention.moa_search import LEVELS, Problem, pareto, search_space
 from accelpass.passes.sparse_attention.span_pass import SpanPass
-from accelpass.passes.sparse_attention.spans import HeadSpans, Rule, density
+from accelpass.passes.sparse_attention.spans import HeadSpans, Rule, density, not_a_prompt
 
 Rules = dict[str, list[Rule]]
 """By site, a rule for each key/value head."""
@@ -143,7 +143,7 @@ class MoA(SpanPass, CalibratedOnLoss):
         """Attention with these spans."""
 
         def attend(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-            if spec.site not in rules or why_not(spec, q, k) is not None:
+            if spec.site not in rules or not_a_prompt(spec, q, k) is not None:
                 return None
             each = [rule for rule in rules[spec.site] for _ in range(q.shape[1] // k.shape[1])]
             listed = HeadSpans(tuple(each), self.sinks, self.block).blocks(q, k, spec)
@@ -154,7 +154,7 @@ class MoA(SpanPass, CalibratedOnLoss):
 
 
 def _densely(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    return dense(q, k, v, spec.scale) if why_not(spec, q, k) is None else None
+    return dense(q, k, v, spec.scale) if not_a_prompt(spec, q, k) is None else None
 
 
 def artefact(path: str) -> str:

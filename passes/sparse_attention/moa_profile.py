@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accelpass.ir.attention.spec import AttentionSpec
-from accelpass.passes.sparse_attention.spans import Rule, span_blocks
+from accelpass.passes.sparse_attention.spans import Rule, not_a_prompt, span_blocks
 
 EPS = 1e-6
-_SOFTMAX, _MASKS = ("softmax", "safe_softmax", "cast"), ("keep", "fill", "add")
 _SCRATCH = 1 << 24
 """Numbers in one piece of attention probabilities that the backward makes anew."""
 
@@ -84,15 +83,6 @@ def block_sums(x: Tensor, block: int) -> Tensor:
     return padded.unflatten(1, (-1, block)).unflatten(3, (-1, block)).sum((2, 4))
 
 
-def why_not(spec: AttentionSpec, q: Tensor, k: Tensor) -> str | None:
-    """Why an attention is not a causal one of a prompt over itself and nothing else."""
-    if q.dim() != 4 or q.shape[2] != k.shape[2] or not (spec.causal or spec.bias == "causal"):
-        return "it is not a causal attention of a prompt over itself"
-    harmless = _SOFTMAX if spec.causal else (*_SOFTMAX, *_MASKS)  # a mask that is known to be causal alone
-    other = [s.kind for s in spec.steps if s.kind not in harmless]
-    return f"its scores go through {other[0]!r}" if other else None
-
-
 @dataclass
 class Profile:
     """Influence of each site at each length, summed over sequences; fill it with :meth:`attend`.
@@ -109,7 +99,7 @@ class Profile:
 
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         """Computes an attention; its backward adds to :attr:`influence`."""
-        why = why_not(spec, q, k)
+        why = not_a_prompt(spec, q, k)
         if why is not None:
             self.skipped[spec.site] = why
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from accelpass.ir.attention import Attention, detect, set_spec, spec_of
@@ -14,7 +14,7 @@ from accelpass.ir.program import Program
 from accelpass.passes.base import Done, Record, SitePatterns, Skip
 from accelpass.passes.kv_cache.base import EVICTS, cannot_store, refuse
 from accelpass.passes.sparse_attention.span_cache import SpanRings
-from accelpass.passes.sparse_attention.spans import HeadSpans, Rule, density, shown
+from accelpass.passes.sparse_attention.spans import HeadSpans, Rule, density, not_a_prompt, shown
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,15 @@ class SpanPass(SitePatterns):
         node, chosen = attention.node, self.at([attention.path])
         assert node is not None
         spec, (q, k) = spec_of(node), (value(n) for n in node.args[:2])
-        dense = no_spans(attention) if site is None or site.is_prompt else None
+        dense = not_a_prompt(spec, q, k) if site is None or site.is_prompt else None
         why = cannot_store(site) if site is not None else dense
         if why is not None:
             return why
         rules = chosen.rules(program, attention.path, k.shape[1])
         if isinstance(rules, str):
             return rules
-        said, densities = [shown(rules)], ()
+        said = [shown(rules)]
+        densities: tuple[float, ...] = ()
         if site is None or site.is_prompt:
             if dense is None:
                 of_queries = rules if len(rules) == 1 else [r for r in rules for _ in range(q.shape[1] // k.shape[1])]
@@ -87,9 +88,5 @@ class SpanPass(SitePatterns):
             slots = sum(store.most(rule, site.capacity) for rule in all_rules) / len(all_rules)
             said.append(f"at most {slots:.0f} of {site.capacity} tokens a head are kept")
         set_spec(node, spec)
-        return replace(Done("; ".join(said)), densities=densities)
+        return Done("; ".join(said), densities=densities)
 
-
-def no_spans(attention: Attention) -> str | None:
-    """Why an attention is not a causal one of a prompt over itself, or None."""
-    raise NotImplementedError

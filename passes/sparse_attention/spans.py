@@ -10,11 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention.block_select import Blocks, BlockSelect
+from accelpass.ir.attention.block_select import Blocks, BlockSelect, causal_form
 from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.graph import known
 
 Rule = tuple[float, float]
 """(alpha, beta): of a prompt of N tokens a head sees its newest ``alpha + beta * N``."""
+
+_MASKS = {"none": "none", "sliding_window": "a sliding window", "tensor": "one of its own, as for padding"}
 
 EVERYTHING: Rule = (0.0, 1.0)
 
@@ -83,9 +86,29 @@ class HeadSpans(BlockSelect):
         tables, counts = (torch.stack([made[rule][i] for rule in self.rules]) for i in (0, 1))
         return Blocks(tables, counts, self.size)
 
-    def shown(self) -> str:
-        """The rules as a person reads them, the commonest first."""
-        return shown(self.rules)
+    def pairs(self, heads: int, rows: int, columns: int, causal: bool) -> int | None:
+        if rows != columns:
+            return None
+        each = {rule: sum(self._seen(rule, at, columns, causal) for at in range(-(-rows // self.size))) for rule in self.rules}
+        return sum(each[rule] for rule in self.rules) * (heads // len(self.rules))
+
+    def _seen(self, rule: Rule, at: int, tokens: int, causal: bool) -> int:
+        """Pairs of one block of queries."""
+        first = max(0, at + 1 - max(1, span_blocks(rule, tokens, self.size)))
+        own = min(self.size, tokens - at * self.size)
+        before = (min(first, self.sinks // self.size) + at - first) * self.size
+        return own * before + (own * (own + 1) // 2 if causal else own * own)
+
+
+def not_a_prompt(spec: AttentionSpec, q: Tensor, k: Tensor) -> str | None:
+    """Why an attention is not a plain causal one of a prompt over itself, or None; sizes may be symbolic."""
+    if q.dim() != 4 or k.dim() != 4:
+        return "queries and keys are not (batch, heads, tokens, d)"
+    plain = causal_form(spec, q.shape[2], k.shape[2])
+    if not plain.causal or not known(q.shape[2] == k.shape[2]):
+        return f"it is not a causal attention of a prompt over itself (its mask is {_MASKS.get(spec.bias, spec.bias)})"
+    changes = [s.kind for s in (*plain.before, *plain.after) if s.kind != "cast"]
+    return f"its scores go through {changes[0]!r}" if changes else None
 
 
 def shown(rules: Sequence[Rule]) -> str:
