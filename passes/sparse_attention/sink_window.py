@@ -26,7 +26,9 @@ class SinkWindow(SpanPass):
     """
 
     name: ClassVar[str] = "sink_window"
-    summary: ClassVar[str] = "prompts and a KVCache of first tokens and a window that grows with the prompt, in all heads"
+    summary: ClassVar[str] = (
+        "prompts and a KVCache of first tokens and a window that grows with the prompt, in all heads"
+    )
     paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453, as compared with in arXiv 2406.14909"
     density: float = 0.5
 

@@ -52,7 +52,9 @@ class SpanPass(SitePatterns):
                 record.skip(site.path, site.why)
         for attention in program.analysis(detect):
             wanted = self.wanted(attention.path)
-            made = wanted.why if isinstance(wanted, Skip) else self._edit(program, attention, cached.get(attention.node))
+            made = (
+                wanted.why if isinstance(wanted, Skip) else self._edit(program, attention, cached.get(attention.node))
+            )
             if isinstance(made, str):
                 record.skip(attention.path, made)
             else:
@@ -89,4 +91,3 @@ class SpanPass(SitePatterns):
             said.append(f"at most {slots:.0f} of {site.capacity} tokens a head are kept")
         set_spec(node, spec)
         return Done("; ".join(said), densities=densities)
-

@@ -89,7 +89,10 @@ class HeadSpans(BlockSelect):
     def pairs(self, heads: int, rows: int, columns: int, causal: bool) -> int | None:
         if rows != columns:
             return None
-        each = {rule: sum(self._seen(rule, at, columns, causal) for at in range(-(-rows // self.size))) for rule in self.rules}
+        each = {
+            rule: sum(self._seen(rule, at, columns, causal) for at in range(-(-rows // self.size)))
+            for rule in self.rules
+        }
         return sum(each[rule] for rule in self.rules) * (heads // len(self.rules))
 
     def _seen(self, rule: Rule, at: int, tokens: int, causal: bool) -> int:

@@ -152,7 +152,7 @@ def test_the_search_space_is_the_cards():
         (float(a), b / 8)
         for a in range(-2048, 8193, 1024)
         for b in range(9)
-        if 0 < a + b / 8 * 2048 and all(a + b / 8 * n <= n for n in (2048, 4096, 8192))
+        if a + b / 8 * 2048 > 0 and all(a + b / 8 * n <= n for n in (2048, 4096, 8192))
     }
     assert set(space) == want and len(space) == len(want)
     at_last = [a + b * 8192 for a, b in space]
