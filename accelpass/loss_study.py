@@ -108,7 +108,7 @@ class LossStudy:
             mine, part = part, part + is_attention(node)
             return mine
 
-        parts = split_module(program.gm, program.gm, number, keep_original_order=True)  # type: ignore[arg-type]
+        parts = split_module(program.gm, program.gm, number, keep_original_order=True)
 
         def run(*given: Any) -> Any:
             with torch.set_grad_enabled(self._gradients):

@@ -43,7 +43,8 @@ def _plain(spec: AttentionSpec, node: fx.Node) -> str | None:
     return f"a step {after[0].kind} follows its softmax" if after else None
 
 
-def _block_sparse_why_not(spec: AttentionSpec, node: fx.Node) -> str | None:
+def block_sparse_why_not(spec: AttentionSpec, node: fx.Node) -> str | None:
+    """Why the block-sparse op cannot compute a node with this spec, or None if it can."""
     select = spec.select
     if isinstance(select, BlockSelect):
         spec = causal_form(spec, *(value(n).shape[-2] for n in node.args[:2]))
@@ -141,5 +142,5 @@ def _sdpa(
     return out, {}
 
 
-register_lowering(Lowering("block_sparse", _block_sparse_why_not, _block_sparse, rank=20))
+register_lowering(Lowering("block_sparse", block_sparse_why_not, _block_sparse, rank=20))
 register_lowering(Lowering("sdpa", _sdpa_why_not, _sdpa, rank=10))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from accelpass.ir.attention.effects import writes
-from accelpass.ir.attention.spec import AttentionSpec
-from accelpass.ir.graph import aten, is_call, through
+from accelpass.ir.attention.spec import AttentionSpec, Step
+from accelpass.ir.graph import aten, is_call, known, through, value
 
 _LAYOUT = (
     *(aten.to, aten._to_copy, aten.type_as, aten.view, aten.reshape, aten.squeeze, aten.unsqueeze, aten.expand),
@@ -18,6 +20,7 @@ _LAYOUT = (
 )
 _MOST_NODES = 200
 _MOST_TOKENS = 4096
+_END = 2**31  # a slice up to the end has a number beyond this
 _HIDDEN = -1e4  # an additive mask hides a key with at most this
 
 
@@ -31,11 +34,58 @@ def bias_of(spec: AttentionSpec, extras: Sequence[fx.Node], rows: Any, columns: 
     steps = [s for s in spec.steps if s.kind != "sink" and s.extra is not None]
     if not steps:
         return ("causal" if spec.causal else "none"), None
-    if len(steps) != 1 or spec.causal or not all(isinstance(n, int) and n <= _MOST_TOKENS for n in (rows, columns)):
+    if len(steps) != 1 or spec.causal:
         return "tensor", None
     (step,) = steps
     assert step.extra is not None
-    mask = constant(extras[step.extra])
+    if all(isinstance(n, int) for n in (rows, columns)):
+        if max(rows, columns) > _MOST_TOKENS:
+            return "tensor", None
+        return _named(step, constant(extras[step.extra]), rows, columns)
+    return _named_at_all_sizes(step, extras[step.extra], rows, columns)
+
+
+def _named_at_all_sizes(step: Step, mask: fx.Node, rows: Any, columns: Any) -> tuple[str, int | None]:
+    """The name of a mask over a symbolic number of tokens: what it is at a few numbers that tell all.
+
+    A mask of positions can change its kind only where the number of tokens passes a constant of its own (a window), so
+    it is computed on both sides of all of them.
+    """
+    if not isinstance(rows, torch.SymInt) or not known(rows == columns) or not rows.node.expr.is_Symbol:
+        return "tensor", None
+    own, found = rows.node.expr, set()
+    symbols, most = _symbols_and_constants(mask)
+    for tokens in (3, 2 * most + 5, 3 * most + 10):
+        if tokens > _MOST_TOKENS:
+            return "tensor", None
+        sizes = dict.fromkeys(symbols, 2) | {own: tokens}
+        found.add(_named(step, constant(mask, sizes), tokens, tokens))
+    return found.pop() if len(found) == 1 else ("tensor", None)
+
+
+def _symbols_and_constants(mask: fx.Node) -> tuple[set[sympy.Symbol], int]:
+    """The symbolic sizes that a node depends on, and the largest constant that is not "up to the end"."""
+    symbols: set[sympy.Symbol] = set()
+    constants = [1]
+    seen: set[fx.Node] = set()
+    front = [mask]
+    while front:
+        node = front.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        size = value(node)
+        if isinstance(size, torch.SymInt):
+            symbols |= size.node.expr.free_symbols
+            constants += [abs(int(n)) for n in size.node.expr.atoms(sympy.Integer)]
+            continue
+        constants += [abs(a) for a in tree_leaves((node.args, node.kwargs)) if type(a) is int]
+        front.extend(node.all_input_nodes)
+    return symbols, max(n for n in constants if n < _END)
+
+
+def _named(step: Step, mask: Tensor | None, rows: int, columns: int) -> tuple[str, int | None]:
+    """The name of a mask whose values are known."""
     if mask is None:
         return "tensor", None
     if step.kind == "keep":
@@ -93,8 +143,12 @@ def _counts(node: fx.Node) -> bool:
     return False
 
 
-def constant(node: fx.Node) -> Tensor | None:
-    """The value of a node that depends on no input, computed; None if it does, or writes anything."""
+def constant(node: fx.Node, sizes: Mapping[sympy.Symbol, int] | None = None) -> Tensor | None:
+    """The value of a node that depends on no input, computed; None if it does, or writes anything.
+
+    Args:
+        sizes: numbers for symbolic sizes, on which the node may depend.
+    """
     order: dict[fx.Node, None] = {}
     front = [node]
     while front:
@@ -102,6 +156,8 @@ def constant(node: fx.Node) -> Tensor | None:
         if current in order:
             continue
         order[current] = None
+        if sizes and isinstance(value(current), torch.SymInt):
+            continue
         random = torch.Tag.nondeterministic_seeded in getattr(current.target, "tags", ())
         if current.op != "call_function" or len(order) > _MOST_NODES or writes(current) or random:
             return None
@@ -111,6 +167,9 @@ def constant(node: fx.Node) -> Tensor | None:
     values: dict[fx.Node, Any] = {}
     try:
         for current in sorted(order):
+            if sizes and isinstance(value(current), torch.SymInt):
+                values[current] = int(value(current).node.expr.subs(sizes))
+                continue
             args, kwargs = fx.map_arg((current.args, current.kwargs), values.__getitem__)
             kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
             assert callable(current.target)

@@ -13,7 +13,7 @@ from accelpass.ir.attention.block_select import BlockSelect
 from accelpass.ir.attention.lower import like_in_memory
 from accelpass.ir.attention.op import set_spec, spec_of, want
 from accelpass.ir.attention.spec import All, AttentionSpec, Dense, Native
-from accelpass.ir.errors import GraphError
+from accelpass.ir.errors import GraphError, SpecConflict
 from accelpass.ir.graph import value
 from accelpass.ir.kv.banks import RowFormat, row_format
 from accelpass.ir.kv.ops import dense_form
@@ -182,6 +182,10 @@ class _Lowering:
                 f"statistics are wanted of the cached attention at {site.path}; only its storage gives them"
             )
         q, extras, wanted = node.args[0], list(node.args[3]), value(node)
+        if not isinstance(spec.select, All | RowSelect):
+            raise GraphError(
+                f"the selection {spec.select.part} at {site.path} is for prompts, and this one reads a cache"
+            )
         # The selection is for single tokens; several at once (a further prompt) attend to all.
         select = spec.select if isinstance(spec.select, RowSelect) and value(q).shape[2] == 1 else None
         takes = [self.rows[select.takes]] if select is not None and select.takes else []
@@ -219,12 +223,22 @@ class _Lowering:
 
 
 def _statistics(attention: fx.Node, wants: Sequence[str]) -> list[fx.Node]:
-    """The prompt's attention as the model wrote it, over the blocks that a pass chose, with these statistics beside it."""
+    """The prompt's attention as the model wrote it but for the blocks that it reads, with these statistics beside it.
+
+    Raises:
+        SpecConflict: statistics of all keys are wanted of an attention that reads some.
+    """
     spec = spec_of(attention)
     own = AttentionSpec.from_json(attention.meta["attention_spec"])
-    if isinstance(spec.select, BlockSelect):
-        own = own.edited(by=next(who for who, part in spec.edits if part == "select"), select=spec.select)
     makers = {part: who for who, part in spec.edits}
+    if isinstance(spec.select, BlockSelect):
+        if wants:
+            raise SpecConflict(
+                f"{makers['store']!r} scores tokens by the prompt's attention to all of them at "
+                f"{spec.site or 'this attention'}, and {makers['select']!r} computes some blocks of it alone. Use one of "
+                "the two there (include=, exclude= choose sites), or a cache pass that needs no scores (kv_window, kv_quant)."
+            )
+        own = own.edited(by=makers["select"], select=spec.select)
     set_spec(attention, own)
     found: list[fx.Node] = []
     node = attention

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+from accelpass.ir.attention.block_select import BlockSelect
 from accelpass.ir.attention.op import set_spec, spec_of
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.errors import SpecConflict
@@ -79,7 +80,12 @@ def cannot_store(site: KVSite) -> str | None:
 
 
 def refuse(spec: AttentionSpec, part: str, by: str, why: str) -> None:
-    """Raise :class:`SpecConflict` if another pass has edited ``part`` of the spec, which ``by`` cannot work with."""
+    """Raise :class:`SpecConflict` if another pass has edited ``part`` of the spec, which ``by`` cannot work with.
+
+    Blocks that a prompt reads are no such selection: what is stored is the same.
+    """
+    if part == "select" and isinstance(spec.select, BlockSelect):
+        return
     for owner, edited in spec.edits:
         if edited == part and owner != by:
             raise SpecConflict(

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from accelpass.ir.attention.block_select import BlockSelect
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.kv.banks import RowFormat
 from accelpass.ir.kv.sites import KVSite
@@ -96,4 +97,6 @@ class TidalDecode(KVPass):
             "select": f"attends to all tokens and chooses {self.budget}",
             "sparse": f"reads the {self.budget} chosen tokens",
         }
+        if isinstance(spec.select, BlockSelect):
+            return spec, what[role]  # the prompt reads blocks; single tokens come in graphs of their own
         return spec.edited(by=self.name, select=SharedRows(role, self.budget)), what[role]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from accelpass.ir.attention import Attention, detect, set_spec, spec_of
+from accelpass.ir.attention.fused import block_sparse_why_not
+from accelpass.ir.attention.spec import Dense, Native
 from accelpass.ir.graph import hint, value
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.program import Program
 from accelpass.passes.base import Done, Record, SitePatterns, Skip
 from accelpass.passes.kv_cache.base import EVICTS, cannot_store, refuse
+from accelpass.passes.sparse_attention.base import cannot_select
 from accelpass.passes.sparse_attention.span_cache import SpanRings
-from accelpass.passes.sparse_attention.spans import HeadSpans, Rule, density, not_a_prompt, shown
+from accelpass.passes.sparse_attention.spans import HeadSpans, Rule, density, shown
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ class SpanPass(SitePatterns):
         """A rule for each key/value head of a site, or one for all; or why it is left alone."""
 
     def apply(self, program: Program, record: Record) -> None:
-        cached = {site.attention: site for site in kv_sites(program)}
-        for site in cached.values():
+        sites = kv_sites(program)
+        cached = {site.attention: site for site in sites if site.attention is not None}
+        for site in sites:
             if site.attention is None:
                 record.skip(site.path, site.why)
         for attention in program.analysis(detect):
@@ -64,30 +68,33 @@ class SpanPass(SitePatterns):
         node, chosen = attention.node, self.at([attention.path])
         assert node is not None
         spec, (q, k) = spec_of(node), (value(n) for n in node.args[:2])
-        dense = not_a_prompt(spec, q, k) if site is None or site.is_prompt else None
+        dense = cannot_select(attention) if site is None or site.is_prompt else None
         why = cannot_store(site) if site is not None else dense
         if why is not None:
             return why
         rules = chosen.rules(program, attention.path, k.shape[1])
         if isinstance(rules, str):
             return rules
-        said = [shown(rules)]
-        densities: tuple[float, ...] = ()
+        of_heads = rules if len(rules) > 1 else [*rules] * k.shape[1]
+        each = [rule for rule in of_heads for _ in range(q.shape[1] // k.shape[1])]  # of query heads
+        said, densities = [shown(rules)], [density(rule, hint(k.shape[2]), chosen.sinks, chosen.block) for rule in each]
         if site is None or site.is_prompt:
+            select = HeadSpans(tuple(each if len(rules) > 1 else rules), chosen.sinks, chosen.block)
+            selected = spec.edited(by=self.name, select=select)
+            # A prompt attends to what it has just computed, however that is stored.
+            dense = dense or block_sparse_why_not(replace(selected, store=Dense(), format=Native()), node)
             if dense is None:
-                of_queries = rules if len(rules) == 1 else [r for r in rules for _ in range(q.shape[1] // k.shape[1])]
-                select = HeadSpans(tuple(of_queries), chosen.sinks, chosen.block)
-                spec = spec.edited(by=self.name, select=select)
-                each = of_queries if len(of_queries) > 1 else list(rules) * q.shape[1]
-                densities = tuple(density(r, hint(k.shape[2]), chosen.sinks, chosen.block) for r in each)
+                spec = selected
+            elif site is None:
+                return dense
             else:
                 said.append(f"its prompt is dense: {dense}")
         if site is not None:
             refuse(spec, "select", self.name, EVICTS)
             store = SpanRings(tuple(rules), chosen.sinks, chosen.block, chosen.reserve)
             spec = spec.edited(by=self.name, store=store)
-            all_rules = list(rules) * (k.shape[1] if len(rules) == 1 else 1)
-            slots = sum(store.most(rule, site.capacity) for rule in all_rules) / len(all_rules)
+            slots = sum(store.most(rule, site.capacity) for rule in each) / len(each)
             said.append(f"at most {slots:.0f} of {site.capacity} tokens a head are kept")
         set_spec(node, spec)
-        return Done("; ".join(said), densities=densities)
+        is_masked = (site is None or site.is_prompt) and dense is None
+        return Done("; ".join(said), densities=tuple(densities) if is_masked else ())

@@ -316,7 +316,7 @@ def test_what_the_op_cannot_do_stays_composed(core, select, dynamic):
 
 
 def test_reasons_name_what_was_seen():
-    from accelpass.ir.attention.fused import _block_sparse_why_not
+    from accelpass.ir.attention.fused import block_sparse_why_not
 
     spec = AttentionSpec()
     for changed, says in (
@@ -325,7 +325,7 @@ def test_reasons_name_what_was_seen():
         (spec.edited(by="t", select=SinksAndWindow(0, 2)), "not causal"),
         (spec.edited(by="t", select=Band(2), statistics={"column_sums"}), "does not compute column_sums"),
     ):
-        assert says in str(_block_sparse_why_not(changed, None))
+        assert says in str(block_sparse_why_not(changed, None))
 
 
 def test_lse_is_computed_with_a_selection():

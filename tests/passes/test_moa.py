@@ -44,7 +44,7 @@ def truth(rules: Any = RULES) -> Spans:
     return Spans(rules, 4, 4, 8, CAPACITY)
 
 
-@pytest.mark.parametrize("lowering", ["eager", "aten"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("aten", marks=pytest.mark.slow)])
 def test_equals_the_oracle_over_two_turns(lowering):
     model = llama()
     pieces = tokens(2, *PIECES)
@@ -67,7 +67,8 @@ def test_compiled_by_inductor_for_prompts_of_any_length():
         with attending(model, truth()) as dense:
             want = fed(model, dense, pieces)
         assert float((got - want).abs().max() / want.abs().max()) < 1e-4
-    assert len(accelpass.explain(fast).graphs) == 2
+    # Prompts, tokens, and prompts within one block: their tables have one row, which makes them another kind of tensor.
+    assert len(accelpass.explain(fast).graphs) == 3
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,10 @@ def test_the_cache_takes_what_the_spans_need():
     assert kept["model.layers.0.self_attn"].densities == (0.5, 0.5, 0.5, 0.5)
 
 
-@pytest.mark.parametrize("weights", [{"name": "int8_weights"}, {"name": "int4_weights", "group_size": 32}])
+@pytest.mark.parametrize(
+    "weights",
+    [{"name": "int4_weights", "group_size": 32}, pytest.param({"name": "int8_weights"}, marks=pytest.mark.slow)],
+)
 def test_with_packed_weights(weights):
     model, pieces = llama(hidden=64), tokens(1, *PIECES)
     alone = fed(compiled(model, weights), KVCache(model, CAPACITY), pieces)
@@ -229,7 +233,7 @@ def test_attention_to_both_sides_is_left_alone():
         got = fast(tokens(1, 21)[0]).last_hidden_state
         assert torch.allclose(got, model(tokens(1, 21)[0]).last_hidden_state, atol=1e-5)
     report = accelpass.explain(fast).passes["moa"]
-    assert not report.took and ["not a causal attention" in why for why in report.skipped.values()] == [True]
+    assert not report.took and ["it is not causal" in why for why in report.skipped.values()] == [True]
 
 
 def test_a_padded_prompt_is_dense():
@@ -255,7 +259,8 @@ def test_a_padded_prompt_is_dense():
     (graph, *_) = accelpass.backends.compiled_graphs()
     (record,) = (r for r in graph.report.records if r.name == "moa")
     assert (
-        "its prompt is dense: it is not a causal attention of a prompt" in record.took["model.layers.0.self_attn"].what
+        "its prompt is dense: its mask may be more than causal (padding?)"
+        in record.took["model.layers.0.self_attn"].what
     )
 
 

@@ -1,0 +1,95 @@
+"""The base of sparse attention: passes that say which blocks of keys the queries of a prompt read."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from accelpass.ir.attention import Attention, detect
+from accelpass.ir.attention.block_select import BlockSelect, causal_form
+from accelpass.ir.attention.fused import block_sparse_why_not
+from accelpass.ir.attention.op import set_spec, spec_of
+from accelpass.ir.graph import known, value
+from accelpass.ir.program import Program
+from accelpass.passes.base import Done, Record, SitePatterns, Skip
+
+_KINDS = {
+    "cross": "queries and keys come from two sequences (cross attention); the method is for self-attention",
+    "joint": "two streams attend jointly; the method is for self-attention of one",
+    "channel": "channels attend to channels; the method is for tokens",
+}
+
+
+@dataclass(frozen=True)
+class SparseAttention(SitePatterns):
+    """Gives each causal self-attention of a prompt a selection of key blocks; sites are chosen by module path.
+
+    Only where there are as many queries as keys: one token at a time reads the whole cache, which keeps all tokens in
+    their order. A selection and a pass that keeps the prompt's tokens in its own way do not meet, as a prompt attends to
+    what it has just computed.
+    """
+
+    phase: ClassVar[str] = "attention"
+
+    @abstractmethod
+    def selection(self, attention: Attention, tokens: Any) -> tuple[BlockSelect, str] | str:
+        """What the queries of a site read and how a user is told, or why the site is left alone.
+
+        Args:
+            tokens: queries and keys, an int or symbolic.
+        """
+
+    def apply(self, program: Program, record: Record) -> None:
+        found = program.analysis(detect)
+        if not found:
+            record.skip("model", "no attention was recognised")
+        for attention in found:
+            wanted = self.wanted(attention.path)
+            why = wanted.why if isinstance(wanted, Skip) else cannot_select(attention)
+            if why is not None:
+                record.skip(attention.path, why)
+                continue
+            assert attention.node is not None
+            made = self.at([attention.path]).selection(attention, value(attention.node.args[0]).shape[2])
+            if isinstance(made, str):
+                record.skip(attention.path, made)
+                continue
+            select, what = made
+            spec = spec_of(attention.node).edited(by=self.name, select=select)
+            why = block_sparse_why_not(spec, attention.node)
+            if why is not None:
+                record.skip(attention.path, f"the block-sparse kernel cannot compute it: {why}")
+                continue
+            set_spec(attention.node, spec)
+            record.take(attention.path, Done(what))
+
+
+def cannot_select(attention: Attention) -> str | None:
+    """Why no blocks can be chosen for a causal prompt here, or None."""
+    node = attention.node
+    if not isinstance(node, fx.Node):
+        return "it is no attention that passes can edit"
+    if attention.kind in _KINDS:
+        return _KINDS[attention.kind]
+    q, k = (value(n) for n in node.args[:2])
+    if q.dim() != 4:
+        return "queries, keys and values are not (batch, heads, tokens, d)"
+    rows, columns = q.shape[2], k.shape[2]
+    if known(rows == 1):
+        return "one token at a time: it attends to the whole cache, and decoding stays dense"
+    if not known(rows == columns):
+        return f"{rows} queries read {columns} keys: it goes on after cached tokens, and stays dense; the method is for whole prompts"
+    spec = spec_of(node)
+    if spec.bias == "sliding_window":
+        return f"it sees its last {spec.window} tokens alone; the method is for attention to all earlier tokens"
+    if spec.bias == "tensor":
+        return (
+            "its mask may be more than causal (padding?); the method needs prompts without an attention_mask, such as a "
+            "single one, or several of one length"
+        )
+    if not causal_form(spec, rows, columns).causal:
+        return "it is not causal: tokens see those after them; the method is for causal attention"
+    return None

@@ -1,0 +1,90 @@
+"""What a mask over a symbolic number of tokens is called: only what it is at every number."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from accelpass.ir import attention
+from accelpass.ir.capture import from_dynamo
+
+
+def causal(at):
+    return at <= at[:, None]
+
+
+def causal_in_parts(at):
+    """As transformers writes it: packed sequences, of which there is one, and positions gathered."""
+    one = (at.diff(prepend=at[:1] - 1) != 1).cumsum(-1)
+    return (one == one[:, None]) & (at[at] <= at[:, None])
+
+
+def additive(at):
+    return torch.zeros(at.shape[0], at.shape[0]).masked_fill(at > at[:, None], -torch.inf)
+
+
+def strictly_earlier(at):
+    return at < at[:, None]
+
+
+def window(at):
+    return causal(at) & (at > at[:, None] - 40)
+
+
+def small_window(at):
+    return causal(at) & (at > at[:, None] - 2)
+
+
+def chunks(at):
+    return causal(at) & (at // 16 == at[:, None] // 16)
+
+
+def half(at):
+    return causal(at) & (at < at.shape[0] // 2 + 1)
+
+
+def long_window(at):
+    """Longer than masks are looked at."""
+    return causal(at) & (at > at[:, None] - 8192)
+
+
+def named(mask, dynamic=True):
+    found = []
+
+    def backend(gm, example):
+        (record,) = attention.detect(from_dynamo(gm, example))
+        found.append((record.spec.bias, record.spec.window))
+        return gm
+
+    def core(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(torch.arange(q.shape[2])))
+
+    torch._dynamo.reset()
+    given = [torch.randn(2, 2, 20, 4) for _ in range(3)]
+    for tensor in given if dynamic else ():
+        torch._dynamo.mark_dynamic(tensor, (0, 2))
+    with torch.no_grad():
+        torch.compile(core, backend=backend, fullgraph=True)(*given)
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("mask", "of_20", "of_any"),
+    [
+        (causal, ("causal", None), ("causal", None)),
+        (causal_in_parts, ("causal", None), ("causal", None)),
+        (additive, ("causal", None), ("causal", None)),
+        (strictly_earlier, ("tensor", None), ("tensor", None)),
+        (window, ("causal", None), ("tensor", None)),
+        (small_window, ("sliding_window", 2), ("sliding_window", 2)),
+        (chunks, ("tensor", None), ("tensor", None)),
+        (half, ("tensor", None), ("tensor", None)),
+        (long_window, ("causal", None), ("tensor", None)),
+    ],
+)
+def test_a_name_holds_for_every_number_of_tokens(mask, of_20, of_any):
+    assert named(mask, dynamic=False) == of_20
+    assert named(mask) == of_any
+
+
+def test_a_mask_of_data_has_no_name():
+    assert named(lambda at: causal(at) & (torch.rand(at.shape[0]) > -1)) == ("tensor", None)
