@@ -37,13 +37,14 @@ Verdict = Take | Skip
 class Done:
     """What was done at one site, with the bytes of its weights before and after.
 
-    ``densities``: of an attention, the share of the keys that the last query of each head sees, at the compiled length.
+    ``densities``: of an attention, the share of its keys that the last query of each head reads in a prompt of ``tokens``.
     """
 
     what: str
     bytes_before: int = 0
     bytes_after: int = 0
     densities: tuple[float, ...] = ()
+    tokens: int = 0
 
 
 @dataclass

@@ -77,7 +77,7 @@ class SpanPass(SitePatterns):
             return rules
         of_heads = rules if len(rules) > 1 else [*rules] * k.shape[1]
         each = [rule for rule in of_heads for _ in range(q.shape[1] // k.shape[1])]  # of query heads
-        said, densities = [shown(rules)], [density(rule, hint(k.shape[2]), chosen.sinks, chosen.block) for rule in each]
+        said, tokens = [shown(rules)], hint(k.shape[2])
         if site is None or site.is_prompt:
             select = HeadSpans(tuple(each if len(rules) > 1 else rules), chosen.sinks, chosen.block)
             selected = spec.edited(by=self.name, select=select)
@@ -96,5 +96,6 @@ class SpanPass(SitePatterns):
             slots = sum(store.most(rule, site.capacity) for rule in each) / len(each)
             said.append(f"at most {slots:.0f} of {site.capacity} tokens a head are kept")
         set_spec(node, spec)
+        densities = [density(rule, tokens, chosen.sinks, chosen.block) for rule in each]
         is_masked = (site is None or site.is_prompt) and dense is None
-        return Done("; ".join(said), densities=tuple(densities) if is_masked else ())
+        return Done("; ".join(said), densities=tuple(densities), tokens=tokens) if is_masked else Done("; ".join(said))
