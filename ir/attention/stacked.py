@@ -1,9 +1,10 @@
 """Block-sparse attention whose heads have lists of their own, on the CPU: pieces of equal length are one batch.
 
-A head's block of queries is too little work for all cores, and a loop over heads and blocks is mostly overhead. So the
-blocks of all heads that read equally many keys are stacked, their keys gathered, and given to torch's kernel at once.
-Blocks that all queries see need no mask; those that are cut (the diagonal) are computed apart and merged by their
-log-sum-exp (Dao et al., 2022, arXiv 2205.14135), so that only they pay for one.
+A head's block of queries is too little work for all cores, and a loop over heads and blocks is mostly overhead. So
+pieces that read equally many keys are stacked over all heads, their keys gathered, and given to torch's kernel at once.
+Neighbouring blocks of queries mostly read the same keys: what all of them read is computed for all of them, as the
+kernel is faster on more rows. Blocks of which queries see a part (the diagonal) are computed apart, so that only they pay
+for a mask. The parts are merged by their log-sum-exp (Dao et al., 2022, arXiv 2205.14135).
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from accelpass.ir.graph import aten
 
-_KEYS = 16384
-"""Keys that one batch gathers: enough work for all cores, and with their values few enough for a cache."""
+_TOGETHER = (8, 2, 1)
+"""How many neighbouring blocks of queries are one piece, largest first: of blocks of 128, the kernel's steps in speed."""
+_KEYS = 8192
+"""Keys that one batch gathers: enough work for all cores, and with values and mask few enough for a cache."""
+_NOWHERE = 1 << 30  # a token after all others
 
 
 def stacked(
@@ -32,79 +36,109 @@ def stacked(
 ) -> tuple[Tensor, Tensor]:
     """As ``block_sparse_attention``, for values as wide as keys; entries of lists that are not valid are 0."""
     batch, heads, rows, width = q.shape
-    columns, groups = k.shape[2], heads // k.shape[1]
-    q_blocks, most = blocks.shape[1:]
-    device, pairs = q.device, batch * heads
-    pair = torch.arange(pairs, device=device)
+    kv_heads, columns = k.shape[1:3]
+    device, q_blocks = q.device, -(-blocks.shape[1] // _TOGETHER[0]) * _TOGETHER[0]
+    pair = torch.arange(batch * heads, device=device)
     tokens = _tokens(order, columns, size, device)
-    own = pair % len(tokens)
-    listed, counts = blocks.long()[pair % len(blocks)], counts[pair % len(blocks)]
-    valid = torch.arange(most, device=device) < counts.unsqueeze(-1)
-    first = tokens.amin(-1)[own].unsqueeze(1).expand(-1, q_blocks, -1).gather(2, listed)
-    last = tokens.masked_fill(tokens >= columns, -1).amax(-1)[own].unsqueeze(1).expand(-1, q_blocks, -1)
-    last = last.gather(2, listed)
-    begin = (torch.arange(q_blocks, device=device) * size).unsqueeze(-1)
-    end = (begin + (size - 1)).clamp_max(rows - 1)
-    seen, whole = valid, valid
-    if columns % size:
-        whole = whole & (listed < tokens.shape[1] - 1)  # the last block has places without a token
-    if causal:
-        seen, whole = seen & (first <= end), whole & (last <= begin)
-    if reach >= 0:
-        seen = seen & (first <= end + reach) & (last >= begin - reach)
-        whole = whole & (first >= end - reach) & (last <= begin + reach)
-    padded = F.pad(q, (0, 0, 0, q_blocks * size - rows)).reshape(-1, 1, size, width)
-    rows_of_k, rows_of_v = (t.reshape(-1, width) for t in (k, v))
-    start = (pair // heads * k.shape[1] + pair % heads // groups) * columns
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32  # two parts are added: rounded once
-    out = torch.zeros(pairs * q_blocks, size, width, dtype=wide, device=device)
-    lse = torch.full((pairs * q_blocks, size), -torch.inf, device=device)
-    for part, masked in ((seen & whole, False), (seen & whole.logical_not(), True)):
+    begin = (torch.arange(q_blocks, device=device, dtype=torch.int32) * size).unsqueeze(-1)
+    listed = _grid(blocks, counts, q_blocks, tokens.shape[1])[pair % len(blocks)]
+    whole, cut = _parts(listed, tokens[pair % len(tokens)], begin, rows, reach, causal)
+    queries = F.pad(q, (0, 0, 0, q_blocks * size - rows)).reshape(-1, width)
+    keys, values = (t.reshape(-1, width) for t in (k, v))
+    start = (pair // heads * kv_heads + pair % heads // (heads // kv_heads)) * columns
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32  # parts are added: rounded once
+    out = torch.zeros(len(queries), width, dtype=wide, device=device)
+    lse = torch.full((len(queries),), -torch.inf, device=device)
+    room = [q.new_empty(0), q.new_empty(0)]  # fresh memory for each batch would cost as much as filling it
+
+    def add(part: Tensor, together: int, masked: bool) -> None:
+        """Attend over the key blocks ``(pairs, pieces, k_blocks)`` of ``together`` query blocks each."""
+        many = q_blocks // together
         number = part.sum(-1).flatten()
-        chosen = listed.masked_fill(part.logical_not(), tokens.shape[1]).sort(-1).values.flatten(0, 1)
+        chosen = torch.where(part, torch.arange(part.shape[2], device=device), part.shape[2]).sort(-1).values
+        chosen = chosen.flatten(0, 1)
+        asked, found, logs = (t.view(len(number), together * size, -1) for t in (queries, out, lse))
         for count in number.unique().tolist():
             if not count:
                 continue
             for at in (number == count).nonzero().flatten().split(max(1, _KEYS // (count * size))):
-                of = at // q_blocks
-                token = tokens[own[of].unsqueeze(-1), chosen[at, :count]].flatten(1)
-                rows_at = (start[of].unsqueeze(-1) + token.clamp_max(columns - 1)).flatten()
-                keys, values = (t.index_select(0, rows_at).view(len(at), 1, -1, width) for t in (rows_of_k, rows_of_v))
-                if not masked:
-                    made, logs = dense(padded[at], keys, values, None, scale)
-                    out[at], lse[at] = made.squeeze(1).to(wide), logs.squeeze(1)
-                    continue
-                query = begin[at % q_blocks] + torch.arange(size, device=device)
-                hidden = _hidden(query.unsqueeze(-1), token.unsqueeze(1), columns, reach, causal)
-                mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf).unsqueeze(1)
-                made, logs = dense(padded[at], keys, values, mask, scale)
-                empty = hidden.all(-1)
-                made = made.squeeze(1).to(wide).masked_fill(empty.unsqueeze(-1), 0.0)
-                out[at], lse[at] = _merged(out[at], lse[at], made, logs.squeeze(1).masked_fill(empty, -torch.inf))
-    out, lse = (t.view(batch, heads, q_blocks * size, *t.shape[2:])[:, :, :rows] for t in (out, lse))
+                of = at // many
+                token = tokens[(of % len(tokens)).unsqueeze(-1), chosen[at, :count]].flatten(1)
+                held = (start[of].unsqueeze(-1) + token.clamp_max(columns - 1)).flatten()
+                if len(held) > len(room[0]):
+                    room[:] = [q.new_empty(len(held), width) for _ in room]
+                near, far = (
+                    torch.index_select(t, 0, held, out=r[: len(held)]).view(len(at), 1, -1, width)
+                    for t, r in zip((keys, values), room, strict=True)
+                )
+                mask = empty = None
+                if masked:
+                    query = (begin[at % many] + begin.new_tensor(range(size))).unsqueeze(-1)
+                    mask, empty = _mask(query, token.unsqueeze(1), reach, causal, q.dtype)
+                    mask = mask.unsqueeze(1)
+                made, log = dense(asked[at].unsqueeze(1), near, far, mask, scale)
+                made, log = made.squeeze(1).to(wide), log.squeeze(1).unsqueeze(-1)
+                if empty is not None:
+                    made, log = made.masked_fill(empty, 0.0), log.masked_fill(empty, -torch.inf)
+                first = together == _TOGETHER[0]
+                found[at], logs[at] = (made, log) if first else _merged(found[at], logs[at], made, log)
+
+    for together in _TOGETHER:
+        each = whole.unflatten(1, (-1, together))
+        common = each.all(2)
+        add(common, together, False)
+        whole = (each & common.unsqueeze(2).logical_not()).flatten(1, 2)
+    add(cut, 1, True)
+    out, lse = (t.view(batch, heads, -1, *t.shape[1:])[:, :, :rows] for t in (out, lse))
     return out, lse
 
 
 def _tokens(order: Tensor | None, columns: int, size: int, device: torch.device) -> Tensor:
-    """The token at each place, ``(tables, k_blocks, size)``; ``columns`` where there is none."""
-    places = torch.arange(columns, device=device).unsqueeze(0) if order is None else order.long()
-    return F.pad(places, (0, -columns % size), value=columns).unflatten(1, (-1, size))
+    """The token at each place, int32 ``(tables, k_blocks, size)``; ``_NOWHERE`` where there is none."""
+    places = torch.arange(columns, dtype=torch.int32, device=device).unsqueeze(0) if order is None else order
+    return F.pad(places, (0, -columns % size), value=_NOWHERE).unflatten(1, (-1, size))
 
 
-def _hidden(query: Tensor, token: Tensor, columns: int, reach: int, causal: bool) -> Tensor:
-    """What is cut off, of queries ``(pieces, size, 1)`` and tokens ``(pieces, 1, keys)``."""
-    hidden = (token >= columns).expand(-1, query.shape[1], -1)
+def _grid(blocks: Tensor, counts: Tensor, q_blocks: int, k_blocks: int) -> Tensor:
+    """The lists as booleans ``(tables, q_blocks, k_blocks)``; further query blocks list nothing."""
+    valid = torch.arange(blocks.shape[2], device=blocks.device) < counts.unsqueeze(-1)
+    at = blocks.long().masked_fill(valid.logical_not(), k_blocks)
+    found = torch.zeros(len(blocks), q_blocks, k_blocks + 1, dtype=torch.bool, device=blocks.device)
+    return found.scatter_(2, at, True)[..., :k_blocks]
+
+
+def _parts(listed: Tensor, tokens: Tensor, begin: Tensor, rows: int, reach: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """Of the listed blocks those that all queries see all of, and those of which some see some."""
+    first, last = tokens.amin(-1).unsqueeze(1), tokens.amax(-1).unsqueeze(1)
+    end = (begin + (tokens.shape[2] - 1)).clamp_max(rows - 1)
+    seen, whole = listed, last < _NOWHERE
     if causal:
-        hidden = hidden | (token > query)
-    return hidden | ((token - query).abs() > reach) if reach >= 0 else hidden
+        seen, whole = seen & (first <= end), whole & (last <= begin)
+    if reach >= 0:
+        # The last token of a block with places that hold none is not known; such a block is cut, not left out.
+        away = (last < begin - reach) | (first > end + reach)
+        seen, whole = seen & away.logical_not(), whole & (first >= end - reach) & (last <= begin + reach)
+    return seen & whole, seen & whole.logical_not()
+
+
+def _mask(query: Tensor, token: Tensor, reach: int, causal: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What is cut off, as an additive mask, of queries ``(pieces, size, 1)`` and tokens ``(pieces, 1, keys)``; and the
+    queries that see none of them, ``(pieces, size, 1)``."""
+    if causal and reach < 0:
+        hidden, empty = token > query, token.amin(-1, keepdim=True) > query
+    else:
+        hidden = token > (query if causal else _NOWHERE - 1)
+        hidden = (hidden | ((token - query).abs() > reach) if reach >= 0 else hidden).expand(-1, query.shape[1], -1)
+        empty = hidden.all(-1, keepdim=True)
+    least = torch.tensor(-torch.inf, dtype=dtype, device=query.device)
+    return torch.where(hidden, least, torch.zeros_like(least)), empty
 
 
 def _merged(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Two attentions of the same queries over different keys as one."""
     total = torch.logaddexp(lse, more_lse)
     finite = total.masked_fill(total == -torch.inf, 0.0)
-    shares = ((one - finite).exp().unsqueeze(-1) for one in (lse, more_lse))
-    return out * next(shares) + more * next(shares), total
+    return out * (lse - finite).exp_() + more * (more_lse - finite).exp_(), total
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
