@@ -14,36 +14,54 @@ from accelpass.ir.capture import from_dynamo
 from accelpass.ir.errors import AccelpassError, OptionError
 from accelpass.ir.program import Program
 from accelpass.kv_cache import KVCache
-from accelpass.passes.base import Calibrated, Run, Watch
+from accelpass.loss_study import LossStudy, parted
+from accelpass.passes.base import Calibrated, CalibratedOnLoss, Run, Watch
 from accelpass.passes.plan import Plan
 from accelpass.passes.registry import make
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], passes: Sequence[Any], progress: bool = True) -> Plan:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    passes: Sequence[Any],
+    progress: bool = True,
+    validation: Iterable[Any] | None = None,
+) -> Plan:
     """Fit what ``passes`` learn from data; give the plan to ``torch.compile`` as ``options={"plan": plan}``.
 
     Args:
         model: the model as it is, not compiled.
-        batches: token ids ``(batch, tokens)``, or dicts of the model's arguments. They are read several times.
+        batches: token ids ``(batch, tokens)``, or dicts of the model's arguments. They are read several times. For passes
+            that learn from the loss (``moa``), a dict may have ``labels`` as transformers takes them: the token at each
+            place, -100 where it does not count; without, every next token counts.
         passes: as in ``torch.compile``'s options; those that learn nothing are put into the plan with their settings.
         progress: show a bar.
+        validation: batches that candidates of such passes are compared on. Of ``batches`` alone, the longest are held
+            back for it; of several that are all equally long, the last.
 
     Raises:
         OptionError: no batch, or no pass.
         AccelpassError: a pass found nothing to fit; says why.
     """
-    held = [b if isinstance(b, Mapping) else {"input_ids": b} for b in batches]
+    held = _held(batches)
     made = [make(p) for p in passes]
     if not held or not made:
         raise OptionError(f"calibrate needs {'batches of data' if not held else 'passes'}; there are none")
     tensors: dict[str, Tensor] = {}
-    fitted = [p for p in made if isinstance(p, Calibrated)]
-    if fitted:
-        program = _captured(model, held[0])
-        with Progress(disable=not progress) as bar:
-            for p in fitted:
+    with Progress(disable=not progress) as bar:
+        if any(isinstance(p, Calibrated) for p in made):
+            program = _captured(model, held[0])
+        for p in made:
+            if isinstance(p, Calibrated):
                 tensors |= p.calibrate(program, _runner(model, held, bar, p.name))
+            if isinstance(p, CalibratedOnLoss):
+                kept, others = parted(held, _held(validation or ()))
+                tensors |= p.calibrate_on_loss(LossStudy(model, kept, others, bar, p.name))
     return Plan.of(model, [*made], tensors)
+
+
+def _held(batches: Iterable[Any]) -> list[Mapping[str, Any]]:
+    return [b if isinstance(b, Mapping) else {"input_ids": b} for b in batches]
 
 
 def _runner(model: nn.Module, batches: Sequence[Mapping[str, Any]], bar: Progress, name: str) -> Run:

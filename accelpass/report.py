@@ -12,6 +12,7 @@ from torch import nn
 
 from accelpass.backends import CompiledGraph
 from accelpass.cache_report import CacheReport, cache_reports
+from accelpass.density_view import DensityView
 from accelpass.ir.derived import is_released
 from accelpass.lookup import Found, reads
 from accelpass.passes.base import Done
@@ -76,6 +77,7 @@ class Report:
         seconds: spent in compiling all graphs; ``seconds_in_passes`` of them in accelpass.
         notes: what a reader must know to read the figures right.
         steps: what is done at each denoising step, if a pass chooses by step; FLOPs are then the mean over the steps.
+        densities: of each pass that chose what the heads of prompts read, how much that is.
         caches: each live ``accelpass.KVCache`` that holds tokens of this model, as it is now.
         survivors: which tokens of the last prompt went on, for each place that chose some.
     """
@@ -96,6 +98,8 @@ class Report:
     steps: StepPlanView | None = None
     survivors: tuple[SurvivingTokens, ...] = ()
 
+    densities: tuple[DensityView, ...] = ()
+
     @classmethod
     def of(cls, found: Found) -> Report:
         """The report of the graphs of one compiled model."""
@@ -115,11 +119,13 @@ class Report:
             flops = None if flops is None or not counted else _sum(flops, max(counted))
             derived += max(_packed_bytes(g, remembered) for g in group)
         memory = {**_memory(found), "derived": derived}
+        passes = _passes(found.graphs)
         return cls(
             model=", ".join(type(m).__name__ for m in found.modules) or "function",
             found={k: n for k, n in kinds.items() if n},
             graphs=tuple(graphs),
-            passes=_passes(found.graphs),
+            passes=passes,
+            densities=tuple(filter(None, (DensityView.of(p.name, p.took) for p in passes.values()))),
             weight_bytes=(before, after),
             flops=flops,
             memory=memory,

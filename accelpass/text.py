@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from accelpass.cache_report import CacheReport, LayerBytes, layers_alike
+from accelpass.density_view import Bars
 from accelpass.grouping import alike, collapse
 from accelpass.report import PassReport, Report
 from accelpass.step_picture import table
@@ -86,6 +87,9 @@ def lines(report: Report, width: int = WIDTH) -> Iterator[RenderableType]:
         yield _figure("steps", report.steps.said)
         yield table(report.steps)
     yield from _survivors(report.survivors, width)
+
+    for view in report.densities:
+        yield Padding(Bars(view), (0, 0, 0, 2))
     for cache in report.caches[:_CACHES]:
         yield from _cache(cache)
     if len(report.caches) > _CACHES:

@@ -66,7 +66,7 @@ def pruned_model(
     made = _tokens(program)
     try:
         if fresh and isinstance(made, int):
-            sizes = []
+            sizes: list[int] = []
             for share in keep:
                 sizes.append(kept(sizes[-1] if sizes else made, share))
             graph = builder.graph(program, inputs, sizes)

@@ -37,6 +37,7 @@ from benchmarks import (
     memory,
     pixart_steps,
     quality,
+    sparse_quality,
 )
 
 Content = dict[str, Any]
@@ -157,6 +158,14 @@ def _kv_quality(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": rows, "capacity": sizes.capacity, "scored": sizes.scored}
 
 
+def _sparse_quality(model: Any, tokenizer: Any, given: Given) -> Content:
+    sizes = sparse_quality.QUICK if given.quick else sparse_quality.SHORT if given.short else sparse_quality.TASKS
+    calibration = sparse_quality.QUICK_CALIBRATION if given.quick else sparse_quality.Calibration()
+    names = given.among(list(sparse_quality.METHODS))
+    rows = sparse_quality.measure(model, tokenizer, names, sizes, calibration, _say)
+    return {"rows": rows, "capacity": sizes.capacity, "scored": sizes.scored, "depths": sizes.depths}
+
+
 def _kv_prefill(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": kv_prefill.measure(model, tokenizer, _say)}
 
@@ -210,6 +219,12 @@ PARTS = {
         "is part of the prompt or comes when the context is stored; bytes of a cache of {capacity} tokens",
         apart=tuple(kv_quality.METHODS),
     ),
+    "sparse_quality": Part(
+        _sparse_quality,
+        "Sparse attention: perplexity of the last {scored} tokens of a context, and pass keys found at {depths} depths, as for "
+        "KV caches; bytes of a cache of {capacity} tokens",
+        apart=tuple(sparse_quality.METHODS),
+    ),
     "kv_prefill": Part(_kv_prefill, "KV caches: prompts, with and without scores"),
     "kv_memory": Part(_kv_memory, "KV caches: a process that reads 4080 tokens and answers, over what it held before"),
     "kv_decode": Part(_kv_decode, "KV caches: decode, batch 1, of the last {tokens} tokens of a context"),
@@ -243,14 +258,14 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="of the KV and diffusion parts: short, results under build/"
     )
-    parser.add_argument("--short", action="store_true", help="of kv_quality: fewer windows, no pass keys at 4k")
+    parser.add_argument("--short", action="store_true", help="of kv_quality, sparse_quality: less of it, none at 8k")
     parser.add_argument("--peer", help="a Python with kvpress (kv_quality) or cache-dit (digits_steps), measured too")
     parser.add_argument("--per-class", type=int, default=Given.per_class, help="of digits_steps: images of each digit")
     given = parser.parse_args()
     if given.quick:
         given.results = Path("build/quick_results")
     candidates = None if given.only_candidates is None else tuple(given.only_candidates.split(";"))
-    known = [*kv_quality.METHODS, *kv_decode.CANDIDATES, *digits_steps.CANDIDATES]
+    known = [*kv_quality.METHODS, *sparse_quality.METHODS, *kv_decode.CANDIDATES, *digits_steps.CANDIDATES]
     unknown = set(candidates or ()) - {"none", *known}
     if unknown:
         parser.error(f"no candidate {'; '.join(sorted(unknown))}; there are {'; '.join(known)}")

@@ -7,10 +7,11 @@ import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, ClassVar, Self, get_type_hints
+from typing import Any, ClassVar, Protocol, Self, get_type_hints
 
 from torch import Tensor
 
+from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.errors import OptionError
 from accelpass.ir.program import Program
 
@@ -34,11 +35,16 @@ Verdict = Take | Skip
 
 @dataclass(frozen=True)
 class Done:
-    """What was done at one site, with the bytes of its weights before and after."""
+    """What was done at one site, with the bytes of its weights before and after.
+
+    ``densities``: of an attention, the share of its keys that the last query of each head reads in a prompt of ``tokens``.
+    """
 
     what: str
     bytes_before: int = 0
     bytes_after: int = 0
+    densities: tuple[float, ...] = ()
+    tokens: int = 0
 
 
 @dataclass
@@ -182,6 +188,32 @@ class Calibrated(ABC):
 
         Raises:
             PassError: the graph has nothing to fit; says why.
+        """
+
+
+Attend = Callable[[AttentionSpec, Tensor, Tensor, Tensor], Tensor | None]
+"""Computes an attention from its spec and ``(batch, heads, tokens, d)`` operands; None: as the model does."""
+
+
+class Study(Protocol):
+    """The model's loss on calibration data, with each attention computed as a pass says."""
+
+    def gradients(self, attend: Attend, what: str) -> None:
+        """Run the loss of each batch and its gradient; what ``attend`` returns must be differentiable."""
+
+    def perplexity(self, attend: Attend, what: str) -> float:
+        """On the batches that :meth:`gradients` does not see, unless there are no others."""
+
+
+class CalibratedOnLoss(ABC):
+    """Mix-in of passes that learn from what changes the model's loss."""
+
+    @abstractmethod
+    def calibrate_on_loss(self, study: Study) -> dict[str, Tensor]:
+        """Fit, and return tensors by name for a plan; ``apply`` finds them as ``program.artefacts``.
+
+        Raises:
+            PassError: the model has nothing to fit; says why.
         """
 
 

@@ -6,9 +6,10 @@ write in place; the compiler traces them into the graph, and tests run them as t
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -201,6 +202,22 @@ class Query:
         extras = [e[..., -1:, :] if e.dim() > 1 and e.shape[-2] == rows else e for e in self.extras]
         return Query(self._given[:, :, -1:], extras, self.spec, self.layout)
 
+    def heads(self, chosen: Sequence[int]) -> Query:
+        """The side of some key/value heads alone, for rows that are stored apart; ``chosen`` ascends."""
+        part = copy.copy(self)
+        part.q = of_heads(self.q, chosen)
+        part.layout = replace(self.layout, kv_heads=len(chosen))
+        all_heads = self.layout.kv_heads * self.spec.groups
+        query_heads = [h * self.spec.groups + g for h in chosen for g in range(self.spec.groups)]
+        part._given = of_heads(self._given, query_heads)
+        part.extras = [
+            of_heads(e, query_heads, -3)
+            if e.dim() > 2 and e.shape[-3] == all_heads
+            else (of_heads(e, chosen, -3) if e.dim() > 2 and e.shape[-3] == self.layout.kv_heads else e)
+            for e in self.extras
+        ]
+        return part
+
     def logits(self, segment: Segment) -> Tensor:
         """Scores of a segment's keys, as the model masks and biases them."""
         q = self.q if segment.q is None else segment.q
@@ -282,6 +299,16 @@ class Query:
             return taken.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
         place = place.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
         return full.expand(batch, -1, -1, -1).gather(-1, place.expand(-1, -1, height, -1))
+
+
+def of_heads(x: Tensor, chosen: Sequence[int], dim: int = 1) -> Tensor:
+    """Some of ``x`` along the dimension of heads, in runs: an index would be a tensor to copy to the device."""
+    starts = [i for i, h in enumerate(chosen) if i == 0 or h != chosen[i - 1] + 1]
+    ends = [*starts[1:], len(chosen)]
+    runs = [x.narrow(dim, chosen[a], b - a) for a, b in zip(starts, ends, strict=True)]
+    if len(runs) == 1:
+        return x if runs[0].shape[dim] == x.shape[dim] else runs[0]
+    return torch.cat(runs, dim)
 
 
 def fence(x: Tensor) -> Tensor:

@@ -1,0 +1,159 @@
+"""The model's loss on calibration data, run from its graph so that each attention can be computed in another way."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
+from torch.utils.checkpoint import checkpoint
+
+from accelpass.ir import attention
+from accelpass.ir.attention.op import ATTENTION, is_attention
+from accelpass.ir.capture import from_dynamo
+from accelpass.ir.errors import OptionError, PassError
+from accelpass.passes.base import Attend
+
+IGNORED = -100
+"""The label of a token that does not count, as transformers and torch have it."""
+_KEPT = 64
+"""Logits are kept for as many last tokens as count, rounded up to this, so that few graphs serve all batches."""
+
+Batch = Mapping[str, Any]
+
+
+def parted(batches: Sequence[Batch], validation: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """What is learnt from and what is compared on; see :func:`accelpass.calibrate`."""
+    if validation:
+        return list(batches), list(validation)
+    lengths = [b["input_ids"].shape[1] for b in batches]
+    if len(set(lengths)) > 1:
+        return (
+            [b for b, n in zip(batches, lengths, strict=True) if n < max(lengths)],
+            [b for b, n in zip(batches, lengths, strict=True) if n == max(lengths)],
+        )
+    return (list(batches[:-1]), list(batches[-1:])) if len(batches) > 1 else (list(batches), list(batches))
+
+
+class LossStudy:
+    """A :class:`~accelpass.passes.base.Study` of one model.
+
+    Each length of a batch is captured once. Between attentions activations are recomputed for the gradient: what is kept
+    is a few tensors a layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], validation: Sequence[Batch], bar: Progress, name: str
+    ) -> None:
+        self.model, self.batches, self.validation, self.bar, self.name = model, batches, validation, bar, name
+        self._attend: Attend = _as_it_is
+        self._graph = torch.compile(model, backend=self._backend, dynamic=False)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def gradients(self, attend: Attend, what: str) -> None:
+        self._attend = attend
+        for batch in self.bar.track(self.batches, description=f"{self.name}: {what}"):
+            with torch.enable_grad():
+                total, count = self._loss(batch, True)
+                if not total.requires_grad:
+                    raise PassError(
+                        f"{self.name}: no attention that it could be measured at takes part in the model's loss"
+                    )
+                (total / count).backward()
+
+    def perplexity(self, attend: Attend, what: str) -> float:
+        self._attend = attend
+        sums = []
+        for batch in self.bar.track(self.validation, description=f"{self.name}: {what}"):
+            with torch.no_grad():
+                total, count = self._loss(batch, False)
+            sums.append((float(total), count))
+        return math.exp(sum(total for total, _ in sums) / sum(count for _, count in sums))
+
+    def _loss(self, batch: Batch, gradients: bool) -> tuple[Tensor, int]:
+        """Cross entropy, summed, and of how many tokens."""
+        given = {k: v for k, v in batch.items() if k != "labels"}
+        labels = batch.get("labels", batch["input_ids"])[:, 1:]
+        counts = (labels != IGNORED).any(0).nonzero()[:, 0]
+        if not len(counts):
+            raise OptionError(f"{self.name}: a batch has no label that counts; all of them are {IGNORED}")
+        last = labels.shape[1] - int(counts[0])
+        if self._keeps and last < labels.shape[1]:
+            last = min(labels.shape[1], -(-last // _KEPT) * _KEPT)
+            given["logits_to_keep"] = last + 1  # the last one is of a token that is not there
+        self._gradients = gradients
+        with torch.no_grad():
+            logits = self._graph(**given, use_cache=False).logits
+        with torch.set_grad_enabled(gradients):
+            shown = logits[:, :-1][:, -last:]
+            total = F.cross_entropy(
+                shown.flatten(0, 1).float(), labels[:, -last:].flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+        return total, int((labels != IGNORED).sum())
+
+    def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        program = from_dynamo(gm, inputs)
+        with torch.no_grad():
+            attention.insert(program)
+        part = 0
+
+        def number(node: fx.Node) -> int:
+            nonlocal part
+            mine, part = part, part + is_attention(node)
+            return mine
+
+        parts = split_module(program.gm, program.gm, number, keep_original_order=True)
+
+        def run(*given: Any) -> Any:
+            with torch.set_grad_enabled(self._gradients):
+                return _Parts(parts, self._attend, self._gradients).run(*(_detached(t) for t in given))
+
+        return run
+
+
+def _as_it_is(spec: attention.AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    return None
+
+
+def _detached(given: Any) -> Any:
+    """Weights get no gradient of their own: it would be as large as the model, and nothing reads it."""
+    return given.detach() if isinstance(given, Tensor) else given
+
+
+class _Parts(fx.Interpreter):
+    """Runs the parts of a graph that attentions end; each is recomputed in the backward."""
+
+    def __init__(self, gm: fx.GraphModule, attend: Attend, gradients: bool) -> None:
+        super().__init__(gm)
+        self.attend, self.gradients = attend, gradients
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = _Part(self.fetch_attr(target), self.attend).run
+        return checkpoint(run, *args, use_reentrant=False, **kwargs) if self.gradients else run(*args, **kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _Part.call_function(self, target, args, kwargs)  # type: ignore[arg-type]
+
+
+class _Part(fx.Interpreter):
+    """One part; its attention is what the study's caller makes of it."""
+
+    def __init__(self, gm: fx.GraphModule, attend: Attend) -> None:
+        super().__init__(gm)
+        self.attend = attend
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch._C._set_grad_enabled:
+            return None  # the model was captured without gradients; it would put that state back in the middle
+        if target is not ATTENTION:
+            return fx.Interpreter.call_function(self, target, args, kwargs)
+        q, k, v, extras, text = args
+        spec = attention.AttentionSpec.from_json(text)
+        made = self.attend(spec, q, k, v)
+        return attention.attend(q, k, v, extras, spec)[0] if made is None else made

@@ -1,0 +1,105 @@
+"""What sparse attention costs in quality: SmolLM2 goes on with prose, and finds pass keys in it, at half the density.
+
+Prompts and cache are both as the passes say. MoA's plan is found first, from answers that the dense model gives about prose
+that no task reads, as in its paper: rules are profiled at two lengths, and compared at a third, longer one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import accelpass
+from accelpass.loss_study import IGNORED
+from accelpass.passes.plan import Plan
+from benchmarks.kv_quality import Compiled, dense_bytes, progress
+from benchmarks.kv_tasks import QUICK as QUICK_TASKS
+from benchmarks.kv_tasks import Row, Sizes, Tasks, prose
+
+DENSITY = 0.5
+METHODS: dict[str, list[Any]] = {
+    "dense": [],
+    f"sink_window, {DENSITY:.0%}": [{"name": "sink_window", "density": DENSITY}],
+    f"moa, {DENSITY:.0%}": [{"name": "moa", "density": DENSITY}],
+}
+# Answers that need what stands far before them, as those of the paper's long questions do.
+QUESTIONS = ("\n\nThe text above begins with the words:", "\n\nA short summary of the text above:")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Lengths that are profiled, each with one sample for each question, and the length that plans are compared at."""
+
+    lengths: tuple[int, ...] = (2048, 4096)
+    compared: int = 8192
+    answer: int = 96
+    step: int = 1024
+
+    @property
+    def tokens(self) -> int:
+        return len(QUESTIONS) * sum(self.lengths) + self.compared
+
+
+TASKS = Sizes(windows={2048: 3, 4096: 2, 8192: 1}, contexts=(2048, 4096, 8192))
+SHORT = Sizes(windows={2048: 2, 4096: 1}, contexts=(2048, 4096), depths=5)
+QUICK, QUICK_CALIBRATION = QUICK_TASKS, Calibration((512, 768), 1024, 16, 256)
+
+
+def measure(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    names: list[str],
+    sizes: Sizes,
+    calibration: Calibration,
+    say: Callable[[str], None],
+) -> list[Row]:
+    """One row for each method of :data:`METHODS` that is named; ``calibration_s``: seconds in which its plan was found."""
+    tasks, rows = Tasks(tokenizer, sizes), []
+    with progress() as bar:
+        for name in names:
+            torch._dynamo.reset()
+            started = time.perf_counter()
+            plan = planned(model, tokenizer, METHODS[name], calibration) if name.startswith("moa") else None
+            seconds = round(time.perf_counter() - started) if plan else None
+            torch._dynamo.reset()
+            reader = Compiled(model, METHODS[name], sizes.capacity, plan)
+            task = bar.add_task(name, total=sizes.units, doing="compiling")
+            asked = tasks.ask(reader, lambda doing, task=task: bar.update(task, advance=1, doing=doing))
+            held = reader.cache.nbytes()
+            share = round(held / dense_bytes(model, sizes.capacity), 3)
+            rows.append({"name": name, **asked, "cache_bytes": held, "share_of_dense": share, "calibration_s": seconds})
+            bar.update(task, doing="")
+            say(json.dumps(rows[-1]))
+    return rows
+
+
+def planned(model: Any, tokenizer: Any, passes: list[Any], sizes: Calibration) -> Plan:
+    """A plan from the last of the prose, which no task reads."""
+    text = tokenizer(prose(), return_tensors="pt", add_special_tokens=False).input_ids[0, -sizes.tokens :]
+    batches = []
+    for length in (*sizes.lengths, sizes.compared):
+        for question in QUESTIONS if length != sizes.compared else QUESTIONS[-1:]:
+            batches.append(answered(model, tokenizer, text[:length], question, sizes.answer))
+            text = text[length:]
+    made = [{**p, "step": sizes.step} for p in passes]
+    return accelpass.calibrate(model, batches, made, progress=False)
+
+
+@torch.no_grad()
+def answered(model: Any, tokenizer: Any, text: Tensor, question: str, answer: int) -> dict[str, Tensor]:
+    """As many tokens as ``text`` has: its beginning, a question, and the dense model's answer, which alone has labels."""
+    asked = tokenizer(question, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    prompt = torch.cat([text[: len(text) - len(asked) - answer], asked])[None]
+    ids = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=answer, max_new_tokens=answer,
+        pad_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    labels = ids.clone()
+    labels[:, : prompt.shape[1]] = IGNORED
+    return {"input_ids": ids, "labels": labels}
