@@ -100,7 +100,8 @@ class TokenPruning(Pass):
         assert node is not None
         spec = spec_of(node)
         refuse(spec, "store", self.name, "one keeps a layer's rows at the positions of the tokens, the other elsewhere")
-        refuse(spec, "select", self.name, "both choose the tokens that a layer's attention reads")
+        if not site.is_prompt:  # of a prompt, tokens may leave and those that stay read some of each other alone
+            refuse(spec, "select", self.name, "both choose the tokens that a layer's attention reads")
         set_spec(node, spec.edited(by=self.name, store=RowsAtPositions(scored)))
         if site.is_prompt and scored:
             remember(program, importance_name(number), _importance(program, node))

@@ -36,6 +36,7 @@ class LazyLLM(TokenPruning):
         "drop tokens between blocks by the last token's attention; later steps may take them up again"
     )
     paper: ClassVar[str] = "LazyLLM, arXiv 2407.14057"
+    after: ClassVar[tuple[str, ...]] = ("pbs_attn",)
     keep: tuple[float, ...] = (0.5, 0.5, 0.5)
     layers: tuple[int, ...] = ()
 
