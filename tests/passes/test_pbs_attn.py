@@ -252,6 +252,17 @@ def test_a_plain_forward_of_any_length(dynamic):
     assert len(graphs) == {False: 2, True: 1, None: 2}[dynamic]
 
 
+@pytest.mark.slow
+def test_compiled_by_inductor_for_any_length():
+    model = llama()
+    fast = torch.compile(model, backend="accelpass", options={"passes": [PBS]}, dynamic=True)
+    for n in (21, 43, 60):
+        (ids,) = tokens(2, n, seed=n)
+        want = oracle_forward(model, ids, PBSOracle(4, 8, 0.6))
+        torch.testing.assert_close(forward(fast, ids), want, atol=1e-4, rtol=1e-4)
+    assert len(accelpass.explain(fast).graphs) == 1
+
+
 def test_prompts_of_any_length_share_a_graph():
     model, graphs = llama(), []
     fast = compiled(model, PBS)
