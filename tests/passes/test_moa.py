@@ -330,6 +330,14 @@ def test_labels_that_do_not_count_change_nothing():
         )
 
 
+@pytest.mark.slow
+def test_many_lengths():
+    """Each is a graph of its own, and each is measured: Dynamo stops at eight by itself."""
+    lengths = range(24, 34)
+    plan = accelpass.calibrate(llama(layers=1), data(*lengths), [{**CALIBRATED, "density": 0.9}], False, data(40))
+    assert plan.tensors["moa/perplexity"].isfinite().all()
+
+
 def test_nothing_to_calibrate():
     torch.manual_seed(0)
     config = MistralConfig(
