@@ -16,7 +16,7 @@ from accelpass.ir.errors import OptionError, PassError, PlanError
 from accelpass.ir.program import Program
 from accelpass.passes.base import Attend, CalibratedOnLoss, Skip, Study
 from accelpass.passes.sparse_attention.moa_profile import Profile, dense
-from accelpass.passes.sparse_attention.moa_search import LEVELS, Problem, pareto, search_space
+from accelpass.passes.sparse_attention.moa_search import Problem, pareto, search_space
 from accelpass.passes.sparse_attention.span_pass import SpanPass
 from accelpass.passes.sparse_attention.spans import HeadSpans, Rule, density, not_a_prompt
 
@@ -126,7 +126,7 @@ class MoA(SpanPass, CalibratedOnLoss):
         heads = [profile.kv_heads[s] for s in sites]
         problem = Problem(np.stack(losses), np.array(densities), np.repeat(np.arange(len(sites)), heads), self.density)
         made = []
-        for chosen in pareto(problem, levels=LEVELS):
+        for chosen in pareto(problem):
             parts = np.split(chosen, np.cumsum(heads)[:-1])
             made.append({s: [rules[r] for r in part] for s, part in zip(sites, parts, strict=True)})
         return made
