@@ -344,7 +344,10 @@ def test_nothing_to_calibrate():
         vocab_size=96, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, head_dim=16,
         num_key_value_heads=2, sliding_window=6,
     )  # fmt: skip
-    with pytest.raises(AccelpassError, match=r"moa: no attention that it could be measured at"):
+    with pytest.raises(AccelpassError, match=r"moa found no attention to calibrate: model.layers.0.*sliding window"):
         accelpass.calibrate(MistralForCausalLM(config).eval(), data(32), [CALIBRATED], progress=False)
     with pytest.raises(PassError, match=r"mean density of 0.05 or less; the narrowest have"):
         accelpass.calibrate(llama(), data(32), [{**CALIBRATED, "density": 0.05}], progress=False)
+    padded = {"input_ids": data(36)[0], "attention_mask": (torch.arange(36) > 4).long()[None]}
+    with pytest.raises(PassError, match="on some of the batches alone.*as for padding.*without padding"):
+        accelpass.calibrate(llama(), [*data(32), padded], [CALIBRATED], progress=False, validation=data(40))
