@@ -54,7 +54,11 @@ def cache_for(model: Any, length: int, options: dict[str, Any]) -> Any:
     Raises:
         CacheError: they change how keys and values are kept, and the model keeps them otherwise.
     """
-    if not changes_cache(options):
+    from accelpass.passes.options import parse
+    from accelpass.passes.sparse_attention.base import SparseAttention
+
+    # In a static cache a prompt's keys are as many as the cache is long, and no pass can tell that they are its own.
+    if not changes_cache(options) and not any(isinstance(p, SparseAttention) for p in parse(options).passes):
         return new_cache(model, length)
     from accelpass.kv_cache import KVCache
 

@@ -127,14 +127,19 @@ def _attention(node: fx.Node) -> sympy.Expr:
 
 
 def _selected(node: fx.Node, pairs: sympy.Expr) -> sympy.Expr:
-    """The (query, key) pairs of an edited attention; all of them where a size is symbolic or the selection unknown."""
+    """The (query, key) pairs of an edited attention; all of them where a size is symbolic or the selection unknown.
+
+    What a causal cut leaves out counts, as it does for the same attention with all keys: a selection costs the share of
+    the causal pairs that it leaves.
+    """
     q, k = (value(a) for a in node.args[:2])
     heads, rows, columns = (q.shape[-3] if q.dim() > 2 else 1), q.shape[-2], k.shape[-2]
     if not all(isinstance(size, int) for size in (heads, rows, columns)):
         return pairs
     spec = causal_form(spec_of(node), rows, columns)
     found = selected_pairs(spec.select, heads, rows, columns, spec.causal)
-    return pairs if found is None else pairs / (heads * rows * columns) * found
+    whole = selected_pairs(All(), heads, rows, columns, spec.causal)
+    return pairs if found is None or not whole else pairs / whole * found
 
 
 _RULES: dict[Any, Callable[[fx.Node], sympy.Expr]] = {

@@ -177,6 +177,8 @@ def block_sparse_attention(
     if order is not None and not torch.zeros_like(order, dtype=torch.bool).scatter(1, _inside(order), True).all():
         raise ValueError(f"block_sparse_attention: order does not name each of the {columns} tokens once")
     out, lse = empty_results(q, v)
+    if not lse.numel():
+        return out, lse
     widest = max(q.shape[3], width)  # the fused kernel has one width; channels of zeros change nothing
     q, k, v = (_widened(t, widest) for t in (q, k, v))
     if order is not None or not ((blocks == blocks[:1]).all() and (counts == counts[:1]).all()):

@@ -43,7 +43,7 @@ def stacked(
     begin = (torch.arange(q_blocks, device=device, dtype=torch.int32) * size).unsqueeze(-1)
     listed = _grid(blocks, counts, q_blocks, tokens.shape[1])[pair % len(blocks)]
     whole, cut = _parts(listed, tokens[pair % len(tokens)], begin, rows, reach, causal)
-    queries = F.pad(q, (0, 0, 0, q_blocks * size - rows)).reshape(-1, width)
+    queries = (F.pad(q, (0, 0, 0, q_blocks * size - rows)) if q_blocks * size > rows else q).reshape(-1, width)
     keys, values = (t.reshape(-1, width) for t in (k, v))
     start = (pair // heads * kv_heads + pair % heads // (heads // kv_heads)) * columns
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32  # parts are added: rounded once
@@ -64,7 +64,8 @@ def stacked(
             for at in (number == count).nonzero().flatten().split(max(1, _KEYS // (count * size))):
                 of = at // many
                 token = tokens[(of % len(tokens)).unsqueeze(-1), chosen[at, :count]].flatten(1)
-                held = (start[of].unsqueeze(-1) + token.clamp_max(columns - 1)).flatten()
+                inside = token.clamp_max(columns - 1) if columns % size else token
+                held = (start[of].unsqueeze(-1) + inside).flatten()
                 if len(held) > len(room[0]):
                     room[:] = [q.new_empty(len(held), width) for _ in room]
                 near, far = (
@@ -78,7 +79,7 @@ def stacked(
                     mask = mask.unsqueeze(1)
                 made, log = dense(asked[at].unsqueeze(1), near, far, mask, scale)
                 made, log = made.squeeze(1).to(wide), log.squeeze(1).unsqueeze(-1)
-                if empty is not None:
+                if empty is not None and bool(empty.any()):
                     made, log = made.masked_fill(empty, 0.0), log.masked_fill(empty, -torch.inf)
                 first = together == _TOGETHER[0]
                 found[at], logs[at] = (made, log) if first else _merged(found[at], logs[at], made, log)
@@ -135,10 +136,10 @@ def _mask(query: Tensor, token: Tensor, reach: int, causal: bool, dtype: torch.d
 
 
 def _merged(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two attentions of the same queries over different keys as one."""
+    """Two attentions of the same queries over different keys as one, in the memory of the first."""
     total = torch.logaddexp(lse, more_lse)
     finite = total.masked_fill(total == -torch.inf, 0.0)
-    return out * (lse - finite).exp_() + more * (more_lse - finite).exp_(), total
+    return out.mul_((lse - finite).exp_()).addcmul_(more, (more_lse - finite).exp_()), total
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

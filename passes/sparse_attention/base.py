@@ -81,14 +81,17 @@ def cannot_select(attention: Attention) -> str | None:
     if known(rows == 1):
         return "one token at a time: it attends to the whole cache, and decoding stays dense"
     if not known(rows == columns):
-        return f"{rows} queries read {columns} keys: it goes on after cached tokens, and stays dense; the method is for whole prompts"
+        return (
+            f"{rows} queries read {columns} keys: the method is for whole prompts, whose queries and keys are as many. What "
+            "comes after cached tokens stays dense; with a cache, a prompt is whole in an empty accelpass.KVCache"
+        )
     spec = spec_of(node)
     if spec.bias == "sliding_window":
         return f"it sees its last {spec.window} tokens alone; the method is for attention to all earlier tokens"
     if spec.bias == "tensor":
         return (
-            "its mask may be more than causal (padding?); the method needs prompts without an attention_mask, such as a "
-            "single one, or several of one length"
+            "its mask may be more than causal (padding, a window); the method needs a prompt without an attention_mask, "
+            "or several of one length"
         )
     if not causal_form(spec, rows, columns).causal:
         return "it is not causal: tokens see those after them; the method is for causal attention"

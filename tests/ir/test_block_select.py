@@ -95,6 +95,17 @@ def test_an_order_changes_nothing_where_all_blocks_are_listed():
         torch.testing.assert_close(got, want, atol=ATOL, rtol=0)
 
 
+def test_no_queries_and_no_lists():
+    q, k, v = operands(2, 2, 2, 20, 20, 4, 6)
+    order = torch.arange(20, dtype=torch.int32).flip(0).unsqueeze(0)
+    none = torch.zeros(8, 3, 0, dtype=torch.int32), torch.zeros(8, 3, dtype=torch.int32)
+    out, lse = BLOCK_SPARSE(q, k, v, *none, 8, -1, True, 0.3, order)
+    assert not out.any() and (lse == -math.inf).all()
+    none = torch.zeros(8, 0, 0, dtype=torch.int32), torch.zeros(8, 0, dtype=torch.int32)
+    out, lse = BLOCK_SPARSE(q[:, :, :0], k, v, *none, 8, -1, True, 0.3, order)
+    assert out.shape == (2, 4, 0, 6) and lse.shape == (2, 4, 0)
+
+
 def test_opcheck_with_an_order():
     q, k, v = operands(2, 2, 2, 20, 30, 4, 6)
     draw = torch.Generator().manual_seed(0)

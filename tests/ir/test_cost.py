@@ -34,8 +34,12 @@ def captured(model: nn.Module, *args, dynamic: bool | None = None) -> Program:
 
 
 class Attend(nn.Module):
+    def __init__(self, is_causal=False):
+        super().__init__()
+        self.is_causal = is_causal
+
     def forward(self, q, k, v):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.25)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal, scale=0.25)
 
 
 def test_flops_of_an_mlp_are_exact_and_agree_with_torch():
@@ -104,6 +108,19 @@ def test_an_attention_costs_the_pairs_that_are_selected(select):
     program.changed()
     mask = selection(select, 6, 9, 3, q).expand(4, 6, 9)
     assert total(program).flops == 2 * 2 * int(mask.sum()) * (16 + 8)
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_under_a_causal_cut_it_costs_its_share_of_the_causal_pairs(select):
+    q, k, v = (torch.randn(2, 4, 9, 16) for _ in range(3))
+    program = captured(Attend(is_causal=True), q, k, v)
+    (record,) = attention.insert(program)
+    dense = total(program).flops
+    attention.set_spec(record.node, attention.spec_of(record.node).edited(by="a test", select=select))
+    program.changed()
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    share = int((selection(select, 9, 9, 0, q).expand(4, 9, 9) & seen).sum()) / int(4 * seen.sum())
+    assert total(program).flops / dense == pytest.approx(share)
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 import accelpass
 from accelpass import KVCache
-from accelpass.ir.attention import AttentionSpec, attend
+from accelpass.ir.attention import AttentionSpec, attend, detect, set_spec, spec_of
 from accelpass.ir.attention.block_sparse import BLOCK_SPARSE
 from accelpass.ir.errors import OptionError, SpecConflict
+from accelpass.ir.program import Program
+from accelpass.passes.base import Done, Pass, Record
 from accelpass.passes.registry import registered
 from accelpass.passes.sparse_attention.pbs_attn import PBSAttn, PermutedBlocks
 from tests.passes import kv_truth
@@ -316,6 +319,29 @@ def test_a_pass_that_scores_the_prompt_is_refused_by_name(other):
     torch._dynamo.reset()
     apart = [PBS | {"include": ["*.0.*"]}, {"name": other, "include": ["*.1.*"]}]
     assert kv_truth.fed(compiled(llama(), *apart), KVCache(llama(), CAPACITY), tokens(1, 29, 1)).isfinite().all()
+
+
+@dataclass(frozen=True)
+class Everywhere(Pass):
+    """A pass that does not look whether an attention is a prompt's."""
+
+    name: ClassVar[str] = "everywhere"
+    phase: ClassVar[str] = "attention"
+    summary: ClassVar[str] = "for a test"
+
+    def apply(self, program: Program, record: Record) -> None:
+        for found in program.analysis(detect):
+            edited = spec_of(found.node).edited(by=self.name, select=PermutedBlocks(4, 8, 0.6))
+            set_spec(found.node, edited)
+            record.take(found.path, Done("blocks"))
+
+
+def test_blocks_of_a_cache_are_refused_and_not_dropped():
+    model = llama()
+    fast, cache = compiled(model, Everywhere()), KVCache(model, CAPACITY)
+    kv_truth.fed(fast, cache, tokens(1, 29))
+    with pytest.raises(Exception, match=r"the selection pbs_attn at model\.layers\.0\.self_attn is for prompts"):
+        kv_truth.fed(fast, cache, tokens(1, 1))
 
 
 # What it does not take

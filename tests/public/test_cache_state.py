@@ -110,6 +110,9 @@ def test_a_dense_cache_counts_each_sequence() -> None:
     assert held.bytes == held.dense_bytes == 2 * DENSE_LAYER * LAYERS
 
 
-@pytest.mark.parametrize(("passes", "kind"), [([], "StaticCache"), (["h2o"], "KVCache"), (["kv_quant"], "KVCache")])
+@pytest.mark.parametrize(
+    ("passes", "kind"),
+    [([], "StaticCache"), (["h2o"], "KVCache"), (["kv_quant"], "KVCache"), (["pbs_attn"], "KVCache")],
+)
 def test_cache_for_is_one_in_which_the_passes_take_effect(passes: list[str], kind: str) -> None:
     assert type(cache_for(tiny_llama(), 8, {"passes": passes})).__name__ == kind

@@ -1,0 +1,152 @@
+"""Attention of a prompt alone: block selections against torch SDPA over all keys, on real queries, keys and values.
+
+    python -m benchmarks.sparse_prefill --tokens 2048,4096 --out sparse_prefill.json
+
+The operands are those of layers of SmolLM2-135M reading Python's reference text. Dense attention, the attention over chosen
+blocks and the choice itself take turns, as other work on the machine comes and goes; figures are medians. The choice is
+timed as it is written, op by op; compiled into a model's graph it is less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accelpass.ir.attention import AttentionSpec, BlockSelect
+from accelpass.ir.attention.block_sparse import BLOCK_SPARSE
+from accelpass.passes.sparse_attention.pbs_attn import PermutedBlocks
+from benchmarks.kv_tasks import Row, prose
+
+TOKENS, LAYERS, THREADS = (2048, 4096, 8192), (1, 10, 20), 2
+SELECTIONS: dict[str, BlockSelect] = {
+    f"pbs_attn {threshold}": PermutedBlocks(128, 256, threshold) for threshold in (1.0, 0.95, 0.9, 0.8)
+}
+
+
+@torch.no_grad()
+def operands(model: torch.nn.Module, ids: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of these layers for a prompt ``(1, tokens)``, as their attention gets them."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def watched(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        if module.layer_idx in layers:
+            found[module.layer_idx] = query, key, value
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("watched", watched)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("watched", sdpa_mask)
+    config: Any = model.config
+    before, config._attn_implementation = config._attn_implementation, "watched"
+    try:
+        model.model(input_ids=ids, use_cache=False)  # type: ignore[operator]  # without the head
+    finally:
+        config._attn_implementation = before
+    return found
+
+
+@torch.no_grad()
+def compare(q: Tensor, k: Tensor, v: Tensor, selections: Mapping[str, BlockSelect], turns: int) -> list[Row]:
+    """A row for each selection: milliseconds of all keys and of the chosen ones, the share of blocks that is read, and how
+    far the output is from that over all keys, relative to it."""
+    spec = AttentionSpec(groups=q.shape[1] // k.shape[1], scale=q.shape[3] ** -0.5, causal=True)
+    rows: list[Row] = []
+    for name, select in selections.items():
+
+        def dense() -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        listed = select.blocks(q, k, spec)
+
+        def chosen(listed: Any = listed) -> Tensor:
+            blocks, counts, size, order = listed
+            made: Tensor = BLOCK_SPARSE(q, k, v, blocks, counts, size, -1, True, spec.scale, order)[0]
+            return made
+
+        def choice(select: BlockSelect = select) -> Any:
+            return select.blocks(q, k, spec)
+
+        exact = dense()
+        error = float((chosen() - exact).norm() / exact.norm())
+        times: dict[str, list[float]] = {}
+        for _ in range(turns):
+            for what, run in (("sdpa", dense), ("chosen", chosen), ("choice", choice)):
+                started = time.perf_counter()
+                run()
+                times.setdefault(what, []).append(1e3 * (time.perf_counter() - started))
+        sdpa_ms, chosen_ms, choice_ms = (statistics.median(times[what]) for what in ("sdpa", "chosen", "choice"))
+        side = -(-q.shape[2] // listed.size)
+        read = listed.counts.float().sum() * (q.shape[0] * q.shape[1] / len(listed.counts))
+        rows.append(
+            {
+                "tokens": q.shape[2],
+                "selection": name,
+                "blocks_read": round(float(read) / (q.shape[0] * q.shape[1] * side * (side + 1) / 2), 3),
+                "sdpa_ms": round(sdpa_ms, 1),
+                "chosen_ms": round(chosen_ms, 1),
+                "choice_ms": round(choice_ms, 1),
+                "of_sdpa": round(chosen_ms / sdpa_ms, 3),
+                "with_choice_of_sdpa": round((chosen_ms + choice_ms) / sdpa_ms, 3),
+                "output_error": round(error, 5),
+            }
+        )
+    return rows
+
+
+def measure(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    say: Callable[[str], None],
+    tokens: Sequence[int] = TOKENS,
+    layers: Sequence[int] = LAYERS,
+    selections: Mapping[str, BlockSelect] = SELECTIONS,
+    turns: int = 5,
+) -> list[Row]:
+    """Rows for each length, layer and selection."""
+    ids = tokenizer(prose(), return_tensors="pt").input_ids
+    rows: list[Row] = []
+    for length in tokens:
+        for layer, (q, k, v) in sorted(operands(model, ids[:, :length], layers).items()):
+            made = [{"layer": layer, **row} for row in compare(q, k, v, selections, turns)]
+            for row in made:
+                say("  ".join(f"{name} {value}" for name, value in row.items()))
+            rows += made
+    return rows
+
+
+def main() -> list[Row]:
+    """The rows, printed too."""
+    from accelpass.models_zoo import load
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--layers", default=",".join(map(str, LAYERS)))
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, tokenizer = load("smollm2-135m")
+    numbers = ([int(n) for n in given.split(",")] for given in (options.tokens, options.layers))
+    rows = measure(model, tokenizer, lambda line: print(line, flush=True), *numbers, turns=options.turns)
+    if options.out is not None:
+        options.out.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
