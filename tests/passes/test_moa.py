@@ -349,5 +349,5 @@ def test_nothing_to_calibrate():
     with pytest.raises(PassError, match=r"mean density of 0.05 or less; the narrowest have"):
         accelpass.calibrate(llama(), data(32), [{**CALIBRATED, "density": 0.05}], progress=False)
     padded = {"input_ids": data(36)[0], "attention_mask": (torch.arange(36) > 4).long()[None]}
-    with pytest.raises(PassError, match="on some of the batches alone.*as for padding.*without padding"):
+    with pytest.raises(PassError, match=r"on some of the batches alone.*as for padding.*without padding"):
         accelpass.calibrate(llama(), [*data(32), padded], [CALIBRATED], progress=False, validation=data(40))
