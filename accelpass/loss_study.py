@@ -17,13 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from accelpass.ir import attention
 from accelpass.ir.attention.op import ATTENTION, is_attention
 from accelpass.ir.capture import from_dynamo
-from accelpass.ir.errors import OptionError, PassError
+from accelpass.ir.errors import OptionError
 from accelpass.passes.base import Attend
 
 IGNORED = -100
 """The label of a token that does not count, as transformers and torch have it."""
 _KEPT = 64
 """Logits are kept for as many last tokens as count, rounded up to this, so that few graphs serve all batches."""
+
+_LENGTHS = 256
+"""Graphs at most, one for each length of batches and of their answers."""
 
 Batch = Mapping[str, Any]
 
@@ -53,7 +56,8 @@ class LossStudy:
     ) -> None:
         self.model, self.batches, self.validation, self.bar, self.name = model, batches, validation, bar, name
         self._attend: Attend = _as_it_is
-        self._graph = torch.compile(model, backend=self._backend, dynamic=False)
+        # In one piece: what Dynamo left to Python would run without the caller's attention.
+        self._graph = torch.compile(model, backend=self._backend, dynamic=False, fullgraph=True)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def gradients(self, attend: Attend, what: str) -> None:
@@ -61,11 +65,8 @@ class LossStudy:
         for batch in self.bar.track(self.batches, description=f"{self.name}: {what}"):
             with torch.enable_grad():
                 total, count = self._loss(batch, True)
-                if not total.requires_grad:
-                    raise PassError(
-                        f"{self.name}: no attention that it could be measured at takes part in the model's loss"
-                    )
-                (total / count).backward()
+                if total.requires_grad:
+                    (total / count).backward()
 
     def perplexity(self, attend: Attend, what: str) -> float:
         self._attend = attend
@@ -88,7 +89,7 @@ class LossStudy:
             last = min(labels.shape[1], -(-last // _KEPT) * _KEPT)
             given["logits_to_keep"] = last + 1  # the last one is of a token that is not there
         self._gradients = gradients
-        with torch.no_grad():
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=_LENGTHS):
             logits = self._graph(**given, use_cache=False).logits
         with torch.set_grad_enabled(gradients):
             shown = logits[:, :-1][:, -last:]

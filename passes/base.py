@@ -199,7 +199,8 @@ class Study(Protocol):
     """The model's loss on calibration data, with each attention computed as a pass says."""
 
     def gradients(self, attend: Attend, what: str) -> None:
-        """Run the loss of each batch and its gradient; what ``attend`` returns must be differentiable."""
+        """Run the loss of each batch and its gradient; what ``attend`` returns must be differentiable. Where it leaves all to
+        the model, there is no gradient to run."""
 
     def perplexity(self, attend: Attend, what: str) -> float:
         """On the batches that :meth:`gradients` does not see, unless there are no others."""

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention.block_sparse import BLOCK_SPARSE
+from accelpass.ir.attention.block_sparse import BLOCK_SPARSE, KERNELS
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.errors import OptionError, PassError, PlanError
 from accelpass.ir.program import Program
 from accelpass.passes.base import Attend, CalibratedOnLoss, Skip, Study
 from accelpass.passes.sparse_attention.moa_profile import Profile, dense
-from accelpass.passes.sparse_attention.moa_search import LEVELS, Problem, pareto, search_space
+from accelpass.passes.sparse_attention.moa_search import Problem, pareto, search_space
 from accelpass.passes.sparse_attention.span_pass import SpanPass
 from accelpass.passes.sparse_attention.spans import HeadSpans, Rule, density, not_a_prompt
 
@@ -101,7 +101,12 @@ class MoA(SpanPass, CalibratedOnLoss):
         study.gradients(self._where_wanted(profile.attend), "influence of each block on the loss")
         if not profile.influence:
             reasons = [f"{path or 'an attention'}: {why}" for path, why in profile.skipped.items()]
-            raise PassError(f"moa found no attention to calibrate: {'; '.join(reasons[:2]) or 'the model has none'}")
+            raise PassError(f"moa found no attention to calibrate: {'; '.join(reasons[:2]) or 'none is wanted'}")
+        for site in profile.kv_heads.keys() & profile.skipped.keys():
+            raise PassError(
+                f"moa: {site} can be measured on some of the batches alone: {profile.skipped[site]}; leave those out, or give "
+                "each prompt without padding"
+            )
         best, least = None, float("inf")
         for number, rules in enumerate(found := self.search(profile)):
             worth = study.perplexity(self._where_wanted(self._masked(rules)), f"plan {number + 1} of {len(found)}")
@@ -117,16 +122,13 @@ class MoA(SpanPass, CalibratedOnLoss):
         """The rules that no others beat at all lengths of a profile."""
         lengths = profile.lengths
         sites = list(profile.kv_heads)
-        missing = [(n, s) for n in lengths for s in sites if s not in profile.influence[n]]
-        if missing:
-            raise PassError(f"moa: {missing[0][1]} was not run at {missing[0][0]} tokens; give batches of one kind")
         rules = search_space(lengths, self.step, self.shares)
         losses = [torch.cat([profile.losses(s, n, rules, self.sinks) for s in sites]).numpy() for n in lengths]
         densities = [[density(rule, n, self.sinks, self.block) for rule in rules] for n in lengths]
         heads = [profile.kv_heads[s] for s in sites]
         problem = Problem(np.stack(losses), np.array(densities), np.repeat(np.arange(len(sites)), heads), self.density)
         made = []
-        for chosen in pareto(problem, levels=LEVELS):
+        for chosen in pareto(problem):
             parts = np.split(chosen, np.cumsum(heads)[:-1])
             made.append({s: [rules[r] for r in part] for s, part in zip(sites, parts, strict=True)})
         return made
@@ -147,8 +149,8 @@ class MoA(SpanPass, CalibratedOnLoss):
                 return None
             each = [rule for rule in rules[spec.site] for _ in range(q.shape[1] // k.shape[1])]
             listed = HeadSpans(tuple(each), self.sinks, self.block).blocks(q, k, spec)
-            made: Tensor = BLOCK_SPARSE(q, k, v, listed.blocks, listed.counts, self.block, -1, True, spec.scale)[0]
-            return made
+            run = KERNELS.get(q.device.type, BLOCK_SPARSE)
+            return run(q, k, v, listed.blocks, listed.counts, self.block, -1, True, spec.scale, None)[0]
 
         return attend
 

@@ -14,6 +14,8 @@ from accelpass.passes.sparse_attention.spans import Rule
 
 PER_LAYER = 2
 LEVELS = 5
+_MOST = 64
+"""Programmes at most with levels: of more than three lengths, each has fewer levels (inferred: the paper has three)."""
 SECONDS = 60.0
 """Given to each of the programmes; the best solution by then is taken."""
 
@@ -68,7 +70,7 @@ def search_space(lengths: Sequence[int], step: int, shares: int) -> list[Rule]:
     return sorted(rules, key=lambda rule: (rule[0] + rule[1] * lengths[-1], rule))
 
 
-def pareto(problem: Problem, advance: Callable[[], None] = lambda: None, levels: int = LEVELS) -> list[Array]:
+def pareto(problem: Problem, advance: Callable[[], None] = lambda: None) -> list[Array]:
     """Choices of which none is better than another at all lengths, by the epsilon-constraint method.
 
     Each length's cost is minimised in turn, while the others are held below levels between the best and the worst that
@@ -82,6 +84,7 @@ def pareto(problem: Problem, advance: Callable[[], None] = lambda: None, levels:
         MissingSolver: scipy is not installed.
     """
     count = len(problem.losses)
+    steps = levels(count) - 1
     alone = [_solved(problem, length, {}) for length in range(count)]
     for _ in alone:
         advance()
@@ -93,10 +96,10 @@ def pareto(problem: Problem, advance: Callable[[], None] = lambda: None, levels:
         )
     found = [chosen for chosen in alone if chosen is not None]
     costs = np.stack([problem.cost(chosen) for chosen in found])
-    ends = np.linspace(costs.min(0), costs.max(0), levels)[1:]
+    ends = np.linspace(costs.min(0), costs.max(0), steps + 1)[1:]
     for length in range(count if count > 1 else 0):
         others = [i for i in range(count) if i != length]
-        for at in product(range(levels - 1), repeat=len(others)):
+        for at in product(range(steps), repeat=len(others)):
             chosen = _solved(
                 problem, length, {other: ends[level, other] for other, level in zip(others, at, strict=True)}
             )
@@ -106,9 +109,14 @@ def pareto(problem: Problem, advance: Callable[[], None] = lambda: None, levels:
     return _best(problem, found)
 
 
-def programmes(lengths: int, levels: int = LEVELS) -> int:
+def levels(lengths: int) -> int:
+    """Levels that the costs at other lengths are held below, the best and the worst included."""
+    return next(n for n in range(LEVELS, 1, -1) if n == 2 or lengths * (n - 1) ** (lengths - 1) <= _MOST)
+
+
+def programmes(lengths: int) -> int:
     """How many programmes :func:`pareto` solves."""
-    return lengths + (lengths * (levels - 1) ** (lengths - 1) if lengths > 1 else 0)
+    return lengths + (lengths * (levels(lengths) - 1) ** (lengths - 1) if lengths > 1 else 0)
 
 
 def _best(problem: Problem, found: Sequence[Array]) -> list[Array]:

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel, MistralConfig, MistralForCausalL
 import accelpass
 from accelpass import KVCache
 from accelpass.ir.errors import AccelpassError, OptionError, PassError
+from accelpass.kv_map import KEPT, kept
 from accelpass.passes.plan import Plan
 from accelpass.passes.registry import make
 from tests.passes import kv_truth
@@ -118,11 +119,14 @@ def test_the_cache_takes_what_the_spans_need():
     # 0.25 N, 0.5 N - 4 and 8 tokens of 48 + 8, in blocks of 4; the last head of the second layer keeps all.
     assert rows == {(0, "kv.keys0"): 16, (0, "kv.keys1"): 24, (1, "kv.keys0"): 8, (1, "kv.keys1"): 48}
     assert cache.nbytes() < 0.55 * cache.dense_nbytes()
-    kept = accelpass.explain(fast).passes["moa"].took
-    assert kept["model.layers.0.self_attn"].what == (
+    # Which tokens they are is told, for a map of the cache: of 23 the first four, and the newest of 8 slots.
+    levels = kept(cache, 0)[0]
+    assert (levels == KEPT).nonzero()[:, 0].tolist() == [0, 1, 2, 3, *range(19, 23)]
+    took = accelpass.explain(fast).passes["moa"].took
+    assert took["model.layers.0.self_attn"].what == (
         "spans of 0.25 N (1 heads), 0.5 N - 4 (1 heads) tokens; at most 20 of 48 tokens a head are kept"
     )
-    assert kept["model.layers.0.self_attn"].densities == (0.5, 0.5, 0.5, 0.5)
+    assert took["model.layers.0.self_attn"].densities == (0.5, 0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +163,18 @@ def test_with_rows_in_few_bits():
     assert far(model, Rounded(RULES, 4, 4, 8, CAPACITY), tokens(2, *PIECES), plan=plan) < 1e-5
 
 
-@pytest.mark.parametrize("other", ["h2o", "kv_window", "mikv", "cskv", "tidaldecode", {"name": "sink_window", **SMALL}])
+OTHERS = [
+    "h2o",
+    "kv_window",
+    "mikv",
+    "cskv",
+    "tidaldecode",
+    {"name": "pbs_attn", "block": 4, "segment": 8},
+    {"name": "sink_window", **SMALL},
+]
+
+
+@pytest.mark.parametrize("other", OTHERS)
 def test_refused_beside_another_form_of_the_cache(other):
     name = other if isinstance(other, str) else other["name"]
     fast = compiled(llama(head_dim=32), other, {"name": "moa", **SMALL, "alpha": 0, "beta": 0.5})
@@ -246,8 +261,8 @@ def test_a_padded_prompt_is_dense():
             if fresh:
                 return kv_truth.mixed(kv_truth.probabilities(q, k, scale, mask), v)
             there = torch.zeros(1, k.shape[1], 1, k.shape[2], dtype=torch.bool)
-            for head, kept in enumerate(layer["kept"]):
-                there[0, head, 0, kept] = True
+            for head, held in enumerate(layer["kept"]):
+                there[0, head, 0, held] = True
             allowed = mask & there.repeat_interleave(q.shape[1] // k.shape[1], 1)
             assert spans.shape == q.shape
             return kv_truth.mixed(kv_truth.probabilities(q, k, scale, allowed), v)
@@ -259,7 +274,7 @@ def test_a_padded_prompt_is_dense():
     (graph, *_) = accelpass.backends.compiled_graphs()
     (record,) = (r for r in graph.report.records if r.name == "moa")
     assert (
-        "its prompt is dense: its mask may be more than causal (padding?)"
+        "its prompt is dense: its mask may be more than causal (padding"
         in record.took["model.layers.0.self_attn"].what
     )
 
@@ -330,13 +345,24 @@ def test_labels_that_do_not_count_change_nothing():
         )
 
 
+@pytest.mark.slow
+def test_many_lengths():
+    """Each is a graph of its own, and each is measured: Dynamo stops at eight by itself."""
+    lengths = range(24, 34)
+    plan = accelpass.calibrate(llama(layers=1), data(*lengths), [{**CALIBRATED, "density": 0.9}], False, data(40))
+    assert plan.tensors["moa/perplexity"].isfinite().all()
+
+
 def test_nothing_to_calibrate():
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=96, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, head_dim=16,
         num_key_value_heads=2, sliding_window=6,
     )  # fmt: skip
-    with pytest.raises(AccelpassError, match=r"moa: no attention that it could be measured at"):
+    with pytest.raises(AccelpassError, match=r"moa found no attention to calibrate: model.layers.0.*sliding window"):
         accelpass.calibrate(MistralForCausalLM(config).eval(), data(32), [CALIBRATED], progress=False)
     with pytest.raises(PassError, match=r"mean density of 0.05 or less; the narrowest have"):
         accelpass.calibrate(llama(), data(32), [{**CALIBRATED, "density": 0.05}], progress=False)
+    padded = {"input_ids": data(36)[0], "attention_mask": (torch.arange(36) > 4).long()[None]}
+    with pytest.raises(PassError, match=r"on some of the batches alone.*as for padding.*without padding"):
+        accelpass.calibrate(llama(), [*data(32), padded], [CALIBRATED], progress=False, validation=data(40))

@@ -135,6 +135,12 @@ def test_two_rules_a_layer_are_a_limit_that_matters():
     assert len(set(same)) == 1
 
 
+def test_many_lengths_do_not_make_it_endless():
+    assert [programmes(n) for n in (1, 2, 3, 4, 5, 9)] == [1, 10, 51, 36, 10, 18]
+    many = problem(0, lengths=5)
+    assert pareto(many) and all(many.allows(c) for c in pareto(many))
+
+
 def test_a_bound_that_nothing_meets():
     with pytest.raises(PassError, match=r"mean density of 0.1 or less; the narrowest have 0.2"):
         pareto(problem(0, bound=0.1))

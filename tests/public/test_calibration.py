@@ -9,6 +9,7 @@ from transformers import BertConfig, BertModel
 import accelpass
 from accelpass import KVCache
 from accelpass.backends import graphs_of
+from accelpass.loss_study import parted
 from accelpass.passes.kv_cache.cskv import factorise
 from accelpass.passes.plan import Plan
 from tests.passes.kv_truth import fed
@@ -72,3 +73,14 @@ def test_nothing_to_calibrate():
     )
     with pytest.raises(accelpass.CacheError, match="generates nothing"):
         accelpass.calibrate(encoder.eval(), batches(1), [CSKV], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "learnt", "compared"),
+    [([8, 8, 16, 4, 16], [8, 8, 4], [16, 16]), ([8, 8, 8], [8, 8], [8]), ([8], [8], [8])],
+)
+def test_what_is_held_back_for_comparison(lengths, learnt, compared):
+    batches = [{"input_ids": torch.zeros(1, n)} for n in lengths]
+    of = [[b["input_ids"].shape[1] for b in part] for part in parted(batches, [])]
+    assert of == [learnt, compared]
+    assert parted(batches, batches[:1]) == (batches, batches[:1])
