@@ -16,7 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,7 +45,9 @@ class Plan:
 
     lengths: tuple[int, ...] = (2048, 4096, 8192 - 64)
     rounds: int = 5
-    sizes: Sizes = Sizes(windows={2048: 2, 4096: 1}, scored=256, contexts=(2048, 4096), depths=5)
+    sizes: Sizes = field(
+        default_factory=lambda: Sizes(windows={2048: 2, 4096: 1}, scored=256, contexts=(2048, 4096), depths=5)
+    )
 
 
 QUICK = Plan((1024, 2048), 3, Sizes(windows={1536: 1}, scored=64, contexts=(1536,), depths=2))
@@ -76,7 +78,9 @@ def reader(model: torch.nn.Module, name: str, capacity: int) -> Prompted:
 
 
 @torch.no_grad()
-def times(model: torch.nn.Module, ids: Tensor, names: Sequence[str], plan: Plan, say: Callable[[Row], None]) -> list[Row]:
+def times(
+    model: torch.nn.Module, ids: Tensor, names: Sequence[str], plan: Plan, say: Callable[[Row], None]
+) -> list[Row]:
     """Milliseconds from the prompt to the logits of the token after it: medians, and the compile time of each candidate."""
     torch._dynamo.reset()
     readers, compiling = {}, {}
@@ -100,13 +104,17 @@ def times(model: torch.nn.Module, ids: Tensor, names: Sequence[str], plan: Plan,
             median = statistics.median(seconds[name])
             spread = (max(seconds[name]) - min(seconds[name])) / median
             row = {"tokens": length, "name": name, "first_token_ms": round(median * 1e3), "spread": round(spread, 2)}
-            rows.append(row | {f"against {names[0]}": round(first / median, 2), "first_calls_s": round(compiling[name], 1)})
+            rows.append(
+                row | {f"against {names[0]}": round(first / median, 2), "first_calls_s": round(compiling[name], 1)}
+            )
             say(rows[-1])
     return rows
 
 
 @torch.no_grad()
-def quality(model: torch.nn.Module, tokenizer: Any, names: Sequence[str], plan: Plan, say: Callable[[Row], None]) -> list[Row]:
+def quality(
+    model: torch.nn.Module, tokenizer: Any, names: Sequence[str], plan: Plan, say: Callable[[Row], None]
+) -> list[Row]:
     """Perplexity of the continuation, and pass keys found, of each candidate with a KVCache."""
     tasks, rows = Tasks(tokenizer, plan.sizes), []
     for name in names:
