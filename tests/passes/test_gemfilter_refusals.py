@@ -73,6 +73,16 @@ def test_a_prompt_that_is_read_once_is_answered_twice():
     torch.testing.assert_close(logits(fast, cache, *steps()), logits(fast, twin, *steps()))
 
 
+def test_later_tokens_can_be_taken_back_and_the_prompt_cannot():
+    model, ids = built(), prompt_of(1, 30)
+    fast, cache = compiled(model), KVCache(model, 40)
+    want = logits(fast, cache, ids, *steps())
+    cache.crop(-4)
+    torch.testing.assert_close(logits(fast, cache, *steps()), want[1:])
+    with pytest.raises(CacheError, match="22 tokens of the prompt were left out"):
+        cache.crop(-5)
+
+
 # --- what is refused
 
 
