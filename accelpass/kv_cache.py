@@ -118,7 +118,8 @@ class KVLayer(CacheLayerMixin):
         """Forget the newest tokens of a dense layer.
 
         Raises:
-            CacheError: the layer is compressed: what was evicted or rounded for these tokens cannot be taken back.
+            CacheError: the layer is compressed: what was evicted or rounded for these tokens cannot be taken back; or they
+                are of a prompt that was shortened.
         """
         holding = ledger.holding_of(self.count)
         removed = abs(tokens_to_remove)
@@ -126,6 +127,10 @@ class KVLayer(CacheLayerMixin):
             return
         if holding.form is not None and holding.form[0] != _ops.DENSE:
             raise CacheError("a compressed KVCache cannot be cropped; assisted generation needs one without KV passes")
+        if holding.tokens - removed < holding.kept:
+            raise CacheError(
+                f"{holding.dropped} tokens of the prompt were left out, so it cannot be cropped; cache.reset() empties the cache"
+            )
         if removed > holding.tokens:
             raise CacheError(f"cannot remove {removed} tokens: {holding.tokens} are held")
         self.count.sub_(removed)

@@ -88,8 +88,10 @@ class FilteredPrompt:
         if self.counters:
             shortened.note(args[self.counters[0]], self.capacity, tokens - self.keep, moved, seen)
         for position in self.counters:
-            holding_of(args[position]).dropped = tokens - self.keep
-        keep_last(None if self.model is None else args[self.model], [Survivors(self.path, rows, tokens)])
+            held = holding_of(args[position])
+            held.dropped, held.kept = tokens - self.keep, self.keep
+        # A copy, because a graph that is replayed writes its results to one place.
+        keep_last(None if self.model is None else args[self.model], [Survivors(self.path, rows.clone(), tokens)])
         return made
 
 

@@ -24,7 +24,7 @@ class Holding:
         tokens: how many it has seen.
         form: how they are stored: what tells one compiled set of passes from another; None while it is empty.
         model: a tensor of the model that filled it.
-        dropped: tokens of the prompt that were left out before the others were stored.
+        dropped: tokens of the prompt that were left out; ``kept`` are the first ones that are held, if any were left out.
         empty: puts the layer's owner back to its start.
     """
 
@@ -33,6 +33,7 @@ class Holding:
     form: Any = None
     model: weakref.ref[Tensor] | None = None
     dropped: int = 0
+    kept: int = 0
     empty: Callable[[], None] | None = field(default=None, repr=False)
 
     def check(self, tokens: int, form: Any, model: Tensor | None, fresh: bool) -> None:
@@ -68,7 +69,7 @@ class Holding:
             self.model = weakref.ref(model)
 
     def forget(self) -> None:
-        self.tokens, self.form, self.model, self.dropped = 0, None, None, 0
+        self.tokens, self.form, self.model, self.dropped, self.kept = 0, None, None, 0, 0
 
 
 def _shown(form: Any) -> str:
@@ -113,7 +114,8 @@ def copy(count: Tensor, other: Tensor) -> None:
         for recipe, _, tensors in DERIVED.of([count]):
             DERIVED.seed([other], recipe, tuple(t.clone() for t in tensors))
     mine, its = holding_of(count), holding_of(other)
-    its.tokens, its.form, its.model, its.dropped = mine.tokens, mine.form, mine.model, mine.dropped
+    its.tokens, its.form, its.model = mine.tokens, mine.form, mine.model
+    its.dropped, its.kept = mine.dropped, mine.kept
 
 
 def clear(count: Tensor) -> None:

@@ -3,139 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    BertConfig,
-    BertModel,
-    BloomConfig,
-    BloomForCausalLM,
-    DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    StaticCache,
-)  # fmt: skip
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from torch import Tensor
 
 import accelpass
-from accelpass import CacheError, KVCache, OptionError, PassError
+from accelpass import KVCache
 from accelpass.backends.compiler import graphs_of
 from accelpass.ir.kv.ops import KV_APPEND
 from accelpass.passes.token_pruning.gemfilter import GemFilter
-
-VOCABULARY, LAYERS, KEEP, LAYER, NEW = 96, 3, 8, 1, 5
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-}
-DECODER = {
-    **SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256,
-}  # fmt: skip
-FAMILIES: dict[str, Any] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**DECODER)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**SIZES, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=128)),
-    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**DECODER)),
-}
-
-
-def built(family: str = "llama", seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    return FAMILIES[family]().eval()
-
-
-def compiled(model: Any, *others: Any, lowering: str = "eager", dynamic: bool | None = None, **options: Any) -> Any:
-    passes = [{"name": "gemfilter", "keep": KEEP, "layer": LAYER, **options}, *others]
-    return torch.compile(model, backend="accelpass", options={"lowering": lowering, "passes": passes}, dynamic=dynamic)
-
-
-def prompt_of(batch: int, tokens: int, seed: int = 1) -> Tensor:
-    torch.manual_seed(seed)
-    return torch.randint(2, VOCABULARY, (batch, tokens))
-
-
-def gem_select(q_last: Tensor, keys: Tensor, k: int, ker: int = 5) -> Tensor:
-    """The method card's oracle."""
-    b, h, d = q_last.shape
-    hkv, n = keys.shape[1], keys.shape[2]
-    if n <= k:
-        return torch.arange(n).expand(b, n)
-    s = torch.einsum("bhgd,bhnd->bn", q_last.view(b, hkv, h // hkv, d), keys).float()
-    s = F.avg_pool1d(s[:, None], ker, 1, ker // 2)[:, 0]
-    return s.topk(k, -1).indices.sort(-1).values
-
-
-@contextmanager
-def spied(model: Any, layer: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Queries and keys of a layer, as an attention of transformers gets them."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        if module.layer_idx == layer:
-            seen.append((query, key))
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-
-    AttentionInterface.register("spy", attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("spy", sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("spy")
-    yield seen
-    model.set_attn_implementation(before)
-
-
-@torch.no_grad()
-def chosen(model: Any, ids: Tensor, padding: Tensor | None = None, layer: int = LAYER, keep: int = KEEP) -> Tensor:
-    """The oracle's choice; of a padded batch, each sequence by itself."""
-    rows = []
-    for i, row in enumerate(ids):
-        start = 0 if padding is None else int((padding[i] == 0).sum())
-        with spied(model, layer) as seen:
-            model(row[None, start:])
-        q, k = seen[0]
-        found = gem_select(q[:, :, -1], k, keep)[0] + start
-        # Fewer tokens than are kept: padding fills up, in front.
-        missing = keep - len(found)
-        rows.append(torch.cat([torch.arange(start - missing, start), found]))
-    return torch.stack(rows)
-
-
-def answered(model: Any, ids: Tensor, cache: Any, padding: Tensor | None = None, **given: Any) -> Tensor:
-    mask = torch.ones_like(ids) if padding is None else padding
-    given = {"max_new_tokens": NEW, "do_sample": False, **given}
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **given)
-
-
-@torch.no_grad()
-def logits(fast: Any, cache: Any, *pieces: Tensor) -> Tensor:
-    return torch.stack([fast(p, past_key_values=cache, logits_to_keep=1).logits[:, -1] for p in pieces])
-
-
-def steps(batch: int = 1, count: int = 4) -> list[Tensor]:
-    return list(prompt_of(batch, count, seed=5).split(1, 1))
-
-
-def said(fast: Any) -> dict[str, str]:
-    return accelpass.explain(fast).passes["gemfilter"].skipped
-
+from tests.passes.gemfilter_truth import (
+    FAMILIES,
+    KEEP,
+    LAYER,
+    NEW,
+    answered,
+    built,
+    chosen,
+    compiled,
+    gem_select,
+    logits,
+    prompt_of,
+    said,
+    steps,
+)  # fmt: skip
 
 # --- the choice
 
@@ -403,185 +298,3 @@ def test_two_models_of_a_class_share_code_and_keep_their_own_choice():
     for f, m in zip(fast, (one, two), strict=True):
         logits(f, KVCache(m, 40), ids)
     assert [torch.tensor(accelpass.surviving_tokens(f)[0].kept).tolist() for f in fast] == [w.tolist() for w in want]
-
-
-# --- the cache
-
-
-def test_capacity_is_that_of_the_kept_tokens():
-    model, ids = built(), prompt_of(1, 30)
-    fast, small = compiled(model), KVCache(model, KEEP - 1)
-    with pytest.raises(CacheError, match="8 tokens do not fit"):
-        logits(fast, small, ids)
-    assert small.seen == 0
-    cache = KVCache(model, KEEP + 2)
-    logits(fast, cache, ids, *steps(count=2))
-    with pytest.raises(CacheError, match="do not fit"):
-        logits(fast, cache, *steps(count=1))
-
-
-def test_a_shortened_cache_is_for_the_model_that_shortened_it():
-    model, ids = built(), prompt_of(1, 30)
-    cache = KVCache(model, 40)
-    logits(compiled(model), cache, ids)
-    with pytest.raises(CacheError, match="gemfilter"):
-        logits(
-            torch.compile(model, backend="accelpass", options={"lowering": "eager", "passes": []}),
-            cache,
-            *steps(count=1),
-        )
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    torch.testing.assert_close(logits(model, cache, ids), logits(model, KVCache(model, 40), ids))
-
-
-def test_a_prompt_that_is_read_once_is_answered_twice():
-    model, ids = built(), prompt_of(1, 30)
-    fast, cache = compiled(model), KVCache(model, 40)
-    logits(fast, cache, ids)
-    twin = copy.deepcopy(cache)
-    assert cache.get_seq_length() == twin.get_seq_length() == 30
-    torch.testing.assert_close(logits(fast, cache, *steps()), logits(fast, twin, *steps()))
-
-
-# --- what is refused
-
-
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ({"keep": 0}, "keep=0"),
-        ({"pool": 4}, "an odd number"),
-        ({"layer": -1}, "layer=-1"),
-        ({"force_last": -1}, "force_last=-1"),
-        ({"keep": 4, "force_first": 3, "force_last": 2}, "at most keep=4"),
-        ({"kept": 4}, "did you mean 'keep'"),
-    ],
-    ids=str,
-)
-def test_options(options, why):
-    with pytest.raises(OptionError, match=why):
-        GemFilter.from_options(options)
-
-
-@pytest.mark.parametrize("other", ["delta_cache", "ditfastattn"])
-def test_step_passes_are_refused_by_name(other):
-    with pytest.raises(Exception, match=f"gemfilter cannot be used with {other}"):
-        logits(compiled(built(), other), KVCache(built(), 40), prompt_of(1, 20))
-
-
-def refusal(model: nn.Module, *args: Any, options: dict[str, Any] | None = None, **given: Any) -> str:
-    """Why a prompt was not filtered; the result is the dense one."""
-    fast = compiled(model, **(options or {}))
-    with torch.no_grad():
-        got, want = (f(*copy.deepcopy(args), **copy.deepcopy(given)) for f in (fast, model))
-    for a, b in ((got, want),) if isinstance(got, Tensor) else ((got[0], want[0]),):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    (why,) = said(fast).values()
-    return why
-
-
-def test_outputs_of_dropped_tokens_are_refused():
-    assert "a row for each token" in refusal(built(), prompt_of(1, 20), use_cache=False)
-
-
-def test_other_caches_are_refused():
-    model, ids = built(), prompt_of(1, 20)
-    assert "KVCache" in refusal(model, ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
-    torch._dynamo.reset()
-    cache = StaticCache(config=model.config, max_cache_len=40)
-    cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
-    assert "KVCache" in refusal(model, ids, past_key_values=cache, logits_to_keep=1)
-
-
-def test_a_layer_that_is_not_there():
-    assert "layer=3: the model has 3 attentions" in refusal(
-        built(), prompt_of(1, 20), options={"layer": 3}, use_cache=False, logits_to_keep=1
-    )
-
-
-def test_a_layer_that_sees_a_window():
-    torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(**DECODER, sliding_window=6)).eval()
-    fast = compiled(model)
-    logits(fast, KVCache(model, 40), prompt_of(1, 20))
-    assert "sees its last 6 tokens alone" in "".join(said(fast).values())
-
-
-def test_models_in_which_the_last_token_says_nothing():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-    class First(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bert = BertModel(BertConfig(**sizes, vocab_size=VOCABULARY))
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.bert(ids).last_hidden_state[:, -1]
-
-    assert "no attention is known to be causal" in refusal(First().eval(), prompt_of(1, 20))
-
-
-def test_a_model_without_attention():
-    class Bag(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.out = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.out(self.embed(ids)).mean(1)
-
-    assert "no self-attention was recognised" in refusal(Bag().eval(), prompt_of(1, 20))
-
-
-def test_alibi():
-    torch.manual_seed(0)
-    model = BloomForCausalLM(BloomConfig(**SIZES, hidden_size=32, n_layer=2, n_head=4)).eval()
-    why = refusal(model, prompt_of(1, 20), use_cache=False, logits_to_keep=1)
-    assert "ALiBi" in why or "causal" in why
-
-
-def test_training():
-    model = built()
-    with pytest.raises(Exception, match="gemfilter: there is no gradient") as caught:
-        compiled(model)(prompt_of(1, 20), use_cache=False, logits_to_keep=1)
-    assert isinstance(caught.value, PassError) or isinstance(getattr(caught.value, "inner_exception", None), PassError)
-
-
-# --- what is said of it
-
-
-def test_the_report_draws_what_went_on():
-    model, ids = built(), prompt_of(2, 40)
-    fast = compiled(model)
-    logits(fast, KVCache(model, 64, 2), ids)
-    report = accelpass.explain(fast)
-    (one,) = report.survivors
-    assert one.path == f"model.layers.{LAYER}.self_attn" and len(one.kept) == 2
-    assert f"8 of 40 by {one.path}" in str(report) and f"|{one.strip(72)}|" in str(report)
-    assert sum(share > 0 for share in one.shares(40)) == KEEP and sum(one.shares(40, 1)) == KEEP
-    assert len(one.strip(10)) == 10 and len(one.strip(400)) == 40
-    assert report.flops is not None and report.flops[1] < report.flops[0]
-    assert report.to_dict()["survivors"][0]["tokens"] == 40
-
-
-def test_the_page_draws_it_too(tmp_path):
-    model = built()
-    fast = compiled(model)
-    logits(fast, KVCache(model, 64), prompt_of(1, 40))
-    page = accelpass.explain(fast).to_html(tmp_path / "r.html").read_text()
-    assert "Tokens of the last prompt that went on" in page and "8 of 40 tokens kept" in page
-
-
-def test_over_the_text():
-    class Words:
-        def decode(self, ids: list[int]) -> str:
-            return " ".join(f"w{i}" for i in ids)
-
-    ids = torch.arange(10)[None]
-    found = accelpass.SurvivingTokens("x", 10, ((0, 1, 5, 9),))
-    assert found.over(Words(), ids) == "w0 w1 ... w5 ... w9"
-    assert accelpass.SurvivingTokens("x", 10, ((2, 3),)).over(Words(), ids) == "... w2 w3 ..."
-    with pytest.raises(ValueError, match="had 10 tokens"):
-        found.over(Words(), ids[:, :9])
