@@ -13,6 +13,23 @@ from accelpass.ir.attention.block_select import Blocks, BlockSelect
 from accelpass.passes.sparse_attention.base import SparseAttention
 
 
+@torch.library.custom_op("accelpass::sorted_in_segments", mutates_args=())
+def sorted_in_segments(score: Tensor, size: int, count: int) -> Tensor:
+    """The first ``count`` places of ``(rows, whole segments of size)``: each segment's own, by falling score; int64.
+
+    An op of its own: Inductor (torch 2.13, CPU) splits a loop over ``count`` places into segments and forgets those after
+    the last whole one, or writes past the end.
+    """
+    inside = score.view(len(score), -1, size).argsort(dim=-1, descending=True, stable=True)
+    start = torch.arange(0, score.shape[1], size, device=score.device)
+    return (inside + start.unsqueeze(-1)).view(len(score), -1)[:, :count].contiguous()
+
+
+@sorted_in_segments.register_fake
+def _(score: Tensor, size: int, count: int) -> Tensor:
+    return score.new_empty((score.shape[0], count), dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class PermutedBlocks(BlockSelect):
     """The smallest set of permuted blocks whose estimated share of the softmax reaches ``threshold``."""
@@ -47,8 +64,7 @@ class PermutedBlocks(BlockSelect):
         place = torch.arange(-(-tokens // size) * size, device=device)
         score = shares.masked_fill(loose, 0.0).index_select(1, place.clamp_max(tokens - 1))
         score = torch.where(place >= tokens // size * size, -place.float(), score)
-        inside = score.view(batch * heads, -1, size).argsort(dim=-1, descending=True, stable=True)
-        return (inside + place.view(-1, size)[:, :1]).view(batch * heads, -1)[:, :tokens]
+        return torch.ops.accelpass.sorted_in_segments(score, size, tokens)
 
     def chosen(self, q: Tensor, k: Tensor, order: Tensor, spec: AttentionSpec) -> Tensor:
         """Which permuted key blocks each query block reads, ``(batch * heads, blocks, blocks)``."""

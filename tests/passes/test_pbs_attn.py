@@ -435,3 +435,18 @@ def test_bad_options_name_the_legal_ones(options, says):
 
 def test_is_registered():
     assert registered()["pbs_attn"] is PBSAttn
+
+
+@pytest.mark.parametrize("tokens_", [33, 50, 64])
+def test_keys_after_the_last_whole_segment_keep_their_places_in_compiled_code(tokens_):
+    """Inductor's own code for the sort once forgot them, or wrote past the end."""
+    select, spec = PermutedBlocks(8, 16, 0.6), AttentionSpec(groups=2, scale=0.3, causal=True)
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, tokens_, 8), torch.randn(1, 2, tokens_, 8)
+
+    def listed(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+        made = select.blocks(q, k, spec)
+        return [made.blocks, made.counts, made.order]
+
+    for got, want in zip(torch.compile(listed)(q, k), listed(q, k), strict=True):
+        assert torch.equal(got, want)
