@@ -105,7 +105,8 @@ class PBSAttn(SparseAttention):
     attention of the last block of queries; blocks are then chosen by the products of their means with the queries' until
     their estimated share of the softmax reaches ``threshold``. The query's own segment and the block with the first token
     are always read. Attention does not depend on the order of keys, and causality goes by the original positions, so only
-    what is left out changes the result. Keys are cached in their order; decoding stays dense. No calibration.
+    what is left out changes the result. Which blocks are read depends on the last queries, so a prompt read in two parts
+    reads others. Keys are cached in their order; decoding stays dense. No calibration.
 
     Attributes:
         block: tokens of a block.
