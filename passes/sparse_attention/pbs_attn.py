@@ -50,7 +50,7 @@ class PermutedBlocks(BlockSelect):
     def order(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
         """The token at each place ``(batch * heads, tokens)``: in each whole segment the keys that the last block of
         queries looks at most come first; the rest at the end keeps its order."""
-        batch, heads, tokens, width = q.shape
+        tokens, width = q.shape[2:]
         device, size = q.device, self.segment
         # Of fewer tokens than a block some are taken twice; they are one segment, whose order does not matter.
         last = (torch.arange(self.block, device=device) + (tokens - self.block)).clamp_min(0)
