@@ -274,8 +274,7 @@ def test_a_padded_prompt_is_dense():
     (graph, *_) = accelpass.backends.compiled_graphs()
     (record,) = (r for r in graph.report.records if r.name == "moa")
     assert (
-        "its prompt is dense: its mask may be more than causal (padding"
-        in record.took["model.layers.0.self_attn"].what
+        "its prompt is dense: its mask may be more than causal (padding" in record.took["model.layers.0.self_attn"].what
     )
 
 
