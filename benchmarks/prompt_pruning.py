@@ -34,6 +34,8 @@ CANDIDATES: dict[str, list[Any] | None] = {
     INDUCTOR: None,
     DENSE: [],
     "gemfilter, 1,024": [{"name": "gemfilter", "keep": 1024}],
+    "lazyllm": ["lazyllm"],
+    "lazyllm, 30 %": [{"name": "lazyllm", "keep": [0.3, 0.5, 0.5]}],
     "gemfilter, 512": [{"name": "gemfilter", "keep": 512}],
     "gemfilter, 512, layer 18": [{"name": "gemfilter", "keep": 512, "layer": 18}],
 }

@@ -113,7 +113,7 @@ def test_generates_as_the_dense_model_does_from_the_chosen_tokens(family, tokens
 
 
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow), "phi3"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "phi3"))])
 def test_a_plain_loop(family, lowering):
     model = built(family)
     fast, cache = compiled(model, lowering=lowering), KVCache(model, 40)
@@ -126,7 +126,7 @@ def test_a_plain_loop(family, lowering):
         torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("pads", [3, 14], ids=lambda p: f"{p} of 20 padded")
+@pytest.mark.parametrize("pads", [3, pytest.param(14, marks=pytest.mark.slow)], ids=lambda p: f"{p} of 20 padded")
 @pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_batch_with_left_padding_over_two_turns(family, pads):
     model = built(family)
@@ -168,7 +168,7 @@ def test_padding_in_a_loop_without_positions():
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_prompt_of_at_most_keep_tokens_is_dense(dynamic):
     model = built()
     fast = compiled(model, dynamic=dynamic)
@@ -192,7 +192,7 @@ def test_a_short_prompt_after_a_long_one():
         assert bool(accelpass.surviving_tokens(fast)) == (n > KEEP)
 
 
-@pytest.mark.parametrize(("dynamic", "graphs"), [(None, 3), (True, 2)])
+@pytest.mark.parametrize(("dynamic", "graphs"), [(None, 3), pytest.param(True, 2, marks=pytest.mark.slow)])
 def test_lengths_share_graphs(dynamic, graphs):
     model = built()
     fast, cache = compiled(model, dynamic=dynamic), KVCache(model, 40)
@@ -250,10 +250,10 @@ def test_the_default_layer_is_the_papers_share_of_the_depth():
     "other",
     [
         {"name": "int8_weights"},
-        {"name": "int4_weights", "group_size": 32},
+        pytest.param({"name": "int4_weights", "group_size": 32}, marks=pytest.mark.slow),
         {"name": "h2o", "budget": 0.3},
-        {"name": "mikv", "budget": 0.4, "bits": 4},
-        {"name": "kv_quant", "bits": 8},
+        pytest.param({"name": "mikv", "budget": 0.4, "bits": 4}, marks=pytest.mark.slow),
+        pytest.param({"name": "kv_quant", "bits": 8}, marks=pytest.mark.slow),
     ],
     ids=lambda p: p["name"],
 )

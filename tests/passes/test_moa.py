@@ -77,8 +77,8 @@ def test_compiled_by_inductor_for_prompts_of_any_length():
     [
         [{"name": "moa", **SMALL, "alpha": 0, "beta": 1}],
         [{"name": "sink_window", **SMALL, "density": 1}],
-        [{"name": "moa", **SMALL, "alpha": CAPACITY, "beta": 0}],
-        [{"name": "moa", "alpha": 0, "beta": 0.125}],
+        pytest.param([{"name": "moa", **SMALL, "alpha": CAPACITY, "beta": 0}], marks=pytest.mark.slow),
+        pytest.param([{"name": "moa", "alpha": 0, "beta": 0.125}], marks=pytest.mark.slow),
     ],
     ids=["everything", "density 1", "longer than the cache", "prompts within a block"],
 )
@@ -148,6 +148,7 @@ def test_with_packed_weights(weights):
     assert len(report.passes["moa"].took) == 2 and len(report.passes[weights["name"]].took) > 8
 
 
+@pytest.mark.slow
 def test_with_rows_in_few_bits():
     class Rounded(Spans):
         def attend(self, layer, q, k, v, scale, mask, index):

@@ -165,7 +165,7 @@ def test_rounding_does_not_empty_a_selection():
 # Whole models
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_model_with_a_cache_equals_the_oracle(batch, lowering):
     """A prompt, single tokens, a further piece, which is dense."""
@@ -189,7 +189,9 @@ def oracle_forward(model: Any, ids: Tensor, oracle_: kv_truth.Oracle) -> Tensor:
         return forward(model, ids)
 
 
-@pytest.mark.parametrize("dynamic", [False, True, None])
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.slow), None]
+)
 def test_a_plain_forward_of_any_length(dynamic):
     """Lengths that are no multiples of a block, one graph for all of them once a second one was seen."""
     model = llama()
@@ -236,9 +238,9 @@ SITES = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     "others",
     [
         [{"name": "int8_weights"}],
-        [{"name": "int4_weights", "group_size": 32}],
-        [{"name": "kv_quant", "bits": 8}],
-        [{"name": "kv_window", "budget": 0.5}],
+        pytest.param([{"name": "int4_weights", "group_size": 32}], marks=pytest.mark.slow),
+        pytest.param([{"name": "kv_quant", "bits": 8}], marks=pytest.mark.slow),
+        pytest.param([{"name": "kv_window", "budget": 0.5}], marks=pytest.mark.slow),
         [{"name": "tidaldecode", "budget": 6, "first": 0, "reselect": 5}],
     ],
     ids=lambda given_: given_[0]["name"],
