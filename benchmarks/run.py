@@ -36,7 +36,9 @@ from benchmarks import (
     kv_tasks,
     memory,
     pixart_steps,
+    prompt_pruning,
     quality,
+    sparse_prefill,
     sparse_quality,
 )
 
@@ -166,6 +168,18 @@ def _sparse_quality(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": rows, "capacity": sizes.capacity, "scored": sizes.scored, "depths": sizes.depths}
 
 
+def _sparse_prefill(model: Any, tokenizer: Any, given: Given) -> Content:
+    tokens = sparse_prefill.TOKENS[:1] if given.quick else sparse_prefill.TOKENS
+    return {"rows": sparse_prefill.measure(model, tokenizer, _say, tokens)}
+
+
+def _prompt_pruning(model: Any, tokenizer: Any, given: Given) -> Content:
+    plan = prompt_pruning.QUICK if given.quick else prompt_pruning.Plan()
+    ids = tokenizer(kv_tasks.prose(), return_tensors="pt").input_ids[:, : max(plan.lengths)]
+    names = given.among(list(prompt_pruning.CANDIDATES))
+    return {"rows": prompt_pruning.times(model, ids, names, plan, lambda row: _say(str(row)))}
+
+
 def _kv_prefill(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": kv_prefill.measure(model, tokenizer, _say)}
 
@@ -224,6 +238,16 @@ PARTS = {
         "Sparse attention: perplexity of the last {scored} tokens of a context, and pass keys found at {depths} depths, as for "
         "KV caches; bytes of a cache of {capacity} tokens",
         apart=tuple(sparse_quality.METHODS),
+    ),
+    "sparse_prefill": Part(
+        _sparse_prefill,
+        "Sparse attention: one layer's prompt on real queries and keys, against torch's sdpa; the choice of blocks is timed op by op",
+    ),
+    "prompt_pruning": Part(
+        _prompt_pruning,
+        "Token pruning: time to the first token of a prompt of prose",
+        below="Candidates of one run take turns; `faster_than_the_first` is against the first row of a length. Inductor attends "
+        "over a static cache with a mask; `accelpass, dense` attends to the prompt alone.",
     ),
     "kv_prefill": Part(_kv_prefill, "KV caches: prompts, with and without scores"),
     "kv_memory": Part(_kv_memory, "KV caches: a process that reads 4080 tokens and answers, over what it held before"),
