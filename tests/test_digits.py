@@ -203,6 +203,7 @@ def test_training_writes_files_that_load(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.skipif(
     not (digits.WEIGHTS / "digits_dit.safetensors").is_file(), reason="the transformer's weights are not here"
 )
+@pytest.mark.slow
 def test_the_documented_example_runs(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "digits-model.md").read_text(), re.S)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -22,6 +24,7 @@ def test_python_blocks_run(tmp_path):
         assert said in done.stdout
 
 
+@pytest.mark.slow
 def test_python_of_the_diffusion_page_runs(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "diffusion.md").read_text(), re.S)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=900)
