@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -232,6 +233,34 @@ def test_packed_weights(weights):
     assert torch.isfinite(outs[0]).all() and not torch.allclose(outs[0], outs[1], rtol=1e-3, atol=1e-3)
     assert torch.allclose(outs[1], outs[2], rtol=1e-4, atol=1e-4)  # all tokens kept: packed weights alone
     assert torch.isfinite(outs[0]).all()
+
+
+@pytest.mark.slow
+def test_the_same_graphs_with_other_weights():
+    """Two instances, a weight that is written in place, and float weights that are given back."""
+    models, given = [llama(seed, layers=3) for seed in (0, 5)], ids(30)
+
+    def answers(model: Any, fast: Any = None, **options: Any) -> tuple[torch.Tensor, Any]:
+        fast = compiled(model, {0: 0.6, 1: 0.6}, "int8_weights", **options) if fast is None else fast
+        cache = KVCache(model, CAPACITY)
+        with torch.no_grad():
+            made = [fast(given[:, p], past_key_values=cache).logits[:, -1] for p in pieces([18, 1, 1, 3, 1])]
+        return torch.cat(made), fast
+
+    def alone(model: Any, **options: Any) -> torch.Tensor:
+        torch._dynamo.reset()
+        made, _ = answers(copy.deepcopy(model), **options)
+        torch._dynamo.reset()
+        return made
+
+    want = [alone(model) for model in models]
+    assert torch.equal(alone(models[0], free_weights=True), want[0])
+    got, fasts = zip(*map(answers, models), strict=True)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    with torch.no_grad():
+        models[1].model.layers[1].mlp.up_proj.weight.copy_(models[0].model.layers[1].mlp.up_proj.weight)
+    after, _ = answers(models[1], fasts[1])
+    assert not torch.equal(after, want[1]) and torch.equal(after, alone(models[1]))
 
 
 @pytest.mark.slow
