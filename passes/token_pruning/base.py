@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.op import attend, is_attention, set_spec, spec_of
 from accelpass.ir.attention.spec import All, AttentionSpec
-from accelpass.ir.graph import fake_mode, value
+from accelpass.ir.graph import fake_mode, value, written_inputs
 from accelpass.ir.kv.lower import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.program import Program
@@ -21,7 +21,7 @@ from accelpass.ir.steps import remember
 from accelpass.ir.tensors import FromInputs
 from accelpass.ir.tokens import CannotCut, Cut, decoder_blocks
 from accelpass.passes.base import Done, Pass, Record
-from accelpass.passes.kv_cache.base import cannot_store, refuse
+from accelpass.passes.kv_cache.base import NO_CACHE, cannot_store, refuse
 from accelpass.passes.token_pruning.rows_at_positions import RowsAtPositions
 
 CUT = "token_cut"
@@ -56,6 +56,8 @@ class TokenPruning(Pass):
         attentions = [n for n in program.graph.nodes if is_attention(n)]
         if not attentions:
             return "no attention was recognised"
+        if not sites and written_inputs(program.graph):
+            return f"it writes to a cache of another kind: {NO_CACHE}"
         tokens = value(found[0].input).shape[1]
         if not sites and isinstance(tokens, int) and tokens == 1:
             return "one token at a time without an accelpass.KVCache: there is nothing to drop"

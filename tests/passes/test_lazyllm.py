@@ -22,6 +22,7 @@ from transformers import (
     PhiForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StaticCache,
 )
 
 import accelpass
@@ -331,6 +332,16 @@ def test_sliding_windows_are_left_alone():
 
 def test_one_token_without_a_cache_is_left_alone():
     assert "nothing to drop" in skipped(llama(), input_ids=ids(1), use_cache=False)
+
+
+def test_a_cache_of_another_kind_is_named_with_the_remedy():
+    model = llama()
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    fast = compiled(model, {0: 0.5})
+    with torch.no_grad():
+        got = fast(ids(9), past_key_values=cache).logits
+        assert torch.allclose(got, model(ids(9)).logits, rtol=1e-4, atol=1e-4)
+    assert "accelpass.KVCache(model" in accelpass.explain(fast).passes["lazyllm"].skipped["model"]
 
 
 def test_a_cache_that_another_set_of_passes_filled():
