@@ -45,6 +45,7 @@ def truth(rules: Any = RULES) -> Spans:
     return Spans(rules, 4, 4, 8, CAPACITY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("aten", marks=pytest.mark.slow)])
 def test_equals_the_oracle_over_two_turns(lowering):
     model = llama()
@@ -129,6 +130,7 @@ def test_the_cache_takes_what_the_spans_need():
     assert took["model.layers.0.self_attn"].densities == (0.5, 0.5, 0.5, 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights",
     [{"name": "int4_weights", "group_size": 32}, pytest.param({"name": "int8_weights"}, marks=pytest.mark.slow)],
