@@ -45,7 +45,6 @@ def truth(rules: Any = RULES) -> Spans:
     return Spans(rules, 4, 4, 8, CAPACITY)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("aten", marks=pytest.mark.slow)])
 def test_equals_the_oracle_over_two_turns(lowering):
     model = llama()
@@ -55,6 +54,7 @@ def test_equals_the_oracle_over_two_turns(lowering):
     assert far(model, kv_truth.Dense(), pieces, plan=plan_of(model)) > 1e-2, "the spans matter"
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor_for_prompts_of_any_length():
     """One graph of prompts: the tables of a symbolic number of tokens."""
     model = llama()
