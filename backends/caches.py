@@ -41,8 +41,7 @@ class CacheCalls:
             marks: names of passes without which a cache that they filled cannot be gone on with.
         """
         counts = tuple((tensors.position(u.count), (*u.form, *marks)) for u in uses)
-        model = min((tensors.position(n) for n in tensors.paths), default=None)
-        return CacheCalls(counts, _tokens(uses[0].tokens, tensors), uses[0].is_prompt, model)
+        return CacheCalls(counts, _tokens(uses[0].tokens, tensors), uses[0].is_prompt, tensors.model)
 
     def check(self, args: Sequence[Any]) -> int:
         """How many tokens this call adds.

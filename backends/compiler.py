@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from accelpass.backends import block_sparse as block_sparse  # registers its kernel
 from accelpass.backends import kv_decode as kv_decode  # registers its kernel
 from accelpass.backends.caches import CacheCalls
-from accelpass.backends.filtered import FilteredPrompt, Part, WholePrompt, anchor_of, filtered
+from accelpass.backends.filtered import FilteredPrompt, Part, WholePrompt, filtered
 from accelpass.backends.inductor import compile_graph, compile_whole
 from accelpass.backends.prune_compiler import pruned_model, pruning_pass
 from accelpass.backends.regions import Regions
@@ -174,7 +174,7 @@ def backend(
     report.seconds = time.perf_counter() - started
     report.derived_bytes = binder.derived_bytes()
     caches = CacheCalls.of(uses, tensors, filters) if uses else None
-    whole = WholePrompt(Part(fn, binder), anchor_of(tensors)) if filters and not is_later else None
+    whole = WholePrompt(Part(fn, binder), tensors.model) if filters and not is_later else None
     return CompiledGraph(fn, binder, chosen, options, report, _weak(mine), _parameters(mine), caches, prompt=whole)
 
 

@@ -167,12 +167,7 @@ def filtered(
     report.after = replace(second.cost, flops=first.cost.flops + second.cost.flops)
     assert isinstance(model.tensors, FromInputs)
     caches = CacheCalls.of(second.uses, model.tensors, (by.name,)) if second.uses else None
-    return FilteredPrompt(path, by.keep, looking, reading, found.inputs, counters, capacity, caches, anchor_of(tensors))
-
-
-def anchor_of(tensors: FromInputs) -> int | None:
-    """The position of one of the model's own tensors, which tells instances apart."""
-    return min((tensors.position(n) for n in tensors.paths), default=None)
+    return FilteredPrompt(path, by.keep, looking, reading, found.inputs, counters, capacity, caches, tensors.model)
 
 
 def _specialise(tensors: FromInputs, found: Prompt) -> None:

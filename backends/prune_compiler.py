@@ -85,9 +85,7 @@ def pruned_model(
         def wider(rows: int, args: Sequence[Any]) -> PrunedGraph:
             return builder.graph(builder.capture(args), args, [rows] * count)
 
-    model = PrunedModel(
-        graph, wider, keep, counts, fresh, min((tensors.position(n) for n in tensors.paths), default=None)
-    )
+    model = PrunedModel(graph, wider, keep, counts, fresh, tensors.model)
     report.records = builder.records
     report.parts, report.parts_compiled = len(graph.stages), len(builder.code)
     calls = CacheCalls.of(builder.uses, tensors) if builder.uses else None

@@ -93,8 +93,7 @@ def step_graph(
         _describe(report, composition, passes)
         return composition
 
-    model = min((tensors.position(n) for n in tensors.paths), default=None)
-    graph = SteppedGraph(passes, build, tensors.position(time), tensors.position(latents), model)
+    graph = SteppedGraph(passes, build, tensors.position(time), tensors.position(latents), tensors.model)
     if not symbolic:
         graph.composition(inputs)
     return graph

@@ -14,6 +14,7 @@ from accelpass.ir.analyses.axes import Axes, Dim, axes
 from accelpass.ir.analyses.flow import output_nodes
 from accelpass.ir.analyses.linear import embeddings
 from accelpass.ir.attention import steps
+from accelpass.ir.attention.block_select import MASKS
 from accelpass.ir.attention.detect import Attention, detect, near_misses
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.graph import aten, fake_mode, is_call, known, mutates, through, value, written_inputs
@@ -29,9 +30,6 @@ _LAYOUT = (aten.to, aten._to_copy, aten.view, aten.reshape, aten.unsqueeze, aten
 _ARITHMETIC = (aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.pow, aten.full, aten.remainder)
 _COMPARED = (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge)
 
-
-MASKS = ("keep", "fill", "add")
-"""Steps on scores that mask keys."""
 HIDDEN = -1e4
 """A mask hides a key with at most this."""
 _TRIED = 7

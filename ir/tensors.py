@@ -175,6 +175,11 @@ class FromInputs(TensorSource):
         """Where an original input stands among a call's arguments."""
         return self._position[node]
 
+    @property
+    def model(self) -> int | None:
+        """The position of one of the model's own tensors, which tells instances apart; None if there is none."""
+        return min((self._position[n] for n in self.paths), default=None)
+
     def binder(self, release: bool = False) -> Binder:
         """Drop unused inputs from the graph and return what maps a call's arguments to the graph's new inputs."""
         kept: list[int] = []

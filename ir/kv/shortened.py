@@ -11,12 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
+from accelpass.ir.attention.block_select import MASKS
 from accelpass.ir.attention.op import spec_of
 from accelpass.ir.derived import DERIVED, StateSpec
 from accelpass.ir.graph import aten, call, is_call, known, placeholders, through, value
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.program import Program
-from accelpass.ir.prompt import MASKS, positions_of
+from accelpass.ir.prompt import positions_of
 from accelpass.ir.splice import splice, trace
 from accelpass.ir.tensors import FromInputs
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.ir.attention import steps
+from accelpass.ir.attention.block_select import MASKS
 from accelpass.ir.attention.op import spec_of
 from accelpass.ir.attention.spec import Step
-from accelpass.ir.prompt import HIDDEN, MASKS
+from accelpass.ir.prompt import HIDDEN
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
 
