@@ -97,7 +97,6 @@ class Report:
     caches: tuple[CacheReport, ...] = ()
     steps: StepPlanView | None = None
     survivors: tuple[SurvivingTokens, ...] = ()
-
     densities: tuple[DensityView, ...] = ()
 
     @classmethod

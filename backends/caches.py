@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.errors import GraphError
-from accelpass.ir.graph import known, value
+from accelpass.ir.graph import size_among
 from accelpass.ir.kv.ledger import holding_of
 from accelpass.ir.kv.lower import CacheUse
 from accelpass.ir.tensors import FromInputs
@@ -67,12 +67,10 @@ class CacheCalls:
 def _tokens(number: int | torch.SymInt, tensors: FromInputs) -> Tokens:
     if isinstance(number, int):
         return lambda args: number
-    for node in tensors.inputs_nodes:
-        given, position = value(node), tensors.position(node)
-        if isinstance(given, torch.SymInt) and known(given == number):
-            return lambda args: int(args[position])
-        if isinstance(given, Tensor):
-            for dim, size in enumerate(given.shape):
-                if known(size == number):
-                    return lambda args: int(args[position].shape[dim])
-    raise GraphError(f"no input of the graph says how many tokens ({number}) it appends to the cache")
+    found = size_among(tensors.inputs_nodes, number)
+    if found is None:
+        raise GraphError(f"no input of the graph says how many tokens ({number}) it appends to the cache")
+    position, dim = tensors.position(tensors.inputs_nodes[found[0]]), found[1]
+    if dim is None:
+        return lambda args: int(args[position])
+    return lambda args: int(args[position].shape[dim])

@@ -15,10 +15,9 @@ from accelpass.backends import block_sparse as block_sparse  # registers its ker
 from accelpass.backends import kv_decode as kv_decode  # registers its kernel
 from accelpass.backends.caches import CacheCalls
 from accelpass.backends.filtered import FilteredPrompt, Part, WholePrompt, filtered
-from accelpass.backends.inductor import compile_graph, compile_whole
+from accelpass.backends.inductor import compile_whole
 from accelpass.backends.prune_compiler import pruned_model, pruning_pass
-from accelpass.backends.regions import Regions
-from accelpass.backends.rewriting import captured, lowered, refuse_released
+from accelpass.backends.rewriting import captured, code_for, rewritten
 from accelpass.backends.sampling import SteppedGraph
 from accelpass.backends.step_compiler import step_graph
 from accelpass.ir.capture import NotCanonical
@@ -26,10 +25,8 @@ from accelpass.ir.errors import PassError
 from accelpass.ir.kv.sites import kv_sites
 from accelpass.ir.steps import step_blocks
 from accelpass.ir.tensors import Binder, FromInputs
-from accelpass.passes.base import Record
-from accelpass.passes.manager import run
 from accelpass.passes.options import Options, parse
-from accelpass.passes.report import GraphReport, costs, measure
+from accelpass.passes.report import GraphReport, measure
 from accelpass.passes.step_cache.base import StepPass
 from accelpass.passes.token_pruning.filter import PromptFilter
 
@@ -147,33 +144,14 @@ def backend(
         return CompiledGraph(
             short.second.fn, binder, chosen, options, report, _weak(mine), _parameters(mine), short.caches, prompt=short
         )
+    made = rewritten(program, example_inputs, chosen)
+    binder, report.records, report.after = made.binder, made.records, made.cost
     with torch.no_grad():
-        if chosen.plan is not None:
-            chosen.plan.check(program)
-            program.artefacts = chosen.plan.tensors
-        observers = []
-        if chosen.debug:
-            from accelpass.backends.debug import replay
-
-            observers.append(replay(program, example_inputs))
-        records: list[Record] = run(program, chosen.passes, observers)
-        report.records = records
-        report.after = costs(program)
-        uses = lowered(program, chosen)
-        binder = tensors.binder(release=chosen.free_weights)
-        program.gm.recompile()
-        refuse_released(tensors, binder, example_inputs)
         inputs = binder(example_inputs)
-    report.seconds_in_passes = time.perf_counter() - started
-    fn: Callable[..., Any] = program.gm
-    if chosen.lowering == "inductor":
-        rewritten = {record.name for record in records if record.took}
-        fn = compile_graph(program.gm, inputs, chosen, all(p.exact for p in chosen.passes if p.name in rewritten))
-        if isinstance(fn, Regions):
-            report.parts, report.parts_compiled = len(fn.steps), fn.compiled
+    fn = code_for(program.gm, inputs, chosen, made.exact, report)
     report.seconds = time.perf_counter() - started
     report.derived_bytes = binder.derived_bytes()
-    caches = CacheCalls.of(uses, tensors, filters) if uses else None
+    caches = CacheCalls.of(made.uses, tensors, filters) if made.uses else None
     whole = WholePrompt(Part(fn, binder), tensors.model) if filters and not is_later else None
     return CompiledGraph(fn, binder, chosen, options, report, _weak(mine), _parameters(mine), caches, prompt=whole)
 

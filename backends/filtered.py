@@ -13,23 +13,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from accelpass.backends.caches import CacheCalls
-from accelpass.backends.inductor import compile_graph
-from accelpass.backends.regions import Regions
-from accelpass.backends.rewriting import captured, lowered, refuse_released
+from accelpass.backends.rewriting import Rewritten, captured, code_for, rewritten
+from accelpass.backends.rows import rows_of
 from accelpass.backends.survivors import Survivors, keep_last
 from accelpass.ir.capture import NotCanonical
 from accelpass.ir.graph import fake_mode, hint, known, value
 from accelpass.ir.kv import shortened
 from accelpass.ir.kv.ledger import holding_of
-from accelpass.ir.kv.lower import CacheUse
 from accelpass.ir.kv.sites import kv_sites
 from accelpass.ir.program import Program
 from accelpass.ir.prompt import NoPrompt, Prompt, TokenInput, prompt, shorten
 from accelpass.ir.tensors import Binder, FromInputs
 from accelpass.passes.base import Done, Record
-from accelpass.passes.manager import ordered, run
+from accelpass.passes.manager import ordered
 from accelpass.passes.options import Options
-from accelpass.passes.report import GraphReport, Measured, costs
+from accelpass.passes.report import GraphReport
 from accelpass.passes.token_pruning.filter import PromptFilter
 
 
@@ -112,18 +110,9 @@ def taken(args: Sequence[Any], inputs: Sequence[TokenInput], rows: Tensor, posit
             made[one.argument] = places.to(given.dtype).contiguous()
         else:
             for dim in one.dims:
-                given = _taken(given, rows, dim)
+                given = rows_of(given, rows, dim)
             made[one.argument] = given
     return made
-
-
-def _taken(given: Tensor, rows: Tensor, dim: int) -> Tensor:
-    """The rows of each sequence; sequences are ``given``'s first dimension, if there are several."""
-    if rows.shape[0] == 1:
-        return given.index_select(dim, rows[0])
-    shape = [rows.shape[0] if i == 0 else rows.shape[1] if i == dim else 1 for i in range(given.dim())]
-    wide = [rows.shape[1] if i == dim else size for i, size in enumerate(given.shape)]
-    return given.gather(dim, rows.view(shape).expand(wide))
 
 
 def filtered(
@@ -149,17 +138,14 @@ def filtered(
     except (NoPrompt, NotCanonical) as why:
         program.refused[by.name] = str(why)
         return None
-    if chosen.plan is not None:
-        chosen.plan.check(program)
-        program.artefacts = model.artefacts = chosen.plan.tensors
     tokens = hint(found.tokens)
     sites = kv_sites(program)
     counters, capacity = tuple(tensors.position(s.count) for s in sites), sites[0].capacity if sites else 0
     path = by.look(program, found)
     # What the first look needs is packed before the memory of any float weight is given back.
     uncached = tuple(p for p in others.passes if p.phase != "cache")
-    first = _rewritten(program, inputs, replace(others, passes=uncached, free_weights=False))
-    second = _rewritten(model, short, others)
+    first = rewritten(program, inputs, replace(others, passes=uncached, free_weights=False))
+    second = rewritten(model, short, others)
     second.binder.released -= frozenset(first.binder.kept)
     looking, reading = (_compiled(one, args, others, report) for one, args in ((first, inputs), (second, short)))
     took = Done(f"its queries choose {by.keep} of the prompt's tokens (of {tokens} when this was compiled)")
@@ -197,45 +183,11 @@ def _for_chosen(
     return short, captured(gm, short, report, edit=lambda made: shorten(made, found.inputs, keep))
 
 
-@dataclass(frozen=True, eq=False)
-class _Rewritten:
-    program: Program
-    records: list[Record]
-    cost: Measured
-    binder: Binder
-    uses: list[CacheUse]
-
-
-@torch.no_grad()
-def _rewritten(program: Program, inputs: Sequence[Any], chosen: Options) -> _Rewritten:
-    observers = []
-    if chosen.debug:
-        from accelpass.backends.debug import replay
-
-        observers.append(replay(program, inputs))
-    records = run(program, chosen.passes, observers)
-    cost = costs(program)
-    uses = lowered(program, chosen)
-    assert isinstance(program.tensors, FromInputs)
-    binder = program.tensors.binder(release=chosen.free_weights)
-    program.gm.recompile()
-    refuse_released(program.tensors, binder, inputs)
-    return _Rewritten(program, records, cost, binder, uses)
-
-
-def _compiled(made: _Rewritten, args: Sequence[Any], chosen: Options, report: GraphReport) -> Part:
+def _compiled(made: Rewritten, args: Sequence[Any], chosen: Options, report: GraphReport) -> Part:
     with torch.no_grad():
         inputs = made.binder(args)
-    fn: Callable[..., Any] = made.program.gm
-    if chosen.lowering == "inductor":
-        rewrote = {record.name for record in made.records if record.took}
-        exact = all(p.exact for p in chosen.passes if p.name in rewrote)
-        mode = fake_mode(made.program.gm)
-        assert mode is not None
-        # Each graph is compiled for itself; the length of the second is not one that Dynamo has seen.
-        with tracing(TracingContext(mode)):
-            fn = compile_graph(made.program.gm, inputs, chosen, exact)
-        if isinstance(fn, Regions):
-            report.parts += len(fn.steps)
-            report.parts_compiled += fn.compiled
-    return Part(fn, made.binder)
+    mode = fake_mode(made.program.gm)
+    assert mode is not None
+    # Each graph is compiled for itself; the length of the second is not one that Dynamo has seen.
+    with tracing(TracingContext(mode)):
+        return Part(code_for(made.program.gm, inputs, chosen, made.exact, report), made.binder)

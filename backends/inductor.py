@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +18,19 @@ from accelpass.passes.options import Options
 _CONTRACT = "enable_floating_point_contract_flag"
 
 
-def compile_graph(gm: fx.GraphModule, inputs: list[Any], chosen: Options, exact: bool) -> Callable[..., Any]:
+def compile_graph(
+    gm: fx.GraphModule,
+    inputs: list[Any],
+    chosen: Options,
+    exact: bool,
+    code: dict[Hashable, Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
     """Compile for inference.
 
     Args:
-        inputs: real inputs.
+        inputs: real inputs, or fake ones.
         exact: results must equal the model's up to the order of float additions.
+        code: parts that other graphs compiled, which gets what is new; see :func:`compile_regions`.
     """
     if not exact:
         chosen = replace(chosen, inductor={**_fused_multiply_add(), **chosen.inductor})
@@ -32,7 +39,7 @@ def compile_graph(gm: fx.GraphModule, inputs: list[Any], chosen: Options, exact:
     if chosen.regions and on_cpu:
         # What passes between parts was made by other parts; the graph's own inputs are checked by Dynamo's guards.
         settings = replace(chosen, inductor={"size_asserts": False, **chosen.inductor})
-        regions = compile_regions(gm, inputs, lambda part, given: compile_whole(part, given, settings))
+        regions = compile_regions(gm, inputs, lambda part, given: compile_whole(part, given, settings), code)
         if regions is not None:
             return regions
     return compile_whole(gm, _with_known_sizes(gm, inputs), chosen)

@@ -8,26 +8,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from accelpass.backends.caches import CacheCalls
-from accelpass.backends.inductor import compile_whole
 from accelpass.backends.pruned import PrunedModel, kept
 from accelpass.backends.pruned_graph import PrunedGraph, Stage
-from accelpass.backends.regions import compile_regions, part_of
-from accelpass.backends.rewriting import captured, copied, lowered, refuse_released
+from accelpass.backends.regions import Part, part_of
+from accelpass.backends.rewriting import Rewritten, captured, code_for, copied, rewritten
 from accelpass.backends.steps import Held, Ref
 from accelpass.ir.errors import OptionError
-from accelpass.ir.graph import fake_mode, known, placeholders, value
+from accelpass.ir.graph import fake_mode, placeholders, size_among, value
+from accelpass.ir.kv.lower import CacheUse
 from accelpass.ir.kv.sites import kv_sites
 from accelpass.ir.program import Program
 from accelpass.ir.tensors import FromInputs
 from accelpass.ir.tokens import CannotCut, Cut, cut, decoder_blocks
-from accelpass.passes.base import Record
-from accelpass.passes.manager import run
 from accelpass.passes.options import Options
-from accelpass.passes.report import GraphReport, costs
+from accelpass.passes.report import GraphReport
 from accelpass.passes.token_pruning.base import CUT, TokenPruning, importance_name
 
 
@@ -78,16 +77,9 @@ def pruned_model(
     tensors = program.tensors
     assert isinstance(tensors, FromInputs)
     counts = tuple(tensors.position(s.count) for s in sites)
-    wider = None
-    if not fresh and isinstance(made, int):
-        count = len(ends)
-
-        def wider(rows: int, args: Sequence[Any]) -> PrunedGraph:
-            return builder.graph(builder.capture(args), args, [rows] * count)
-
+    wider = builder.again if not fresh and isinstance(made, int) else None
     model = PrunedModel(graph, wider, keep, counts, fresh, tensors.model)
-    report.records = builder.records
-    report.parts, report.parts_compiled = len(graph.stages), len(builder.code)
+    report.derived_bytes = graph.binder.derived_bytes()
     calls = CacheCalls.of(builder.uses, tensors) if builder.uses else None
     return model, calls
 
@@ -104,40 +96,25 @@ class _Builder:
     chosen: Options
     report: GraphReport
     ends: tuple[int, ...]
+    uses: list[CacheUse] = field(default_factory=list)
     code: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
-    records: list[Record] = field(default_factory=list)
-    uses: list[Any] = field(default_factory=list)
 
-    def capture(self, args: Sequence[Any]) -> Program:
-        """The model's graph once more, at the sizes that it was first captured for."""
-        made = captured(self.gm, args, self.report)
-        if self.chosen.plan is not None:
-            made.artefacts = self.chosen.plan.tensors
-        return made
+    def again(self, args: Sequence[Any], rows: int) -> PrunedGraph:
+        """A graph for the sizes that the first was captured for, but ``rows`` in the later stretches."""
+        self.report = GraphReport(self.report.number)  # the one that the model's owner sees is finished
+        return self.graph(captured(self.gm, args, self.report), args, [rows] * len(self.ends))
 
     def graph(self, program: Program, args: Sequence[Any], sizes: Sequence[int] | None) -> PrunedGraph:
         """Cut, rewritten and compiled for these rows in the stretches after the first."""
-        with torch.no_grad():
-            found = cut(program, self.ends, sizes)
-            program.gm.meta[CUT] = found
-            records = run(program, self.chosen.passes)
-            if not self.records:
-                self.records, self.report.after = records, costs(program)
-            uses = lowered(program, self.chosen)
-            self.uses = self.uses or uses
-            tensors = program.tensors
-            assert isinstance(tensors, FromInputs)
-            counts = [tensors.position(u.count) for u in uses]
-            binder = tensors.binder(release=self.chosen.free_weights)
-            program.gm.recompile()
-            refuse_released(tensors, binder, args)
-            return self._compiled(program, found, binder, counts, sizes)
+        made = rewritten(program, args, self.chosen, lambda it: it.gm.meta.update({CUT: cut(it, self.ends, sizes)}))
+        self.report.records, self.report.after = made.records, made.cost
+        self.uses = made.uses
+        return self._compiled(made, program.gm.meta[CUT], sizes)
 
-    def _compiled(
-        self, program: Program, found: Cut, binder: Any, counts: Sequence[int], sizes: Sequence[int] | None
-    ) -> PrunedGraph:
-        gm, tensors = program.gm, program.tensors
+    def _compiled(self, made: Rewritten, found: Cut, sizes: Sequence[int] | None) -> PrunedGraph:
+        program, gm, tensors = made.program, made.program.gm, made.program.tensors
         assert isinstance(tensors, FromInputs)
+        counts = [tensors.position(u.count) for u in made.uses]
         (output,) = gm.graph.find_nodes(op="output")
         results: Any = output.args[0]
         own = len(results) - program.pins - len(program.remembered)
@@ -165,6 +142,8 @@ class _Builder:
                 return "held", Held(operator.attrgetter(str(node.target))(gm))
             return "value", node.name
 
+        mode = fake_mode(gm)
+        assert mode is not None
         wanted = frozenset(n.name for n in results if isinstance(n, fx.Node))
         stages, layers = [], 0
         for number, nodes in enumerate(segments):
@@ -176,7 +155,7 @@ class _Builder:
             stages.append(
                 Stage(
                     "" if stretch is None else stretch.blocks[0],
-                    self._code(part.gm, [value(n) for n in part.given], fake_mode(gm)),
+                    self._code(part, mode, made.exact),
                     tuple(ref(n) for n in part.given),
                     tuple(n.name for n in part.made),
                     pins[number].name if not last else "",
@@ -190,7 +169,7 @@ class _Builder:
             stages,
             tuple(ref(n) for n in results[:own]),
             tuple(ref(n) for n in pins),
-            binder,
+            made.binder,
             symbol,
             _asked(bound, found.tokens) if symbol is not None else None,
             tokens,
@@ -198,17 +177,10 @@ class _Builder:
             found.dtype,
         )
 
-    def _code(self, gm: fx.GraphModule, given: list[Any], mode: Any) -> Callable[..., Any]:
-        if self.chosen.lowering != "inductor":
-            return gm.forward
+    def _code(self, part: Part, mode: FakeTensorMode, exact: bool) -> Callable[..., Any]:
         with tracing(TracingContext(mode)):
-            if all(t.device.type == "cpu" for t in given if isinstance(t, Tensor)) and self.chosen.regions:
-                made = compile_regions(
-                    gm, given, lambda part, inputs: compile_whole(part, inputs, self.chosen), self.code
-                )
-                if made is not None:
-                    return made
-            return compile_whole(gm, given, self.chosen)
+            given = [value(n) for n in part.given]
+            return code_for(part.gm, given, self.chosen, exact, self.report, self.code)
 
 
 def _segments(graph: fx.Graph, ends: Sequence[fx.Node]) -> list[list[fx.Node]]:
@@ -228,13 +200,7 @@ def _segments(graph: fx.Graph, ends: Sequence[fx.Node]) -> list[list[fx.Node]]:
 
 
 def _asked(bound: Sequence[fx.Node], tokens: torch.SymInt) -> tuple[int, int | None]:
-    """The input that says how many tokens a call has."""
-    for at, node in enumerate(bound):
-        held = value(node)
-        if isinstance(held, torch.SymInt) and known(held == tokens):
-            return at, None
-        if isinstance(held, Tensor):
-            for dim, size in enumerate(held.shape):
-                if known(size == tokens):
-                    return at, dim
-    raise CannotCut(f"no input of the graph says how many tokens ({tokens}) it has")
+    found = size_among(bound, tokens)
+    if found is None:
+        raise CannotCut(f"no input of the graph says how many tokens ({tokens}) it has")
+    return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from accelpass.backends.pruned_graph import PrunedGraph, Run, Stage
+from accelpass.backends.rows import rows_of, write_rows
 from accelpass.backends.survivors import Survivors, keep_last
 from accelpass.ir.derived import DERIVED, StateSpec
 from accelpass.ir.kv.ledger import holding_of
@@ -32,7 +33,7 @@ class PrunedModel:
 
     Attributes:
         graph: for as many rows in each stretch as the graph was captured for, or the prompt's own.
-        wider: makes a graph whose later stretches take this many rows; None if ``graph`` takes any number.
+        wider: makes, for a call, a graph whose later stretches take this many rows; None if ``graph`` takes any number.
         keep: the share of tokens that goes on, by stretch before it.
         counts: positions of the layers' counters among the arguments; none without a KVCache.
         fresh: the cache is empty before the call.
@@ -40,7 +41,7 @@ class PrunedModel:
     """
 
     graph: PrunedGraph
-    wider: Callable[[int, Sequence[Any]], PrunedGraph] | None
+    wider: Callable[[Sequence[Any], int], PrunedGraph] | None
     keep: tuple[float, ...]
     counts: tuple[int, ...]
     fresh: bool
@@ -59,14 +60,13 @@ class PrunedModel:
         batch, tokens = stream.shape[:2]
         rows = torch.arange(tokens, device=stream.device).expand(batch, tokens)
         memory = Memory.of(self, args)
-        whole = stream
-        survivors = []
+        whole, survivors = stream.clone(), []
         for number, share in enumerate(self.keep, 1):
             stage = self.graph.stages[number]
             if memory is not None:
                 memory.put(number, rows, stream)
             chosen = best(run.importance(number - 1), kept(rows.shape[1], share))
-            rows, stream = rows.gather(1, chosen), taken(stream, chosen)
+            rows, stream = rows.gather(1, chosen), rows_of(stream, chosen)
             if memory is not None:
                 memory.note(number, rows)
                 if number == 1:
@@ -76,9 +76,7 @@ class PrunedModel:
             given = {stream_name(number): stream, **run.rows_of(stage, rows)}
             given |= {f"positions:{number}": rows, f"advance:{number}": torch.tensor(tokens, device=rows.device)}
             stream = run.stage(number, given, rows.shape[1])
-            if whole is run.ends[0]:
-                whole = whole.clone()
-            put(whole, rows, stream)
+            write_rows(whole, rows, stream)
             survivors.append(Survivors(stage.path, rows, tokens))
         self.tell(args, survivors)
         return run.results({stream_name(len(self.keep) + 1): whole})
@@ -87,12 +85,12 @@ class PrunedModel:
         """Remember which tokens went on."""
         keep_last(None if self.owner is None else args[self.owner], survivors)
 
-    def for_rows(self, count: int, args: Sequence[Any]) -> PrunedGraph:
+    def for_rows(self, args: Sequence[Any], count: int) -> PrunedGraph:
         """A graph whose later stretches take ``count`` rows."""
         if self.wider is None or count == self.graph.tokens:
             return self.graph
         if count not in self._wider:
-            self._wider[count] = self.wider(count, args)
+            self._wider[count] = self.wider(args, count)
         return self._wider[count]
 
 
@@ -102,20 +100,10 @@ def kept(tokens: int, share: float) -> int:
 
 
 def best(importance: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` most important tokens, the last always, in their order: int64 ``(batch, count)``."""
+    """The ``count`` most important tokens, the last always, of equal ones the first; ascending int64 ``(batch, count)``."""
     score = importance.clone()
     score[:, -1] = float("inf")
-    return score.topk(count, -1).indices.sort(-1).values
-
-
-def taken(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of ``(batch, tokens, channels)``."""
-    return x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-
-
-def put(x: Tensor, rows: Tensor, new: Tensor) -> None:
-    """Write rows of ``(batch, tokens, channels)``."""
-    x.scatter_(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[2]), new)
+    return score.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
 
 
 @dataclass(eq=False)
@@ -152,7 +140,7 @@ class Memory:
 
     def put(self, number: int, rows: Tensor, stream: Tensor) -> None:
         """States in front of a stretch."""
-        put(self.hidden(number), rows, stream)
+        write_rows(self.hidden(number), rows, stream)
 
     def note(self, number: int, rows: Tensor) -> None:
         """A stretch has computed these tokens."""
@@ -167,18 +155,14 @@ class Memory:
         for source, dim in {(t.source, t.dims[0]) for s in stages for t in s.taken.values() if t.is_table}:
             made = run.pinned(source)
             table = self.table(source, made, dim)
-            new = made.movedim(dim, 1).expand(table.shape[0], rows.shape[1], *table.shape[2:])
-            index = rows.reshape(*rows.shape, *[1] * (new.dim() - 2)).expand_as(new)
-            table.scatter_(1, index, new)
+            write_rows(table, rows, made.movedim(dim, 1).expand(table.shape[0], rows.shape[1], *table.shape[2:]))
 
     def rows(self, stage: Stage, run: Run, rows: Tensor) -> dict[str, Tensor]:
         """The inputs of a stretch that are rows of tables."""
         found = {}
         for name, what in stage.taken.items():
             like, dim = run.pinned(what.source), what.dims[0]
-            table = self.table(what.source, like, dim)
-            index = rows.reshape(*rows.shape, *[1] * (table.dim() - 2)).expand(*rows.shape, *table.shape[2:])
-            found[name] = table.gather(1, index).movedim(1, dim)
+            found[name] = rows_of(self.table(what.source, like, dim), rows).movedim(1, dim).contiguous()
         return found
 
 
@@ -199,38 +183,38 @@ class _Step:
         batch, tokens = stream.shape[:2]
         device, total = stream.device, self.before + tokens
         new = torch.arange(self.before, total, device=device).expand(batch, tokens)
-        wanted = (torch.arange(memory.capacity, device=device) < total).expand(batch, memory.capacity)
+        wanted = torch.arange(memory.capacity, device=device).expand(batch, -1) < total
         memory.tabulate(model.graph.stages[1:], run, new)
         memory.put(1, new, stream)
-        whole, survivors = stream.clone(), []
+        # One row more, for what is computed of tokens of earlier calls.
+        whole, survivors, left = torch.cat([stream, stream[:, :1]], 1), [], total
         for number, share in enumerate(model.keep, 1):
-            importance = self._importance(number - 1)
-            importance[:, total - 1] = float("inf")
-            wanted = _best(importance.masked_fill(wanted.logical_not(), float("-inf")), wanted, share)
+            left = kept(left, share)
+            importance = self._importance(number - 1).masked_fill(wanted.logical_not(), float("-inf"))
+            chosen = best(importance[:, :total], left)
+            wanted = torch.zeros_like(wanted).scatter_(1, chosen, True)
             have = memory.have(number)
             missing = wanted & have[:, :-1].logical_not()
             # The one number that is read back: how many tokens are taken up.
-            count = int(missing.sum(1).max())
-            last = wanted[:, :total].sum(1).max()
-            for rows in self._pieces(missing, count):
+            pieces = self._pieces(missing, int(missing.sum(1).max()))
+            for at, rows in enumerate(pieces, 1):
                 memory.note(number, rows)
                 have[:, -1] = False
-                made = self._stretch(number, rows, wanted & have[:, :-1], tokens if rows is self._end else 0, run)
+                made = self._stretch(number, rows, wanted & have[:, :-1], tokens if at == len(pieces) else 0, run)
                 if number < len(model.keep):
                     memory.put(number + 1, rows, made)
                 inside = (rows >= self.before) & (rows < memory.capacity)
-                if tokens == 1:
-                    whole = made[:, -1:]
-                else:
-                    spare = torch.cat([whole, whole[:, :1]], 1)
-                    put(spare, torch.where(inside, rows - self.before, tokens), made)
-                    whole = spare[:, :-1]
-            survivors.append(Survivors(model.graph.stages[number].path, _listed(wanted, int(last)), total))
+                write_rows(whole, torch.where(inside, rows - self.before, tokens), made)
+            survivors.append(Survivors(model.graph.stages[number].path, chosen, total))
         model.tell(self.args, survivors)
-        return run.results({stream_name(len(model.keep) + 1): whole})
+        return run.results({stream_name(len(model.keep) + 1): whole[:, :tokens].contiguous()})
 
     def _pieces(self, missing: Tensor, count: int) -> list[Tensor]:
-        """Positions to compute, ascending, at most so many at a time as one graph takes; the capacity stands for none."""
+        """Positions to compute, ascending, in pieces of as many as one graph takes; the capacity stands for none.
+
+        Args:
+            count: how many the sequence that misses most has.
+        """
         capacity = self.memory.capacity
         place = torch.where(missing, torch.arange(capacity, device=missing.device), -1)
         rows = place.sort(-1).values[:, capacity - count :]
@@ -240,15 +224,13 @@ class _Step:
             rows = torch.nn.functional.pad(rows, (-count % size, 0), value=-1)
         else:
             size = count
-        pieces = [piece.masked_fill(piece < 0, capacity) for piece in rows.split(size, 1)]
-        self._end = pieces[-1]
-        return pieces
+        return [piece.masked_fill(piece < 0, capacity) for piece in rows.split(size, 1)]
 
     def _stretch(self, number: int, rows: Tensor, keep: Tensor, advance: int, run: Run) -> Tensor:
         """Compute these tokens in one stretch; returns the stream after it."""
-        graph = self.model.for_rows(rows.shape[1], self.args)
+        graph = self.model.for_rows(self.args, rows.shape[1])
         mine = run if graph is self.model.graph else graph.begin(self.args, run.values)
-        given = {stream_name(number): taken(self.memory.hidden(number), rows), f"positions:{number}": rows}
+        given = {stream_name(number): rows_of(self.memory.hidden(number), rows), f"positions:{number}": rows}
         given |= {f"keep:{number}": keep, f"advance:{number}": torch.tensor(advance, device=rows.device)}
         given |= self.memory.rows(graph.stages[number], run, rows)
         made: Tensor = mine.stage(number, given, rows.shape[1])
@@ -257,18 +239,5 @@ class _Step:
     def _importance(self, number: int) -> Tensor:
         """What the last query gave to each position, as the last scored layer of a stretch wrote it."""
         count = self.args[self.model.graph.stages[number].count]
-        held = DERIVED.get([count], importance_state(self.memory.capacity).recipe()).tensors[0]
-        return held.clone()
-
-
-def _best(importance: Tensor, wanted: Tensor, share: float) -> Tensor:
-    """Which of the wanted tokens go on: for each sequence the best ``max(1, int(share * wanted))``."""
-    count = (wanted.sum(1, keepdim=True).double() * share).long().clamp_min(1)
-    rank = importance.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
-    return wanted & (rank < count)
-
-
-def _listed(wanted: Tensor, most: int) -> Tensor:
-    """Positions of True, ascending, -1 in front of shorter rows."""
-    place = torch.where(wanted, torch.arange(wanted.shape[1], device=wanted.device), -1)
-    return place.sort(-1).values[:, wanted.shape[1] - most :]
+        held: Tensor = DERIVED.get([count], importance_state(self.memory.capacity).recipe()).tensors[0]
+        return held

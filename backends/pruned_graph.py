@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from accelpass.backends.rows import rows_of
 from accelpass.backends.steps import Held, Ref
 from accelpass.ir.tensors import Binder
 from accelpass.ir.tokens import Taken
@@ -26,7 +27,6 @@ class Stage:
         made: names of what it returns; ``end`` the stream, ``importance`` what tokens are worth after it.
         taken: its inputs that hold rows of values of the model.
         count: position among the model's arguments of the counter of its last layer.
-        drops: values that nothing after it reads.
     """
 
     path: str
@@ -37,7 +37,6 @@ class Stage:
     importance: str
     taken: Mapping[str, Taken]
     count: int
-    drops: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -74,7 +73,6 @@ class Run:
     graph: PrunedGraph
     bound: list[Any]
     values: dict[str, Any] = field(default_factory=dict)
-    ends: list[Tensor] = field(default_factory=list)
     _recalled: dict[str, Tensor] = field(default_factory=dict)
     _tokens: int | None = None
 
@@ -90,9 +88,6 @@ class Run:
         made = stage.fn(*(self._at(ref, self._tokens if tokens is None else tokens) for ref in stage.given))
         self.values |= zip(stage.made, made, strict=True)
         end: Tensor = self.values[stage.end]
-        self.ends.append(end)
-        for name in stage.drops:
-            self.values.pop(name, None)
         return end
 
     def importance(self, number: int) -> Tensor:
@@ -109,11 +104,8 @@ class Run:
         found = {}
         for name, what in stage.taken.items():
             x = self.pinned(what.source)
-            x = x.expand(rows.shape[0], *x.shape[1:])
             for dim in what.dims:
-                shape = [rows.shape[0], *(rows.shape[1] if i == dim else 1 for i in range(1, x.dim()))]
-                index = rows.view(shape).expand(*(rows.shape[1] if i == dim else s for i, s in enumerate(x.shape)))
-                x = x.gather(dim, index)
+                x = rows_of(x, rows, dim)
             found[name] = x
         return found
 

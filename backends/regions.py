@@ -58,7 +58,7 @@ class Regions:
     Attributes:
         constants: tensors that the graph itself holds; their slots follow those of the arguments.
         slots: how many values there are in all.
-        compiled: how many different parts were compiled for the steps.
+        compiled: how many different parts were compiled for the steps; others had been compiled before.
     """
 
     steps: list[Step]
@@ -100,7 +100,7 @@ def compile_regions(
     """Compile ``gm`` part by part; None if it does not repeat itself or cannot be cut safely.
 
     Args:
-        inputs: real inputs.
+        inputs: real inputs, or fake ones.
         compile_part: compiles one part for fake inputs; called once for each different part.
         code: parts that were compiled before, which gets what is new.
     """
@@ -123,6 +123,7 @@ def compile_regions(
     for node in (*placeholders(gm), *held, *(n for part in parts for n in part.made)):
         slot[node] = len(slot)
     code = {} if code is None else code
+    before = len(code)
     steps = []
     for i, part in enumerate(parts):
         key = key_of(part)
@@ -132,7 +133,7 @@ def compile_regions(
         groups = (part.given, part.made, [n for n in part.given if last.get(n) == i])
         steps.append(Step(code[key], *(tuple(slot[n] for n in group) for group in groups)))
     results = tuple(Slot(slot[r]) if isinstance(r, fx.Node) else r for r in output.args[0])
-    return Regions(steps, [_attribute(gm, n) for n in held], len(slot), results, len(code))
+    return Regions(steps, [_attribute(gm, n) for n in held], len(slot), results, len(code) - before)
 
 
 def part_of(nodes: Sequence[fx.Node], wanted: frozenset[str] = frozenset()) -> Part:

@@ -1,15 +1,19 @@
-"""The stations between Dynamo's graph and the compiler that all graphs pass: capture, lowering, and a check of what is left."""
+"""The stations between Dynamo's graph and its code that all graphs pass: capture, passes, lowering, compilation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from accelpass.backends.inductor import compile_graph
 from accelpass.backends.lowering import lower
+from accelpass.backends.regions import Regions
 from accelpass.ir import attention
 from accelpass.ir.capture import from_dynamo
 from accelpass.ir.derived import is_released
@@ -17,8 +21,10 @@ from accelpass.ir.errors import ReleasedWeightError
 from accelpass.ir.kv import lower as kv
 from accelpass.ir.program import Program
 from accelpass.ir.tensors import Binder, FromInputs
+from accelpass.passes.base import Record
+from accelpass.passes.manager import run
 from accelpass.passes.options import Options
-from accelpass.passes.report import GraphReport
+from accelpass.passes.report import GraphReport, Measured, costs
 
 
 def captured(
@@ -66,6 +72,86 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
     made.meta.update(gm.meta)
     made._param_name_to_source = dict(getattr(gm, "_param_name_to_source", {}))  # type: ignore[assignment]
     return made
+
+
+@dataclass(frozen=True, eq=False)
+class Rewritten:
+    """A program after its passes, ready to be compiled.
+
+    Attributes:
+        cost: after the passes, before they were lowered.
+        binder: makes the program's inputs from a call's arguments.
+        uses: what it does to key/value caches.
+        exact: results must equal the model's up to the order of float additions.
+    """
+
+    program: Program
+    records: list[Record]
+    cost: Measured
+    binder: Binder
+    uses: list[kv.CacheUse]
+    exact: bool
+
+
+@torch.no_grad()
+def rewritten(
+    program: Program,
+    inputs: Sequence[Any],
+    chosen: Options,
+    prepare: Callable[[Program], None] = lambda program: None,
+) -> Rewritten:
+    """Apply the passes, and lower what they made.
+
+    Args:
+        prepare: changes the graph before the passes run, after the plan was found to belong to it.
+
+    Raises:
+        PlanError: the plan is for another model.
+        ReleasedWeightError: the graph needs a weight whose memory was given back.
+    """
+    tensors = program.tensors
+    assert isinstance(tensors, FromInputs)
+    if chosen.plan is not None:
+        chosen.plan.check(program)
+        program.artefacts = chosen.plan.tensors
+    prepare(program)
+    observers = []
+    if chosen.debug and not tensors.recalled:  # what earlier steps keep cannot be made up
+        from accelpass.backends.debug import replay
+
+        observers.append(replay(program, inputs))
+    records = run(program, chosen.passes, observers)
+    cost = costs(program)
+    uses = lowered(program, chosen)
+    binder = tensors.binder(release=chosen.free_weights)
+    program.gm.recompile()
+    refuse_released(tensors, binder, inputs)
+    took = {record.name for record in records if record.took}
+    return Rewritten(program, records, cost, binder, uses, all(p.exact for p in chosen.passes if p.name in took))
+
+
+def code_for(
+    gm: fx.GraphModule,
+    inputs: list[Any],
+    chosen: Options,
+    exact: bool,
+    report: GraphReport,
+    code: dict[Hashable, Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
+    """What runs a lowered graph; the report gets the time that it took to compile, and its parts.
+
+    Args:
+        code: see :func:`~accelpass.backends.regions.compile_regions`.
+    """
+    if chosen.lowering != "inductor":
+        return gm
+    started = time.perf_counter()
+    fn = compile_graph(gm, inputs, chosen, exact, code)
+    report.seconds_compiling += time.perf_counter() - started
+    if isinstance(fn, Regions):
+        report.parts += len(fn.steps)
+        report.parts_compiled += fn.compiled
+    return fn
 
 
 def lowered(program: Program, chosen: Options) -> list[kv.CacheUse]:

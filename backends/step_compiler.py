@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -43,9 +44,9 @@ def step_graph(
     """
     tensors = program.tensors
     assert isinstance(tensors, FromInputs)
-    latents, time = user_input(program, *LATENTS), user_input(program, *TIMESTEP)
+    latents, timestep = user_input(program, *LATENTS), user_input(program, *TIMESTEP)
     artefacts = {} if chosen.plan is None else chosen.plan.tensors
-    if time is None or latents is None:
+    if timestep is None or latents is None:
         raise PassError(
             f"{', '.join(p.name for p in chosen.passes if isinstance(p, StepPass))}: the model has no input named {', '.join(TIMESTEP)}, from which the "
             "denoising step could be told; rename the argument, or wrap the model. If it has one, a graph break cuts the model "
@@ -86,23 +87,27 @@ def step_graph(
             passes,
             rewrite,
             lambda made: lowered(made, chosen),
-            _compiler(chosen),
+            _compiler(chosen, report),
             chosen.free_weights,
         ).compose()
         refuse_released(tensors, composition.derived, args)
         _describe(report, composition, passes)
         return composition
 
-    graph = SteppedGraph(passes, build, tensors.position(time), tensors.position(latents), tensors.model)
+    graph = SteppedGraph(passes, build, tensors.position(timestep), tensors.position(latents), tensors.model)
     if not symbolic:
         graph.composition(inputs)
     return graph
 
 
-def _compiler(chosen: Options) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
-    if chosen.lowering != "inductor":
-        return lambda part, given: part.forward
-    return lambda part, given: compile_whole(part, given, chosen)
+def _compiler(chosen: Options, report: GraphReport) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
+    def compile_part(part: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
+        started = time.perf_counter()
+        fn = compile_whole(part, given, chosen)
+        report.seconds_compiling += time.perf_counter() - started
+        return fn
+
+    return compile_part if chosen.lowering == "inductor" else lambda part, given: part.forward
 
 
 def _sizes(held: Any) -> Sequence[Any]:

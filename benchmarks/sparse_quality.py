@@ -1,4 +1,4 @@
-"""What sparse attention costs in quality: SmolLM2 goes on with prose, and finds pass keys in it, at half the density.
+"""What sparse attention costs in quality: SmolLM2 goes on with prose, and finds pass keys in it, at half the density and by chosen blocks.
 
 Prompts and cache are both as the passes say. MoA's plan is found first, from answers that the dense model gives about prose
 that no task reads, as in its paper: rules are profiled at two lengths, and compared at a third, longer one.
@@ -27,6 +27,8 @@ METHODS: dict[str, list[Any]] = {
     "dense": [],
     f"sink_window, {DENSITY:.0%}": [{"name": "sink_window", "density": DENSITY}],
     f"moa, {DENSITY:.0%}": [{"name": "moa", "density": DENSITY}],
+    "pbs_attn, 0.9": [{"name": "pbs_attn", "threshold": 0.9}],
+    "pbs_attn, 0.95": [{"name": "pbs_attn", "threshold": 0.95}],
 }
 # Answers that need what stands far before them, as those of the paper's long questions do.
 QUESTIONS = ("\n\nThe text above begins with the words:", "\n\nA short summary of the text above:")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -146,6 +146,26 @@ def written_inputs(graph: fx.Graph) -> frozenset[fx.Node]:
     """Inputs and attributes that the graph writes to: key/value caches, running statistics."""
     written = (root(target) for node in graph.nodes for target in mutates(node))
     return frozenset(n for n in written if n.op in ("placeholder", "get_attr"))
+
+
+def argument_name(node: fx.Node) -> str:
+    """The name under which a model's caller passes an input of Dynamo's graph."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    words = re.findall(r"\w+", str(name() if callable(name) else name))  # a method before torch 2.12
+    return words[-1] if words and not words[-1].isdigit() else node.name
+
+
+def size_among(nodes: Sequence[fx.Node], size: torch.SymInt) -> tuple[int, int | None] | None:
+    """Which input says how large a symbolic size is: its position, and the dimension or None if it is the number."""
+    for at, node in enumerate(nodes):
+        held = value(node)
+        if isinstance(held, torch.SymInt) and known(held == size):
+            return at, None
+        if isinstance(held, Tensor):
+            for dim, found in enumerate(held.shape):
+                if known(found == size):
+                    return at, dim
+    return None
 
 
 def module_path(node: fx.Node) -> str:

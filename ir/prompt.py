@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from accelpass.ir.attention import steps
 from accelpass.ir.attention.block_select import MASKS
 from accelpass.ir.attention.detect import Attention, detect, near_misses
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.graph import aten, fake_mode, is_call, known, mutates, through, value, written_inputs
+from accelpass.ir.graph import argument_name, aten, fake_mode, is_call, known, mutates, through, value, written_inputs
 from accelpass.ir.kv.sites import kv_sites
 from accelpass.ir.program import Program
 from accelpass.ir.resize import CannotResize, Resizer
@@ -184,16 +183,16 @@ def _inputs(program: Program, found: Axes, token: Dim, batch: Any) -> list[Token
             continue
         dims = tuple(i for i, d in enumerate(found.of(node)) if d.leaves == token.leaves)
         if not dims and any(set(d.leaves) & set(token.leaves) for d in found.of(node)):
-            raise NoPrompt(f"the input {called(node)} has its tokens merged with another dimension")
+            raise NoPrompt(f"the input {argument_name(node)} has its tokens merged with another dimension")
         if not dims:
             continue
         role = _role(node, looked_up)
         if role == "positions" and (given.dim() > 2 or dims != (given.dim() - 1,)):
-            raise NoPrompt(f"the input {called(node)} {tuple(given.shape)} holds positions of several axes")
+            raise NoPrompt(f"the input {argument_name(node)} {tuple(given.shape)} holds positions of several axes")
         if role == "rows" and not known(batch == 1) and (0 in dims or not known(given.shape[0] == batch)):
-            raise NoPrompt(f"the input {called(node)} is shared by all sequences, which keep different tokens")
-        if node in looked_up and role == "rows" and not any(part in called(node) for part in _BY_TOKEN):
-            ambiguous.append(called(node))
+            raise NoPrompt(f"the input {argument_name(node)} is shared by all sequences, which keep different tokens")
+        if node in looked_up and role == "rows" and not any(part in argument_name(node) for part in _BY_TOKEN):
+            ambiguous.append(argument_name(node))
         made.append(TokenInput(tensors.position(node), role, dims))
     if not any(i.role == "rows" for i in made):
         raise NoPrompt("no input has an entry for each token")
@@ -204,7 +203,7 @@ def _inputs(program: Program, found: Axes, token: Dim, batch: Any) -> list[Token
 
 
 def _role(node: fx.Node, looked_up: set[Any]) -> str:
-    given, name = value(node), called(node)
+    given, name = value(node), argument_name(node)
     if given.is_floating_point() or given.dtype == torch.bool:
         return "rows"
     if name in POSITIONS:
@@ -216,18 +215,11 @@ def _role(node: fx.Node, looked_up: set[Any]) -> str:
     )
 
 
-def called(node: fx.Node) -> str:
-    """The name under which a caller passes an input."""
-    source = getattr(node, "_dynamo_source", None)
-    words = re.findall(r"\w+", str(getattr(source, "name", "")))
-    return words[-1] if words and not words[-1].isdigit() else node.name
-
-
 def positions_of(program: Program) -> list[fx.Node]:
     """The inputs in which a caller passes positions."""
     assert isinstance(program.tensors, FromInputs)
     nodes = [n for n in program.tensors.inputs_nodes if n.users and n not in program.tensors.paths]
-    return [n for n in nodes if isinstance(value(n), Tensor) and called(n) in POSITIONS]
+    return [n for n in nodes if isinstance(value(n), Tensor) and argument_name(n) in POSITIONS]
 
 
 def shorten(program: Program, inputs: Sequence[TokenInput], count: int) -> None:

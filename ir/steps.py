@@ -7,19 +7,19 @@ earlier step a further input (:func:`recall`); who runs the graph hands one to t
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from accelpass.ir.analyses.block import Block, Sublayer, blocks
-from accelpass.ir.analyses.flow import VIEWS, bare, between
+from accelpass.ir.analyses.flow import VIEWS, bare, between, reached_from
 from accelpass.ir.attention.detect import Attention
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.graph import aten, fake_mode, is_call, mutates, root, value
+from accelpass.ir.graph import argument_name, aten, fake_mode, is_call, mutates, root, value
 from accelpass.ir.program import Program
 from accelpass.ir.tensors import FromInputs
 
@@ -77,15 +77,8 @@ def user_input(program: Program, *names: str) -> fx.Node | None:
     tensors = program.tensors
     if not isinstance(tensors, FromInputs):
         return None
-    by_name = {_called(n): n for n in tensors.inputs_nodes if n not in tensors.paths}
+    by_name = {argument_name(n): n for n in tensors.inputs_nodes if n not in tensors.paths}
     return next((by_name[name] for name in names if name in by_name), None)
-
-
-def _called(node: fx.Node) -> str:
-    source = getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", "")
-    words = re.findall(r"\w+", str(name() if callable(name) else name))
-    return words[-1] if words else node.name
 
 
 LATENTS = ("hidden_states", "sample", "latents", "x")
@@ -98,7 +91,7 @@ def step_blocks(program: Program) -> list[StepBlock]:
     if latents is None:
         return []
     found: list[StepBlock] = []
-    reached = _reached(program, latents)
+    reached = reached_from(program, latents)
     for block in program.analysis(blocks):
         if block.inputs[0] in reached:
             inside = _region(program, block.inputs, block.outputs)
@@ -125,15 +118,6 @@ def _with_own_paths(found: list[StepBlock]) -> list[StepBlock]:
         )
         for block in found
     ]
-
-
-def _reached(program: Program, *starts: fx.Node) -> set[fx.Node]:
-    """Everything that is computed from ``starts``, and these."""
-    seen = set(starts)
-    for node in program.graph.nodes:
-        if not seen.isdisjoint(node.all_input_nodes):
-            seen.add(node)
-    return seen
 
 
 def _modules(program: Program, block: Block) -> tuple[Module, ...]:
@@ -208,7 +192,7 @@ def prepare(program: Program) -> list[StepBlock]:
         return []
     last = max(found[0].inputs)
     number = _numbers(program, last, [max(b.outputs) for b in found])
-    streams = _reached(program, *found[0].inputs)
+    streams = reached_from(program, *found[0].inputs)
     shared: set[fx.Node] = set()
     front = [n for n, at in number.items() if n not in streams and any(number[u] != at for u in n.users)]
     while front:
@@ -258,13 +242,13 @@ def recall(program: Program, name: str, like: fx.Node) -> fx.Node:
     return program.tensors.recall(name, value(like))
 
 
-def recall_new(program: Program, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
-    """An input that a plan, or a search, has a tensor for at each step."""
+def recall_new(program: Program, name: str, shape: Sequence[Any], dtype: torch.dtype) -> fx.Node:
+    """An input that whoever runs the graph has a tensor for at each call."""
     mode, tensors = fake_mode(program.gm), program.tensors
     assert mode is not None and isinstance(tensors, FromInputs)
+    devices = (held.device for n in tensors.inputs_nodes if isinstance(held := value(n), Tensor))
     with mode:
-        like = torch.empty(tuple(shape), dtype=dtype, device=value(tensors.inputs_nodes[0]).device)
-    return tensors.recall(name, like)
+        return tensors.recall(name, torch.empty(tuple(shape), dtype=dtype, device=next(devices)))
 
 
 def remember(program: Program, name: str, node: fx.Node) -> None:

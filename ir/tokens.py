@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.analyses.axes import Axes, axes
 from accelpass.ir.analyses.block import Block, blocks
+from accelpass.ir.analyses.flow import reached_from
 from accelpass.ir.attention.op import is_attention
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.graph import aten, call, fake_mode, is_call, known, mutates, value
@@ -156,15 +157,6 @@ def cut(program: Program, ends: Sequence[int], sizes: Sequence[int] | None = Non
     program.changed()
     program.graph.eliminate_dead_code()
     return made
-
-
-def reached_from(program: Program, start: fx.Node) -> set[fx.Node]:
-    """Calls that are computed from ``start``, and those that write what is."""
-    seen = {start}
-    for node in program.graph.nodes:
-        if node.op == "call_function" and not seen.isdisjoint(node.all_input_nodes):
-            seen.add(node)
-    return seen
 
 
 def _hoist(program: Program, stream: fx.Node) -> None:

@@ -57,6 +57,7 @@ class GraphReport:
     """One graph: what was found, what each pass did, and what it cost to compile.
 
     Attributes:
+        seconds: all that the backend took; ``seconds_compiling`` of them Inductor.
         parts, parts_compiled: calls of compiled code that make up the graph, and how many different ones there are;
             0 if it was compiled as one.
         steps: what is done at each denoising step, if some pass chooses by step.
@@ -68,11 +69,16 @@ class GraphReport:
     records: list[Record] = field(default_factory=list)
     note: str = ""
     seconds: float = 0.0
-    seconds_in_passes: float = 0.0
+    seconds_compiling: float = 0.0
     derived_bytes: int = 0
     parts: int = 0
     parts_compiled: int = 0
     steps: StepReport | None = None
+
+    @property
+    def seconds_in_passes(self) -> float:
+        """Of :attr:`seconds`, those before and after the compiler's work."""
+        return max(self.seconds - self.seconds_compiling, 0.0)
 
     @classmethod
     def start(cls) -> GraphReport:

@@ -114,6 +114,15 @@ def between(program: Program, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     return sorted(inside, key=place.__getitem__)
 
 
+def reached_from(program: Program, *starts: fx.Node) -> set[fx.Node]:
+    """``starts``, and every call that is computed from them or writes what is."""
+    seen = set(starts)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and not seen.isdisjoint(node.all_input_nodes):
+            seen.add(node)
+    return seen
+
+
 def output_nodes(program: Program) -> list[fx.Node]:
     """What the graph returns."""
     return [n for out in program.graph.find_nodes(op="output") for n in out.all_input_nodes]

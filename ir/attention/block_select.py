@@ -69,15 +69,20 @@ def causal_form(spec: AttentionSpec, rows: Any, columns: Any) -> AttentionSpec:
     return replace(spec, causal=True, steps=tuple(s for s in spec.steps if s.kind not in MASKS))
 
 
+def grid_of(blocks: Tensor, counts: Tensor, q_blocks: int, k_blocks: int) -> Tensor:
+    """Lists as booleans ``(tables, q_blocks, k_blocks)``; query blocks beyond those of the lists have none."""
+    valid = torch.arange(blocks.shape[2], device=blocks.device) < counts.unsqueeze(-1)
+    at = blocks.long().masked_fill(valid.logical_not(), k_blocks)  # one column more, for entries that are none
+    found = torch.zeros(len(blocks), q_blocks, k_blocks + 1, dtype=torch.bool, device=blocks.device)
+    return found.scatter(2, at, True)[..., :k_blocks]
+
+
 def listed_mask(listed: Blocks, heads: int, rows: int, columns: int) -> Tensor:
     """Listed blocks as a boolean mask ``(batch or 1, heads or 1, rows, columns)``, without the causal cut."""
     blocks, counts, size, order = listed
-    tables, q_blocks, most = blocks.shape
-    k_blocks = -(-columns // size)
-    valid = torch.arange(most, device=blocks.device) < counts.unsqueeze(-1)
-    at = blocks.long().masked_fill(valid.logical_not(), k_blocks)  # one column more, for entries that are none
-    grid = torch.zeros(tables, q_blocks, k_blocks + 1, dtype=torch.bool, device=blocks.device).scatter(2, at, True)
-    full = grid[:, :, :k_blocks].repeat_interleave(size, 1).repeat_interleave(size, 2)[:, :rows, :columns]
+    tables, q_blocks = blocks.shape[:2]
+    grid = grid_of(blocks, counts, q_blocks, -(-columns // size))
+    full = grid.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, :rows, :columns]
     if order is not None:
         place = torch.argsort(order.long(), -1).unsqueeze(1)  # where each token stands
         tables = max(len(full), len(place))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accelpass.ir.attention.block_select import grid_of
 from accelpass.ir.graph import aten
 
 _TOGETHER = (8, 2, 1)
@@ -42,7 +43,7 @@ def stacked(
     pair = torch.arange(batch * heads, device=device)
     tokens = _tokens(order, columns, size, device)
     begin = (torch.arange(q_blocks, device=device, dtype=torch.int32) * size).unsqueeze(-1)
-    listed = _grid(blocks, counts, q_blocks, tokens.shape[1])[pair % len(blocks)]
+    listed = grid_of(blocks, counts, q_blocks, tokens.shape[1])[pair % len(blocks)]
     whole, cut = _parts(listed, tokens[pair % len(tokens)], begin, rows, reach, causal)
     queries = (F.pad(q, (0, 0, 0, q_blocks * size - rows)) if q_blocks * size > rows else q).reshape(-1, width)
     keys, values = (t.reshape(-1, width) for t in (k, v))
@@ -99,14 +100,6 @@ def _tokens(order: Tensor | None, columns: int, size: int, device: torch.device)
     """The token at each place, int32 ``(tables, k_blocks, size)``; ``_NOWHERE`` where there is none."""
     places = torch.arange(columns, dtype=torch.int32, device=device).unsqueeze(0) if order is None else order
     return F.pad(places, (0, -columns % size), value=_NOWHERE).unflatten(1, (-1, size))
-
-
-def _grid(blocks: Tensor, counts: Tensor, q_blocks: int, k_blocks: int) -> Tensor:
-    """The lists as booleans ``(tables, q_blocks, k_blocks)``; further query blocks list nothing."""
-    valid = torch.arange(blocks.shape[2], device=blocks.device) < counts.unsqueeze(-1)
-    at = blocks.long().masked_fill(valid.logical_not(), k_blocks)
-    found = torch.zeros(len(blocks), q_blocks, k_blocks + 1, dtype=torch.bool, device=blocks.device)
-    return found.scatter_(2, at, True)[..., :k_blocks]
 
 
 def _parts(listed: Tensor, tokens: Tensor, begin: Tensor, rows: int, reach: int, causal: bool) -> tuple[Tensor, Tensor]:

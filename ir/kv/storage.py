@@ -198,8 +198,7 @@ class Query:
 
     def last(self) -> Query:
         """The last of several tokens by itself."""
-        rows = self._given.shape[2]
-        extras = [e[..., -1:, :] if e.dim() > 1 and e.shape[-2] == rows else e for e in self.extras]
+        extras = steps.of_last(self.extras, self._given.shape[2])
         return Query(self._given[:, :, -1:], extras, self.spec, self.layout)
 
     def heads(self, chosen: Sequence[int]) -> Query:

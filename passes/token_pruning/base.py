@@ -5,20 +5,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
+from accelpass.ir.attention import steps
 from accelpass.ir.attention.op import attend, is_attention, set_spec, spec_of
 from accelpass.ir.attention.spec import All, AttentionSpec
-from accelpass.ir.graph import fake_mode, value, written_inputs
+from accelpass.ir.graph import value, written_inputs
 from accelpass.ir.kv.lower import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.program import Program
 from accelpass.ir.splice import splice, trace
-from accelpass.ir.steps import remember
-from accelpass.ir.tensors import FromInputs
+from accelpass.ir.steps import recall_new, remember
 from accelpass.ir.tokens import CannotCut, Cut, decoder_blocks
 from accelpass.passes.base import Done, Pass, Record
 from accelpass.passes.kv_cache.base import NO_CACHE, cannot_store, refuse
@@ -111,10 +111,10 @@ class TokenPruning(Pass):
             return
         batch = value(node).shape[0]
         tokens = value(site.new[0]).shape[2]
-        named = {"rows": _input(program, f"positions:{number}", (batch, tokens), torch.int64)}
-        named["advance"] = _input(program, f"advance:{number}", (), torch.int64)
+        named = {"rows": recall_new(program, f"positions:{number}", (batch, tokens), torch.int64)}
+        named["advance"] = recall_new(program, f"advance:{number}", (), torch.int64)
         if not site.is_prompt:
-            named["keep"] = _input(program, f"keep:{number}", (batch, site.capacity), torch.bool)
+            named["keep"] = recall_new(program, f"keep:{number}", (batch, site.capacity), torch.bool)
         give(site.append, named, {})
 
 
@@ -126,15 +126,6 @@ def importance_name(stretch: int) -> str:
 def _masked(node: fx.Node) -> bool:
     """A mask is computed from the call (padding), which HF gives causal models alone along with causality."""
     return bool(spec_of(node).before) and spec_of(node).bias == "tensor"
-
-
-def _input(program: Program, name: str, shape: Sequence[Any], dtype: torch.dtype) -> fx.Node:
-    mode, tensors = fake_mode(program.gm), program.tensors
-    assert mode is not None and isinstance(tensors, FromInputs)
-    devices = (held.device for n in tensors.inputs_nodes if isinstance(held := value(n), Tensor))
-    with mode:
-        like = torch.empty(tuple(shape), dtype=dtype, device=next(devices))
-    return tensors.recall(name, like)
 
 
 def _importance(program: Program, node: fx.Node) -> fx.Node:
@@ -153,9 +144,7 @@ def _importance(program: Program, node: fx.Node) -> fx.Node:
 
 def last_row(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
     """The probabilities of the last of several queries, mean over heads: float32 ``(batch, k_tokens)``."""
-    rows = q.shape[2]
     # The last query sees everything that a causal cut leaves to it.
     own = replace(spec, causal=False, select=All(), statistics=frozenset({"column_sums"}))
-    cut = [e[..., -1:, :] if e.dim() > 1 and e.shape[-2] == rows else e for e in extras]
-    _, found = attend(q[:, :, -1:], k, v, cut, own)
+    _, found = attend(q[:, :, -1:], k, v, steps.of_last(extras, q.shape[2]), own)
     return found["column_sums"].sum(1) / q.shape[1]

@@ -46,6 +46,6 @@ def visible(masks: Sequence[Step], q: Tensor, k: Tensor, extras: Sequence[Tensor
     batch, heads, tokens = q.shape[0], q.shape[1], k.shape[2]
     if not masks:
         return torch.ones((batch, tokens), dtype=torch.bool, device=q.device)
-    last = [e[..., -1:, :] if e.dim() > 1 else e for e in extras]
-    scores = steps.apply(torch.zeros((batch, heads, 1, tokens), dtype=q.dtype, device=q.device), masks, last)
+    none = torch.zeros((batch, heads, 1, tokens), dtype=q.dtype, device=q.device)
+    scores = steps.apply(none, masks, steps.of_last(extras, q.shape[2]))
     return (scores > HIDDEN).any(1).squeeze(1)

@@ -30,6 +30,7 @@ from accelpass import KVCache
 from accelpass.backends.compiler import graphs_of
 from accelpass.backends.pruned import best, kept
 from accelpass.ir.errors import CacheError, OptionError, SpecConflict
+from accelpass.passes.plan import Plan
 from accelpass.passes.token_pruning.lazyllm import LazyLLM
 from tests.passes.lazy_oracle import LazyOracle
 
@@ -128,15 +129,17 @@ def test_survivors_are_those_of_the_oracle_nested_and_with_the_last_token():
             assert second <= first and piece.stop - 1 in second
 
 
-def test_each_sequence_of_a_batch_has_its_own_choice():
-    model, keep = llama(), {0: 0.5, 2: 0.6}
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_each_sequence_of_a_batch_has_its_own_choice(lowering):
+    model, keep = llama(layers=4), {0: 0.5, 2: 0.6}
     given, cache = ids(22, 3), KVCache(model, CAPACITY, 3)
-    fast, oracles = compiled(model, keep), [LazyOracle(model, keep) for _ in range(3)]
+    fast, oracles = compiled(model, keep, lowering=lowering), [LazyOracle(model, keep) for _ in range(3)]
     with torch.no_grad():
         for piece in pieces([16, 1, 1, 4]):
             got = fast(given[:, piece], past_key_values=cache).logits[:, -1]
             want = torch.stack([o.step(row) for o, row in zip(oracles, given[:, piece], strict=True)])
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert accelpass.explain(fast).passes["lazyllm"].took
 
 
 FAMILIES = {
@@ -307,6 +310,15 @@ def test_bad_options(options):
 def test_a_block_that_the_model_does_not_have():
     with pytest.raises(Exception, match="has 5, so at most 3"), torch.no_grad():
         compiled(llama(), {4: 0.5})(ids(9), use_cache=False)
+
+
+def test_a_plan_of_another_model_is_refused():
+    plan = Plan.of(llama(kv_heads=4), ["lazyllm"])
+    with (
+        pytest.raises(Exception, match=r"k_proj.*belongs to another model|belongs to another model.*k_proj"),
+        torch.no_grad(),
+    ):
+        compiled(llama(), {0: 0.5}, plan=plan)(ids(9), use_cache=False)
 
 
 def skipped(model: Any, **call: Any) -> str:
