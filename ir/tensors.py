@@ -40,6 +40,10 @@ class TensorSource(ABC):
     def sources(self, node: fx.Node) -> list[fx.Node]:
         """The model-state nodes that ``node`` is, or is derived from; empty if it is neither, or if the graph writes to it."""
 
+    @abstractmethod
+    def state(self, anchor: fx.Node, spec: StateSpec) -> fx.Node:
+        """Declare state that lives with the graph input ``anchor``; write to the returned node with an in-place ATen op."""
+
     def is_state(self, node: fx.Node) -> bool:
         """True for state that a pass declared; its values change from call to call."""
         return False
@@ -255,18 +259,24 @@ class FromModule(TensorSource):
         self.gm = gm
         self._written = written_inputs(gm.graph)
         self._derived: dict[fx.Node, list[fx.Node]] = {}
+        self.states: dict[fx.Node, tuple[fx.Node, StateSpec]] = {}
+        """Declared state: its node, the input that it lives with, and what was declared."""
 
     def path(self, node: fx.Node) -> str | None:
         if node in self._derived:
             return "+".join(str(n.target) for n in self._derived[node])
+        if node in self.states:
+            return None
         return str(node.target) if isinstance(self._attribute(node), Tensor) else None
 
     def value(self, node: fx.Node) -> Tensor | None:
-        return None if node in self._derived else self._attribute(node)
+        return None if node in self._derived or node in self.states else self._attribute(node)
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
         if node in self._derived:
             return self._derived[node]
+        if node in self.states:
+            return []
         return [node] if self._attribute(node) is not None and node not in self._written else []
 
     def derive(self, nodes: Sequence[fx.Node], recipe: Recipe, names: Sequence[str]) -> list[fx.Node]:
@@ -282,11 +292,29 @@ class FromModule(TensorSource):
             last = max(nodes)
             with self.gm.graph.inserting_after(last):
                 node = self.gm.graph.get_attr(attribute)
-            fake = nodes[0].meta["val"].fake_mode.from_tensor(tensor)
+            fake = nodes[0].meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
             node.meta["val"] = fake
             self._derived[node] = [s for n in nodes for s in self.sources(n)]
             made.append(node)
         return made
+
+    def state(self, anchor: fx.Node, spec: StateSpec) -> fx.Node:
+        """A buffer as it starts, for as many sequences as the anchor was traced with."""
+        for node, known in self.states.items():
+            if known == (anchor, spec):
+                return node
+        fake = value(anchor)
+        (start,) = spec.recipe().fn(torch.empty(fake.shape, dtype=fake.dtype, device=fake.device))
+        name = re.sub(r"\W", "_", f"{anchor.name}.{spec.name}")
+        self.gm.register_buffer(name, start)
+        with self.gm.graph.inserting_after(placeholders(self.gm)[-1]):
+            node = self.gm.graph.get_attr(name)
+        node.meta["val"] = fake.fake_mode.from_tensor(start, static_shapes=True)
+        self.states[node] = (anchor, spec)
+        return node
+
+    def is_state(self, node: fx.Node) -> bool:
+        return node in self.states
 
     def _attribute(self, node: fx.Node) -> Tensor | None:
         if node.op != "get_attr":

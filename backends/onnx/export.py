@@ -1,0 +1,222 @@
+"""The way of a model into a file: capture, passes, lowering, translation, checks, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_symbols
+
+from accelpass.backends.onnx import files, runtime
+from accelpass.backends.onnx.cached import cache_of, decoding, manifest, started
+from accelpass.backends.onnx.capture import Captured, bound, captured
+from accelpass.backends.onnx.errors import ExportError
+from accelpass.backends.onnx.functional import Functional, fixed, functional
+from accelpass.backends.onnx.refusals import refuse_left_out, refuse_unexportable
+from accelpass.backends.onnx.report import ExportReport, Written
+from accelpass.backends.onnx.translate import check_opset, constant_bytes, summary, translated
+from accelpass.ir import attention
+from accelpass.ir.analyses.cost import weight_bytes
+from accelpass.ir.attention.lower import Lowerings
+from accelpass.ir.graph import value
+from accelpass.ir.kv import lower as kv
+from accelpass.ir.program import Program
+from accelpass.passes.base import Pass, Record
+from accelpass.passes.manager import Observer, run
+from accelpass.passes.options import Options, parse
+from accelpass.passes.plan import write_json
+
+Update = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the caller asked for, checked."""
+
+    chosen: Options
+    passes: tuple[Pass, ...]
+    opset: int
+    contrib: bool
+
+    @property
+    def who(self) -> str:
+        """The passes, for messages."""
+        return "the pass " + " and ".join(repr(p.name) for p in self.passes) if self.passes else "the model"
+
+
+@dataclass
+class Graph:
+    """One file to be: its graph, what the passes did, and its ONNX model."""
+
+    made: Functional
+    records: list[Record]
+    model: ir.Model
+    weights_before: int
+    notes: list[str]
+
+
+def wanted(passes: Sequence[Any], plan: Any, opset: int, contrib: bool) -> Wanted:
+    """Check what can be checked without the model.
+
+    Raises:
+        OptionError: a pass or option that does not exist.
+        ExportError: an opset, or a pass, that cannot be written.
+    """
+    check_opset(opset)
+    chosen = parse({"passes": list(passes), "plan": plan})
+    # Passes that torch.compile has by default choose kernels of its own compilers.
+    picked = tuple(p for p in chosen.passes if p.name in chosen.asked)
+    refuse_unexportable(picked)
+    return Wanted(chosen, picked, opset, contrib)
+
+
+def export(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    path: Any,
+    want: Wanted,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    external_data: bool | None = None,
+    verify: bool = True,
+    decode: Mapping[str, Any] | None = None,
+    update: Update = lambda news: None,
+) -> ExportReport:
+    """See :func:`accelpass.export_onnx`."""
+    target = files.writable(path)
+    given = bound(model, args, kwargs)
+    cache = cache_of(given)
+    refuse_left_out(want.passes, cache)
+    graphs: dict[str, Graph] = {}
+    if cache is None:
+        graphs[target.name] = _graph(model, given, dynamic_shapes, want, update)
+    else:
+        place, held = cache
+        step = decoding(given, place, decode)
+        names = {kind: f"{target.stem}.{kind}.onnx" for kind in ("prompt", "decode")}
+        graphs[names["prompt"]] = _graph(model, given, dynamic_shapes, want, update, held, fresh=True)
+        graphs[names["decode"]] = _graph(model, step, None, want, update, held, fresh=False)
+    report = ExportReport([], want.opset, want.contrib)
+    with files.staged(target) as folder:
+        update("Writing")
+        models = {name: graph.model for name, graph in graphs.items()}
+        data = f"{target.name}.data"
+        sizes = [constant_bytes(m) for m in models.values()]
+        has_data = files.write(models, folder, data, external_data)
+        for name, graph in graphs.items():
+            update(f"Checking {name}")
+            runtime.check(folder / name)
+            report.files.append(_written(target.absolute().parent / name, folder / name, graph))
+            report.records[name] = graph.records
+            report.notes += [note for note in graph.notes if note not in report.notes]
+        if cache is not None:
+            write_json(folder / f"{target.stem}.json", manifest(graphs, names, data if has_data else None, cache[1]))
+            report.manifest = target.absolute().parent / f"{target.stem}.json"
+        if verify:
+            update("Comparing ONNX Runtime with torch")
+            report.difference = compared(folder, graphs)
+        report.bytes = sum(f.stat().st_size for f in folder.iterdir())
+    report.data = target.absolute().parent / data if has_data else None
+    first = next(iter(graphs.values()))
+    report.weights_before, report.weights_after = first.weights_before, sizes[0]
+    return report
+
+
+def _graph(
+    model: torch.nn.Module,
+    given: Mapping[str, Any],
+    dynamic_shapes: Any,
+    want: Wanted,
+    update: Update,
+    cache: Any = None,
+    fresh: bool = True,
+) -> Graph:
+    """Capture, rewrite and translate one graph."""
+    kind = "" if cache is None else " the prompt's graph" if fresh else " the decoding step's graph"
+    update(f"Capturing{kind or ' the graph'}")
+    found = captured(model, given, dynamic_shapes, cache, fresh)
+    program = found.program
+    before = weight_bytes(program)
+    update(f"Rewriting{kind or ' the graph'}")
+    records, after = rewritten(found, want)
+    made = functional(found)
+    if cache is not None and fresh:
+        made = started(made)
+    update(f"Translating{kind or ' the graph'}")
+    translation, notes = translated(made, found.wishes, want.opset, want.contrib, after, want.who)
+    if found.note:
+        notes.append(found.note)
+    return Graph(made, records, translation, before, notes)
+
+
+def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int]:
+    """Apply the passes and lower what they made; returns what they did, and bytes of the constants that are left.
+
+    Raises:
+        PlanError: the plan is for another model.
+        ExportError: a pass fixes a dimension that was to be dynamic.
+    """
+    program, plan = found.program, want.chosen.plan
+    if plan is not None:
+        plan.check(program)
+        program.artefacts = plan.tensors
+    _refuse_fixed(found, "the model")
+
+    def after(program: Program, record: Record) -> None:
+        _refuse_fixed(found, f"the pass {record.name!r}")
+
+    records = run(program, want.passes, [Observer(after)])
+    with torch.no_grad():
+        kv.lower(program)
+        # Kernels of torch's are no operators of ONNX: every edited attention is composed of plain ones.
+        attention.lower(program, Lowerings())
+    program.graph.eliminate_dead_code()
+    program.changed()
+    _refuse_fixed(found, want.who)
+    return records, weight_bytes(program)
+
+
+def _refuse_fixed(found: Captured, who: str) -> None:
+    """Whether a guard has given a dynamic dimension one size."""
+    for name, wishes in found.wishes.items():
+        for dim in wishes:
+            size = value(found.placeholder(name)).shape[dim]
+            if isinstance(size, torch.SymInt):
+                now = size.node.shape_env.simplify(size.node.expr)
+                if free_symbols(now):
+                    continue
+                raise fixed(name, dim, now, who)
+            raise fixed(name, dim, size, who)
+
+
+def compared(folder: Path, graphs: Mapping[str, Graph]) -> float:
+    """Run every file on the example inputs, later ones on the state that the first leaves; see :func:`runtime.difference`."""
+    worst, state = 0.0, dict[str, Tensor]()
+    for name, graph in graphs.items():
+        made = graph.made
+        inputs = {**made.inputs, **{k: v for k, v in state.items() if k in made.inputs}}
+        with torch.no_grad():
+            expected = made.gm(*(t.clone() for t in inputs.values()))
+        got = runtime.run(runtime.session(folder / name, optimised=False), inputs)
+        worst = max(worst, runtime.difference(made.outputs, got, expected, runtime.TOLERANCE))
+        state = {
+            name.replace("present.", "past.", 1): t.clone()
+            for name, t in zip(made.outputs, expected, strict=True)
+            if name.startswith("present.")
+        }
+    return worst
+
+
+def _written(target: Path, file: Path, graph: Graph) -> Written:
+    model = graph.model
+    inputs = tuple(str(v.name) for v in model.graph.inputs)
+    outputs = tuple(str(v.name) for v in model.graph.outputs)
+    return Written(target, file.stat().st_size, inputs, outputs, dict(summary(model)))
+
+
+__all__ = ["ExportError", "ExportReport", "export", "wanted"]
