@@ -31,11 +31,15 @@ def export_onnx(
     external_data: bool | None = None,
     verify: bool = True,
     decode: Mapping[str, Any] | None = None,
+    steps: int | None = None,
 ) -> ExportReport:
     """Write ``model`` with ``passes`` applied as an ONNX file. The model itself is not changed.
 
     With an empty ``accelpass.KVCache`` among the arguments two files are written, ``NAME.prompt.onnx`` and
     ``NAME.decode.onnx``, which share one file of weights, and ``NAME.json``, which says how state goes between them.
+
+    With a pass that works across denoising steps a file is written for each way of computing a step (``NAME.0.onnx``, ...),
+    again with one file of weights, and ``NAME.json``, which says which step uses which and what goes from step to step.
 
     Args:
         model: in eval mode.
@@ -48,6 +52,7 @@ def export_onnx(
         contrib: use ONNX Runtime's own operators (``MatMulNBits``) where they fit; other runtimes cannot read the file then.
         external_data: weights in ``NAME.onnx.data``; None for those of more than 2 GB, and for two files.
         verify: run the file in ONNX Runtime and compare it with torch.
+        steps: how many model calls a sampling run has, for passes that work across denoising steps and whose plan does not say.
         decode: the arguments of a call for one more token, where they are not the prompt's cut to one token.
 
     Raises:
@@ -59,4 +64,4 @@ def export_onnx(
     from accelpass.backends.onnx.export import export, wanted
 
     want = wanted(passes, plan, opset, contrib)
-    return export(model, args, path, want, kwargs, dynamic_shapes, external_data, verify, decode)
+    return export(model, args, path, want, kwargs, dynamic_shapes, external_data, verify, decode, steps)

@@ -22,7 +22,14 @@ from accelpass.ir.graph import append_placeholder, placeholders, value, written_
 
 
 class TensorSource(ABC):
-    """The model tensors behind a graph's nodes."""
+    """The model tensors behind a graph's nodes.
+
+    Attributes:
+        recalled: inputs that were made by :meth:`recall`, and their names.
+    """
+
+    gm: fx.GraphModule
+    recalled: dict[fx.Node, str]
 
     @abstractmethod
     def path(self, node: fx.Node) -> str | None:
@@ -43,6 +50,19 @@ class TensorSource(ABC):
     @abstractmethod
     def state(self, anchor: fx.Node, spec: StateSpec) -> fx.Node:
         """Declare state that lives with the graph input ``anchor``; write to the returned node with an in-place ATen op."""
+
+    @abstractmethod
+    def callers(self) -> list[fx.Node]:
+        """The inputs that a caller passes, in order."""
+
+    def recall(self, name: str, fake: Tensor) -> fx.Node:
+        """An input that is neither the caller's nor the model's: whoever runs the graph finds it under ``name``."""
+        for node, known in self.recalled.items():
+            if known == name:
+                return node
+        node = append_placeholder(self.gm, re.sub(r"\W", "_", name), fake)
+        self.recalled[node] = name
+        return node
 
     def is_state(self, node: fx.Node) -> bool:
         """True for state that a pass declared; its values change from call to call."""
@@ -71,7 +91,7 @@ class FromInputs(TensorSource):
         self.paths = paths
         self._position = {n: i for i, n in enumerate(placeholders(gm))}
         self._derived: dict[fx.Node, tuple[_Group, int]] = {}
-        self.recalled: dict[fx.Node, str] = {}
+        self.recalled = {}
 
     def path(self, node: fx.Node) -> str | None:
         found = self.paths.get(node)
@@ -123,15 +143,6 @@ class FromInputs(TensorSource):
         (node,) = self.derive([anchor], spec.recipe(), [spec.name.replace(".", "_")])
         return node
 
-    def recall(self, name: str, fake: Tensor) -> fx.Node:
-        """An input that is neither the caller's nor the model's: whoever runs the graph finds it under ``name``."""
-        for node, known in self.recalled.items():
-            if known == name:
-                return node
-        node = append_placeholder(self.gm, re.sub(r"\W", "_", name), fake)
-        self.recalled[node] = name
-        return node
-
     def origin(self, node: fx.Node) -> tuple[str, Any]:
         """Where an input's value comes from: ``("argument", position)``, ``("recalled", name)`` or ``("derived", (what, which))``."""
         if node in self._derived:
@@ -174,6 +185,9 @@ class FromInputs(TensorSource):
     def inputs_nodes(self) -> list[fx.Node]:
         """The graph's original inputs, in order."""
         return list(self._position)
+
+    def callers(self) -> list[fx.Node]:
+        return [n for n in self._position if n not in self.paths]
 
     def position(self, node: fx.Node) -> int:
         """Where an original input stands among a call's arguments."""
@@ -259,6 +273,7 @@ class FromModule(TensorSource):
         self.gm = gm
         self._written = written_inputs(gm.graph)
         self._derived: dict[fx.Node, list[fx.Node]] = {}
+        self.recalled = {}
         self.states: dict[fx.Node, tuple[fx.Node, StateSpec]] = {}
         """Declared state: its node, the input that it lives with, and what was declared."""
 
@@ -315,6 +330,9 @@ class FromModule(TensorSource):
 
     def is_state(self, node: fx.Node) -> bool:
         return node in self.states
+
+    def callers(self) -> list[fx.Node]:
+        return [n for n in placeholders(self.gm) if n not in self.recalled]
 
     def _attribute(self, node: fx.Node) -> Tensor | None:
         if node.op != "get_attr":

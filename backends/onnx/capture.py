@@ -18,7 +18,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.ir import attention
 from accelpass.ir.capture import from_export
-from accelpass.ir.graph import placeholders, written_inputs
+from accelpass.ir.graph import ARGUMENT, placeholders, written_inputs
 from accelpass.ir.program import Program
 
 Wishes = dict[int, tuple[str, Any]]
@@ -34,6 +34,8 @@ class Captured:
         counters: the placeholders that count the tokens of cache layers, layer by layer.
         wishes: dynamic dimensions that the caller asked for, by input name.
         note: what could not be done, for the report.
+        exported: what the program was made from.
+        sources: inputs that are not the caller's, by name; see :class:`accelpass.backends.onnx.stepped.Source`.
     """
 
     program: Program
@@ -43,6 +45,13 @@ class Captured:
     wishes: dict[str, Wishes]
     note: str = ""
     counts: list[Tensor] = field(default_factory=list)
+    exported: torch.export.ExportedProgram | None = None
+    sources: dict[str, Any] = field(default_factory=dict)
+
+    def anew(self) -> Captured:
+        """The program as it was captured; to be taken before this one's names are changed."""
+        assert self.exported is not None
+        return _named(self.exported, self.inputs, self.outputs, self.wishes, self.counts)
 
     def placeholder(self, name: str) -> fx.Node:
         """The placeholder of one of :attr:`inputs`."""
@@ -117,10 +126,8 @@ def captured(
             )
     except Exception as cause:  # torch.export raises some twenty types; each is about the model and these arguments
         raise ExportError(_untraced(model, cause, wishes)) from cause
-    program, note = _with_attention(exported)
-    names = _leaf_names(tensors)
-    nodes = placeholders(program.gm)
-    found = Captured(program, names, outputs, nodes[len(names) :], wishes, note, counts)
+    found = _named(exported, _leaf_names(tensors), outputs, wishes, counts)
+    program = found.program
     written = written_inputs(program.graph).difference(found.counters)
     if written:
         worst = sorted(program.tensors.path(n) or n.name for n in written)[0]
@@ -129,6 +136,20 @@ def captured(
             "past_key_values=accelpass.KVCache(model, capacity=...)"
         )
     return found
+
+
+def _named(
+    exported: torch.export.ExportedProgram,
+    names: dict[str, Tensor],
+    outputs: list[str],
+    wishes: dict[str, Wishes],
+    counts: list[Tensor],
+) -> Captured:
+    program, note = _with_attention(exported)
+    nodes = placeholders(program.gm)
+    for name, node in zip(names, nodes, strict=False):
+        node.meta[ARGUMENT] = name
+    return Captured(program, dict(names), list(outputs), nodes[len(names) :], wishes, note, counts, exported)
 
 
 def _with_attention(exported: torch.export.ExportedProgram) -> tuple[Program, str]:
@@ -208,7 +229,8 @@ def _leaf_names(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _named_outputs(made: Any) -> tuple[list[str], list[Tensor]]:
-    flat, _ = tree_flatten_with_path(made)
+    # Classes of outputs that are mappings (of transformers, of diffusers) have their names as keys.
+    flat, _ = tree_flatten_with_path(dict(made) if isinstance(made, Mapping) else made)
     found = [(_dotted(path) or "output", leaf) for path, leaf in flat if isinstance(leaf, Tensor)]
     if not found:
         raise ExportError("the model returns no tensor")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from accelpass.backends.onnx import files, runtime
+from accelpass.backends.onnx import files, runtime, stepped
 from accelpass.backends.onnx.cached import cache_of, decoding, manifest, started
 from accelpass.backends.onnx.capture import Captured, bound, captured
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.backends.onnx.functional import Functional, fixed, functional
 from accelpass.backends.onnx.refusals import refuse_left_out, refuse_unexportable
 from accelpass.backends.onnx.report import ExportReport, Written
+from accelpass.backends.onnx.stepped import step_graphs, step_pass, with_state
 from accelpass.backends.onnx.translate import check_opset, constant_bytes, summary, translated
 from accelpass.ir import attention
 from accelpass.ir.analyses.cost import weight_bytes
@@ -30,6 +31,7 @@ from accelpass.passes.base import Pass, Record
 from accelpass.passes.manager import Observer, run
 from accelpass.passes.options import Options, parse
 from accelpass.passes.plan import write_json
+from accelpass.passes.step_cache.base import StepPass
 
 Update = Callable[[str], None]
 
@@ -85,6 +87,7 @@ def export(
     external_data: bool | None = None,
     verify: bool = True,
     decode: Mapping[str, Any] | None = None,
+    step_count: int | None = None,
     update: Update = lambda news: None,
 ) -> ExportReport:
     """See :func:`accelpass.export_onnx`."""
@@ -93,7 +96,21 @@ def export(
     cache = cache_of(given)
     refuse_left_out(want.passes, cache)
     graphs: dict[str, Graph] = {}
-    if cache is None:
+    by, steps = step_pass(want.passes), None
+    if by is not None:
+        if cache is not None:
+            raise ExportError(f"{by.name} works across denoising steps, and a key/value cache is no part of those")
+        want, by = with_plan(want, by)
+        steps = step_graphs(
+            by,
+            target.stem,
+            captured(model, given, dynamic_shapes),
+            step_count,
+            lambda found: _finished(found, want, update, " the graph", lambda: with_state(found, by)),
+            update,
+        )
+        graphs |= steps.graphs
+    elif cache is None:
         graphs[target.name] = _graph(model, given, dynamic_shapes, want, update)
     else:
         place, held = cache
@@ -117,9 +134,15 @@ def export(
         if cache is not None:
             write_json(folder / f"{target.stem}.json", manifest(graphs, names, data if has_data else None, cache[1]))
             report.manifest = target.absolute().parent / f"{target.stem}.json"
+        if steps is not None:
+            steps.write(folder / f"{target.stem}.json", data if has_data else None)
+            report.manifest = target.absolute().parent / f"{target.stem}.json"
+            report.notes.append(
+                f"{len(graphs)} files for {len(steps.calls)} steps; which uses which: {target.stem}.json"
+            )
         if verify:
             update("Comparing ONNX Runtime with torch")
-            report.difference = compared(folder, graphs)
+            report.difference = compared(folder, graphs) if steps is None else stepped.compared(folder, steps)
         report.bytes = sum(f.stat().st_size for f in folder.iterdir())
     report.data = target.absolute().parent / data if has_data else None
     first = next(iter(graphs.values()))
@@ -140,18 +163,37 @@ def _graph(
     kind = "" if cache is None else " the prompt's graph" if fresh else " the decoding step's graph"
     update(f"Capturing{kind or ' the graph'}")
     found = captured(model, given, dynamic_shapes, cache, fresh)
-    program = found.program
-    before = weight_bytes(program)
-    update(f"Rewriting{kind or ' the graph'}")
+    return _finished(found, want, update, kind or " the graph", starts=cache is not None and fresh)
+
+
+def _finished(
+    found: Captured,
+    want: Wanted,
+    update: Update,
+    kind: str,
+    edit: Callable[[], None] = lambda: None,
+    starts: bool = False,
+) -> Graph:
+    """Rewrite and translate one graph; ``edit`` changes it after the passes, ``starts``: its state starts empty."""
+    before = weight_bytes(found.program)
+    update(f"Rewriting{kind}")
     records, after = rewritten(found, want)
+    edit()
     made = functional(found)
-    if cache is not None and fresh:
+    if starts:
         made = started(made)
-    update(f"Translating{kind or ' the graph'}")
+    update(f"Translating{kind}")
     translation, notes = translated(made, found.wishes, want.opset, want.contrib, after, want.who)
     if found.note:
         notes.append(found.note)
     return Graph(made, records, translation, before, notes)
+
+
+def with_plan(want: Wanted, by: StepPass) -> tuple[Wanted, StepPass]:
+    """What was asked for, with the tensors of the plan in the pass that chooses by step."""
+    plan = want.chosen.plan
+    bound_ = by.bound({} if plan is None else plan.tensors, torch.device("cpu"))
+    return replace(want, passes=tuple(bound_ if p is by else p for p in want.passes)), bound_
 
 
 def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int]:

@@ -8,7 +8,6 @@ from typing import Any
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.passes.base import Pass
 from accelpass.passes.kv_cache.base import KVPass
-from accelpass.passes.step_cache.base import StepPass
 from accelpass.passes.token_pruning.base import TokenPruning
 from accelpass.passes.token_pruning.filter import PromptFilter
 
@@ -16,12 +15,6 @@ from accelpass.passes.token_pruning.filter import PromptFilter
 def refuse_unexportable(passes: Sequence[Pass]) -> None:
     """Raise :class:`ExportError` for a pass whose work is not in one graph."""
     for p in passes:
-        if isinstance(p, StepPass):
-            raise ExportError(
-                f"{p.name} chooses by denoising step which of several graphs runs, and remembers tensors from step to step; "
-                f"one ONNX file holds one graph without that state. Export without {p.name}: passes=[...] of weights and "
-                "attention only"
-            )
         if isinstance(p, PromptFilter | TokenPruning):
             raise ExportError(
                 f"{p.name} reads a prompt with graphs that hand the chosen tokens on, and remembers which those were; one ONNX "
