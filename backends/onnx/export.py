@@ -34,6 +34,8 @@ from accelpass.passes.plan import write_json
 from accelpass.passes.step_cache.base import StepPass
 
 Update = Callable[[str], None]
+STEPS = 4
+"""Decoding steps by which the files of a decoder are compared with torch."""
 
 
 @dataclass(frozen=True)
@@ -237,21 +239,29 @@ def _refuse_fixed(found: Captured, who: str) -> None:
 
 
 def compared(folder: Path, graphs: Mapping[str, Graph]) -> float:
-    """Run every file on the example inputs, later ones on the state that the first leaves; see :func:`runtime.difference`."""
-    worst, state = 0.0, dict[str, Tensor]()
-    for name, graph in graphs.items():
-        made = graph.made
-        inputs = {**made.inputs, **{k: v for k, v in state.items() if k in made.inputs}}
+    """Run the files on the example inputs, and of a decoder several steps after the prompt; see :func:`runtime.difference`.
+
+    Each side goes on from its own state, whose rows may lie in another order where scores are equal. What was stored wrongly
+    shows in the model's outputs.
+    """
+    *before, last = graphs
+    worst, states = 0.0, (dict[str, Tensor](), dict[str, Tensor]())
+    for name in [*before, *[last] * (STEPS if before else 1)]:
+        made, loaded = graphs[name].made, runtime.session(folder / name, optimised=False)
+        inputs = [{**made.inputs, **{k: v for k, v in state.items() if k in made.inputs}} for state in states]
         with torch.no_grad():
-            expected = made.gm(*(t.clone() for t in inputs.values()))
-        got = runtime.run(runtime.session(folder / name, optimised=False), inputs)
-        worst = max(worst, runtime.difference(made.outputs, got, expected, runtime.TOLERANCE))
-        state = {
-            name.replace("present.", "past.", 1): t.clone()
-            for name, t in zip(made.outputs, expected, strict=True)
-            if name.startswith("present.")
-        }
+            expected = made.gm(*(t.clone() for t in inputs[0].values()))
+        got = runtime.run(loaded, inputs[1])
+        results = [name for name in made.outputs if not name.startswith("present.")]
+        worst = max(worst, runtime.difference(results, got, expected, runtime.TOLERANCE))
+        states = (_carried(made, expected), _carried(made, got))
     return worst
+
+
+def _carried(made: Functional, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The state that a call leaves to the next."""
+    named = zip(made.outputs, outputs, strict=True)
+    return {"past." + name.removeprefix("present."): t.clone() for name, t in named if name.startswith("present.")}
 
 
 def _written(target: Path, file: Path, graph: Graph) -> Written:

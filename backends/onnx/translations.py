@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from accelpass.backends.onnx.torch_gaps import gaps
 from accelpass.ir.weight_only_ops import (
     int4_embedding,
     int4_linear,
@@ -46,7 +47,7 @@ def register_translation(op: Any, function: Callable[..., Any]) -> None:
 
 def table() -> Mapping[Any, Callable[..., Any]]:
     """Translations by operator, for ``torch.onnx.export``."""
-    return {**_own(), **_REGISTERED}
+    return {**gaps(), **_own(), **_REGISTERED}
 
 
 def _own() -> dict[Any, Callable[..., Any]]:
