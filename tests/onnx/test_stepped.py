@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import accelpass
+from accelpass.models_zoo import digits
 from accelpass.passes.step_cache.ditfastattn import DiTFastAttn
+from examples.onnx_denoise import Denoiser, sample
 from tests.passes.test_ditfastattn import PATHS, TIMES, model_of
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -28,31 +30,11 @@ def noisy(call: dict[str, Any], step: int) -> dict[str, Any]:
 
 def run_files(path: Path, call: dict[str, Any], steps: int) -> list[np.ndarray]:
     """The schedule as a deployer runs it: by the JSON alone."""
-    plan = json.loads(path.with_suffix(".json").read_text())
-    operands: dict[str, Any] = {}
-    if plan["operands"]:
-        from safetensors.numpy import load_file
-
-        operands = load_file(path.parent / plan["operands"])
-    sessions = {name: onnxruntime.InferenceSession(path.parent / name) for name in plan["files"]}
-    state: dict[tuple[int, str], np.ndarray] = {}
-    made = []
-    for step in range(steps):
-        given = noisy(call, step)
-        for number, name in enumerate(plan["steps"][step]["calls"]):
-            feed = {}
-            for one in plan["files"][name]:
-                if one["from"] == "caller":
-                    feed[one["name"]] = given[one["name"]].numpy()
-                elif one["from"] == "plan":
-                    feed[one["name"]] = operands[f"{step}/{one['key']}"]
-                else:
-                    feed[one["name"]] = state[0 if one["first_call"] else number, one["key"]]
-            names = [o.name for o in sessions[name].get_outputs()]
-            found = dict(zip(names, sessions[name].run(None, feed), strict=True))
-            state |= {(number, n.removeprefix("present.")): t for n, t in found.items() if n.startswith("present.")}
-            made.append(found[plan["outputs"][0]])
-    return made
+    denoiser = Denoiser(path.with_suffix(".json"))
+    return [
+        denoiser(**{name: t.numpy() for name, t in noisy(call, step).items() if isinstance(t, torch.Tensor)})
+        for step in range(steps)
+    ]
 
 
 def run_compiled(model: torch.nn.Module, passes: list[Any], call: dict[str, Any], steps: int) -> list[torch.Tensor]:
@@ -130,3 +112,23 @@ def test_a_model_without_latents(tmp_path):
             tmp_path / "m.onnx",
             PASSES["delta_cache"],
         )
+
+
+@pytest.mark.slow
+def test_images_are_those_of_the_pipeline(tmp_path):
+    labels, steps, shape = [3, 7], 5, (2, 1, digits.SIZE, digits.SIZE)
+    call = {
+        "hidden_states": torch.zeros(4, *shape[1:]),
+        "timestep": torch.zeros(4).long(),
+        "class_labels": torch.zeros(4).long(),
+    }
+    pipe = digits.pipeline()
+    accelpass.export_onnx(pipe.transformer, (), tmp_path / "d.onnx", PASSES["delta_cache"], kwargs=call, steps=steps)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    got = sample(Denoiser(tmp_path / "d.json"), labels, noise.numpy())
+    pipe.transformer = torch.compile(
+        pipe.transformer, backend="accelpass", options={"passes": PASSES["delta_cache"], "lowering": "eager"}
+    )
+    want = digits.sample(pipe, labels, steps, seed=1)
+    assert want.shape == got.shape and float(np.abs(got).max()) > 0.5
+    assert np.abs((got / 2 + 0.5).clip(0, 1) - want.numpy()).max() < 1e-3
