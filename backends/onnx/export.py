@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from accelpass.backends.onnx.errors import ExportError
 from accelpass.backends.onnx.functional import Functional, fixed, functional
 from accelpass.backends.onnx.refusals import refuse_left_out, refuse_unexportable
 from accelpass.backends.onnx.report import ExportReport, Written
-from accelpass.backends.onnx.translate import check_opset, constant_bytes, summary, translated
+from accelpass.backends.onnx.translate import Form, check_opset, constant_bytes, summary, translated
 from accelpass.ir import attention
 from accelpass.ir.analyses.cost import weight_bytes
 from accelpass.ir.attention.lower import Lowerings
@@ -32,6 +33,7 @@ from accelpass.passes.options import Options, parse
 from accelpass.passes.plan import write_json
 
 Update = Callable[[str], None]
+ACTIVATIONS = ("float32", "int8")
 STEPS = 4
 """Decoding steps by which the files of a decoder are compared with torch."""
 
@@ -42,8 +44,7 @@ class Wanted:
 
     chosen: Options
     passes: tuple[Pass, ...]
-    opset: int
-    contrib: bool
+    form: Form
 
     @property
     def who(self) -> str:
@@ -62,7 +63,7 @@ class Graph:
     notes: list[str]
 
 
-def wanted(passes: Sequence[Any], plan: Any, opset: int, contrib: bool) -> Wanted:
+def wanted(passes: Sequence[Any], plan: Any, opset: int, contrib: bool, activations: str = "float32") -> Wanted:
     """Check what can be checked without the model.
 
     Raises:
@@ -70,11 +71,13 @@ def wanted(passes: Sequence[Any], plan: Any, opset: int, contrib: bool) -> Wante
         ExportError: an opset, or a pass, that cannot be written.
     """
     check_opset(opset)
+    if activations not in ACTIVATIONS:
+        raise ExportError(f"activations={activations!r} is not known; use {' or '.join(map(repr, ACTIVATIONS))}")
     chosen = parse({"passes": list(passes), "plan": plan})
     # Passes that torch.compile has by default choose kernels of its own compilers.
     picked = tuple(p for p in chosen.passes if p.name in chosen.asked)
     refuse_unexportable(picked)
-    return Wanted(chosen, picked, opset, contrib)
+    return Wanted(chosen, picked, Form(opset, contrib, activations == "int8"))
 
 
 def export(
@@ -103,7 +106,7 @@ def export(
         names = {kind: f"{target.stem}.{kind}.onnx" for kind in ("prompt", "decode")}
         graphs[names["prompt"]] = _graph(model, given, dynamic_shapes, want, update, held, fresh=True)
         graphs[names["decode"]] = _graph(model, step, None, want, update, held, fresh=False)
-    report = ExportReport([], want.opset, want.contrib)
+    report = ExportReport([], want.form.opset, want.form.contrib)
     with files.staged(target) as folder:
         update("Writing")
         models = {name: graph.model for name, graph in graphs.items()}
@@ -121,7 +124,13 @@ def export(
             report.manifest = target.absolute().parent / f"{target.stem}.json"
         if verify:
             update("Comparing ONNX Runtime with torch")
-            report.difference = compared(folder, graphs)
+            is_rounded = want.form.contrib and want.form.rounded
+            report.difference = compared(folder, graphs, math.inf if is_rounded else runtime.TOLERANCE)
+            if want.form.rounded:
+                far = compared(folder, graphs, math.inf, optimised=True)
+                report.notes.append(
+                    f"ONNX Runtime at its default settings rounds activations, and differs by {far:.1e}"
+                )
         report.bytes = sum(f.stat().st_size for f in folder.iterdir())
     report.data = target.absolute().parent / data if has_data else None
     first = next(iter(graphs.values()))
@@ -150,7 +159,7 @@ def _graph(
     if cache is not None and fresh:
         made = started(made)
     update(f"Translating{kind or ' the graph'}")
-    translation, notes = translated(made, found.wishes, want.opset, want.contrib, after, want.who)
+    translation, notes = translated(made, found.wishes, want.form, after, want.who)
     if found.note:
         notes.append(found.note)
     return Graph(made, records, translation, before, notes)
@@ -196,7 +205,7 @@ def _refuse_fixed(found: Captured, who: str) -> None:
             raise fixed(name, dim, size, who)
 
 
-def compared(folder: Path, graphs: Mapping[str, Graph]) -> float:
+def compared(folder: Path, graphs: Mapping[str, Graph], tolerance: float, optimised: bool = False) -> float:
     """Run the files on the example inputs, and of a decoder several steps after the prompt; see :func:`runtime.difference`.
 
     Each side goes on from its own state, whose rows may lie in another order where scores are equal. What was stored wrongly
@@ -205,13 +214,13 @@ def compared(folder: Path, graphs: Mapping[str, Graph]) -> float:
     *before, last = graphs
     worst, states = 0.0, (dict[str, Tensor](), dict[str, Tensor]())
     for name in [*before, *[last] * (STEPS if before else 1)]:
-        made, loaded = graphs[name].made, runtime.session(folder / name, optimised=False)
+        made, loaded = graphs[name].made, runtime.session(folder / name, optimised)
         inputs = [{**made.inputs, **{k: v for k, v in state.items() if k in made.inputs}} for state in states]
         with torch.no_grad():
             expected = made.gm(*(t.clone() for t in inputs[0].values()))
         got = runtime.run(loaded, inputs[1])
         results = [name for name in made.outputs if not name.startswith("present.")]
-        worst = max(worst, runtime.difference(results, got, expected, runtime.TOLERANCE))
+        worst = max(worst, runtime.difference(results, got, expected, tolerance))
         states = (_carried(made, expected), _carried(made, got))
     return worst
 
