@@ -24,6 +24,8 @@ from accelpass.backends.onnx.translate import Form, check_opset, constant_bytes,
 from accelpass.ir import attention
 from accelpass.ir.analyses.cost import weight_bytes
 from accelpass.ir.attention.lower import Lowerings
+from accelpass.ir.attention.op import spec_of
+from accelpass.ir.attention.spec import All
 from accelpass.ir.graph import value
 from accelpass.ir.kv import lower as kv
 from accelpass.ir.program import Program
@@ -154,19 +156,21 @@ def _graph(
     program = found.program
     before = weight_bytes(program)
     update(f"Rewriting{kind or ' the graph'}")
-    records, after = rewritten(found, want)
+    records, after, masked = rewritten(found, want)
     made = functional(found)
     if cache is not None and fresh:
         made = started(made)
     update(f"Translating{kind or ' the graph'}")
     translation, notes = translated(made, found.wishes, want.form, after, want.who)
-    if found.note:
-        notes.append(found.note)
+    notes += [note for note in (found.note, *masked) if note]
     return Graph(made, records, translation, before, notes)
 
 
-def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int]:
-    """Apply the passes and lower what they made; returns what they did, and bytes of the constants that are left.
+def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[str]]:
+    """Apply the passes and lower what they made.
+
+    Returns:
+        What the passes did, bytes of the constants that are left, and notes for the report.
 
     Raises:
         PlanError: the plan is for another model.
@@ -184,12 +188,27 @@ def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int]:
     records = run(program, want.passes, [Observer(after)])
     with torch.no_grad():
         kv.lower(program)
+        notes = _masked(program)
         # Kernels of torch's are no operators of ONNX: every edited attention is composed of plain ones.
         attention.lower(program, Lowerings())
     program.graph.eliminate_dead_code()
     program.changed()
     _refuse_fixed(found, want.who)
-    return records, weight_bytes(program)
+    return records, weight_bytes(program), notes
+
+
+def _masked(program: Program) -> list[str]:
+    """What passes leave out of attentions, and a file computes all the same."""
+    sites: dict[str, int] = {}
+    for node in program.graph.nodes:
+        if attention.is_attention(node) and not isinstance((spec := spec_of(node)).select, All):
+            who = next(name for name, part in spec.edits if part == "select")
+            sites[who] = sites.get(who, 0) + 1
+    return [
+        f"{who}: {count} attentions are computed in full and masked, as no operator of ONNX leaves blocks of keys out: the "
+        "results are the pass's, the time is the dense model's or more"
+        for who, count in sites.items()
+    ]
 
 
 def _refuse_fixed(found: Captured, who: str) -> None:
@@ -236,6 +255,3 @@ def _written(target: Path, file: Path, graph: Graph) -> Written:
     inputs = tuple(str(v.name) for v in model.graph.inputs)
     outputs = tuple(str(v.name) for v in model.graph.outputs)
     return Written(target, file.stat().st_size, inputs, outputs, dict(summary(model)))
-
-
-__all__ = ["ExportError", "ExportReport", "export", "wanted"]

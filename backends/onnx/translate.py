@@ -9,7 +9,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -172,15 +171,17 @@ def _one_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """torch's exporter prints its progress and warns of packages that it could use."""
-    logger: Any = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _version() -> str:
