@@ -37,6 +37,9 @@ def export(
     contrib: Annotated[
         bool, typer.Option("--contrib", help="ONNX Runtime's own operators (MatMulNBits); no other runtime reads them.")
     ] = False,
+    activations: Annotated[
+        str, typer.Option("--activations", help="'int8' lets ONNX Runtime round them: faster, other numbers.")
+    ] = "float32",
     external_data: Annotated[
         bool, typer.Option("--external-data", help="Weights in NAME.onnx.data; by itself for more than 2 GB.")
     ] = False,
@@ -53,7 +56,7 @@ def export(
     from accelpass.backends.onnx.export import wanted
     from accelpass.backends.onnx.files import writable
 
-    want = wanted(passes_from(passes or []) or (), plan, opset, contrib)
+    want = wanted(passes_from(passes or []) or (), plan, opset, contrib, activations)
     writable(out)
     with step(f"Loading {model}") as update:
         loaded, tokenizer = _loaded(model, dtype)

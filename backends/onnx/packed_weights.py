@@ -8,9 +8,12 @@ look-up    ``Gather`` of rows of codes, then arithmetic   the same, on the codes
 experts    ``DequantizeLinear``                           the same
 ========== ============================================= =====================================================
 
-Weights of a ``MatMul`` are stored as (in, out), because ONNX Runtime then turns the pair into ``MatMulNBits`` by itself when a
-session is made. A weight that is both looked up and multiplied (a tied output head) is stored once, but for one case: no
-standard operator looks up rows of an INT4 tensor, so int4 codes are stored once for each use then.
+ONNX Runtime makes ``MatMulNBits`` of ``DequantizeLinear`` -> ``MatMul`` when a session is made, and rounds activations to int8
+there: several times faster, and on SmolLM2 a model that answers nonsense. It does so where the weight is stored as (in, out);
+a weight (out, in) with a ``Transpose`` it leaves alone. Which of the two is written is the caller's choice.
+
+A weight that is both looked up and multiplied (a tied output head) is stored once, but for one case: no standard operator looks
+up rows of an INT4 tensor, so int4 codes are stored once for each use then.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from accelpass.backends.onnx.translations import DOMAIN
 MICROSOFT = "com.microsoft"
 OPSET = 21
 """The first whose DequantizeLinear takes int4 and blocks."""
-_EXACT = 1  # accuracy_level of MatMulNBits: products of floats, as the pass defines them
+_FLOAT, _ROUNDED = 1, 4
+"""``accuracy_level`` of MatMulNBits: products of floats, as the pass defines them; activations rounded to int8 by blocks."""
 _BLOCKS = (128, 64, 32, 16)
 
 
@@ -39,11 +43,13 @@ class Expansion:
 
     Attributes:
         contrib: use ONNX Runtime's own operators.
+        rounded: ONNX Runtime may round activations to int8.
         notes: what a reader of the report should know.
     """
 
     model: ir.Model
     contrib: bool
+    rounded: bool = False
     notes: list[str] = field(default_factory=list)
     doubled: int = 0
     """Bytes that are stored a second time, as the notes say."""
@@ -90,9 +96,14 @@ class Expansion:
         if self.contrib:
             y = self._n_bits(e, x, q, 8, _block_of(q), self._block_scales(q, scale), None)
         else:
-            columns = self._form(q, "columns", lambda codes: codes.T)
-            w = e("DequantizeLinear", columns, scale, axis=1)
-            y = e("MatMul", e.float(x), w)
+            if self.rounded:
+                columns = self._form(q, "columns", lambda codes: codes.T)
+                w = e("DequantizeLinear", columns, scale, axis=1)
+            else:
+                # One block a row: through a scale for each channel ONNX Runtime would move the transposition.
+                scales = self._form(scale, "stacked", lambda s: s[..., None])
+                w = e("DequantizeLinear", q, scales, axis=1, block_size=int(_array(q).shape[1]))
+            y = self._product(e, x, w)
         e.finish(y, bias, x)
 
     def _int8_embedding(self, e: Emit, node: ir.Node) -> None:
@@ -120,11 +131,18 @@ class Expansion:
             points = None if zero is None else self._form(zero, "packed", lambda z: _packed(z.astype(np.uint8)))
             y = self._n_bits(e, x, q, 4, group, scale, points, group)
         else:
-            symmetric = zero is None
-            columns = self._form(q, "columns", lambda codes: _int4(_nibbles(codes, group).T, symmetric))
-            scales = self._form(scale, "columns", lambda s: s.T)
-            points = [] if zero is None else [self._form(zero, "columns", lambda z: _int4(z.astype(np.uint8).T, False))]
-            y = e("MatMul", e.float(x), e("DequantizeLinear", columns, scales, *points, axis=0, block_size=group))
+            symmetric, form = zero is None, "columns" if self.rounded else "int4"
+
+            def turned(array: np.ndarray) -> np.ndarray:
+                return array.T if self.rounded else array
+
+            codes = self._form(q, form, lambda codes: _int4(turned(_nibbles(codes, group)), symmetric))
+            scales = self._form(scale, form, turned) if self.rounded else scale
+            points = (
+                [] if zero is None else [self._form(zero, form, lambda z: _int4(turned(z.astype(np.uint8)), False))]
+            )
+            axis = int(not self.rounded)
+            y = self._product(e, x, e("DequantizeLinear", codes, scales, *points, axis=axis, block_size=group))
         e.finish(y, bias, x)
 
     def _int4_embedding(self, e: Emit, node: ir.Node) -> None:
@@ -155,6 +173,10 @@ class Expansion:
         points = [] if zero is None else [self._form(zero, "stacked", lambda z: _int4(z.astype(np.uint8), False))]
         e.finish_as(e("DequantizeLinear", codes, scale, *points, axis=-1, block_size=group), node)
 
+    def _product(self, e: Emit, x: ir.Value, w: ir.Value) -> ir.Value:
+        """``x`` times the weight, which is (in, out) if ONNX Runtime may round, else (out, in)."""
+        return e("MatMul", e.float(x), w if self.rounded else e("Transpose", w, perm=[1, 0]))
+
     def _n_bits(
         self, e: Emit, x: ir.Value, q: ir.Value, bits: int, block: int, scale: ir.Value, points: Any, group: int = 0
     ) -> ir.Value:
@@ -171,7 +193,7 @@ class Expansion:
         width = columns if bits == 8 else 2 * columns
         given = [e.float(x), self._form(q, "n bits", blocks), scale, *([points] if points is not None else [])]
         sizes = {"K": width, "N": int(rows), "bits": bits, "block_size": block}
-        return e("MatMulNBits", *given, domain=MICROSOFT, accuracy_level=_EXACT, **sizes)
+        return e("MatMulNBits", *given, domain=MICROSOFT, accuracy_level=_ROUNDED if self.rounded else _FLOAT, **sizes)
 
     def _block_scales(self, q: ir.Value, scale: ir.Value) -> ir.Value:
         """One scale for each output row, repeated for each block of it."""

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -28,6 +28,16 @@ _SLACK = 64 * 1024
 """Bytes of constants that a file may have besides the model's own."""
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a file is written: the opset, whether with ONNX Runtime's own operators, and whether products of packed weights may
+    round activations to int8 in ONNX Runtime."""
+
+    opset: int
+    contrib: bool = False
+    rounded: bool = False
+
+
 def check_opset(opset: int) -> None:
     """Raise :class:`ExportError` for an opset that cannot be written."""
     if not isinstance(opset, int) or not OLDEST <= opset <= NEWEST:
@@ -37,7 +47,7 @@ def check_opset(opset: int) -> None:
 
 
 def translated(
-    made: Functional, wishes: Mapping[str, Wishes], opset: int, contrib: bool, weight_bytes: int, who: str
+    made: Functional, wishes: Mapping[str, Wishes], form: Form, weight_bytes: int, who: str
 ) -> tuple[ir.Model, list[str]]:
     """The ONNX model of a graph, and notes for the report.
 
@@ -67,7 +77,7 @@ def translated(
             program = torch.onnx.export(
                 exported,
                 dynamo=True,
-                opset_version=opset,
+                opset_version=form.opset,
                 input_names=list(made.inputs),
                 output_names=made.outputs,
                 custom_translation_table=dict(table()),
@@ -81,14 +91,14 @@ def translated(
     with _silent():
         onnxscript.optimizer.optimize(model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
     packed = [n.op_type for n in model.graph.all_nodes() if n.domain == DOMAIN]
-    if packed and not contrib and opset < OPSET:
+    if packed and not form.contrib and form.opset < OPSET:
         raise ExportError(
-            f"packed weights need opset {OPSET} or more (DequantizeLinear with blocks), and opset={opset} was asked for; type "
+            f"packed weights need opset {OPSET} or more (DequantizeLinear with blocks), and opset={form.opset} was asked for; type "
             f"opset={OPSET}, or contrib=True for ONNX Runtime's own operators"
         )
-    if any(kind.endswith("Matrix") for kind in packed) and opset < OPSET:
+    if any(kind.endswith("Matrix") for kind in packed) and form.opset < OPSET:
         raise ExportError(f"packed experts need opset {OPSET} or more; type opset={OPSET}")
-    expansion = Expansion(model, contrib)
+    expansion = Expansion(model, form.contrib, form.rounded)
     expansion.run()
     notes = list(expansion.notes)
     _refuse_growth(model, weight_bytes, expansion.doubled, who)
@@ -161,15 +171,17 @@ def _one_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """torch's exporter prints its progress and warns of packages that it could use."""
-    logger: Any = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _version() -> str:

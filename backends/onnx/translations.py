@@ -101,7 +101,8 @@ def _node(name: str, inputs: Mapping[str, list[str]], attributes: list[str]) -> 
 
 def own_operators(graph: torch.fx.Graph) -> list[str]:
     """Custom operators of a graph that have no translation."""
-    known, found = table(), {}
+    known = table()
+    found: dict[str, None] = {}
     for node in graph.nodes:
         target = node.target
         if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target in known:

@@ -69,6 +69,7 @@ def test_passes_that_shorten_a_prompt(tmp_path: Path, name: str) -> None:
     [
         ({"opset": 17}, "opset=17 is not supported; use 18 to 23"),
         ({"opset": "23"}, "opset='23' is not supported"),
+        ({"activations": "int4"}, "activations='int4' is not known; use 'float32' or 'int8'"),
         ({"path": "m.bin"}, "m.bin does not end in .onnx"),
         ({"path": "/nowhere/m.onnx"}, "no folder /nowhere; make it first"),
         ({"args": (IDS, IDS)}, "do not fit TinyLm.forward: too many positional"),
