@@ -66,10 +66,5 @@ def export_onnx(
     require_packages(*(("onnx", "onnxscript", "onnxruntime") if verify else ("onnx", "onnxscript")))
     from accelpass.backends.onnx.export import export, wanted
 
-<<<<<<< HEAD
-    want = wanted(passes, plan, opset, contrib)
-    return export(model, args, path, want, kwargs, dynamic_shapes, external_data, verify, decode, step_count=steps)
-=======
     want = wanted(passes, plan, opset, contrib, activations)
-    return export(model, args, path, want, kwargs, dynamic_shapes, external_data, verify, decode)
->>>>>>> wtA
+    return export(model, args, path, want, kwargs, dynamic_shapes, external_data, verify, decode, step_count=steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,8 @@ from accelpass.backends.onnx.errors import ExportError
 from accelpass.backends.onnx.functional import Functional, fixed, functional
 from accelpass.backends.onnx.refusals import refuse_left_out, refuse_unexportable
 from accelpass.backends.onnx.report import ExportReport, Written
-<<<<<<< HEAD
 from accelpass.backends.onnx.stepped import step_graphs, step_pass, with_state
-from accelpass.backends.onnx.translate import check_opset, constant_bytes, summary, translated
-=======
 from accelpass.backends.onnx.translate import Form, check_opset, constant_bytes, summary, translated
->>>>>>> wtA
 from accelpass.ir import attention
 from accelpass.ir.analyses.cost import weight_bytes
 from accelpass.ir.attention.lower import Lowerings
@@ -153,17 +150,14 @@ def export(
             )
         if verify:
             update("Comparing ONNX Runtime with torch")
-<<<<<<< HEAD
-            report.difference = compared(folder, graphs) if steps is None else stepped.compared(folder, steps)
-=======
+            checked = partial(compared, folder, graphs) if steps is None else partial(stepped.compared, folder, steps)
             is_rounded = want.form.contrib and want.form.rounded
-            report.difference = compared(folder, graphs, math.inf if is_rounded else runtime.TOLERANCE)
+            report.difference = checked(math.inf if is_rounded else runtime.TOLERANCE)
             if want.form.rounded:
-                far = compared(folder, graphs, math.inf, optimised=True)
+                far = checked(math.inf, optimised=True)
                 report.notes.append(
                     f"ONNX Runtime at its default settings rounds activations, and differs by {far:.1e}"
                 )
->>>>>>> wtA
         report.bytes = sum(f.stat().st_size for f in folder.iterdir())
     report.data = target.absolute().parent / data if has_data else None
     first = next(iter(graphs.values()))
@@ -184,7 +178,6 @@ def _graph(
     kind = "" if cache is None else " the prompt's graph" if fresh else " the decoding step's graph"
     update(f"Capturing{kind or ' the graph'}")
     found = captured(model, given, dynamic_shapes, cache, fresh)
-<<<<<<< HEAD
     return _finished(found, want, update, kind or " the graph", starts=cache is not None and fresh)
 
 
@@ -199,22 +192,14 @@ def _finished(
     """Rewrite and translate one graph; ``edit`` changes it after the passes, ``starts``: its state starts empty."""
     before = weight_bytes(found.program)
     update(f"Rewriting{kind}")
-    records, after = rewritten(found, want)
-    edit()
-=======
-    program = found.program
-    before = weight_bytes(program)
-    update(f"Rewriting{kind or ' the graph'}")
     records, after, masked = rewritten(found, want)
->>>>>>> wtA
+    edit()
     made = functional(found)
     if starts:
         made = started(made)
-<<<<<<< HEAD
     update(f"Translating{kind}")
-    translation, notes = translated(made, found.wishes, want.opset, want.contrib, after, want.who)
-    if found.note:
-        notes.append(found.note)
+    translation, notes = translated(made, found.wishes, want.form, after, want.who)
+    notes += [note for note in (found.note, *masked) if note]
     return Graph(made, records, translation, before, notes)
 
 
@@ -225,21 +210,11 @@ def with_plan(want: Wanted, by: StepPass) -> tuple[Wanted, StepPass]:
     return replace(want, passes=tuple(bound_ if p is by else p for p in want.passes)), bound_
 
 
-def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int]:
-    """Apply the passes and lower what they made; returns what they did, and bytes of the constants that are left.
-=======
-    update(f"Translating{kind or ' the graph'}")
-    translation, notes = translated(made, found.wishes, want.form, after, want.who)
-    notes += [note for note in (found.note, *masked) if note]
-    return Graph(made, records, translation, before, notes)
-
-
 def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[str]]:
     """Apply the passes and lower what they made.
 
     Returns:
         What the passes did, bytes of the constants that are left, and notes for the report.
->>>>>>> wtA
 
     Raises:
         PlanError: the plan is for another model.

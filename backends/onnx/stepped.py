@@ -197,9 +197,9 @@ def with_state(captured: Captured, by: StepPass) -> None:
         captured.inputs[called] = torch.zeros([int(n) for n in fake.shape], dtype=fake.dtype)
 
 
-def compared(folder: Path, steps: Steps) -> float:
+def compared(folder: Path, steps: Steps, tolerance: float, optimised: bool = False) -> float:
     """Run the whole schedule on the example inputs; see :func:`accelpass.backends.onnx.runtime.difference`."""
-    sessions = {name: runtime.session(folder / name, optimised=False) for name in steps.graphs}
+    sessions = {name: runtime.session(folder / name, optimised) for name in steps.graphs}
     kept: dict[tuple[int, str], Tensor] = {}
     worst = 0.0
     for step, files in enumerate(steps.calls):
@@ -212,7 +212,7 @@ def compared(folder: Path, steps: Steps) -> float:
             with torch.no_grad():
                 expected = made.gm(*inputs.values())
             got = runtime.run(sessions[file], inputs)
-            worst = max(worst, runtime.difference(made.outputs, got, expected, runtime.TOLERANCE))
+            worst = max(worst, runtime.difference(made.outputs, got, expected, tolerance))
             for name, tensor in zip(made.outputs, expected, strict=True):
                 if name.startswith("present."):
                     kept[call, name.removeprefix("present.")] = tensor
