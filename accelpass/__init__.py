@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from accelpass.backends.onnx.errors import ExportError
     from accelpass.calibration import calibrate
     from accelpass.ir.errors import (
         AccelpassError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     )
     from accelpass.ir.steps import StepError
     from accelpass.kv_cache import KVCache
+    from accelpass.onnx_export import export_onnx
     from accelpass.packed import load, save
     from accelpass.report import Report
     from accelpass.stateful import reset, sampling_run, state
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AccelpassError",
     "CacheError",
+    "ExportError",
     "GraphError",
     "KVCache",
     "OptionError",
@@ -49,6 +52,7 @@ __all__ = [
     "calibrate",
     "compile",
     "explain",
+    "export_onnx",
     "load",
     "refresh",
     "reset",
@@ -63,6 +67,7 @@ _ERRORS = "accelpass.ir.errors"
 _HOMES = {
     "AccelpassError": _ERRORS,
     "CacheError": _ERRORS,
+    "ExportError": "accelpass.backends.onnx.errors",
     "GraphError": _ERRORS,
     "OptionError": _ERRORS,
     "PassError": _ERRORS,
@@ -75,6 +80,7 @@ _HOMES = {
     "Report": "accelpass.report",
     "KVCache": "accelpass.kv_cache",
     "calibrate": "accelpass.calibration",
+    "export_onnx": "accelpass.onnx_export",
     "load": "accelpass.packed",
     "save": "accelpass.packed",
     "search_steps": "accelpass.step_search",

@@ -1,4 +1,4 @@
-"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``kv-map``, ``search-steps``,
+"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``export``, ``kv-map``, ``search-steps``,
 ``sample``, ``passes``, ``zoo``."""
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from accelpass import cli_output as output
+from accelpass import export_command
 from accelpass.cli_options import (
     AskOption,
     DeviceOption,
@@ -205,6 +206,9 @@ def explain(
         output.show(report)
         if html is not None:
             print(f"report: {page}")
+
+
+export_command.register(app)
 
 
 @app.command("kv-map")
