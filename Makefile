@@ -30,7 +30,7 @@ test-slow: $(STAMP)
 # mypy needs the import layout as real folders; pip's editable install maps it in memory.
 build/layout: $(STAMP)
 	rm -rf build/layout && mkdir -p build/layout/accelpass
-	ln -s $(CURDIR)/accelpass/*.py build/layout/accelpass/
+	ln -s $(CURDIR)/accelpass/* build/layout/accelpass/
 	for part in ir passes backends models_zoo; do ln -s $(CURDIR)/$$part build/layout/accelpass/$$part; done
 
 .PHONY: build/layout
