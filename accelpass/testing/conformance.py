@@ -67,9 +67,9 @@ class Conformance:
 
         from rich.console import Console
 
-        console = Console(file=StringIO(), width=140, no_color=True)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+        text = StringIO()
+        Console(file=text, width=140, no_color=True).print(self)
+        return text.getvalue()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.table import Table

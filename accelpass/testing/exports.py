@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -87,9 +88,7 @@ def _onnx(trial: Trial, model: nn.Module, args: Any, kwargs: Any, want: list[Ten
             if is_refusal(error):
                 return f"ONNX refused: {told(error)[:160]}", None
             raise
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
         given = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tree_leaves(args), strict=True)}
         made = [torch.from_numpy(a) for a in session.run(None, given)]
     return "the same in ONNX Runtime", difference(made, want)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from accelpass.backends import backend
 from accelpass.backends.rewriting import captured
 from accelpass.ir.errors import GraphError
-from accelpass.ir.graph import value
+from accelpass.ir.graph import known, refresh, value
 from accelpass.ir.program import Program
 from accelpass.ir.steps import LATENTS, user_input
 from accelpass.ir.verify import signature, verify
@@ -27,13 +27,15 @@ from accelpass.testing.trial import Trial, cause, difference, fresh, is_refusal,
 
 @dataclass(frozen=True)
 class Rewrite:
-    """What ``apply`` alone did to one graph: its code before and after, its record, and the rule that it broke."""
+    """What ``apply`` alone did to one graph: its code before and after, its record, the rule that it broke, and the first new
+    node whose fake value is not what the node computes."""
 
     before: str
     after: str
     again: str
     record: Record
     broken: str = ""
+    lie: str = ""
 
     @property
     def changed(self) -> bool:
@@ -46,20 +48,38 @@ def rewrites(trial: Trial, subject: Subject) -> list[Rewrite]:
 
     def watch(gm: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Any:
         one, two = captured(gm, inputs, GraphReport.start()), captured(gm, inputs, GraphReport.start())
-        before, record, broken = _code(one), Record(p.name), ""
+        before, record, broken, lie = _code(one), Record(p.name), "", ""
+        old = {n.name for n in one.graph.nodes}
         rules = signature(one)
         _apply(trial, p, one, record)
         try:
             after = _code(one)
             verify(one, rules, after=p.name)
+            lie = _lie([n for n in one.graph.nodes if n.name not in old])
         except (GraphError, RuntimeError) as error:
             after, broken = str(one.graph), str(error)
         _apply(trial, p, two, Record(p.name))
-        found.append(Rewrite(before, after, after if broken else _code(two), record, broken))
+        found.append(Rewrite(before, after, after if broken else _code(two), record, broken, lie))
         return backend(gm, inputs, options={**options, "passes": []})
 
     run(subject, trial.compile(model, [p], backend=watch), model)
     return found
+
+
+def _lie(nodes: Sequence[fx.Node]) -> str:
+    """The first node whose fake value has another shape or dtype than its arguments give."""
+    for node in nodes:
+        if node.op != "call_function" or not isinstance(value(node), Tensor):
+            continue
+        said = value(node)
+        refresh(node)
+        made, node.meta["val"] = value(node), said
+        sizes = len(made.shape) == len(said.shape) and all(
+            known(a == b) for a, b in zip(made.shape, said.shape, strict=True)
+        )
+        if not sizes or made.dtype != said.dtype:
+            return f"{node.format_node()} gives {list(made.shape)} {made.dtype}, and its fake value is {list(said.shape)} {said.dtype}"
+    return ""
 
 
 def _apply(trial: Trial, p: Pass, program: Program, record: Record) -> None:
@@ -88,6 +108,13 @@ def check_graph(trial: Trial, subject: Subject) -> Finding:
             if one.broken:
                 return failed(
                     "graph", subject.name, one.broken, "the nodes that apply() inserts, and the uses it replaces"
+                )
+            if one.lie:
+                return failed(
+                    "graph",
+                    subject.name,
+                    one.lie,
+                    "nodes made by hand: ir.graph.call() computes meta['val'] for the arguments",
                 )
             if one.again != one.after:
                 return failed(

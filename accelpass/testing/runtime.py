@@ -30,9 +30,17 @@ def check_leakage(trial: Trial, subject: Subject) -> Finding:
             alone.append(run(subject, trial.compile(model, [trial.made()]), model, shape))
         fresh()
         models = [subject.build(seed) for seed in (0, 1)]
-        held = [weights_of(m) for m in models]
+        held = weights_of(models[0])
         fast = [trial.compile(m, [trial.made()]) for m in models]
         run(subject, fast[0], models[0], other)
+        for name, tensor in models[0].state_dict().items():
+            if not torch.equal(tensor, held[name]):
+                return failed(
+                    "leakage",
+                    subject.name,
+                    f"the model's own {name} was changed",
+                    "in-place writes to what program.tensors.value() returns",
+                )
         again = run(subject, fast[0], models[0], shape)
         error, note = difference(again, alone[0]), "without a reset"
         if not error <= trial.tolerance and not subject.delimited and accelpass.state(fast[0]):
@@ -61,15 +69,6 @@ def check_leakage(trial: Trial, subject: Subject) -> Finding:
                 "and state that is not the model's own (program.tensors.state)",
                 error,
             )
-        for model, before in zip(models, held, strict=True):
-            for name, tensor in model.state_dict().items():
-                if not torch.equal(tensor, before[name]):
-                    return failed(
-                        "leakage",
-                        subject.name,
-                        f"the model's own {name} was changed",
-                        "in-place writes to program.tensors.value()",
-                    )
         return passed("leakage", subject.name, f"runs one after the other ({note}), and two models in turns", error)
 
     return attempt("leakage", trial, subject, body)
@@ -124,8 +123,8 @@ def check_gradients(trial: Trial, subject: Subject) -> Finding:
         quiet = run(subject, fast, model, shape)
         try:
             loud = list(subject.drive(fast, model, shape))
-        except Exception as error:
-            found = cause(error)
+        except Exception as raised:
+            found = cause(raised)
             if is_refusal(found) and trial.name in str(found):
                 return passed("gradients", subject.name, f"refused: {told(found)[:160]}")
             raise
