@@ -282,7 +282,7 @@ class FromModule(TensorSource):
             last = max(nodes)
             with self.gm.graph.inserting_after(last):
                 node = self.gm.graph.get_attr(attribute)
-            fake = nodes[0].meta["val"].fake_mode.from_tensor(tensor)
+            fake = nodes[0].meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
             node.meta["val"] = fake
             self._derived[node] = [s for n in nodes for s in self.sources(n)]
             made.append(node)

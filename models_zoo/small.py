@@ -53,7 +53,7 @@ def tiny_lm(seed: int = 0) -> TinyLm:
         return TinyLm().eval()
 
 
-def decoder(seed: int = 0, layers: int = 3) -> Any:
+def decoder(seed: int = 0, layers: int = 2) -> Any:
     """A Llama whose queries share keys: 4 heads, 2 key/value heads; needs transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -27,6 +27,7 @@ class Setting:
     Attributes:
         options: at which it works on models of 24 tokens.
         models: that it is for; the decoder is the slowest, so it stands alone where nothing else is needed.
+        identity: in place of the one that the class declares, where that one leaves nothing to compile.
         tensors: of a plan.
         looks_ahead, recompiles: see :func:`accelpass.testing.check_pass`.
         tolerance: that a method with a product of many terms between it and the dense model needs.
@@ -34,13 +35,14 @@ class Setting:
 
     options: Mapping[str, Any] = field(default_factory=dict)
     models: tuple[str, ...] = ("decoder",)
+    identity: Mapping[str, Any] | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     looks_ahead: str | None = None
     recompiles: int = 0
     tolerance: float = 1e-4
 
     def trial(self, name: str, **more: Any) -> Trial:
-        return Trial.of(name, self.options, tensors=dict(self.tensors), **more)
+        return Trial.of(name, self.options, self.identity, tensors=dict(self.tensors), **more)
 
 
 def _table() -> Tensor:
@@ -64,16 +66,18 @@ SETTINGS: dict[str, Setting] = {
     "kv_window": Setting({"budget": 0.5, "sinks": 2}),
     "kv_quant": Setting({"bits": 8}),
     "cskv": Setting({"keep_k": 0.5, "keep_v": 0.5, "window": 3}, tolerance=1e-3),
-    "tidaldecode": Setting({"budget": 6, "first": 1, "reselect": 2}),
+    "tidaldecode": Setting({"budget": 6, "first": 0, "reselect": 1}),
     "pbs_attn": Setting({"block": 4, "segment": 8, "threshold": 0.5}, ("prompt", "decoder"), looks_ahead=LAST),
     "sink_window": Setting({"density": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
     "moa": Setting({"alpha": 0.0, "beta": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
     "gemfilter": Setting({"keep": 8}, looks_ahead=LAST),
-    "lazyllm": Setting({"keep": (0.5, 0.5)}, ("prompt", "decoder"), looks_ahead=LAST),
+    "lazyllm": Setting({"keep": (0.5,)}, ("prompt", "decoder"), looks_ahead=LAST),
     "delta_cache": Setting({"start": 0, "interval": 2}, ("denoiser",)),
-    "tokencache": Setting(_TOKENCACHE, ("denoiser",), {IMPORTANCE: _table()}),
+    "tokencache": Setting(_TOKENCACHE, ("denoiser",), tensors={IMPORTANCE: _table()}),
     "ditfastattn": Setting(
-        {"methods": {f"{b}.attn1": "FWAC" for b in _BLOCKS}, "timesteps": TIMES, "window": 3}, ("denoiser",)
+        {"methods": {f"{b}.attn1": "FWAC" for b in _BLOCKS}, "timesteps": TIMES, "window": 3},
+        ("denoiser",),
+        {"methods": {f"{b}.attn1": "FFFF" for b in _BLOCKS}},
     ),
 }
 

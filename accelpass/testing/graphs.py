@@ -11,8 +11,10 @@ from torch import Tensor, fx
 
 from accelpass.backends import backend
 from accelpass.backends.rewriting import captured
+from accelpass.ir import attention
 from accelpass.ir.errors import GraphError
 from accelpass.ir.graph import known, refresh, value
+from accelpass.ir.kv import lower as kv
 from accelpass.ir.program import Program
 from accelpass.ir.steps import LATENTS, user_input
 from accelpass.ir.verify import signature, verify
@@ -47,19 +49,19 @@ def rewrites(trial: Trial, subject: Subject) -> list[Rewrite]:
     model, p, found = subject.build(0), trial.made(), list[Rewrite]()
 
     def watch(gm: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Any:
-        one, two = captured(gm, inputs, GraphReport.start()), captured(gm, inputs, GraphReport.start())
-        before, record, broken, lie = _code(one), Record(p.name), "", ""
-        old = {n.name for n in one.graph.nodes}
-        rules = signature(one)
+        base, one, two = (captured(gm, inputs, GraphReport.start()) for _ in range(3))
+        record, broken, lie = Record(p.name), "", ""
+        old, rules = {n.name for n in one.graph.nodes}, signature(one)
         _apply(trial, p, one, record)
         try:
-            after = _code(one)
+            _clean(one)
             verify(one, rules, after=p.name)
             lie = _lie([n for n in one.graph.nodes if n.name not in old])
+            after = _code(one)
         except (GraphError, RuntimeError) as error:
             after, broken = str(one.graph), str(error)
         _apply(trial, p, two, Record(p.name))
-        found.append(Rewrite(before, after, after if broken else _code(two), record, broken, lie))
+        found.append(Rewrite(_code(base), after, after if broken else _code(two), record, broken, lie))
         return backend(gm, inputs, options={**options, "passes": []})
 
     run(subject, trial.compile(model, [p], backend=watch), model)
@@ -91,10 +93,18 @@ def _apply(trial: Trial, p: Pass, program: Program, record: Record) -> None:
         p.apply(program, record)
 
 
-def _code(program: Program) -> str:
+def _clean(program: Program) -> None:
     program.graph.eliminate_dead_code()
     program.gm.recompile()
     program.changed()
+
+
+def _code(program: Program) -> str:
+    """The lowered graph: what a pass changes inside an attention shows in its code alone."""
+    _clean(program)
+    kv.lower(program)
+    attention.lower(program)
+    program.gm.recompile()
     return program.gm.code
 
 
