@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint conformance bench wheel smoke clean
+.PHONY: demo test test-slow lint conformance composition bench wheel smoke clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -41,6 +41,10 @@ lint: $(STAMP) build/layout
 
 conformance: $(STAMP)
 	$(BIN)/python -m tests.conformance --write docs/conformance.md
+
+# Resumes an interrupted run; half an hour or more.
+composition: $(STAMP)
+	$(BIN)/python -m tests.composition --write docs/composition.md
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run --write docs/benchmarks.md

@@ -72,12 +72,14 @@ SETTINGS: dict[str, Setting] = {
     "moa": Setting({"alpha": 0.0, "beta": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
     "gemfilter": Setting({"keep": 8}, looks_ahead=LAST),
     "lazyllm": Setting({"keep": (0.5,)}, ("prompt", "decoder"), looks_ahead=LAST),
-    "delta_cache": Setting({"start": 0, "interval": 2}, ("denoiser",)),
-    "tokencache": Setting(_TOKENCACHE, ("denoiser",), tensors={IMPORTANCE: _table()}),
+    # A sampling run of another batch size is compiled for it.
+    "delta_cache": Setting({"start": 0, "interval": 2}, ("denoiser",), recompiles=1),
+    "tokencache": Setting(_TOKENCACHE, ("denoiser",), tensors={IMPORTANCE: _table()}, recompiles=1),
     "ditfastattn": Setting(
         {"methods": {f"{b}.attn1": "FWAC" for b in _BLOCKS}, "timesteps": TIMES, "window": 3},
         ("denoiser",),
         {"methods": {f"{b}.attn1": "FFFF" for b in _BLOCKS}},
+        recompiles=1,
     ),
 }
 

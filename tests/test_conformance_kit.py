@@ -17,7 +17,9 @@ from accelpass.ir.errors import OptionError
 from accelpass.ir.graph import aten, call, value
 from accelpass.passes.base import Done, Pass
 from accelpass.passes.quantization.packing import pack_int8
+from accelpass.passes.registry import registered
 from accelpass.testing import NotConforming, check_pass
+from tests.pass_settings import SETTINGS, names, setting
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Writing(OnSilu):
 
 CASES = [
     (Wrong, "identity", "the rewrite at sites silu", 1e-3),
-    (Raising, "identity", "apply", None),
+    (Raising, "identity", "on_silu: test_conformance_kit.py:", None),
     (Lying, "graph", "meta['val']", None),
     (Valueless, "graph", "the nodes that apply", None),
     (Silent, "graph", "record.take", None),
@@ -354,6 +356,30 @@ def test_a_registered_pass_conforms():
     assert check_pass(
         "int8_weights", models=["mlp"], oracle=rounded, examples=3, others=["int4_weights", "horizontal_fusion", "h2o"]
     ).ok
+
+
+def test_every_registered_pass_has_a_setting():
+    assert set(SETTINGS) == {name for name, kind in registered().items() if kind.__module__.startswith("accelpass.")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", names())
+def test_every_registered_pass_conforms(name):
+    """The oracles of ours are in their own tests, and pairs in the composition matrix."""
+    s = setting(name)
+    made = check_pass(
+        name,
+        options=s.options,
+        identity=s.identity,
+        models=s.models,
+        checks=ALONE,
+        tensors=s.tensors,
+        looks_ahead=s.looks_ahead,
+        recompiles=s.recompiles,
+        tolerance=s.tolerance,
+        raising=False,
+    )
+    assert made.ok, str(made)
 
 
 def test_the_oracle_gets_a_copy():

@@ -24,7 +24,19 @@ from accelpass.passes.step_cache.base import StepPass
 from accelpass.testing.findings import Finding, failed, passed, skipped
 from accelpass.testing.numbers import attempt
 from accelpass.testing.subjects import Subject
-from accelpass.testing.trial import Trial, cause, difference, fresh, is_refusal, reasons, records, run, told, took
+from accelpass.testing.trial import (
+    Trial,
+    cause,
+    difference,
+    fresh,
+    is_refusal,
+    raised_in,
+    reasons,
+    records,
+    run,
+    told,
+    took,
+)
 
 
 @dataclass(frozen=True)
@@ -185,7 +197,7 @@ def check_report(trial: Trial, subjects: Sequence[Subject]) -> list[Finding]:
             made.append(
                 skipped("report", subject.name, f"the pass refuses: {told(known)}")
                 if refused
-                else failed("report", subject.name, f"raised {told(known)}", f"apply() of {trial.name}")
+                else failed("report", subject.name, f"raised {told(known)}", f"{trial.name}: {raised_in(known)}")
             )
             why[subject.name] = told(known)
             continue

@@ -13,7 +13,7 @@ from torch import nn
 from accelpass.passes.base import Pass
 from accelpass.testing.findings import Finding, failed, passed, skipped
 from accelpass.testing.subjects import Shape, Subject
-from accelpass.testing.trial import Trial, cause, difference, fresh, is_refusal, run, told, took
+from accelpass.testing.trial import Trial, cause, difference, fresh, is_refusal, raised_in, run, told, took
 
 Oracle = Callable[[Any, Pass], Any]
 """The method once more, eagerly: gets a copy of the model, which it may change, and the pass; returns what is called in the
@@ -31,9 +31,7 @@ def attempt(check: str, trial: Trial, subject: Subject, body: Callable[[], Findi
         found = cause(error)
         if is_refusal(found) and trial.name in str(found):
             return skipped(check, subject.name, f"the pass refuses: {told(found)}")
-        return failed(
-            check, subject.name, f"raised {told(found)}", f"apply() of {trial.name}, and the traceback of it alone"
-        )
+        return failed(check, subject.name, f"raised {told(found)}", f"{trial.name}: {raised_in(found)}")
 
 
 def check_identity(trial: Trial, subject: Subject, seed: int = 0) -> Finding:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from accelpass.ir.errors import AccelpassError
 from accelpass.passes.base import Pass
-from accelpass.testing.findings import Finding, failed, passed
+from accelpass.testing.findings import Finding, failed, passed, skipped
 from accelpass.testing.subjects import Subject
 from accelpass.testing.trial import Trial, cause, difference, fresh, is_refusal, reasons, run, told, took
 
@@ -156,6 +156,9 @@ def _set(trial: Trial) -> Pass:
 def check_composition(trial: Trial, others: Sequence[Trial], subjects: Sequence[Subject]) -> Iterator[Finding]:
     """The pass beside each other one, typed before and after it."""
     bench = Bench(subjects, trial.lowering)
+    if not bench.subjects:
+        yield skipped("composition", "all models", "; ".join(s.missing or "" for s in subjects))
+        return
     for other in others:
         try:
             one, two = bench.judge(trial, other), bench.judge(other, trial)

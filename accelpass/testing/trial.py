@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,9 +138,10 @@ def reasons(model: nn.Module, name: str) -> dict[str, str]:
 
 
 def compiled_since(before: Sequence[CompiledGraph]) -> int:
-    """How many graphs were compiled that are not in ``before``."""
+    """How many graphs were compiled that are not in ``before``; one that is compiled anew for each size counts each time."""
     known = {g.report.number for g in before}
-    return sum(g.report.number not in known for g in compiled_graphs())
+    new = [g for g in compiled_graphs() if g.report.number not in known]
+    return sum(max(1, len(g.steps.compositions)) if g.steps is not None else 1 for g in new)
 
 
 def cause(error: Exception) -> Exception:
@@ -157,3 +160,11 @@ def is_refusal(error: Exception) -> bool:
 def told(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
+def raised_in(error: BaseException) -> str:
+    """File, line and function in which an error began."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}()" if frames else "nowhere known"
