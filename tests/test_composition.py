@@ -21,7 +21,7 @@ TOGETHER = {
     *(("gemfilter", other) for other in (*STORES, "tidaldecode")),
 }
 """Pairs that must work on one model, not only be refused."""
-SAMPLE = [("h2o", "kv_window"), ("int8_weights", "delta_cache"), ("tokencache", "ditfastattn"), ("cpu_gemv", "h2o")]
+SAMPLE = [("h2o", "kv_window"), ("tokencache", "ditfastattn")]
 BENCH = bench()
 
 

@@ -110,6 +110,8 @@ def check_pass(
 ) -> Conformance:
     """Hold a pass to everything that accelpass asks of one; for a test of the pass's author.
 
+    On ``models=["mlp"]`` this takes some ten seconds, on all models some minutes, most of them for the composition.
+
     Args:
         given: the pass: a class, which need not be registered, a registered name, or an object.
         options: at which it does its work on the small models.

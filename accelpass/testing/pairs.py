@@ -92,9 +92,9 @@ class Bench:
 
     def judge(self, a: Trial, b: Trial) -> Pair:
         """What comes of ``passes=[a, b]``."""
-        common = [s for s in self.subjects if all(self.alone(t, s).sites for t in (a, b))]
-        if common:
-            return self._on(a, b, common[0], both=True)
+        common = next((s for s in self.subjects if all(self.alone(t, s).sites for t in (a, b))), None)
+        if common is not None:
+            return self._on(a, b, common, both=True)
         # Each on the first model that it takes part in; what it needs for that is refused nowhere else.
         own = [next((s for s in self.subjects if self.alone(t, s).sites), None) for t in (a, b)]
         where = list(dict.fromkeys(s for s in own if s is not None)) or self.subjects[:1]
