@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint conformance bench wheel smoke clean
+.PHONY: demo test test-slow lint conformance composition bench wheel smoke clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -30,7 +30,7 @@ test-slow: $(STAMP)
 # mypy needs the import layout as real folders; pip's editable install maps it in memory.
 build/layout: $(STAMP)
 	rm -rf build/layout && mkdir -p build/layout/accelpass
-	ln -s $(CURDIR)/accelpass/*.py build/layout/accelpass/
+	ln -s $(CURDIR)/accelpass/* build/layout/accelpass/
 	for part in ir passes backends models_zoo; do ln -s $(CURDIR)/$$part build/layout/accelpass/$$part; done
 
 .PHONY: build/layout
@@ -41,6 +41,10 @@ lint: $(STAMP) build/layout
 
 conformance: $(STAMP)
 	$(BIN)/python -m tests.conformance --write docs/conformance.md
+
+# Resumes an interrupted run; half an hour or more.
+composition: $(STAMP)
+	$(BIN)/python -m tests.composition --write docs/composition.md
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run --write docs/benchmarks.md

@@ -95,6 +95,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("accelpass")
+    if name == "testing":
+        return import_module("accelpass.testing")
     if name not in _HOMES:
         raise AttributeError(f"module 'accelpass' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

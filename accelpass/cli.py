@@ -1,5 +1,5 @@
 """The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``export``, ``kv-map``, ``search-steps``,
-``sample``, ``passes``, ``zoo``."""
+``sample``, ``passes``, ``new-pass``, ``zoo``."""
 
 from __future__ import annotations
 
@@ -353,6 +353,22 @@ def list_passes(as_json: JsonOption = False) -> None:
             console.print(Text(f"  {p.paper}", style="dim"))
         for name, default in options_of(p).items():
             console.print(Text(f"    {name}={json.dumps(default)}"))
+
+
+@app.command("new-pass")
+@guarded
+def new_pass(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What users will type: lower case, digits, _.")],
+    directory: Annotated[
+        Path | None, typer.Option("--directory", help="A new or empty folder; accelpass-NAME if not given.")
+    ] = None,
+) -> None:
+    """Write a package with one working pass, its oracle test and its conformance test, to go on from."""
+    from accelpass import new_pass_command as body
+
+    names = body.checked(name)
+    folder = body.target(names, directory)
+    print(body.next_steps(folder, body.write(names, folder)), end="")
 
 
 @app.command()
