@@ -144,7 +144,7 @@ def backend(
         return CompiledGraph(
             short.second.fn, binder, chosen, options, report, _weak(mine), _parameters(mine), short.caches, prompt=short
         )
-    made = rewritten(program, example_inputs, chosen)
+    made = rewritten(program, example_inputs, chosen, report)
     binder, report.records, report.after = made.binder, made.records, made.cost
     with torch.no_grad():
         inputs = binder(example_inputs)

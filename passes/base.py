@@ -55,7 +55,7 @@ class Record:
     took: dict[str, Done] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     difference: float | None = None
-    """Largest relative change of an output, measured in debug mode."""
+    """Largest relative change of an output, measured in debug mode; None where it was not."""
 
     def skip(self, site: str, why: str) -> None:
         self.skipped[self._unique(site, self.skipped)] = why
