@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from accelpass.bisection import Bisection, bisect
     from accelpass.calibration import calibrate
     from accelpass.ir.errors import (
         AccelpassError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccelpassError",
+    "Bisection",
     "CacheError",
     "GraphError",
     "KVCache",
@@ -46,6 +48,7 @@ __all__ = [
     "StepError",
     "SurvivingTokens",
     "__version__",
+    "bisect",
     "calibrate",
     "compile",
     "explain",
@@ -74,6 +77,8 @@ _HOMES = {
     "surviving_tokens": "accelpass.surviving",
     "Report": "accelpass.report",
     "KVCache": "accelpass.kv_cache",
+    "Bisection": "accelpass.bisection",
+    "bisect": "accelpass.bisection",
     "calibrate": "accelpass.calibration",
     "load": "accelpass.packed",
     "save": "accelpass.packed",

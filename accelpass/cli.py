@@ -1,4 +1,4 @@
-"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``kv-map``, ``search-steps``,
+"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``bisect``, ``kv-map``, ``search-steps``,
 ``sample``, ``passes``, ``zoo``."""
 
 from __future__ import annotations
@@ -205,6 +205,38 @@ def explain(
         output.show(report)
         if html is not None:
             print(f"report: {page}")
+
+
+@app.command("bisect")
+@guarded
+def find_departure(
+    model: ModelArgument,
+    passes: PassesOption = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, help="Largest change of a logit, relative to the largest logit.")
+    ] = 0.05,
+    prompt: PromptOption = QUESTION,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, help="Tokens that are compared, from the prompt's last.")
+    ] = 4,
+    lowering: LoweringOption = Lowering.eager,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Find the first pass, and the first site in it, at which the output departs from the dense model's."""
+    options = _options(passes, lowering)
+    from accelpass import bisect_command as body
+    from accelpass.generation import prompt_tokens
+
+    with step(f"Loading {model}") as update:
+        loaded, tokenizer = _load(model, device, dtype)
+        ids = prompt_tokens(tokenizer, prompt).to(device)
+        found = body.run(loaded, ids, options, tokens if _generates(loaded) else 0, tolerance, update)
+    if as_json:
+        output.as_json({"model": model, **found.to_dict()})
+    else:
+        print(found)
 
 
 @app.command("kv-map")

@@ -149,6 +149,6 @@ def _words(a: str, b: str) -> tuple[Markup, Markup]:
     for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, x, y, autojunk=False).get_opcodes():
         one, other = "".join(x[i1:i2]), "".join(y[j1:j2])
         mark = Markup("{}") if tag == "equal" else Markup("<mark>{}</mark>")
-        left += mark.format(one) if one else Markup("")
-        right += mark.format(other) if other else Markup("")
+        left += (mark if one.strip() else Markup("{}")).format(one)
+        right += (mark if other.strip() else Markup("{}")).format(other)
     return left, right

@@ -122,7 +122,7 @@ def rewritten(
         program.artefacts = chosen.plan.tensors
     prepare(program)
     debugging = debug_of(program, inputs, chosen)
-    records = run(program, chosen.passes, [] if debugging is None else [debugging.observer])
+    records = run(program, chosen.passes, [] if debugging is None else [debugging.observer], chosen.skip_sites)
     cost = costs(program)
     uses = lowered(program, chosen)
     if debugging is not None:

@@ -78,7 +78,7 @@ def step_graph(
 
         def rewrite(made: Program) -> list[Record]:
             debugging = debug_of(made, None, chosen, _variant(made))
-            done = run(made, chosen.passes, [] if debugging is None else [debugging.observer])
+            done = run(made, chosen.passes, [] if debugging is None else [debugging.observer], chosen.skip_sites)
             if debugging is not None and debugging.note not in report.note:
                 report.note = "; ".join(filter(None, (report.note, debugging.note)))
             if all(action == FULL for of_pass in made.actions.values() for action in of_pass.values()):
