@@ -187,7 +187,7 @@ def test_command(monkeypatch):
             return {"input_ids": torch.tensor([[ord(c) for c in text[:8]]])}
 
     monkeypatch.setattr("accelpass.models_zoo.resolve", lambda name, dtype: (tiny_llama(1), Tokenizer()))
-    words = ["bisect", "tiny", "--passes", "int8_weights,int4_weights:group_size=32", "--tokens", "2", "--json"]
+    words = ["bisect", "tiny", "--passes", "int8_weights,int4_weights:group_size=32", "--tokens", "1", "--json"]
     done = CliRunner().invoke(app, [*words, "--tolerance", "0.001"])
     assert done.exit_code == 0, done.output
     data = json.loads(done.stdout)
