@@ -5,11 +5,12 @@ A comment ``<!-- test: KEY: VALUE -->`` right before a block is for the tests an
     not run: REASON      the block is not run
     with: SETUP          run a setup of :data:`SETUPS` first, for what a reader has already (a model, inputs)
     file: PATH           the block is the content of a file, which is written where the page's other blocks run
-    needs: MODULE        the page is skipped where the module does not exist
+    needs: MODULE        the block is left out where the module does not exist
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import textwrap
 from dataclasses import dataclass
@@ -37,6 +38,19 @@ class Block:
     @property
     def where(self) -> str:
         return f"{self.page}:{self.line}"
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is to be run, and can be here."""
+        return "not run" not in self.said and exists(self.said.get("needs", __name__))
+
+
+def exists(module: str) -> bool:
+    """Whether a module can be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def pages() -> list[Path]:
@@ -66,7 +80,7 @@ def script(page: Path) -> str:
                 f"from pathlib import Path as _P; _P({block.said['file']!r}).parent.mkdir(parents=True, exist_ok=True)"
             )
             parts.append(f"_P({block.said['file']!r}).write_text({block.code!r})")
-        elif block.language == "python" and "not run" not in block.said:
+        elif block.language == "python" and block.runs:
             if "with" in block.said:
                 parts.append(SETUPS[block.said["with"]])
             # Errors then name the page's line.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import pytest
 import typer
 
 from accelpass.passes.registry import registered
-from tests.docs_blocks import KEYS, ROOT, SETUPS, Block, blocks, pages, script
+from tests.docs_blocks import KEYS, ROOT, SETUPS, Block, blocks, exists, pages, script
 
 ELSEWHERE = {"README.md": "test_readme", "docs/diffusion.md": "test_readme"}
 """Pages whose Python another test runs, which looks at what is printed."""
@@ -43,10 +42,6 @@ def named(page: Path) -> str:
     ],
 )
 def test_python_of_a_page_runs(page, tmp_path):
-    for block in blocks(page):
-        module = block.said.get("needs")
-        if module and not _exists(module):
-            pytest.skip(f"{block.where} needs {module}")
     environment = {**os.environ, "ACCELPASS_DEBUG": ""}
     done = subprocess.run(
         [sys.executable, "-c", script(page)],
@@ -57,13 +52,6 @@ def test_python_of_a_page_runs(page, tmp_path):
         timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-
-
-def _exists(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("block", [b for b in ALL if b.language not in ("", "bash", "sh")], ids=lambda b: b.where)
@@ -91,7 +79,7 @@ def test_comments_for_the_tests_are_known(block: Block):
 @pytest.mark.parametrize("block", SHELL, ids=lambda b: b.where)
 def test_commands_exist(block: Block):
     """Every line of a block without a language is a command; ours are parsed, with their options and values."""
-    if "not run" in block.said:
+    if not block.runs:
         return
     for line in block.code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -105,7 +93,7 @@ def test_commands_exist(block: Block):
             case ["make", target]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"{block.where}: make {target}"
             case ["python", "-m", module, *_]:
-                assert _exists(module), f"{block.where}: there is no module {module}"
+                assert exists(module), f"{block.where}: there is no module {module}"
             case ["pip", "install", *_] | ["cd" | "git" | "twine", *_]:
                 pass
             case _:
