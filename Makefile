@@ -25,7 +25,7 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests
-	ACCELPASS_EXAMPLES=100 $(BIN)/python -m pytest tests/backends/test_triton_weight_only.py tests/backends/test_triton_kv_attention.py
+	ACCELPASS_EXAMPLES=100 $(BIN)/python -m pytest tests/backends/test_triton_weight_only.py tests/backends/test_triton_kv_attention.py tests/backends/test_triton_block_sparse.py
 
 # mypy needs the import layout as real folders; pip's editable install maps it in memory.
 build/layout: $(STAMP)

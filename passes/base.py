@@ -202,7 +202,13 @@ Attend = Callable[[AttentionSpec, Tensor, Tensor, Tensor], Tensor | None]
 
 
 class Study(Protocol):
-    """The model's loss on calibration data, with each attention computed as a pass says."""
+    """The model's loss on calibration data, with each attention computed as a pass says.
+
+    Attributes:
+        counted: how many of the last tokens of the batch that runs count in the loss.
+    """
+
+    counted: int
 
     def gradients(self, attend: Attend, what: str) -> None:
         """Run the loss of each batch and its gradient; what ``attend`` returns must be differentiable. Where it leaves all to
