@@ -51,8 +51,9 @@ def listing(program: Program) -> str:
 def inputs_said(program: Program) -> str:
     """The caller's own inputs, which tell one graph of a model from another: ``ids i64[1, 4]``."""
     tensors = program.tensors
-    assert isinstance(tensors, FromInputs)
-    own = [n for n in tensors.inputs_nodes if n not in tensors.paths]
+    own = placeholders(program.gm)
+    if isinstance(tensors, FromInputs):
+        own = [n for n in tensors.inputs_nodes if n not in tensors.paths]
     return ", ".join(f"{argument_name(n)} {said(value(n))}" for n in own) or "no inputs of the caller"
 
 
@@ -109,9 +110,7 @@ class _Writer:
     """Writes one graph, whose inputs have the names of what they are."""
 
     def __init__(self, program: Program):
-        tensors = program.tensors
-        assert isinstance(tensors, FromInputs)
-        self.program, self.tensors = program, tensors
+        self.program, self.tensors = program, program.tensors
         taken = {n.name for n in program.graph.nodes if n.op != "placeholder"}
         self.names: dict[fx.Node, str] = {}
         for node in placeholders(program.gm):
@@ -123,15 +122,18 @@ class _Writer:
             self.names[node] = name
 
     def _wanted(self, node: fx.Node) -> str:
-        origin, what = self.tensors.origin(node)
+        tensors = self.tensors
+        if not isinstance(tensors, FromInputs):
+            return argument_name(node)
+        origin, what = tensors.origin(node)
         if origin == "recalled":
             return str(what)
         if origin == "derived":
-            for source in self.tensors.inputs_nodes:
+            for source in tensors.inputs_nodes:
                 if node.name.startswith(f"{source.name}_") and source in self.names:
                     return self.names[source] + node.name.removeprefix(source.name)
             return node.name
-        return self.tensors.path(node) or argument_name(node)
+        return tensors.path(node) or argument_name(node)
 
     def function(self) -> str:
         lines = ["def forward("]
@@ -153,7 +155,7 @@ class _Writer:
 
     def _input(self, node: fx.Node) -> str:
         tensors = self.tensors
-        origin, what = tensors.origin(node)
+        origin, what = tensors.origin(node) if isinstance(tensors, FromInputs) else ("argument", None)
         if tensors.is_state(node):
             about = "state that lives between calls"
         elif origin == "derived":
@@ -161,9 +163,8 @@ class _Writer:
         elif origin == "recalled":
             about = f"kept by an earlier step as {what!r}"
         else:
-            about = tensors.path(node) or ""
-            kind = tensors.kind(node)
-            about = f"{kind} {about}" if kind else ""
+            kind = tensors.kind(node) if isinstance(tensors, FromInputs) else None
+            about = f"{kind} {tensors.path(node)}" if kind else ""
         line = f'{self.names[node]}: "{said(value(node))}",'
         return _commented(line, about)
 
@@ -172,7 +173,9 @@ class _Writer:
             yield from (f"# {line}" for line in spec_in_words(spec_of(node)))
         made = said(value(node)) if value(node) is not None else ""
         if node.op == "get_attr":
-            text = f"{node.name} = self.{node.target}"
+            path = str(node.target)
+            plain = all(part.isidentifier() for part in path.split("."))
+            text = f"{node.name} = self.{path}" if plain else f"{node.name} = self[{path!r}]"
         elif node.target is operator.getitem:
             text = f"{node.name} = {self._argument(node.args[0])}[{self._argument(node.args[1])}]"
         elif made:

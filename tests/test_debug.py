@@ -16,7 +16,9 @@ import torch
 import accelpass
 from accelpass.backends.debug import _run_folder
 from accelpass.backends.difference import largest_difference, relative_difference
+from accelpass.backends.graph_code import inputs_said, listing
 from accelpass.backends.graph_diff import counted, hunks
+from accelpass.ir.capture import from_export
 from accelpass.ir.errors import PassError
 from accelpass.ir.graph import aten, call
 from accelpass.passes.base import Done, Pass
@@ -224,3 +226,12 @@ def test_a_diff_pairs_lines_and_leaves_equal_ones_out():
     assert "<mark>" in changed.after and "x6" in changed.after
     assert hunks(before, before) == []
     assert "&lt;" in hunks("a < b", "a < c")[0].rows[0].before
+
+
+def test_an_exported_program_is_told_the_same_way():
+    exported = torch.export.export(tiny_lm(), (torch.arange(4)[None],))
+    program = from_export(exported)
+    text = listing(program)
+    ast.parse(text)
+    assert 'ids: "i64[1, 4]"' in text and re.search(r"aten\.linear\(.*\) +# f32\[1, 4, 128\]", text)
+    assert inputs_said(program) == "ids i64[1, 4]"
