@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelpass.backends.onnx.errors import ExportError
+    from accelpass.bisection import Bisection, bisect
     from accelpass.calibration import calibrate
     from accelpass.ir.errors import (
         AccelpassError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccelpassError",
+    "Bisection",
     "CacheError",
     "ExportError",
     "GraphError",
@@ -49,6 +51,7 @@ __all__ = [
     "StepError",
     "SurvivingTokens",
     "__version__",
+    "bisect",
     "calibrate",
     "compile",
     "explain",
@@ -79,6 +82,8 @@ _HOMES = {
     "surviving_tokens": "accelpass.surviving",
     "Report": "accelpass.report",
     "KVCache": "accelpass.kv_cache",
+    "Bisection": "accelpass.bisection",
+    "bisect": "accelpass.bisection",
     "calibrate": "accelpass.calibration",
     "export_onnx": "accelpass.onnx_export",
     "load": "accelpass.packed",
