@@ -22,8 +22,6 @@ from tests.docs_blocks import KEYS, ROOT, SETUPS, Block, blocks, exists, pages, 
 
 ELSEWHERE = {"README.md": "test_readme", "docs/diffusion.md": "test_readme"}
 """Pages whose Python another test runs, which looks at what is printed."""
-FAST = ("docs/compiler.md",)
-"""The others compile transformers models and are slow tests."""
 ALL = [block for page in pages() for block in blocks(page)]
 PYTHON = [p for p in pages() if any(b.language == "python" for b in blocks(p))]
 SHELL = [b for b in ALL if b.language in ("", "bash", "sh")]
@@ -33,13 +31,10 @@ def named(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(p, id=named(p), marks=() if named(p) in FAST else pytest.mark.slow)
-        for p in PYTHON
-        if named(p) not in ELSEWHERE
-    ],
+    [pytest.param(p, id=named(p)) for p in PYTHON if named(p) not in ELSEWHERE],
 )
 def test_python_of_a_page_runs(page, tmp_path):
     environment = {**os.environ, "ACCELPASS_DEBUG": ""}
