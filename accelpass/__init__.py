@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from accelpass.backends.onnx.errors import ExportError
     from accelpass.bisection import Bisection, bisect
     from accelpass.calibration import calibrate
     from accelpass.ir.errors import (
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     )
     from accelpass.ir.steps import StepError
     from accelpass.kv_cache import KVCache
+    from accelpass.onnx_export import export_onnx
     from accelpass.packed import load, save
     from accelpass.report import Report
     from accelpass.stateful import reset, sampling_run, state
@@ -37,6 +39,7 @@ __all__ = [
     "AccelpassError",
     "Bisection",
     "CacheError",
+    "ExportError",
     "GraphError",
     "KVCache",
     "OptionError",
@@ -52,6 +55,7 @@ __all__ = [
     "calibrate",
     "compile",
     "explain",
+    "export_onnx",
     "load",
     "refresh",
     "reset",
@@ -66,6 +70,7 @@ _ERRORS = "accelpass.ir.errors"
 _HOMES = {
     "AccelpassError": _ERRORS,
     "CacheError": _ERRORS,
+    "ExportError": "accelpass.backends.onnx.errors",
     "GraphError": _ERRORS,
     "OptionError": _ERRORS,
     "PassError": _ERRORS,
@@ -80,6 +85,7 @@ _HOMES = {
     "Bisection": "accelpass.bisection",
     "bisect": "accelpass.bisection",
     "calibrate": "accelpass.calibration",
+    "export_onnx": "accelpass.onnx_export",
     "load": "accelpass.packed",
     "save": "accelpass.packed",
     "search_steps": "accelpass.step_search",
@@ -94,6 +100,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("accelpass")
+    if name == "testing":
+        return import_module("accelpass.testing")
     if name not in _HOMES:
         raise AttributeError(f"module 'accelpass' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -3,16 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from torch import Tensor
+import typer
 
-from accelpass.bisection import Bisection, bisect
-from accelpass.generation import cache_for, greedy
-from accelpass.passes.options import DEFAULTS
+from accelpass import cli_output as output
+from accelpass.cli_options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    Lowering,
+    LoweringOption,
+    ModelArgument,
+    PassesOption,
+    PromptOption,
+)
+from accelpass.terminal import guarded, step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from accelpass.bisection import Bisection
+
+QUESTION = "What is the capital of France?"
 
 
-def run(
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("bisect")(command)
+
+
+@guarded
+def command(
+    model: ModelArgument,
+    passes: PassesOption = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, help="Largest change of a logit, relative to the largest logit.")
+    ] = 0.05,
+    prompt: PromptOption = QUESTION,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, help="Tokens that are compared, from the prompt's last.")
+    ] = 4,
+    lowering: LoweringOption = Lowering.eager,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Find the first pass, and the first site in it, at which the output departs from the dense model's."""
+    from accelpass.cli import _generates, _load, _options
+
+    options = _options(passes, lowering)
+    from accelpass.generation import prompt_tokens
+
+    with step(f"Loading {model}") as update:
+        loaded, tokenizer = _load(model, device, dtype)
+        ids = prompt_tokens(tokenizer, prompt).to(device)
+        found = bisected(loaded, ids, options, tokens if _generates(loaded) else 0, tolerance, update)
+    if as_json:
+        output.as_json({"model": model, **found.to_dict()})
+    else:
+        print(found)
+
+
+def bisected(
     model: Any,
     ids: Tensor,
     options: dict[str, Any],
@@ -26,6 +80,10 @@ def run(
         ids: the prompt, ``(1, tokens)``.
         tokens: how many tokens follow the prompt, the dense model's own answer; 0 for a model that generates nothing.
     """
+    from accelpass.bisection import bisect
+    from accelpass.generation import cache_for, greedy
+    from accelpass.passes.options import DEFAULTS
+
     passes = options.get("passes")
     others = {k: v for k, v in options.items() if k != "passes"}
     typed: Any = DEFAULTS if passes is None else passes

@@ -1,5 +1,5 @@
-"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``bisect``, ``kv-map``, ``search-steps``,
-``sample``, ``passes``, ``zoo``."""
+"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``bisect``, ``export``, ``kv-map``, ``search-steps``,
+``sample``, ``passes``, ``new-pass``, ``zoo``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from accelpass import bisect_command, export_command
 from accelpass import cli_output as output
 from accelpass.cli_options import (
     AskOption,
@@ -207,36 +208,8 @@ def explain(
             print(f"report: {page}")
 
 
-@app.command("bisect")
-@guarded
-def find_departure(
-    model: ModelArgument,
-    passes: PassesOption = None,
-    tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0, help="Largest change of a logit, relative to the largest logit.")
-    ] = 0.05,
-    prompt: PromptOption = QUESTION,
-    tokens: Annotated[
-        int, typer.Option("--tokens", min=1, help="Tokens that are compared, from the prompt's last.")
-    ] = 4,
-    lowering: LoweringOption = Lowering.eager,
-    dtype: DtypeOption = Dtype.float32,
-    device: DeviceOption = "cpu",
-    as_json: JsonOption = False,
-) -> None:
-    """Find the first pass, and the first site in it, at which the output departs from the dense model's."""
-    options = _options(passes, lowering)
-    from accelpass import bisect_command as body
-    from accelpass.generation import prompt_tokens
-
-    with step(f"Loading {model}") as update:
-        loaded, tokenizer = _load(model, device, dtype)
-        ids = prompt_tokens(tokenizer, prompt).to(device)
-        found = body.run(loaded, ids, options, tokens if _generates(loaded) else 0, tolerance, update)
-    if as_json:
-        output.as_json({"model": model, **found.to_dict()})
-    else:
-        print(found)
+bisect_command.register(app)
+export_command.register(app)
 
 
 @app.command("kv-map")
@@ -381,6 +354,22 @@ def list_passes(as_json: JsonOption = False) -> None:
             console.print(Text(f"  {p.paper}", style="dim"))
         for name, default in options_of(p).items():
             console.print(Text(f"    {name}={json.dumps(default)}"))
+
+
+@app.command("new-pass")
+@guarded
+def new_pass(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What users will type: lower case, digits, _.")],
+    directory: Annotated[
+        Path | None, typer.Option("--directory", help="A new or empty folder; accelpass-NAME if not given.")
+    ] = None,
+) -> None:
+    """Write a package with one working pass, its oracle test and its conformance test, to go on from."""
+    from accelpass import new_pass_command as body
+
+    names = body.checked(name)
+    folder = body.target(names, directory)
+    print(body.next_steps(folder, body.write(names, folder)), end="")
 
 
 @app.command()

@@ -32,11 +32,17 @@ def signature(program: Program) -> Signature:
     return Signature(outputs, tuple(sorted(n.name for n in inputs)))
 
 
-def verify(program: Program, before: Signature, after: str) -> None:
-    """Raise :class:`GraphError` naming ``after`` (a pass) if the graph broke a rule."""
+def verify(program: Program, before: Signature, after: str, origin: str = "") -> None:
+    """Raise :class:`GraphError` naming ``after`` (a pass) if the graph broke a rule.
+
+    Args:
+        origin: a sentence on where the pass comes from, for the error.
+    """
 
     def broken(rule: str, detail: str) -> GraphError:
-        return GraphError(f"after {after}: broken rule: {rule}: {detail}. This is a bug in the pass {after!r}.")
+        return GraphError(
+            f"after {after}: broken rule: {rule}: {detail}. This is a bug in the pass {after!r}. {origin}".rstrip()
+        )
 
     try:
         program.graph.lint()

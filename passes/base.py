@@ -87,6 +87,8 @@ class Pass:
         summary: one line for ``accelpass passes``.
         paper: the published source, or ``""`` for plain compiler work.
         exact: the result equals the dense model's up to the order of float additions.
+        identity: options at which it does, of a pass that is not exact; None if there are none (rounded weights). The
+            conformance kit holds each pass to them.
         after, before: names of passes of the same phase that must run earlier or later.
         excludes: names of passes that this one cannot be combined with, and why.
     """
@@ -96,6 +98,7 @@ class Pass:
     summary: ClassVar[str]
     paper: ClassVar[str] = ""
     exact: ClassVar[bool] = False
+    identity: ClassVar[dict[str, Any] | None] = None
     after: ClassVar[tuple[str, ...]] = ()
     before: ClassVar[tuple[str, ...]] = ()
     excludes: ClassVar[dict[str, str]] = {}

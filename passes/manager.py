@@ -13,6 +13,7 @@ from accelpass.ir.errors import AccelpassError, OptionError, PassError
 from accelpass.ir.program import Program
 from accelpass.ir.verify import signature, verify
 from accelpass.passes.base import PHASES, Pass, Record
+from accelpass.passes.registry import origin
 
 
 def ordered(passes: Sequence[Pass]) -> list[Pass]:
@@ -72,7 +73,8 @@ def run(
             raise
         except Exception as cause:
             # Dynamo re-raises some types as they are and turns others into a silent graph break.
-            raise PassError(f"the pass {p.name!r} failed: {type(cause).__name__}: {cause}") from cause
+            told = f"the pass {p.name!r} failed: {type(cause).__name__}: {cause}"
+            raise PassError(". ".join(filter(None, (told, origin(type(p)))))) from cause
         if taken := record.leave.intersection(record.took):
             raise PassError(
                 f"the pass {p.name!r} cannot leave single sites alone: it took {sorted(taken)[0]}, which skip_sites names. "
@@ -82,7 +84,7 @@ def run(
             program.graph.eliminate_dead_code()
             program.gm.recompile()
             program.changed()
-            verify(program, before, after=p.name)
+        verify(program, before, after=p.name, origin=origin(type(p)))
         for observer in observers:
             observer.after(program, record)
         records.append(record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -49,6 +49,7 @@ class CSKV(KVPass, Calibrated):
     name: ClassVar[str] = "cskv"
     summary: ClassVar[str] = "few channels of older tokens' keys and values in a KVCache, all of the newest"
     paper: ClassVar[str] = "CSKV, arXiv 2409.10593"
+    identity: ClassVar[dict[str, Any] | None] = {"keep_k": 1.0, "keep_v": 1.0}
     after: ClassVar[tuple[str, ...]] = ("h2o", "kv_quant", "kv_window", "mikv")
     keep_k: float = 0.2
     keep_v: float = 0.2

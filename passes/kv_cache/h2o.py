@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,6 +66,7 @@ class H2O(KVPass):
     name: ClassVar[str] = "h2o"
     summary: ClassVar[str] = "keep the newest tokens of a KVCache and those that attention went to most; evict the rest"
     paper: ClassVar[str] = "H2O, arXiv 2306.14048"
+    identity: ClassVar[dict[str, Any] | None] = {"budget": 1.0}
     budget: float = 0.2
     recent: float = 0.5
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,7 @@ class KVWindow(KVPass):
     name: ClassVar[str] = "kv_window"
     summary: ClassVar[str] = "keep the first tokens of a KVCache and the newest; evict the rest"
     paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
+    identity: ClassVar[dict[str, Any] | None] = {"budget": 1.0}
     budget: float = 0.2
     sinks: int = 4
 

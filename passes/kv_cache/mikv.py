@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -106,6 +106,7 @@ class MiKV(KVPass):
     name: ClassVar[str] = "mikv"
     summary: ClassVar[str] = "important tokens of a KVCache as they are, all others in 2, 3 or 4 bits"
     paper: ClassVar[str] = "MiKV, arXiv 2402.18096"
+    identity: ClassVar[dict[str, Any] | None] = {"budget": 1.0}
     after: ClassVar[tuple[str, ...]] = ("kv_quant",)
     budget: float = 0.2
     recent: float = 0.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -92,6 +92,7 @@ class TidalDecode(KVPass, CalibratedOnLoss):
     name: ClassVar[str] = "tidaldecode"
     summary: ClassVar[str] = "two layers choose tokens of a KVCache, the layers after them read only those"
     paper: ClassVar[str] = "TidalDecode, arXiv 2410.05076"
+    identity: ClassVar[dict[str, Any] | None] = {"budget": 1 << 20}
     after: ClassVar[tuple[str, ...]] = ("h2o", "kv_window", "mikv", "cskv")
     budget: int = 256
     first: int = 2

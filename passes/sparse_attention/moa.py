@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class MoA(SpanPass, CalibratedOnLoss):
     name: ClassVar[str] = "moa"
     summary: ClassVar[str] = "prompts and a KVCache of first tokens and a window for each head, calibrated"
     paper: ClassVar[str] = "MoA, arXiv 2406.14909"
+    identity: ClassVar[dict[str, Any] | None] = {"alpha": 0.0, "beta": 1.0}
     density: float = 0.5
     alpha: float | None = None
     beta: float | None = None

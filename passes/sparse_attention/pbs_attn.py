@@ -120,6 +120,7 @@ class PBSAttn(SparseAttention):
     name: ClassVar[str] = "pbs_attn"
     summary: ClassVar[str] = "prompts read few blocks of keys, which are sorted inside segments so that few are enough"
     paper: ClassVar[str] = "PBS-Attn, arXiv 2510.21270"
+    identity: ClassVar[dict[str, Any] | None] = {"threshold": 1.0}
     block: int = 128
     segment: int = 256
     threshold: float = 0.9

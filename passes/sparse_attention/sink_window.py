@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from accelpass.ir.program import Program
 from accelpass.passes.sparse_attention.span_pass import SpanPass
@@ -30,6 +30,7 @@ class SinkWindow(SpanPass):
         "prompts and a KVCache of first tokens and a window that grows with the prompt, in all heads"
     )
     paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453, as compared with in arXiv 2406.14909"
+    identity: ClassVar[dict[str, Any] | None] = {"density": 1.0}
     density: float = 0.5
 
     def __post_init__(self) -> None:

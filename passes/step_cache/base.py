@@ -149,7 +149,9 @@ class StepPass(SitePatterns):
         found = program.analysis(step_blocks)
         sites = self.places(found)
         if not sites:
+            # Nor is anything dropped: a decoder's graph writes to a cache that nothing here knows.
             record.skip("model", NO_SITES if found else NO_BLOCKS)
+            return
         seen = tuple(int(n) for n in value(latents).shape[1:]) if (latents := user_input(program, *LATENTS)) else ()
         if self.latents and seen and seen != self.latents:
             raise StepError(

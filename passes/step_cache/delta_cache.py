@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -40,6 +40,7 @@ class DeltaCache(StepPass):
     name: ClassVar[str] = "delta_cache"
     summary: ClassVar[str] = "blocks add what they added at an earlier denoising step"
     paper: ClassVar[str] = "arXiv:2504.03140"
+    identity: ClassVar[dict[str, Any] | None] = {"interval": 1}
 
     def __post_init__(self) -> None:
         if self.start < 0:

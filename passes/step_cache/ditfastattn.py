@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -67,6 +67,7 @@ class DiTFastAttn(StepPass, Searched):
     name: ClassVar[str] = "ditfastattn"
     summary: ClassVar[str] = "attention shared across denoising steps and guidance halves, or in a window"
     paper: ClassVar[str] = "arXiv:2406.08552"
+    identity: ClassVar[dict[str, Any] | None] = {"methods": {}}
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 10:

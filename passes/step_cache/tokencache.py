@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -67,6 +67,7 @@ class TokenCache(StepPass, Searched):
     name: ClassVar[str] = "tokencache"
     summary: ClassVar[str] = "unimportant tokens of a block come from the last denoising step"
     paper: ClassVar[str] = "arXiv:2409.18523"
+    identity: ClassVar[dict[str, Any] | None] = {"ratio": 0.0}
 
     def __post_init__(self) -> None:
         for share in ("ratio", "boundary", "blocks"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ class GemFilter(PromptFilter):
     name: ClassVar[str] = "gemfilter"
     summary: ClassVar[str] = "an early layer chooses the tokens of a long prompt that the model reads"
     paper: ClassVar[str] = "arXiv:2409.17422"
+    identity: ClassVar[dict[str, Any] | None] = {"keep": 1 << 20}
     excludes: ClassVar[dict[str, str]] = {**PromptFilter.excludes, "lazyllm": "both choose which tokens a layer reads"}
 
     def __post_init__(self) -> None:

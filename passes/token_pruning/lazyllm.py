@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from accelpass.passes.token_pruning.base import TokenPruning
 
@@ -36,6 +36,7 @@ class LazyLLM(TokenPruning):
         "drop tokens between blocks by the last token's attention; later steps may take them up again"
     )
     paper: ClassVar[str] = "LazyLLM, arXiv 2407.14057"
+    identity: ClassVar[dict[str, Any] | None] = {"keep": (1.0, 1.0)}
     after: ClassVar[tuple[str, ...]] = ("pbs_attn",)
     keep: tuple[float, ...] = (0.5, 0.5, 0.5)
     layers: tuple[int, ...] = ()

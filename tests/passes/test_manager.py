@@ -8,7 +8,6 @@ from typing import ClassVar
 import pytest
 import torch
 
-import accelpass.passes.registry as registry
 from accelpass.ir.derived import StateSpec
 from accelpass.ir.errors import OptionError
 from accelpass.ir.graph import aten, call
@@ -151,41 +150,3 @@ def test_state_of_two_instances_is_apart():
     with torch.no_grad():
         fast_one(x), fast_one(x)
         assert torch.allclose(fast_two(x) - two(x), torch.ones(2, 64), atol=1e-5)
-
-
-def test_registry_refuses_what_is_no_pass(monkeypatch):
-    class Entry:
-        name, value, dist = "odd", "odd:thing", None
-
-        @staticmethod
-        def load():
-            return object
-
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Entry])
-    registry.registered.cache_clear()
-    try:
-        with pytest.raises(OptionError, match="not an accelpass Pass"):
-            registry.registered()
-    finally:
-        registry.registered.cache_clear()
-
-
-def test_a_package_that_cannot_be_imported_leaves_the_others_alone(monkeypatch):
-    class Broken:
-        name, value, dist = "odd", "odd:thing", None
-
-        @staticmethod
-        def load():
-            raise ModuleNotFoundError("No module named 'oddities'")
-
-    ours = registry.entry_points(group=registry.GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken, *ours])
-    monkeypatch.setattr(registry, "_BROKEN", {})
-    registry.registered.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="'odd' of odd:thing cannot be loaded"):
-            assert "int8_weights" in registry.registered()
-        with pytest.raises(OptionError, match="oddities"):
-            registry.make("odd")
-    finally:
-        registry.registered.cache_clear()

@@ -1,0 +1,95 @@
+"""Small random models that compile in a moment, each with what real ones of its kind have.
+
+They are what passes are tested on: a pass author's conformance kit and the composition matrix run them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCABULARY = 64
+
+
+class Mlp(nn.Module):
+    """Two linears that read one input, a bias, a residual."""
+
+    def __init__(self, width: int = 64, hidden: int = 96):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class TinyLm(nn.Module):
+    """Embedding tied to the output head around two MLPs."""
+
+    def __init__(self, vocabulary: int = 128, width: int = 64):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList([Mlp(width) for _ in range(2)])
+        self.norm = nn.LayerNorm(width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.norm(x))
+
+
+def tiny_lm(seed: int = 0) -> TinyLm:
+    """No attention, and nothing beside torch is needed."""
+    with _seeded(seed):
+        return TinyLm().eval()
+
+
+def decoder(seed: int = 0, layers: int = 2) -> Any:
+    """A Llama whose queries share keys: 4 heads, 2 key/value heads; needs transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.25,
+    )  # fmt: skip
+    with _seeded(seed):
+        return LlamaForCausalLM(config).eval()
+
+
+def encoder(seed: int = 0, layers: int = 2) -> Any:
+    """A BERT, whose tokens see each other both ways; needs transformers."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        max_position_embeddings=128, initializer_range=0.25,
+    )  # fmt: skip
+    with _seeded(seed):
+        return BertModel(config).eval()
+
+
+def denoiser(seed: int = 0, layers: int = 2) -> Any:
+    """A class-conditional DiT over latents of 4 x 8 x 8 (16 tokens); needs diffusers."""
+    from diffusers import DiTTransformer2DModel
+
+    with _seeded(seed):
+        return DiTTransformer2DModel(
+            num_attention_heads=4, attention_head_dim=16, num_layers=layers, sample_size=8, num_embeds_ada_norm=10
+        ).eval()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random weights from ``seed``; what the caller draws afterwards is not moved."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,94 @@
+"""Options at which each registered pass does its work on the kit's small models, for the conformance kit and the matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accelpass.passes.registry import registered
+from accelpass.passes.step_cache.tokencache import IMPORTANCE
+from accelpass.testing.subjects import TIMES
+from accelpass.testing.trial import Trial
+
+_BLOCKS = ("transformer_blocks.0", "transformer_blocks.1")
+_TOKENS = 16
+LAST = "the last tokens of a prompt choose what the others read"
+"""Why outputs of earlier tokens depend on later ones."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a pass is tried.
+
+    Attributes:
+        options: at which it works on models of 24 tokens.
+        models: that it is for; the decoder is the slowest, so it stands alone where nothing else is needed.
+        identity: in place of the one that the class declares, where that one leaves nothing to compile.
+        tensors: of a plan.
+        looks_ahead, recompiles: see :func:`accelpass.testing.check_pass`.
+        tolerance: that a method with a product of many terms between it and the dense model needs.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    models: tuple[str, ...] = ("decoder",)
+    identity: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    looks_ahead: str | None = None
+    recompiles: int = 0
+    tolerance: float = 1e-4
+
+    def trial(self, name: str, **more: Any) -> Trial:
+        return Trial.of(name, self.options, self.identity, tensors=dict(self.tensors), **more)
+
+
+def _table() -> Tensor:
+    """Importances by block, step and token, all different."""
+    return torch.rand(len(_BLOCKS), len(TIMES), _TOKENS, generator=torch.Generator().manual_seed(0))
+
+
+_TOKENCACHE = {
+    "paths": _BLOCKS, "timesteps": TIMES, "latents": (4, 8, 8), "intervals": (2, 2), "blocks": 1.0, "rotation": 0,
+}  # fmt: skip
+
+SETTINGS: dict[str, Setting] = {
+    "horizontal_fusion": Setting({"copy_weights": True}, ("mlp", "prompt")),
+    "cpu_decode_attention": Setting({}),
+    "grouped_query": Setting({}, ("prompt",)),
+    "cpu_gemv": Setting({}),
+    "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),
+    "int4_weights": Setting({"group_size": 32}, ("mlp", "prompt")),
+    "h2o": Setting({"budget": 0.5}),
+    "mikv": Setting({"budget": 0.5}),
+    "kv_window": Setting({"budget": 0.5, "sinks": 2}),
+    "kv_quant": Setting({"bits": 8}),
+    "cskv": Setting({"keep_k": 0.5, "keep_v": 0.5, "window": 3}, tolerance=1e-3),
+    "tidaldecode": Setting({"budget": 6, "first": 0, "reselect": 1}),
+    "pbs_attn": Setting({"block": 4, "segment": 8, "threshold": 0.5}, ("prompt", "decoder"), looks_ahead=LAST),
+    "sink_window": Setting({"density": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
+    "moa": Setting({"alpha": 0.0, "beta": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
+    "gemfilter": Setting({"keep": 8}, looks_ahead=LAST),
+    "lazyllm": Setting({"keep": (0.5,)}, ("prompt", "decoder"), looks_ahead=LAST),
+    # A sampling run of another batch size is compiled for it.
+    "delta_cache": Setting({"start": 0, "interval": 2}, ("denoiser",), recompiles=1),
+    "tokencache": Setting(_TOKENCACHE, ("denoiser",), tensors={IMPORTANCE: _table()}, recompiles=1),
+    "ditfastattn": Setting(
+        {"methods": {f"{b}.attn1": "FWAC" for b in _BLOCKS}, "timesteps": TIMES, "window": 3},
+        ("denoiser",),
+        {"methods": {f"{b}.attn1": "FFFF" for b in _BLOCKS}},
+        recompiles=1,
+    ),
+}
+
+
+def setting(name: str) -> Setting:
+    """Of a registered pass; a third party's has its defaults."""
+    return SETTINGS.get(name, Setting(models=("mlp", "prompt", "decoder", "denoiser")))
+
+
+def names() -> list[str]:
+    """Every registered pass."""
+    return sorted(registered())
