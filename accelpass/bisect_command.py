@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from accelpass import cli_output as output
+from accelpass.cli_loading import load, makes_text, options_of
 from accelpass.cli_options import (
     DeviceOption,
     Dtype,
@@ -29,44 +30,7 @@ if TYPE_CHECKING:
 QUESTION = "What is the capital of France?"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("bisect")(command)
-
-
-@guarded
-def command(
-    model: ModelArgument,
-    passes: PassesOption = None,
-    tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0, help="Largest change of a logit, relative to the largest logit.")
-    ] = 0.05,
-    prompt: PromptOption = QUESTION,
-    tokens: Annotated[
-        int, typer.Option("--tokens", min=1, help="Tokens that are compared, from the prompt's last.")
-    ] = 4,
-    lowering: LoweringOption = Lowering.eager,
-    dtype: DtypeOption = Dtype.float32,
-    device: DeviceOption = "cpu",
-    as_json: JsonOption = False,
-) -> None:
-    """Find the first pass, and the first site in it, at which the output departs from the dense model's."""
-    from accelpass.cli import _generates, _load, _options
-
-    options = _options(passes, lowering)
-    from accelpass.generation import prompt_tokens
-
-    with step(f"Loading {model}") as update:
-        loaded, tokenizer = _load(model, device, dtype)
-        ids = prompt_tokens(tokenizer, prompt).to(device)
-        found = bisected(loaded, ids, options, tokens if _generates(loaded) else 0, tolerance, update)
-    if as_json:
-        output.as_json({"model": model, **found.to_dict()})
-    else:
-        print(found)
-
-
-def bisected(
+def run(
     model: Any,
     ids: Tensor,
     options: dict[str, Any],
@@ -101,3 +65,38 @@ def bisected(
         return made
 
     return bisect(model, typed, logits, tolerance=tolerance, options=others, tell=tell)
+
+
+@guarded
+def command(
+    model: ModelArgument,
+    passes: PassesOption = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, help="Largest change of a logit, relative to the largest logit.")
+    ] = 0.05,
+    prompt: PromptOption = QUESTION,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, help="Tokens that are compared, from the prompt's last.")
+    ] = 4,
+    lowering: LoweringOption = Lowering.eager,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Find the first pass, and the first site in it, at which the output departs from the dense model's."""
+    options = options_of(passes, lowering)
+    from accelpass.generation import prompt_tokens
+
+    with step(f"Loading {model}") as update:
+        loaded, tokenizer = load(model, device, dtype)
+        ids = prompt_tokens(tokenizer, prompt).to(device)
+        found = run(loaded, ids, options, tokens if makes_text(loaded) else 0, tolerance, update)
+    if as_json:
+        output.as_json({"model": model, **found.to_dict()})
+    else:
+        print(found)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("bisect")(command)

@@ -64,8 +64,8 @@ class SharedRows(RowSelect):
         last = (new.total - 1)[:, None, None]
         # The current token is always among the rows; a row of no token never is while one of a token is left.
         score = score.masked_fill(place > last, float("-inf")).masked_fill(place == last, float("inf"))
-        chosen = torch.topk(score, min(self.budget, layout.capacity), -1).indices
-        return done.out, chosen.expand(-1, layout.kv_heads, -1).contiguous()
+        found = torch.topk(score, min(self.budget, layout.capacity), -1).indices
+        return done.out, found.expand(-1, layout.kv_heads, -1).contiguous()
 
 
 @dataclass(frozen=True)
