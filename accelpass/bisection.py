@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -132,7 +133,7 @@ def bisect(
     is named is one whose rewriting takes the output over the tolerance, with all sites before it rewritten.
 
     Args:
-        model: is not changed, and its own compiled forms stay as they are.
+        model: is not changed. Of a compiled one, what was compiled is looked at, and its compiled form stays as it is.
         passes: as in :func:`accelpass.compile`, which adds the passes that are on by default; ``[]`` for none.
         args: positional arguments, keyword arguments, or a function that calls the model it is given and returns what to
             compare: logits of several steps, an image. Every trial gets copies, so that a cache is always as it was.
@@ -148,6 +149,17 @@ def bisect(
         raise OptionError(f"tolerance={tolerance!r}; it is a number of 0 or more, relative to the largest output")
     given = {"lowering": "eager", **(options or {}), "passes": list(passes)}
     chosen = replace(parse(given), free_weights=False, debug=False)
+    with _uncompiled(model) as dense_model:
+        return _bisect(dense_model, chosen, args, tolerance, tell)
+
+
+def _bisect(
+    model: torch.nn.Module,
+    chosen: Options,
+    args: Sequence[Any] | Mapping[str, Any] | Call,
+    tolerance: float,
+    tell: Callable[[str], None],
+) -> Bisection:
     in_order = ordered(chosen.passes)
     trials = _Trials(model, args)
     tell("The dense model")
@@ -198,6 +210,17 @@ def bisect(
         before=before,
         alone=None if alone.error else alone.difference,
     )
+
+
+@contextmanager
+def _uncompiled(model: Any) -> Iterator[torch.nn.Module]:
+    """The model itself, where ``torch.compile(model)`` is given or ``model.compile()`` was called."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    compiled_call, inner._compiled_call_impl = getattr(inner, "_compiled_call_impl", None), None
+    try:
+        yield inner
+    finally:
+        inner._compiled_call_impl = compiled_call
 
 
 @dataclass
