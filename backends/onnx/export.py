@@ -21,6 +21,7 @@ from accelpass.backends.onnx.functional import Functional, fixed, functional
 from accelpass.backends.onnx.refusals import refuse_left_out, refuse_unexportable
 from accelpass.backends.onnx.report import ExportReport, Written
 from accelpass.backends.onnx.translate import Form, check_opset, constant_bytes, summary, translated
+from accelpass.backends.onnx.translations import own_operators
 from accelpass.ir import attention
 from accelpass.ir.analyses.cost import weight_bytes
 from accelpass.ir.attention.lower import Lowerings
@@ -154,14 +155,14 @@ def _graph(
     update(f"Capturing{kind or ' the graph'}")
     found = captured(model, given, dynamic_shapes, cache, fresh)
     program = found.program
-    before = weight_bytes(program)
+    before, theirs = weight_bytes(program), own_operators(program.graph)
     update(f"Rewriting{kind or ' the graph'}")
     records, after, masked = rewritten(found, want)
     made = functional(found)
     if cache is not None and fresh:
         made = started(made)
     update(f"Translating{kind or ' the graph'}")
-    translation, notes = translated(made, found.wishes, want.form, after, want.who)
+    translation, notes = translated(made, found.wishes, want.form, after, want.who, theirs)
     notes += [note for note in (found.note, *masked) if note]
     return Graph(made, records, translation, before, notes)
 
