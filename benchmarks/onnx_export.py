@@ -2,7 +2,7 @@
 
     python -m benchmarks.onnx_export                      # writes benchmarks/results/onnx_export.json
     python -m benchmarks.onnx_export --table              # and the table in docs/onnx.md
-    python -m benchmarks.onnx_export --only h2o           # one pass, printed
+    python -m benchmarks.onnx_export --only h2o           # one pass, printed; with --replace into the results
 
 The first layers of SmolLM2-135M-Instruct with a KVCache: a prompt and decoding steps. The dense file and a pass's take turns in
 one process; medians. ONNX Runtime runs at its default settings, at which it fuses what it can.
@@ -30,6 +30,7 @@ LAYERS, PROMPT, CAPACITY, STEPS, ROUNDS = 2, 512, 768, 16, 5
 FORMS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "int8_weights": (["int8_weights"], {}),
     "int8_weights, contrib": (["int8_weights"], {"contrib": True}),
+    "int8_weights, contrib, activations int8": (["int8_weights"], {"contrib": True, "activations": "int8"}),
     "int4_weights": ([{"name": "int4_weights", "group_size": 32}], {}),
     "int4_weights, contrib": ([{"name": "int4_weights", "group_size": 32}], {"contrib": True}),
     "int8_weights + h2o": (["int8_weights", "h2o"], {}),
@@ -218,7 +219,8 @@ def _cpu() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="one pass; nothing is written")
+    parser.add_argument("--only", help="one pass; nothing is written without --replace")
+    parser.add_argument("--replace", action="store_true", help="put the row of --only into the results")
     parser.add_argument("--table", action="store_true", help="write the table of docs/onnx.md, too")
     parser.add_argument("--from-results", action="store_true", help="the table alone, from the results that are there")
     given = parser.parse_args()
@@ -228,7 +230,12 @@ def main() -> None:
     found = measure(given.only)
     if given.only:
         print(table(found))
-        return
+        if not given.replace:
+            return
+        before = json.loads(RESULTS.read_text())
+        rows = {row["pass"]: row for row in (*before["rows"], *found["rows"])}
+        order = [name for name in (*FORMS, *rows) if name in rows]
+        found = {**before, "rows": [rows[name] for name in dict.fromkeys(order)]}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     if given.table:
         write_table(found)

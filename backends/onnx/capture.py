@@ -229,8 +229,8 @@ def _leaf_names(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _named_outputs(made: Any) -> tuple[list[str], list[Tensor]]:
-    # Classes of outputs that are mappings (of transformers, of diffusers) have their names as keys.
-    flat, _ = tree_flatten_with_path(dict(made) if isinstance(made, Mapping) else made)
+    # Outputs of transformers and diffusers are dictionaries of classes of their own, which not every tree knows.
+    flat, _ = tree_flatten_with_path(dict(made.items()) if isinstance(made, dict) else made)
     found = [(_dotted(path) or "output", leaf) for path, leaf in flat if isinstance(leaf, Tensor)]
     if not found:
         raise ExportError("the model returns no tensor")

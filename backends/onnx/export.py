@@ -23,6 +23,7 @@ from accelpass.backends.onnx.refusals import refuse_left_out, refuse_unexportabl
 from accelpass.backends.onnx.report import ExportReport, Written
 from accelpass.backends.onnx.stepped import step_graphs, step_pass, with_state
 from accelpass.backends.onnx.translate import Form, check_opset, constant_bytes, summary, translated
+from accelpass.backends.onnx.translations import own_operators
 from accelpass.ir import attention
 from accelpass.ir.analyses.cost import weight_bytes
 from accelpass.ir.attention.lower import Lowerings
@@ -190,7 +191,7 @@ def _finished(
     starts: bool = False,
 ) -> Graph:
     """Rewrite and translate one graph; ``edit`` changes it after the passes, ``starts``: its state starts empty."""
-    before = weight_bytes(found.program)
+    before, theirs = weight_bytes(found.program), own_operators(found.program.graph)
     update(f"Rewriting{kind}")
     records, after, masked = rewritten(found, want)
     edit()
@@ -198,7 +199,7 @@ def _finished(
     if starts:
         made = started(made)
     update(f"Translating{kind}")
-    translation, notes = translated(made, found.wishes, want.form, after, want.who)
+    translation, notes = translated(made, found.wishes, want.form, after, want.who, theirs)
     notes += [note for note in (found.note, *masked) if note]
     return Graph(made, records, translation, before, notes)
 

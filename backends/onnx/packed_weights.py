@@ -34,7 +34,7 @@ OPSET = 21
 """The first whose DequantizeLinear takes int4 and blocks."""
 _FLOAT, _ROUNDED = 1, 4
 """``accuracy_level`` of MatMulNBits: products of floats, as the pass defines them; activations rounded to int8 by blocks."""
-_BLOCKS = (128, 64, 32, 16)
+_BLOCKS = (256, 128, 64, 32, 16)
 
 
 @dataclass
@@ -51,8 +51,6 @@ class Expansion:
     contrib: bool
     rounded: bool = False
     notes: list[str] = field(default_factory=list)
-    doubled: int = 0
-    """Bytes that are stored a second time, as the notes say."""
     _forms: dict[tuple[str, str], ir.Value] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -69,7 +67,6 @@ class Expansion:
         for name in sorted(multiplied & looked_up if not self.contrib else ()):
             size = self._forms[name, "rows"].const_value
             assert size is not None
-            self.doubled += size.nbytes
             self.notes.append(
                 f"{name} is stored twice ({size.nbytes / 1e6:.1f} MB more): no standard operator looks up rows of an INT4 "
                 "tensor; contrib=True stores it once"
@@ -326,8 +323,9 @@ def _rank(value: ir.Value) -> int:
 
 
 def _block_of(q: ir.Value) -> int:
+    """The block size at which codes, filled up to whole blocks, and their scales take the fewest bytes."""
     width = _array(q).shape[1]
-    return next((b for b in _BLOCKS if width % b == 0), 32)
+    return min(_BLOCKS, key=lambda b: -(-width // b) * (b + 8))
 
 
 def _nibbles(codes: np.ndarray, group: int) -> np.ndarray:

@@ -35,7 +35,7 @@ def export(path: Path, passes: list[Any], **options: Any) -> Any:
     [
         (INT8, False, {"INT8", "FLOAT"}, {"DequantizeLinear": 7, "MatMul": 7}),
         pytest.param(INT8, True, {"UINT8", "FLOAT"}, {"com.microsoft.MatMulNBits": 14}, marks=pytest.mark.slow),
-        (INT4, False, {"INT4", "UINT8", "FLOAT"}, {"DequantizeLinear": 7, "MatMul": 7}),
+        pytest.param(INT4, False, {"INT4", "UINT8", "FLOAT"}, {"DequantizeLinear": 7}, marks=pytest.mark.slow),
         (ZERO, True, {"UINT8", "FLOAT"}, {"com.microsoft.MatMulNBits": 7}),
         pytest.param(ZERO, False, {"UINT4", "UINT8", "FLOAT"}, {"DequantizeLinear": 7}, marks=pytest.mark.slow),
         pytest.param(INT4, True, {"UINT8", "FLOAT"}, {"com.microsoft.MatMulNBits": 7}, marks=pytest.mark.slow),
@@ -95,17 +95,17 @@ def test_the_integers_are_those_of_the_pass(tmp_path: Path) -> None:
     assert far(got, want.detach()) < 1e-5
 
 
-def test_onnx_runtime_rounds_activations_if_it_may(tmp_path: Path) -> None:
+@pytest.mark.parametrize("contrib", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_onnx_runtime_rounds_activations_if_it_may(tmp_path: Path, contrib: bool) -> None:
     """At its default settings ONNX Runtime computes what the file says, unless the caller lets it round."""
     model, x = Wide().eval(), torch.randn(4, 96)
     want = eager(model, INT8, x)
-    for contrib in (False, True):
-        report = accelpass.export_onnx(model, (x,), tmp_path / "m.onnx", INT8, contrib=contrib)
-        assert far(ran(report.path, {"x": x}, optimised=True)[0], want) < 1e-5
-        report = accelpass.export_onnx(model, (x,), tmp_path / "m.onnx", INT8, contrib=contrib, activations="int8")
-        off = far(ran(report.path, {"x": x}, optimised=True)[0], want)
-        assert 1e-4 < off < 0.05
-        assert f"rounds activations, and differs by {off:.1e}" in report.notes[0]
+    report = accelpass.export_onnx(model, (x,), tmp_path / "m.onnx", INT8, contrib=contrib)
+    assert far(ran(report.path, {"x": x}, optimised=True)[0], want) < 1e-5 and not report.notes
+    report = accelpass.export_onnx(model, (x,), tmp_path / "m.onnx", INT8, contrib=contrib, activations="int8")
+    off = far(ran(report.path, {"x": x}, optimised=True)[0], want)
+    assert 1e-4 < off < 0.05
+    assert f"rounds activations, and differs by {off:.1e}" in report.notes[0]
 
 
 class Experts(nn.Module):
@@ -120,7 +120,9 @@ class Experts(nn.Module):
         return torch.bmm(x, self.up.transpose(1, 2))
 
 
-@pytest.mark.parametrize("passes", [INT8, INT4, pytest.param(ZERO, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "passes", [INT8, pytest.param(INT4, marks=pytest.mark.slow), pytest.param(ZERO, marks=pytest.mark.slow)]
+)
 def test_experts(tmp_path: Path, passes: list) -> None:
     report = accelpass.export_onnx(Experts().eval(), (torch.randn(3, 4, 64),), tmp_path / "m.onnx", passes)
     assert sum(report.took().values()) == 1

@@ -83,7 +83,8 @@ def test_arguments(tmp_path: Path, options: dict, said: str) -> None:
 
 
 def test_an_opset_too_old_for_packed_weights(tmp_path: Path) -> None:
-    refused(tmp_path, "packed weights need opset 21 or more.*contrib=True", "int8_weights", opset=18)
+    said, linear = "packed weights need opset 21 or more.*contrib=True", nn.Linear(64, 64).eval()
+    refused(tmp_path, said, "int8_weights", opset=18, model=linear, args=(torch.ones(1, 64),))
 
 
 def test_a_model_in_training_mode(tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_a_weight_that_would_grow_back(tmp_path: Path, monkeypatch: pytest.Monke
     )
 
 
-@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("external", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool) -> None:
     (tmp_path / "m.onnx").write_text("an older file")
     real = ir.save
