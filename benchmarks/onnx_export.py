@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "onnx_export.json", ROOT / "docs" / "onnx.md"
-LAYERS, PROMPT, CAPACITY, STEPS, ROUNDS = 4, 512, 768, 24, 5
+LAYERS, PROMPT, CAPACITY, STEPS, ROUNDS = 2, 512, 768, 16, 5
 FORMS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "int8_weights": (["int8_weights"], {}),
     "int8_weights, contrib": (["int8_weights"], {"contrib": True}),

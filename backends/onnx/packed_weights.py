@@ -3,7 +3,7 @@
 ========== ============================================= =====================================================
             standard                                      ``contrib=True``
 ========== ============================================= =====================================================
-linear     ``DequantizeLinear`` -> ``MatMul``             ``com.microsoft.MatMulNBits``, 4 or 8 bits
+linear     ``DequantizeLinear`` -> ``MatMul``             ``com.microsoft.MatMulNBits``; int8 as two of 4 bits
 look-up    ``Gather`` of rows of codes, then arithmetic   the same, on the codes that ``MatMulNBits`` reads
 experts    ``DequantizeLinear``                           the same
 ========== ============================================= =====================================================
@@ -93,8 +93,10 @@ class Expansion:
 
     def _int8_linear(self, e: Emit, node: ir.Node) -> None:
         x, q, scale, bias = _four(node.inputs)
-        if self.contrib:
+        if self.contrib and self.rounded:
             y = self._n_bits(e, x, q, 8, _block_of(q), self._block_scales(q, scale), None)
+        elif self.contrib:
+            y = self._two_planes(e, x, q, scale)
         else:
             if self.rounded:
                 columns = self._form(q, "columns", lambda codes: codes.T)
@@ -108,9 +110,13 @@ class Expansion:
 
     def _int8_embedding(self, e: Emit, node: ir.Node) -> None:
         indices, q, scale = node.inputs[:3]
-        if self.contrib and (_name(q), "n bits") in self._forms:
-            rows = self._gathered(e, self._forms[_name(q), "n bits"], indices, _array(q).shape[1])
+        width = _array(q).shape[1]
+        if (_name(q), "n bits") in self._forms:
+            rows = self._gathered(e, self._forms[_name(q), "n bits"], indices, width)
             codes = e("Sub", e.float(rows, known=False), e.scalar(128.0))
+        elif (_name(q), "high") in self._forms:
+            high, low = (self._looked_up(e, self._forms[_name(q), plane], indices, width) for plane in ("high", "low"))
+            codes = e("Sub", e("Add", e("Mul", high, e.scalar(16.0)), low), e.scalar(128.0))
         elif (_name(q), "columns") in self._forms:
             taken = e("Gather", self._forms[_name(q), "columns"], indices, axis=1)
             codes = e.float(e("Transpose", taken, perm=[*range(1, 1 + _rank(indices)), 0]), known=False)
@@ -148,15 +154,10 @@ class Expansion:
     def _int4_embedding(self, e: Emit, node: ir.Node) -> None:
         indices, q, scale, zero, _ = _five(node.inputs)
         group, width = int(node.attributes["group_size"].as_int()), 2 * _array(q).shape[1]
-        if self.contrib and (_name(q), "n bits") in self._forms:
-            rows = self._gathered(e, self._forms[_name(q), "n bits"], indices, width // 2)
-        else:
-            rows = e("Gather", self._form(q, "rows", lambda codes: _packed(_nibbles(codes, group))), indices, axis=0)
-        low = e("BitwiseAnd", rows, e.constant(np.uint8(15)))
-        high = e("BitShift", rows, e.constant(np.uint8(4)), direction="RIGHT")
-        pairs = e("Concat", *(e("Unsqueeze", half, e.ints(-1)) for half in (low, high)), axis=-1)
-        shape = e("Concat", e("Shape", indices), e.ints(width // group, group), axis=0)
-        codes = e("Reshape", e.float(pairs, known=False), shape)
+        form = "n bits" if (_name(q), "n bits") in self._forms else "rows"
+        packed = self._form(q, form, lambda codes: _packed(_nibbles(codes, group)))
+        flat = self._looked_up(e, packed, indices, width)
+        codes = e("Reshape", flat, e("Concat", e("Shape", indices), e.ints(width // group, group), axis=0))
 
         def of_groups(values: ir.Value) -> ir.Value:
             return e("Unsqueeze", e("Gather", values, indices, axis=0), e.ints(-1))
@@ -184,10 +185,7 @@ class Expansion:
 
         def blocks(codes: np.ndarray) -> np.ndarray:
             stored = (codes.astype(np.int16) + 128).astype(np.uint8) if bits == 8 else _packed(_nibbles(codes, group))
-            size = block * bits // 8
-            short = -stored.shape[1] % size
-            padded = np.pad(stored, ((0, 0), (0, short)), constant_values=128) if short else stored
-            return padded.reshape(len(stored), -1, size)
+            return _blocks(stored, block * bits // 8, 128 if bits == 8 else 0)
 
         rows, columns = _array(q).shape
         width = columns if bits == 8 else 2 * columns
@@ -195,10 +193,48 @@ class Expansion:
         sizes = {"K": width, "N": int(rows), "bits": bits, "block_size": block}
         return e("MatMulNBits", *given, domain=MICROSOFT, accuracy_level=_ROUNDED if self.rounded else _FLOAT, **sizes)
 
+    def _two_planes(self, e: Emit, x: ir.Value, q: ir.Value, scale: ir.Value) -> ir.Value:
+        """An int8 product as two of four bits: ``W = (16 high + low - 128) scale``, in the same bytes.
+
+        Of floats ONNX Runtime 1.31 multiplies 4-bit weights by kernels of its own, and dequantises 8-bit ones at every call.
+        """
+        width, count = _array(q).shape[1], -(-_array(q).shape[1] // _block_of(q))
+
+        def plane(shift: int) -> Callable[[np.ndarray], np.ndarray]:
+            return lambda codes: _blocks(_packed(((codes.astype(np.int16) + 128) >> shift & 15).astype(np.uint8)), size)
+
+        size = _block_of(q) // 2
+        high, low = self._form(q, "high", plane(4)), self._form(q, "low", plane(0))
+        scales = self._block_scales(q, scale)
+        wide = self._form(scale, "high blocks", lambda s: np.repeat(16 * s[:, None], count, 1))
+        zeros = self._form(scale, "zeros", lambda s: np.zeros((len(s), -(-count // 2)), np.uint8))
+        sizes = {
+            "K": width,
+            "N": int(_array(q).shape[0]),
+            "bits": 4,
+            "block_size": _block_of(q),
+            "accuracy_level": _FLOAT,
+        }
+        given = e.float(x)
+        return e(
+            "Add",
+            e("MatMulNBits", given, high, wide, domain=MICROSOFT, **sizes),
+            e("MatMulNBits", given, low, scales, zeros, domain=MICROSOFT, **sizes),
+        )
+
     def _block_scales(self, q: ir.Value, scale: ir.Value) -> ir.Value:
         """One scale for each output row, repeated for each block of it."""
         count = -(-_array(q).shape[1] // _block_of(q))
         return self._form(scale, "blocks", lambda s: np.repeat(s[:, None], count, 1))
+
+    def _looked_up(self, e: Emit, packed: ir.Value, indices: ir.Value, width: int) -> ir.Value:
+        """Rows of two codes a byte, one code a number: float32 ``(*indices, width)``."""
+        rows = self._gathered(e, packed, indices, width // 2)
+        low = e("BitwiseAnd", rows, e.constant(np.uint8(15)))
+        high = e("BitShift", rows, e.constant(np.uint8(4)), direction="RIGHT")
+        pairs = e("Concat", *(e("Unsqueeze", half, e.ints(-1)) for half in (low, high)), axis=-1)
+        flat = e("Reshape", pairs, e("Concat", e("Shape", indices), e.ints(width), axis=0))
+        return e.float(flat, known=False)
 
     def _gathered(self, e: Emit, blocks: ir.Value, indices: ir.Value, width: int) -> ir.Value:
         """Rows of what ``MatMulNBits`` reads, ``(*indices, width)``."""
@@ -298,6 +334,11 @@ def _nibbles(codes: np.ndarray, group: int) -> np.ndarray:
     """One code a byte, (..., out, in), from the pass's form: see ``accelpass.ir.weight_only_ops``."""
     grouped = codes.reshape(*codes.shape[:-1], -1, group // 2)
     return np.concatenate([grouped & 15, grouped >> 4], -1).reshape(*codes.shape[:-1], -1)
+
+
+def _blocks(rows: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
+    """Rows of bytes as (out, blocks, size), the last block filled up."""
+    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % size)), constant_values=fill).reshape(len(rows), -1, size)
 
 
 def _packed(codes: np.ndarray) -> np.ndarray:

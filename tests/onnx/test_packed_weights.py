@@ -34,7 +34,7 @@ def export(path: Path, passes: list[Any], **options: Any) -> Any:
     ("passes", "contrib", "types", "operators"),
     [
         (INT8, False, {"INT8", "FLOAT"}, {"DequantizeLinear": 7, "MatMul": 7}),
-        pytest.param(INT8, True, {"UINT8", "FLOAT"}, {"com.microsoft.MatMulNBits": 7}, marks=pytest.mark.slow),
+        pytest.param(INT8, True, {"UINT8", "FLOAT"}, {"com.microsoft.MatMulNBits": 14}, marks=pytest.mark.slow),
         (INT4, False, {"INT4", "UINT8", "FLOAT"}, {"DequantizeLinear": 7, "MatMul": 7}),
         (ZERO, True, {"UINT8", "FLOAT"}, {"com.microsoft.MatMulNBits": 7}),
         pytest.param(ZERO, False, {"UINT4", "UINT8", "FLOAT"}, {"DequantizeLinear": 7}, marks=pytest.mark.slow),
@@ -49,7 +49,7 @@ def test_a_tied_model(tmp_path: Path, passes: list, contrib: bool, types: set, o
     assert {name: found.get(name, 0) for name in operators} == operators
     assert report.took() == {passes[0] if isinstance(passes[0], str) else "int4_weights": 8}
     # Codes, scales, norms: a float copy of any weight would not fit.
-    assert report.weights_after < report.weights_before * (0.32 if passes is INT8 else 0.25)
+    assert report.weights_after < report.weights_before * (0.35 if passes is INT8 else 0.25)
     ids = torch.randint(0, 128, (3, 9), generator=torch.Generator().manual_seed(1))
     want = eager(tiny_lm(), passes, ids)
     assert far(ran(report.path, {"ids": ids})[0], want) < 1e-4
