@@ -78,6 +78,11 @@ class Bisection:
         return {**plain, "next": self.next_step}
 
     @property
+    def accumulated(self) -> bool:
+        """The site alone stays within the tolerance: no single one is at fault."""
+        return self.alone is not None and self.alone <= self.tolerance
+
+    @property
     def found(self) -> str:
         """One sentence."""
         if self.guilty is None:
@@ -87,8 +92,7 @@ class Bisection:
         if self.site is None:
             return f"{self.guilty} is the first pass that departs; {self.why_no_site}"
         alone = "" if self.alone is None else f"; it alone: {shown(self.alone)}"
-        accumulated = self.alone is not None and self.alone <= self.tolerance
-        how = ", where what all sites before it add up to crosses the tolerance" if accumulated else ""
+        how = ", where what all sites before it add up to crosses the tolerance" if self.accumulated else ""
         before, last = shown(self.before), next(t for t in self.tried if t.name == self.site)
         return f"{self.guilty} departs first at {self.site}{how} (before it: {before}, with it: {shown(last.difference)}{alone})"
 
@@ -102,6 +106,8 @@ class Bisection:
             return f"{look}; please report it with the model's name"
         if self.site is None:
             return f"{look}; leave {self.guilty} out to go on"
+        if self.accumulated:
+            return f"no single site is at fault; options of {self.guilty} that are closer to the dense model, or {look}"
         return f'options={{"skip_sites": {{"{self.guilty}": ["{self.site}"]}}}} leaves the site alone; {look}'
 
     def __str__(self) -> str:

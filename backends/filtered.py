@@ -130,7 +130,9 @@ def filtered(
     assert isinstance(tensors, FromInputs)
     try:
         found = prompt(program)
-        by.layer_of(found)
+        path = found.attentions[by.layer_of(found)].path
+        if path in chosen.skip_sites.get(by.name, ()):
+            raise NoPrompt(f"{path}, whose queries would choose, is named in skip_sites")
         if not by.shortens(found):
             return None
         _specialise(tensors, found)

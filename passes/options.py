@@ -35,7 +35,7 @@ class Options:
         inductor: Inductor settings for this compilation.
         regions: on CPU, compile equal blocks of a model once and call that code for each; False compiles the whole
             graph as one, which fuses across blocks and takes longer the deeper the model is.
-        skip_sites: by name of a pass, sites that it leaves alone, as the report names them; works for every pass.
+        skip_sites: by name of a pass, sites that it leaves alone, as the report names them.
     """
 
     passes: tuple[Pass, ...] = ()

@@ -97,6 +97,8 @@ def test_int4_departs_under_a_harsh_tolerance_at_the_site_that_crosses_it():
     assert found.guilty == "int4_weights" and found.site
     (with_it,) = [t for t in found.tried if t.name == found.site]
     assert found.before <= found.tolerance < with_it.difference
+    assert found.accumulated == (found.alone <= found.tolerance)
+    assert ("no single site is at fault" in str(found)) == found.accumulated
     first = accelpass.bisect(model, passes, (IDS,), tolerance=1e-6)
     assert (
         first.site == "layers.0.gate_proj"
@@ -200,7 +202,7 @@ def test_command(monkeypatch):
 
     monkeypatch.setattr("accelpass.models_zoo.resolve", lambda name, dtype: (tiny_llama(1), Tokenizer()))
     words = ["bisect", "tiny", "--passes", "int8_weights,int4_weights:group_size=32", "--tokens", "1", "--json"]
-    done = CliRunner().invoke(app, [*words, "--tolerance", "0.001"])
+    done = CliRunner().invoke(app, [*words, "--tolerance", "0.000001"])
     assert done.exit_code == 0, done.output
     data = json.loads(done.stdout)
     assert data["guilty"] == "int8_weights" and data["site"].startswith("model.") and "skip_sites" in data["next"]
