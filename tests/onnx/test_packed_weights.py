@@ -50,17 +50,12 @@ def test_a_tied_model(tmp_path: Path, passes: list, contrib: bool, types: set, o
     assert report.took() == {passes[0] if isinstance(passes[0], str) else "int4_weights": 8}
     # Codes, scales, norms: a float copy of any weight would not fit.
     assert report.weights_after < report.weights_before * (0.35 if passes is INT8 else 0.25)
-    ids = torch.randint(0, 128, (3, 9), generator=torch.Generator().manual_seed(1))
-    want = eager(tiny_lm(), passes, ids)
-    assert far(ran(report.path, {"ids": ids})[0], want) < 1e-4
-
-
-def test_the_shape_names_are_the_callers(tmp_path: Path) -> None:
-    report = export(tmp_path / "m.onnx", [])
     graph = onnx.load(report.path).graph
     shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)]
     assert shapes == [["batch", "tokens"], ["batch", "tokens", 128]]
-    assert report.took() == {} and report.difference is not None and report.difference < 1e-5
+    ids = torch.randint(0, 128, (3, 9), generator=torch.Generator().manual_seed(1))
+    want = eager(tiny_lm(), passes, ids)
+    assert far(ran(report.path, {"ids": ids})[0], want) < 1e-4
 
 
 class Wide(nn.Module):
