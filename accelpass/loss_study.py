@@ -55,6 +55,7 @@ class LossStudy:
         self, model: nn.Module, batches: Sequence[Batch], validation: Sequence[Batch], bar: Progress, name: str
     ) -> None:
         self.model, self.batches, self.validation, self.bar, self.name = model, batches, validation, bar, name
+        self.counted = 0
         self._attend: Attend = _as_it_is
         # In one piece: what Dynamo left to Python would run without the caller's attention.
         self._graph = torch.compile(model, backend=self._backend, dynamic=False, fullgraph=True)
@@ -84,7 +85,7 @@ class LossStudy:
         counts = (labels != IGNORED).any(0).nonzero()[:, 0]
         if not len(counts):
             raise OptionError(f"{self.name}: a batch has no label that counts; all of them are {IGNORED}")
-        last = labels.shape[1] - int(counts[0])
+        self.counted = last = labels.shape[1] - int(counts[0])
         if self._keeps and last < labels.shape[1]:
             last = min(labels.shape[1], -(-last // _KEPT) * _KEPT)
             given["logits_to_keep"] = last + 1  # the last one is of a token that is not there
@@ -132,6 +133,7 @@ class _Parts(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, attend: Attend, gradients: bool) -> None:
         super().__init__(gm)
+        self.extra_traceback = False  # an error keeps its own words
         self.attend, self.gradients = attend, gradients
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -147,6 +149,7 @@ class _Part(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, attend: Attend) -> None:
         super().__init__(gm)
+        self.extra_traceback = False
         self.attend = attend
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

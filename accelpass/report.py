@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ class PassReport:
     Attributes:
         took: site -> what was done, with bytes.
         skipped: site -> why; a site that two graphs skip for two reasons has both.
+        difference: largest relative change of an output that debug mode measured in any graph; None without it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class PassReport:
     paper: str
     took: dict[str, Done] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    difference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,8 @@ def _passes(graphs: Sequence[CompiledGraph]) -> dict[str, PassReport]:
             made = of.get(record.name) or registered().get(record.name)
             summary, phase, paper = (made.summary, made.phase, made.paper) if made else ("", "", "")
             into = found.setdefault(record.name, PassReport(record.name, phase, summary, paper))
+            measured = [d for d in (into.difference, record.difference) if d is not None]
+            into = found[record.name] = replace(into, difference=max(measured, default=None))
             for site, done in record.took.items():
                 into.took.setdefault(site, done)
                 into.skipped.pop(site, None)

@@ -13,6 +13,7 @@ from torch import Tensor
 from accelpass.backends import compiled_graphs
 from accelpass.backends.sampling import SamplingRun
 from accelpass.backends.step_clock import declared
+from accelpass.backends.survivors import forget_last
 from accelpass.ir.derived import DERIVED, StateSpec
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.kv import ledger
@@ -100,12 +101,13 @@ def _buffer(spec: StateSpec, owner: str, t: Tensor) -> StateBuffer:
 def reset(fast: Any) -> None:
     """Put every state of this model back to its start, for all of its graphs, and empty every cache that it filled.
 
-    The next call of a diffusion model is the first step of a sampling run.
+    Which tokens of the last prompt survived is forgotten. The next call of a diffusion model is the first step of a sampling run.
     """
     tensors = [t for _, t in named_tensors(fast).values()]
     with torch.no_grad():
         for spec, _, t in DERIVED.states(tensors):
             t.fill_(spec.fill)
+    forget_last(tensors)
     for _, run in runs_of(tensors):
         run.reset()
     for count in counters_of(tensors):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,11 +65,7 @@ class SurvivingTokens:
 
 def surviving_of(tensors: Iterable[Tensor]) -> tuple[SurvivingTokens, ...]:
     """What was chosen at the last prompt of the model with these tensors."""
-    return tuple(SurvivingTokens(s.path, s.tokens, _rows(s.kept.tolist())) for s in last_of(tensors))
-
-
-def _rows(kept: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(i for i in row if i >= 0) for row in kept)
+    return tuple(SurvivingTokens(s.path, s.tokens, tuple(map(tuple, s.kept.tolist()))) for s in last_of(tensors))
 
 
 def surviving_tokens(fast: Any) -> list[SurvivingTokens]:

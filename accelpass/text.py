@@ -125,7 +125,8 @@ def _pass(done: PassReport, room: int, width: int) -> Iterator[Text]:
     before = sum(d.bytes_before for d in done.took.values())
     after = sum(d.bytes_after for d in done.took.values())
     saved = f", {size(before)} -> {size(after)}" if before else ""
-    head = f"  took {len(done.took)}, skipped {len(done.skipped)}{saved}"
+    moved = "" if done.difference is None or not done.took else f", changed the outputs by {done.difference:.1e}"
+    head = f"  took {len(done.took)}, skipped {len(done.skipped)}{saved}{moved}"
     yield Text.assemble((done.name, "bold cyan"), head)
     shown = {site: d.what for site, d in done.took.items()}
     for mark, style, groups in (("+", "green", alike(shown)), ("-", "yellow", alike(done.skipped))):

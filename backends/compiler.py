@@ -94,8 +94,14 @@ def backend(
         OptionError: an option, a pass or a field that does not exist or is out of range.
         PassError: a pass failed, or gradients are wanted through one that has none.
     """
+    return compiled(gm, example_inputs, parse(options, mode), options)
+
+
+def compiled(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], chosen: Options, options: dict[str, Any] | None = None
+) -> CompiledGraph:
+    """As :func:`backend`, with options that were read already; ``options`` are what a user typed."""
     started = time.perf_counter()
-    chosen = parse(options, mode)
     if any(isinstance(t, Tensor) and t.device.type == "cuda" for t in example_inputs) and not torch.cuda.is_available():
         raise PassError("the model is on CUDA, and torch sees no GPU")
     report = GraphReport.start()
@@ -144,7 +150,7 @@ def backend(
         return CompiledGraph(
             short.second.fn, binder, chosen, options, report, _weak(mine), _parameters(mine), short.caches, prompt=short
         )
-    made = rewritten(program, example_inputs, chosen)
+    made = rewritten(program, example_inputs, chosen, report)
     binder, report.records, report.after = made.binder, made.records, made.cost
     with torch.no_grad():
         inputs = binder(example_inputs)

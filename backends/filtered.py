@@ -130,7 +130,9 @@ def filtered(
     assert isinstance(tensors, FromInputs)
     try:
         found = prompt(program)
-        by.layer_of(found)
+        path = found.attentions[by.layer_of(found)].path
+        if path in chosen.skip_sites.get(by.name, ()):
+            raise NoPrompt(f"{path}, whose queries would choose, is named in skip_sites")
         if not by.shortens(found):
             return None
         _specialise(tensors, found)
@@ -144,8 +146,8 @@ def filtered(
     path = by.look(program, found)
     # What the first look needs is packed before the memory of any float weight is given back.
     uncached = tuple(p for p in others.passes if p.phase != "cache")
-    first = rewritten(program, inputs, replace(others, passes=uncached, free_weights=False))
-    second = rewritten(model, short, others)
+    first = rewritten(program, inputs, replace(others, passes=uncached, free_weights=False), report)
+    second = rewritten(model, short, others, report)
     second.binder.released -= frozenset(first.binder.kept)
     looking, reading = (_compiled(one, args, others, report) for one, args in ((first, inputs), (second, short)))
     took = Done(f"its queries choose {by.keep} of the prompt's tokens (of {tokens} when this was compiled)")

@@ -106,7 +106,13 @@ class _Builder:
 
     def graph(self, program: Program, args: Sequence[Any], sizes: Sequence[int] | None) -> PrunedGraph:
         """Cut, rewritten and compiled for these rows in the stretches after the first."""
-        made = rewritten(program, args, self.chosen, lambda it: it.gm.meta.update({CUT: cut(it, self.ends, sizes)}))
+        made = rewritten(
+            program,
+            args,
+            self.chosen,
+            self.report,
+            lambda it: it.gm.meta.update({CUT: cut(it, self.ends, sizes)}),
+        )
         self.report.records, self.report.after = made.records, made.cost
         self.uses = made.uses
         return self._compiled(made, program.gm.meta[CUT], sizes)

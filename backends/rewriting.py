@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +26,9 @@ from accelpass.passes.base import Record
 from accelpass.passes.manager import run
 from accelpass.passes.options import Options
 from accelpass.passes.report import GraphReport, Measured, costs
+
+if TYPE_CHECKING:
+    from accelpass.backends.debug import Debugging
 
 
 def captured(
@@ -98,11 +102,13 @@ def rewritten(
     program: Program,
     inputs: Sequence[Any],
     chosen: Options,
+    report: GraphReport,
     prepare: Callable[[Program], None] = lambda program: None,
 ) -> Rewritten:
     """Apply the passes, and lower what they made.
 
     Args:
+        report: gets a note in debug mode.
         prepare: changes the graph before the passes run, after the plan was found to belong to it.
 
     Raises:
@@ -115,19 +121,27 @@ def rewritten(
         chosen.plan.check(program)
         program.artefacts = chosen.plan.tensors
     prepare(program)
-    observers = []
-    if chosen.debug and not tensors.recalled:  # what earlier steps keep cannot be made up
-        from accelpass.backends.debug import replay
-
-        observers.append(replay(program, inputs))
-    records = run(program, chosen.passes, observers)
+    debugging = debug_of(program, inputs, chosen)
+    records = run(program, chosen.passes, [] if debugging is None else [debugging.observer], chosen.skip_sites)
     cost = costs(program)
     uses = lowered(program, chosen)
+    if debugging is not None:
+        debugging.lowered(program)
+        report.note = "; ".join(filter(None, (report.note, debugging.note)))
     binder = tensors.binder(release=chosen.free_weights)
     program.gm.recompile()
     refuse_released(tensors, binder, inputs)
     took = {record.name for record in records if record.took}
     return Rewritten(program, records, cost, binder, uses, all(p.exact for p in chosen.passes if p.name in took))
+
+
+def debug_of(program: Program, inputs: Sequence[Any] | None, chosen: Options, variant: str = "") -> Debugging | None:
+    """What follows a graph through its passes, in debug mode; see :class:`~accelpass.backends.debug.Debugging`."""
+    if not (chosen.debug or os.environ.get("ACCELPASS_DEBUG")):
+        return None
+    from accelpass.backends.debug import Debugging  # neither its templates nor its pages are for other modes
+
+    return Debugging(program, inputs, variant)
 
 
 def code_for(

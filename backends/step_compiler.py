@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from accelpass.backends.compose import Composer
 from accelpass.backends.inductor import compile_whole
-from accelpass.backends.rewriting import captured, copied, lowered, refuse_released
+from accelpass.backends.rewriting import captured, copied, debug_of, lowered, refuse_released
 from accelpass.backends.sampling import SteppedGraph
 from accelpass.backends.steps import Composition
 from accelpass.ir.errors import OptionError, PassError
@@ -77,7 +77,10 @@ def step_graph(
             return made
 
         def rewrite(made: Program) -> list[Record]:
-            done = run(made, chosen.passes)
+            debugging = debug_of(made, None, chosen, _variant(made))
+            done = run(made, chosen.passes, [] if debugging is None else [debugging.observer], chosen.skip_sites)
+            if debugging is not None and debugging.note not in report.note:
+                report.note = "; ".join(filter(None, (report.note, debugging.note)))
             if all(action == FULL for of_pass in made.actions.values() for action in of_pass.values()):
                 report.after = costs(made)  # of the model in full; its FLOPs are replaced by the mean over the steps
             return done
@@ -108,6 +111,12 @@ def _compiler(chosen: Options, report: GraphReport) -> Callable[[fx.GraphModule,
         return fn
 
     return compile_part if chosen.lowering == "inductor" else lambda part, given: part.forward
+
+
+def _variant(made: Program) -> str:
+    """Which of the model's graphs this is, by what its sites do."""
+    counts = Counter(f"{p} {action}" for p, of_pass in made.actions.items() for action in of_pass.values())
+    return ", ".join(f"{what} x {count}" for what, count in counts.items())
 
 
 def _sizes(held: Any) -> Sequence[Any]:

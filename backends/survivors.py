@@ -15,7 +15,7 @@ class Survivors:
 
     Attributes:
         path: the module that chose.
-        kept: their positions in the prompt, ascending, ``(batch, kept)``; -1 in front of those of a sequence that has fewer.
+        kept: their positions in the prompt, ascending, ``(batch, kept)``.
         tokens: how many there were in the prompt.
     """
 
@@ -36,3 +36,9 @@ def keep_last(model: Tensor | None, found: Sequence[Survivors]) -> None:
 def last_of(tensors: Iterable[Tensor]) -> tuple[Survivors, ...]:
     """What was chosen at the last prompt of the model with these tensors."""
     return next((_LAST[t] for t in tensors if t in _LAST), ())
+
+
+def forget_last(tensors: Iterable[Tensor]) -> None:
+    """Forget what :func:`last_of` would find."""
+    for t in tensors:
+        _LAST.pop(t, None)

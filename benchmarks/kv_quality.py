@@ -23,13 +23,15 @@ from torch import Tensor
 import accelpass
 from accelpass import KVCache
 from accelpass.models_zoo.smollm2 import converted
-from benchmarks.kv_tasks import Row, Sizes, Tasks, prose
+from benchmarks.kv_tasks import Row, Sizes, Tasks
 from benchmarks.random_eviction import RandomEviction
 
 EXACT = ("horizontal_fusion", "cpu_gemv", "grouped_query", "cpu_decode_attention")
 CALIBRATED: dict[str, Any] = {"name": "cskv"}
 """Its factors are fitted first, to prose that comes after what the tasks use."""
 CALIBRATION, CALIBRATION_TOKENS = 48, 1024
+NEEDLES = (1024, 4)
+"""Length of the texts with a pass key that TidalDecode's layer is found on, and how many."""
 METHODS: dict[str, list[Any]] = {
     "dense": [],
     "random, 20 %": [RandomEviction(budget=0.2)],
@@ -45,7 +47,8 @@ METHODS: dict[str, list[Any]] = {
     "cskv, 20 %, calibrated": [CALIBRATED],
     "cskv, 20 %, calibrated, 4 bits": [{**CALIBRATED, "bits": 4}],
     "tidaldecode, 256 rows": [{"name": "tidaldecode", "budget": 256}],
-    "tidaldecode, 64 rows": [{"name": "tidaldecode", "budget": 64}],
+    "tidaldecode, 256 rows, calibrated": [{"name": "tidaldecode", "budget": 256}],
+    "tidaldecode, 64 rows, calibrated": [{"name": "tidaldecode", "budget": 64}],
 }
 
 
@@ -81,7 +84,7 @@ def measure(
         for name in names:
             # Each method gets graphs of its own; Dynamo would count them together and stop after eight.
             torch._dynamo.reset()
-            plan = calibrated(model, tokenizer, METHODS[name]) if "calibrated" in name else None
+            plan = calibrated(model, tasks, METHODS[name]) if "calibrated" in name else None
             torch._dynamo.reset()
             reader = Compiled(model, METHODS[name], sizes.capacity, plan)
             task = bar.add_task(name, total=sizes.units, doing="compiling")
@@ -92,9 +95,11 @@ def measure(
     return rows
 
 
-def calibrated(model: torch.nn.Module, tokenizer: Any, passes: list[Any]) -> Any:
-    """A plan from the last of the prose, which no task reads."""
-    ids = tokenizer(prose(), return_tensors="pt").input_ids[0, -CALIBRATION * CALIBRATION_TOKENS :]
+def calibrated(model: torch.nn.Module, tasks: Tasks, passes: list[Any]) -> Any:
+    """A plan from the last of the prose, which no task reads; TidalDecode's from pass keys in it, as in its paper."""
+    if passes[0]["name"] == "tidaldecode":
+        return accelpass.calibrate(model, tasks.needles(*NEEDLES), passes, progress=False)
+    ids = tasks.text[-CALIBRATION * CALIBRATION_TOKENS :]
     return accelpass.calibrate(model, list(ids.view(-1, 1, CALIBRATION_TOKENS)), passes, progress=False)
 
 

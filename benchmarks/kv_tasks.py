@@ -114,6 +114,21 @@ class Tasks:
         context = torch.cat([self.text[:before], said, self.text[before:room]])
         return Passkey(context, question, key)
 
+    def needles(self, length: int, count: int) -> list[dict[str, Tensor]]:
+        """Texts with a question and its answer for calibration, with keys and prose that no task has; question and key have labels."""
+        made = []
+        for number in range(count):
+            key = str(random.Random(f"needle {length} {number}").randint(10_000, 99_999))
+            said, answer = self._tokens(KEY.format(key=key)), self._tokens(QUESTION + f" {key}")
+            room = length - len(said) - len(answer)
+            text = self.text[len(self.text) - room * (number + 1) : len(self.text) - room * number]
+            before = room * number // count
+            ids = torch.cat([text[:before], said, text[before:], answer])
+            labels = ids.clone()
+            labels[: length - len(answer)] = -100
+            made.append({"input_ids": ids[None], "labels": labels[None]})
+        return made
+
     def _perplexity(self, reader: Reader, length: int, advance: Callable[[str], None]) -> float:
         total, count = 0.0, 0
         for window in self.windows(length):

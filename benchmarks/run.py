@@ -162,7 +162,9 @@ def _kv_quality(model: Any, tokenizer: Any, given: Given) -> Content:
 
 def _sparse_quality(model: Any, tokenizer: Any, given: Given) -> Content:
     sizes = sparse_quality.QUICK if given.quick else sparse_quality.SHORT if given.short else sparse_quality.TASKS
-    calibration = sparse_quality.QUICK_CALIBRATION if given.quick else sparse_quality.Calibration()
+    calibration = sparse_quality.Calibration()
+    if given.quick or given.short:
+        calibration = sparse_quality.QUICK_CALIBRATION if given.quick else sparse_quality.SHORT_CALIBRATION
     names = given.among(list(sparse_quality.METHODS))
     rows = sparse_quality.measure(model, tokenizer, names, sizes, calibration, _say)
     return {"rows": rows, "capacity": sizes.capacity, "scored": sizes.scored, "depths": sizes.depths}

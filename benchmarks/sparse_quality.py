@@ -50,6 +50,7 @@ class Calibration:
 
 TASKS = Sizes(windows={2048: 2, 4096: 2, 8192: 1}, contexts=(2048, 4096, 8192), depths=5)
 SHORT = Sizes(windows={2048: 2, 4096: 1}, contexts=(2048, 4096), depths=5)
+SHORT_CALIBRATION = Calibration((1024, 2048), 4096)
 QUICK, QUICK_CALIBRATION = QUICK_TASKS, Calibration((512, 768), 1024, 16, 256)
 
 

@@ -126,8 +126,24 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
                 held = getattr(held, part, None)
             if isinstance(held, Tensor):
                 node.meta["val"] = mode.from_tensor(held, static_shapes=True)
+    _share(gm)
     _drop_noise(gm)
     return Program(gm, FromModule(gm), "export")
+
+
+def _share(gm: fx.GraphModule) -> None:
+    """One node for a tensor that the model has under several names (a tied embedding), as Dynamo's graph has."""
+    first: dict[Any, fx.Node] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        held: Any = gm
+        for part in str(node.target).split("."):
+            held = getattr(held, part, None)
+        if not isinstance(held, Tensor):
+            continue
+        key = (held.data_ptr(), held.shape, held.stride(), held.dtype) if held.data_ptr() else id(held)
+        if first.setdefault(key, node) is not node:
+            node.replace_all_uses_with(first[key])
+            gm.graph.erase_node(node)
 
 
 def _drop_noise(gm: fx.GraphModule) -> None:

@@ -148,8 +148,14 @@ def written_inputs(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(n for n in written if n.op in ("placeholder", "get_attr"))
 
 
+ARGUMENT = "argument_name"
+"""Key of ``meta`` of an exported graph's inputs."""
+
+
 def argument_name(node: fx.Node) -> str:
-    """The name under which a model's caller passes an input of Dynamo's graph."""
+    """The name under which a model's caller passes an input."""
+    if ARGUMENT in node.meta:
+        return str(node.meta[ARGUMENT])
     name = getattr(getattr(node, "_dynamo_source", None), "name", "")
     words = re.findall(r"\w+", str(name() if callable(name) else name))  # a method before torch 2.12
     return words[-1] if words and not words[-1].isdigit() else node.name

@@ -19,9 +19,8 @@ from accelpass.ir.analyses.block import Block, Sublayer, blocks
 from accelpass.ir.analyses.flow import VIEWS, bare, between, reached_from
 from accelpass.ir.attention.detect import Attention
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.graph import argument_name, aten, fake_mode, is_call, mutates, root, value
+from accelpass.ir.graph import argument_name, aten, fake_mode, is_call, mutates, placeholders, root, value
 from accelpass.ir.program import Program
-from accelpass.ir.tensors import FromInputs
 
 BLOCK = "step_block"
 """Key of ``meta``: the number of the block that a node is the end of; -1 for all nodes in front of the blocks."""
@@ -74,10 +73,7 @@ class StepBlock:
 
 def user_input(program: Program, *names: str) -> fx.Node | None:
     """The tensor that the model's caller passes under one of these names, in the order of preference."""
-    tensors = program.tensors
-    if not isinstance(tensors, FromInputs):
-        return None
-    by_name = {argument_name(n): n for n in tensors.inputs_nodes if n not in tensors.paths}
+    by_name = {argument_name(n): n for n in program.tensors.callers()}
     return next((by_name[name] for name in names if name in by_name), None)
 
 
@@ -238,17 +234,16 @@ def _numbers(program: Program, first: fx.Node, ends: list[fx.Node]) -> dict[fx.N
 
 def recall(program: Program, name: str, like: fx.Node) -> fx.Node:
     """An input that holds what an earlier step remembered under ``name``, of the shape of ``like``."""
-    assert isinstance(program.tensors, FromInputs)
     return program.tensors.recall(name, value(like))
 
 
 def recall_new(program: Program, name: str, shape: Sequence[Any], dtype: torch.dtype) -> fx.Node:
     """An input that whoever runs the graph has a tensor for at each call."""
-    mode, tensors = fake_mode(program.gm), program.tensors
-    assert mode is not None and isinstance(tensors, FromInputs)
-    devices = (held.device for n in tensors.inputs_nodes if isinstance(held := value(n), Tensor))
+    mode = fake_mode(program.gm)
+    assert mode is not None
+    devices = (held.device for n in placeholders(program.gm) if isinstance(held := value(n), Tensor))
     with mode:
-        return tensors.recall(name, torch.empty(tuple(shape), dtype=dtype, device=next(devices)))
+        return program.tensors.recall(name, torch.empty(tuple(shape), dtype=dtype, device=next(devices)))
 
 
 def remember(program: Program, name: str, node: fx.Node) -> None:

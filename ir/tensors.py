@@ -22,7 +22,14 @@ from accelpass.ir.graph import append_placeholder, placeholders, value, written_
 
 
 class TensorSource(ABC):
-    """The model tensors behind a graph's nodes."""
+    """The model tensors behind a graph's nodes.
+
+    Attributes:
+        recalled: inputs that were made by :meth:`recall`, and their names.
+    """
+
+    gm: fx.GraphModule
+    recalled: dict[fx.Node, str]
 
     @abstractmethod
     def path(self, node: fx.Node) -> str | None:
@@ -39,6 +46,23 @@ class TensorSource(ABC):
     @abstractmethod
     def sources(self, node: fx.Node) -> list[fx.Node]:
         """The model-state nodes that ``node`` is, or is derived from; empty if it is neither, or if the graph writes to it."""
+
+    @abstractmethod
+    def state(self, anchor: fx.Node, spec: StateSpec) -> fx.Node:
+        """Declare state that lives with the graph input ``anchor``; write to the returned node with an in-place ATen op."""
+
+    @abstractmethod
+    def callers(self) -> list[fx.Node]:
+        """The inputs that a caller passes, in order."""
+
+    def recall(self, name: str, fake: Tensor) -> fx.Node:
+        """An input that is neither the caller's nor the model's: whoever runs the graph finds it under ``name``."""
+        for node, known in self.recalled.items():
+            if known == name:
+                return node
+        node = append_placeholder(self.gm, re.sub(r"\W", "_", name), fake)
+        self.recalled[node] = name
+        return node
 
     def is_state(self, node: fx.Node) -> bool:
         """True for state that a pass declared; its values change from call to call."""
@@ -67,7 +91,7 @@ class FromInputs(TensorSource):
         self.paths = paths
         self._position = {n: i for i, n in enumerate(placeholders(gm))}
         self._derived: dict[fx.Node, tuple[_Group, int]] = {}
-        self.recalled: dict[fx.Node, str] = {}
+        self.recalled = {}
 
     def path(self, node: fx.Node) -> str | None:
         found = self.paths.get(node)
@@ -119,15 +143,6 @@ class FromInputs(TensorSource):
         (node,) = self.derive([anchor], spec.recipe(), [spec.name.replace(".", "_")])
         return node
 
-    def recall(self, name: str, fake: Tensor) -> fx.Node:
-        """An input that is neither the caller's nor the model's: whoever runs the graph finds it under ``name``."""
-        for node, known in self.recalled.items():
-            if known == name:
-                return node
-        node = append_placeholder(self.gm, re.sub(r"\W", "_", name), fake)
-        self.recalled[node] = name
-        return node
-
     def origin(self, node: fx.Node) -> tuple[str, Any]:
         """Where an input's value comes from: ``("argument", position)``, ``("recalled", name)`` or ``("derived", (what, which))``."""
         if node in self._derived:
@@ -170,6 +185,9 @@ class FromInputs(TensorSource):
     def inputs_nodes(self) -> list[fx.Node]:
         """The graph's original inputs, in order."""
         return list(self._position)
+
+    def callers(self) -> list[fx.Node]:
+        return [n for n in self._position if n not in self.paths]
 
     def position(self, node: fx.Node) -> int:
         """Where an original input stands among a call's arguments."""
@@ -255,18 +273,25 @@ class FromModule(TensorSource):
         self.gm = gm
         self._written = written_inputs(gm.graph)
         self._derived: dict[fx.Node, list[fx.Node]] = {}
+        self.recalled = {}
+        self.states: dict[fx.Node, tuple[fx.Node, StateSpec]] = {}
+        """Declared state: its node, the input that it lives with, and what was declared."""
 
     def path(self, node: fx.Node) -> str | None:
         if node in self._derived:
             return "+".join(str(n.target) for n in self._derived[node])
+        if node in self.states:
+            return None
         return str(node.target) if isinstance(self._attribute(node), Tensor) else None
 
     def value(self, node: fx.Node) -> Tensor | None:
-        return None if node in self._derived else self._attribute(node)
+        return None if node in self._derived or node in self.states else self._attribute(node)
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
         if node in self._derived:
             return self._derived[node]
+        if node in self.states:
+            return []
         return [node] if self._attribute(node) is not None and node not in self._written else []
 
     def derive(self, nodes: Sequence[fx.Node], recipe: Recipe, names: Sequence[str]) -> list[fx.Node]:
@@ -287,6 +312,27 @@ class FromModule(TensorSource):
             self._derived[node] = [s for n in nodes for s in self.sources(n)]
             made.append(node)
         return made
+
+    def state(self, anchor: fx.Node, spec: StateSpec) -> fx.Node:
+        """A buffer as it starts, for as many sequences as the anchor was traced with."""
+        for node, known in self.states.items():
+            if known == (anchor, spec):
+                return node
+        fake = value(anchor)
+        (start,) = spec.recipe().fn(torch.empty(fake.shape, dtype=fake.dtype, device=fake.device))
+        name = re.sub(r"\W", "_", f"{anchor.name}.{spec.name}")
+        self.gm.register_buffer(name, start)
+        with self.gm.graph.inserting_after(placeholders(self.gm)[-1]):
+            node = self.gm.graph.get_attr(name)
+        node.meta["val"] = fake.fake_mode.from_tensor(start, static_shapes=True)
+        self.states[node] = (anchor, spec)
+        return node
+
+    def is_state(self, node: fx.Node) -> bool:
+        return node in self.states
+
+    def callers(self) -> list[fx.Node]:
+        return [n for n in placeholders(self.gm) if n not in self.recalled]
 
     def _attribute(self, node: fx.Node) -> Tensor | None:
         if node.op != "get_attr":

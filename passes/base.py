@@ -55,7 +55,13 @@ class Record:
     took: dict[str, Done] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     difference: float | None = None
-    """Largest relative change of an output, measured in debug mode."""
+    """Largest relative change of an output, measured in debug mode; None where it was not."""
+    leave: frozenset[str] = frozenset()
+    """Sites that the user wants left alone (``options={"skip_sites": ...}``); ask :meth:`wants`."""
+
+    def wants(self, site: str) -> Verdict:
+        """Whether the pass may take a site; every pass asks this before it rewrites one."""
+        return Skip("named in skip_sites") if site in self.leave else Take()
 
     def skip(self, site: str, why: str) -> None:
         self.skipped[self._unique(site, self.skipped)] = why
@@ -135,13 +141,13 @@ class SitePatterns(Pass):
     exclude: tuple[str, ...] = ()
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def wanted(self, path: str) -> Verdict:
-        """Whether the patterns admit a site."""
+    def wanted(self, path: str, record: Record | None = None) -> Verdict:
+        """Whether the patterns admit a site, and the user's ``skip_sites`` if there is a ``record``."""
         if not _matches(path, self.include):
             return Skip(f"not named in include={list(self.include)}")
         if _matches(path, self.exclude):
             return Skip(f"named in exclude={list(self.exclude)}")
-        return Take()
+        return Take() if record is None else record.wants(path)
 
     def at(self, paths: Sequence[str]) -> Self:
         """The pass with the settings that ``sites`` gives for any of ``paths`` (one weight may have several).
@@ -199,7 +205,13 @@ Attend = Callable[[AttentionSpec, Tensor, Tensor, Tensor], Tensor | None]
 
 
 class Study(Protocol):
-    """The model's loss on calibration data, with each attention computed as a pass says."""
+    """The model's loss on calibration data, with each attention computed as a pass says.
+
+    Attributes:
+        counted: how many of the last tokens of the batch that runs count in the loss.
+    """
+
+    counted: int
 
     def gradients(self, attend: Attend, what: str) -> None:
         """Run the loss of each batch and its gradient; what ``attend`` returns must be differentiable. Where it leaves all to

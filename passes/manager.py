@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import networkx as nx
 import torch
@@ -46,12 +47,24 @@ class Observer:
     after: Callable[[Program, Record], None]
 
 
-def run(program: Program, passes: Sequence[Pass], observers: Sequence[Observer] = ()) -> list[Record]:
-    """Apply ``passes`` in order. The graph is valid after each, or an error names the pass and the rule."""
+def run(
+    program: Program,
+    passes: Sequence[Pass],
+    observers: Sequence[Observer] = (),
+    skip_sites: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> list[Record]:
+    """Apply ``passes`` in order. The graph is valid after each, or an error names the pass and the rule.
+
+    Args:
+        skip_sites: by name of a pass, sites that it leaves alone.
+
+    Raises:
+        PassError: a pass failed, or rewrote a site of ``skip_sites``.
+    """
     records = []
     before = signature(program)
     for p in ordered(passes):
-        record = Record(p.name)
+        record = Record(p.name, leave=frozenset(skip_sites.get(p.name, ())))
         try:
             # Fake values are computed for new nodes: never under autograd, which would trace gradients of them.
             with torch.no_grad():
@@ -62,6 +75,11 @@ def run(program: Program, passes: Sequence[Pass], observers: Sequence[Observer] 
             # Dynamo re-raises some types as they are and turns others into a silent graph break.
             told = f"the pass {p.name!r} failed: {type(cause).__name__}: {cause}"
             raise PassError(". ".join(filter(None, (told, origin(type(p)))))) from cause
+        if taken := record.leave.intersection(record.took):
+            raise PassError(
+                f"the pass {p.name!r} cannot leave single sites alone: it took {sorted(taken)[0]}, which skip_sites names. "
+                "Leave the pass out, or let it ask Record.wants(site) before it rewrites one"
+            )
         if record.took:
             program.graph.eliminate_dead_code()
             program.gm.recompile()

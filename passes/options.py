@@ -35,6 +35,7 @@ class Options:
         inductor: Inductor settings for this compilation.
         regions: on CPU, compile equal blocks of a model once and call that code for each; False compiles the whole
             graph as one, which fuses across blocks and takes longer the deeper the model is.
+        skip_sites: by name of a pass, sites that it leaves alone, as the report names them.
     """
 
     passes: tuple[Pass, ...] = ()
@@ -45,6 +46,7 @@ class Options:
     mode: str | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
     regions: bool = True
+    skip_sites: dict[str, tuple[str, ...]] = field(default_factory=dict)
     asked: frozenset[str] = frozenset()
     """Names of passes that the user typed, as opposed to those that are on by default."""
 
@@ -72,6 +74,8 @@ def parse(options: dict[str, Any] | None, mode: str | None = None) -> Options:
         raise OptionError(f"lowering={given['lowering']!r} is not known; use {', '.join(map(repr, LOWERINGS))}")
     if not isinstance(given.get("inductor", {}), dict):
         raise OptionError("option 'inductor' takes a dict of torch._inductor.config settings")
+    if "skip_sites" in given:
+        given["skip_sites"] = _skip_sites(given["skip_sites"])
     preset = given.pop("preset", None)
     if preset is not None and preset not in PRESETS:
         raise OptionError(f"unknown preset {preset!r}{nearest(str(preset), PRESETS)}; known: {', '.join(PRESETS)}")
@@ -101,3 +105,15 @@ def parse(options: dict[str, Any] | None, mode: str | None = None) -> Options:
             if preset and made.name not in DEFAULTS:
                 asked.add(made.name)
     return Options(passes=tuple(chosen), plan=plan, mode=mode, asked=frozenset(asked), **given)
+
+
+def _skip_sites(given: Any) -> dict[str, tuple[str, ...]]:
+    shape = "it takes a dict of lists of sites by name of a pass, {'int4_weights': ['model.layers.0.mlp.down_proj']}"
+    if not isinstance(given, dict):
+        raise OptionError(f"option 'skip_sites' is {given!r}; {shape}")
+    for name, sites in given.items():
+        if isinstance(sites, str) or not hasattr(sites, "__iter__") or not all(isinstance(s, str) for s in sites):
+            raise OptionError(f"skip_sites[{name!r}] is {sites!r}; {shape}")
+        if name not in registered():
+            raise OptionError(f"skip_sites: unknown pass {name!r}{nearest(str(name), registered())}; {shape}")
+    return {name: tuple(sites) for name, sites in given.items()}

@@ -13,6 +13,12 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_finish():
+    """What was imported lives to the end; collections between tests need not look at those half million objects."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     torch._dynamo.reset()

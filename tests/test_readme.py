@@ -33,6 +33,7 @@ def test_python_of_the_diffusion_page_runs(tmp_path):
     assert (tmp_path / "steps.json").exists()
 
 
+@pytest.mark.slow
 def test_diffusion_commands_run(tmp_path):
     commands = re.findall(r"^accelpass (?:search-steps|sample) .*$", README, re.M)
     assert len(commands) == 2

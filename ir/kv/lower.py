@@ -21,7 +21,6 @@ from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.kv.storage import Layout, New, Positions, Query, RowSelect, Storage
 from accelpass.ir.program import Program
 from accelpass.ir.splice import splice, trace
-from accelpass.ir.tensors import FromInputs
 
 _NAMES, _FUNCTIONS = "kv_given", "kv_functions"
 
@@ -138,7 +137,6 @@ class _Lowering:
         layout = Layout(k.shape[1], spec.groups, k.shape[3], v.shape[3], k.dtype, site.capacity)
         leader = self.leaders.setdefault(store, site.count)
         tensors = self.program.tensors
-        assert isinstance(tensors, FromInputs)
         format = row_format(spec.format)
         own = [(site.count, state) for state in store.states(layout, format)]
         common = [(leader, state) for state in store.shared(layout)]

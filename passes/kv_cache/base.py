@@ -43,7 +43,7 @@ class KVPass(SitePatterns):
         if not sites:
             record.skip("model", NO_CACHE)
         for site in sites:
-            wanted = self.wanted(site.path)
+            wanted = self.wanted(site.path, record)
             if isinstance(wanted, Skip):
                 record.skip(site.path, wanted.why)
                 continue

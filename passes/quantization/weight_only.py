@@ -62,7 +62,7 @@ class WeightOnly(SitePatterns):
         for weight, group in sites.items():
             group.sort(key=lambda s: order[s.node])
             here = self.at([s.path for s in group])
-            verdict = here._judge(program, weight, group)
+            verdict = here._judge(program, weight, group, record)
             done = here._rewrite(program, weight, group) if isinstance(verdict, Take) else None
             for number, site in enumerate(group):
                 if isinstance(verdict, Skip):
@@ -72,9 +72,9 @@ class WeightOnly(SitePatterns):
                 else:
                     record.take(site.path, Done(f"shares the packed weight of {group[0].path}"))
 
-    def _judge(self, program: Program, weight: fx.Node, group: list[Any]) -> Verdict:
+    def _judge(self, program: Program, weight: fx.Node, group: list[Any], record: Record) -> Verdict:
         for site in group:
-            wanted = self.wanted(site.path)
+            wanted = self.wanted(site.path, record)
             if isinstance(wanted, Skip):
                 return wanted if len(group) == 1 else Skip(f"{site.path} shares this weight and is {wanted.why}")
         if not any(isinstance(s, Linear | ExpertStack) for s in group):

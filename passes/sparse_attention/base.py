@@ -47,7 +47,7 @@ class SparseAttention(SitePatterns):
         if not found:
             record.skip("model", "no attention was recognised")
         for attention in found:
-            wanted = self.wanted(attention.path)
+            wanted = self.wanted(attention.path, record)
             why = wanted.why if isinstance(wanted, Skip) else cannot_select(attention)
             if why is not None:
                 record.skip(attention.path, why)

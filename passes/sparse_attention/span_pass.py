@@ -55,7 +55,7 @@ class SpanPass(SitePatterns):
             if site.attention is None:
                 record.skip(site.path, site.why)
         for attention in program.analysis(detect):
-            wanted = self.wanted(attention.path)
+            wanted = self.wanted(attention.path, record)
             made = (
                 wanted.why if isinstance(wanted, Skip) else self._edit(program, attention, cached.get(attention.node))
             )

@@ -160,7 +160,7 @@ class StepPass(SitePatterns):
             )
         # From the last to the first: what a site reads is then still the node that the analyses know.
         for site in reversed(sites):
-            wanted = self.wanted(site.path)
+            wanted = self.wanted(site.path, record)
             why = wanted.why if isinstance(wanted, Skip) else self.why_not(program, site)
             if why is not None:
                 record.skip(site.path, why)

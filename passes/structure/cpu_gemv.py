@@ -11,7 +11,7 @@ from accelpass.ir.analyses.linear import linears, rows
 from accelpass.ir.gemv_probe import blas_and_stream_seconds
 from accelpass.ir.graph import aten, call, is_call, shape, stored, value
 from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Pass, Record
+from accelpass.passes.base import Done, Pass, Record, Skip
 
 SLACK = 1.15
 """The BLAS must be slower than a streaming row sum by this factor before it is replaced."""
@@ -36,7 +36,9 @@ class CpuGemv(Pass):
             if not is_call(site.node, aten.linear) or site.transposed or site.node.args[1] is not site.weight:
                 continue
             x, dtype = value(site.x), value(site.x).dtype
-            if x.device.type != "cpu":
+            if isinstance(wanted := record.wants(site.path), Skip):
+                record.skip(site.path, wanted.why)
+            elif x.device.type != "cpu":
                 record.skip(site.path, f"the input is on {x.device.type}")
             elif rows(site.x) != 1:
                 record.skip(site.path, f"{rows(site.x) or 'a symbolic number of'} rows; a GEMV has one")

@@ -13,7 +13,7 @@ from accelpass.ir.derived import Recipe
 from accelpass.ir.graph import aten, call, is_call, module_path, shape, value
 from accelpass.ir.program import Program
 from accelpass.ir.weight_only_ops import int4_linear, int8_linear
-from accelpass.passes.base import Done, Pass, Record
+from accelpass.passes.base import Done, Pass, Record, Skip
 
 _PACKED = {int8_linear._opoverload: (1, 2), int4_linear._opoverload: (1, 2, 3)}
 """Op -> positions of the operands whose rows are output channels."""
@@ -55,7 +55,9 @@ class HorizontalFusion(Pass):
         for (target, *_), nodes in groups.items():
             if len(nodes) < 2:
                 continue
-            if len({n.args[1] for n in nodes}) < len(nodes):
+            if isinstance(wanted := record.wants(self._site(program, nodes)), Skip):
+                record.skip(self._site(program, nodes), wanted.why)
+            elif len({n.args[1] for n in nodes}) < len(nodes):
                 record.skip(self._site(program, nodes), "two of the linears share one weight")
             elif target is aten.linear.default and not self.copy_weights:
                 size = sum(value(n.args[1]).numel() * value(n.args[1]).element_size() for n in nodes)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from accelpass.ir.attention import Attention, SdpaCall, detect
 from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Pass, Record
+from accelpass.passes.base import Done, Pass, Record, Skip
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class SdpaRewrite(Pass):
 
     def apply(self, program: Program, record: Record) -> None:
         for attention in program.analysis(detect):
-            sdpa = self.suitable(attention)
+            wanted = record.wants(attention.path)
+            sdpa = wanted.why if isinstance(wanted, Skip) else self.suitable(attention)
             if isinstance(sdpa, str):
                 record.skip(attention.path, sdpa)
             else:

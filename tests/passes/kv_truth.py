@@ -179,9 +179,9 @@ class MiKV(H2O):
 class Tidal(Oracle):
     """The card's ``td_attend``; ``chosen`` is handed from layer to layer within a step."""
 
-    def __init__(self, budget: int, first: int, reselect: int):
+    def __init__(self, budget: int, first: int, reselect: int, by: str = "layer"):
         super().__init__()
-        self.budget, self.first, self.reselect = budget, first, reselect
+        self.budget, self.first, self.reselect, self.by = budget, first, reselect, by
 
     def attend(self, layer, q, k, v, scale, mask, index):
         batch, heads, rows, width = q.shape
@@ -192,7 +192,8 @@ class Tidal(Oracle):
         allowed = torch.ones(batch, 1, 1, n, dtype=torch.bool) if mask is None else mask
         if index in (self.first, self.reselect):
             s = torch.einsum("bhgd,bhjd->bhgj", q.view(batch, kv_heads, groups, width), k) * scale
-            r = s.masked_fill(~allowed[:, :, :1], float("-inf")).sum(2)
+            r = s.masked_fill(~allowed[:, :, :1], float("-inf"))
+            r = r.softmax(-1).sum((1, 2))[:, None].repeat(1, kv_heads, 1) if self.by == "layer" else r.sum(2)
             r[..., n - 1] = float("inf")
             self.chosen = r.topk(min(self.budget, n), -1).indices
             return mixed(probabilities(q, k, scale, allowed), v)

@@ -56,6 +56,10 @@ METHODS: dict[str, tuple[list[Any], Any]] = {
         [{"name": "tidaldecode", "budget": 6, "first": 0, "reselect": 5}],
         lambda: kv_truth.Tidal(6, 0, 5),
     ),
+    "tidaldecode, by heads": (
+        [{"name": "tidaldecode", "budget": 6, "first": 0, "reselect": 5, "by": "kv_head"}],
+        lambda: kv_truth.Tidal(6, 0, 5, "kv_head"),
+    ),
 }
 DENSE: list[list[Any]] = [
     [],

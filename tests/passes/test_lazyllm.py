@@ -73,7 +73,7 @@ def errors(fast: Any, model: Any, keep: dict[int, float], lengths: list[int], se
     return found
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     seed=st.integers(0, 99),
     kv_heads=st.sampled_from([1, 2, 4]),
@@ -90,7 +90,7 @@ def test_equals_the_oracle(seed, kv_heads, prompt, after, keep):
 @pytest.mark.parametrize(
     ("layers", "keep", "after", "graphs"),
     [
-        (3, {0: 0.6}, [1, 1], 3),  # a prompt of the first length, of any; single tokens
+        (2, {0: 0.6}, [1, 1], 3),  # a prompt of the first length, of any; single tokens
         pytest.param(5, {0: 0.6, 1: 0.7, 3: 0.5}, [1, 1, 1, 5, 1], 4, marks=pytest.mark.slow),  # and a further turn
     ],
     ids=["tokens", "turns"],
@@ -98,7 +98,7 @@ def test_equals_the_oracle(seed, kv_heads, prompt, after, keep):
 def test_compiled_by_inductor_for_prompts_of_any_length(layers, keep, after, graphs):
     model = llama(layers=layers)
     fast = compiled(model, keep, lowering="inductor")
-    for prompt in (9, 24, 17):
+    for prompt in (9, 24):
         assert max(errors(fast, model, keep, [prompt, *after])) < 1e-4
     assert len(graphs_of(model)) == graphs
 

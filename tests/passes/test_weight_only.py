@@ -256,7 +256,7 @@ def test_debug_mode_measures_each_pass(tmp_path, monkeypatch):
     made = records(model)
     assert 0 < made["int8_weights"].difference < 0.05
     assert made["horizontal_fusion"].difference < 1e-5
-    assert len(list(tmp_path.glob("*int8_weights*.py"))) == 2
+    assert len(list(tmp_path.rglob("*int8_weights*.py"))) == 2
 
 
 @pytest.mark.parametrize("passes", [["int8_weights"], ["int4_weights"], ["cpu_gemv"]])

@@ -22,6 +22,8 @@ def test_the_report_draws_what_went_on():
     assert len(one.strip(10)) == 10 and len(one.strip(400)) == 40
     assert report.flops is not None and report.flops[1] < report.flops[0]
     assert report.to_dict()["survivors"][0]["tokens"] == 40
+    accelpass.reset(fast)
+    assert accelpass.surviving_tokens(fast) == []
 
 
 def test_the_page_draws_it_too(tmp_path):

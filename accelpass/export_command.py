@@ -1,0 +1,137 @@
+"""What ``accelpass export`` does: an example call is made from the model's tokenizer, the rest is ``export_onnx``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from accelpass import cli_output as output
+from accelpass.cli_options import Dtype, DtypeOption, JsonOption, ModelArgument, PassesOption
+from accelpass.terminal import UsageMistake, guarded, step
+
+if TYPE_CHECKING:
+    from accelpass.backends.onnx.report import ExportReport
+
+EXAMPLE = "The quick brown fox jumps over the lazy dog."
+
+
+@guarded
+def export(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file, NAME.onnx.")],
+    passes: PassesOption = None,
+    cache: Annotated[
+        int | None,
+        typer.Option(
+            "--cache",
+            min=2,
+            help="Tokens of a key/value cache: writes NAME.prompt.onnx, NAME.decode.onnx and NAME.json.",
+        ),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="A plan from calibration.")] = None,
+    opset: Annotated[int, typer.Option("--opset", help="18 to 23; packed weights need 21.")] = 23,
+    contrib: Annotated[
+        bool, typer.Option("--contrib", help="ONNX Runtime's own operators (MatMulNBits); no other runtime reads them.")
+    ] = False,
+    activations: Annotated[
+        str, typer.Option("--activations", help="'int8' lets ONNX Runtime round them: faster, other numbers.")
+    ] = "float32",
+    external_data: Annotated[
+        bool, typer.Option("--external-data", help="Weights in NAME.onnx.data; by itself for more than 2 GB.")
+    ] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with torch.")] = True,
+    dtype: DtypeOption = Dtype.float32,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the model with the passes applied as ONNX, checked against torch."""
+    from accelpass.arguments import passes_from
+    from accelpass.backends.onnx.errors import PACKAGES, require_packages
+
+    require_packages(*(PACKAGES if verify else PACKAGES[:2]))
+    from accelpass.backends.onnx.export import export as write
+    from accelpass.backends.onnx.export import wanted
+    from accelpass.backends.onnx.files import writable
+
+    want = wanted(passes_from(passes or []) or (), plan, opset, contrib, activations)
+    writable(out)
+    with step(f"Loading {model}") as update:
+        loaded, tokenizer = _loaded(model, dtype)
+        kwargs, shapes = example(loaded, tokenizer, cache)
+        report = write(loaded, (), out, want, kwargs, shapes, external_data or None, verify, None, update)
+    if as_json:
+        output.as_json({"model": model, **report.to_dict()})
+    else:
+        told(report)
+
+
+def example(model: Any, tokenizer: Any, cache: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of an example call, and which of their dimensions are free.
+
+    Raises:
+        UsageMistake: a cache for a model that generates nothing.
+    """
+    takes = inspect.signature(model.forward).parameters
+    given = dict(tokenizer(EXAMPLE, return_tensors="pt"))
+    if cache is not None:
+        if not getattr(model, "can_generate", lambda: False)():
+            raise UsageMistake("--cache: this model generates no text; leave --cache out")
+        import accelpass
+
+        ids = given["input_ids"][:, : cache - 1]
+        kwargs = {"input_ids": ids, "past_key_values": accelpass.KVCache(model, capacity=cache)}
+        last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        return {**kwargs, **last}, {"input_ids": {1: "tokens"}}
+    names = ("input_ids", "attention_mask", "token_type_ids") if "token_type_ids" in given else ("input_ids",)
+    if not getattr(model, "can_generate", lambda: False)():
+        names = ("input_ids", "attention_mask", "token_type_ids")  # a batch of sentences is padded
+    tensors = {name: given[name].repeat(2, 1) for name in names if name in given and name in takes}
+    plain = {"use_cache": False} if "use_cache" in takes else {}
+    return {**tensors, **plain}, {name: {0: "batch", 1: "tokens"} for name in tensors}
+
+
+def told(report: ExportReport) -> None:
+    """Print what was written and what each pass did, as a table."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from accelpass.text import ratio, size
+
+    console = Console(highlight=False)
+    table = Table("", "sites taken", "left alone", box=None, padding=(0, 3, 0, 0))
+    for file, records in report.records.items():
+        for record in records:
+            title = f"{record.name} ({file})" if len(report.records) > 1 else record.name
+            table.add_row(title, str(len(record.took)), str(len(record.skipped)))
+    if table.rows:
+        console.print(table)
+        console.print()
+    paths = [f.path for f in report.files] + [p for p in (report.data, report.manifest) if p is not None]
+    for path in paths:
+        console.print(Text(f"{path}  {size(path.stat().st_size)}"), soft_wrap=True)
+    before, after = report.weights_before, report.weights_after
+    console.print(f"weights: {size(before)} -> {size(after)}{ratio(before, after)}; opset {report.opset}")
+    if report.difference is not None:
+        console.print(f"ONNX Runtime and torch differ by {report.difference:.1e} of the largest value")
+    for note in report.notes:
+        console.print(Text(note), soft_wrap=True)
+
+
+def _loaded(name: str, dtype: Dtype) -> tuple[Any, Any]:
+    import torch
+
+    from accelpass.models_zoo import ZOO, resolve
+
+    if name in ZOO and ZOO[name].task == "image":
+        raise UsageMistake(f"{name} makes images; export its transformer with accelpass.export_onnx(model, args, path)")
+    return resolve(name, getattr(torch, dtype.value))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    command: Callable[..., None] = export
+    app.command("export")(command)

@@ -1,0 +1,302 @@
+"""The way of a model into a file: capture, passes, lowering, translation, checks, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_symbols
+
+from accelpass.backends.onnx import files, runtime, stepped
+from accelpass.backends.onnx.cached import cache_of, decoding, manifest, started
+from accelpass.backends.onnx.capture import Captured, bound, captured
+from accelpass.backends.onnx.errors import ExportError
+from accelpass.backends.onnx.functional import Functional, fixed, functional
+from accelpass.backends.onnx.refusals import refuse_left_out, refuse_unexportable
+from accelpass.backends.onnx.report import ExportReport, Written
+from accelpass.backends.onnx.stepped import step_graphs, step_pass, with_state
+from accelpass.backends.onnx.translate import Form, check_opset, constant_bytes, summary, translated
+from accelpass.backends.onnx.translations import own_operators
+from accelpass.ir import attention
+from accelpass.ir.analyses.cost import weight_bytes
+from accelpass.ir.attention.lower import Lowerings
+from accelpass.ir.attention.op import spec_of
+from accelpass.ir.attention.spec import All
+from accelpass.ir.graph import value
+from accelpass.ir.kv import lower as kv
+from accelpass.ir.program import Program
+from accelpass.passes.base import Pass, Record
+from accelpass.passes.manager import Observer, run
+from accelpass.passes.options import Options, parse
+from accelpass.passes.plan import write_json
+from accelpass.passes.step_cache.base import StepPass
+
+Update = Callable[[str], None]
+ACTIVATIONS = ("float32", "int8")
+STEPS = 4
+"""Decoding steps by which the files of a decoder are compared with torch."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the caller asked for, checked."""
+
+    chosen: Options
+    passes: tuple[Pass, ...]
+    form: Form
+
+    @property
+    def who(self) -> str:
+        """The passes, for messages."""
+        return "the pass " + " and ".join(repr(p.name) for p in self.passes) if self.passes else "the model"
+
+
+@dataclass
+class Graph:
+    """One file to be: its graph, what the passes did, and its ONNX model."""
+
+    made: Functional
+    records: list[Record]
+    model: ir.Model
+    weights_before: int
+    notes: list[str]
+
+
+def wanted(passes: Sequence[Any], plan: Any, opset: int, contrib: bool, activations: str = "float32") -> Wanted:
+    """Check what can be checked without the model.
+
+    Raises:
+        OptionError: a pass or option that does not exist.
+        ExportError: an opset, or a pass, that cannot be written.
+    """
+    check_opset(opset)
+    if activations not in ACTIVATIONS:
+        raise ExportError(f"activations={activations!r} is not known; use {' or '.join(map(repr, ACTIVATIONS))}")
+    chosen = parse({"passes": list(passes), "plan": plan})
+    # Passes that torch.compile has by default choose kernels of its own compilers.
+    picked = tuple(p for p in chosen.passes if p.name in chosen.asked)
+    refuse_unexportable(picked)
+    return Wanted(chosen, picked, Form(opset, contrib, activations == "int8"))
+
+
+def export(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    path: Any,
+    want: Wanted,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    external_data: bool | None = None,
+    verify: bool = True,
+    decode: Mapping[str, Any] | None = None,
+    update: Update = lambda news: None,
+    step_count: int | None = None,
+) -> ExportReport:
+    """See :func:`accelpass.export_onnx`."""
+    target = files.writable(path)
+    given = bound(model, args, kwargs)
+    cache = cache_of(given)
+    refuse_left_out(want.passes, cache)
+    graphs: dict[str, Graph] = {}
+    by, steps = step_pass(want.passes), None
+    if by is not None:
+        if cache is not None:
+            raise ExportError(f"{by.name} works across denoising steps, and a key/value cache is no part of those")
+        want, by = with_plan(want, by)
+        steps = step_graphs(
+            by,
+            target.stem,
+            captured(model, given, dynamic_shapes),
+            step_count,
+            lambda found: _finished(found, want, update, " the graph", lambda: with_state(found, by)),
+            update,
+        )
+        graphs |= steps.graphs
+    elif cache is None:
+        graphs[target.name] = _graph(model, given, dynamic_shapes, want, update)
+    else:
+        place, held = cache
+        step = decoding(given, place, decode)
+        names = {kind: f"{target.stem}.{kind}.onnx" for kind in ("prompt", "decode")}
+        graphs[names["prompt"]] = _graph(model, given, dynamic_shapes, want, update, held, fresh=True)
+        graphs[names["decode"]] = _graph(model, step, None, want, update, held, fresh=False)
+    report = ExportReport([], want.form.opset, want.form.contrib)
+    with files.staged(target) as folder:
+        update("Writing")
+        models = {name: graph.model for name, graph in graphs.items()}
+        data = f"{target.name}.data"
+        sizes = [constant_bytes(m) for m in models.values()]
+        has_data = files.write(models, folder, data, external_data)
+        for name, graph in graphs.items():
+            update(f"Checking {name}")
+            runtime.check(folder / name)
+            report.files.append(_written(target.absolute().parent / name, folder / name, graph))
+            report.records[name] = graph.records
+            report.notes += [note for note in graph.notes if note not in report.notes]
+        if cache is not None:
+            write_json(folder / f"{target.stem}.json", manifest(graphs, names, data if has_data else None, cache[1]))
+            report.manifest = target.absolute().parent / f"{target.stem}.json"
+        if steps is not None:
+            steps.write(folder / f"{target.stem}.json", data if has_data else None)
+            report.manifest = target.absolute().parent / f"{target.stem}.json"
+            report.notes.append(
+                f"{len(graphs)} files for {len(steps.calls)} steps; which uses which: {target.stem}.json"
+            )
+        if verify:
+            update("Comparing ONNX Runtime with torch")
+            checked = partial(compared, folder, graphs) if steps is None else partial(stepped.compared, folder, steps)
+            is_rounded = want.form.contrib and want.form.rounded
+            report.difference = checked(math.inf if is_rounded else runtime.TOLERANCE)
+            if want.form.rounded:
+                far = checked(math.inf, optimised=True)
+                report.notes.append(
+                    f"ONNX Runtime at its default settings rounds activations, and differs by {far:.1e}"
+                )
+        report.bytes = sum(f.stat().st_size for f in folder.iterdir())
+    report.data = target.absolute().parent / data if has_data else None
+    first = next(iter(graphs.values()))
+    report.weights_before, report.weights_after = first.weights_before, sizes[0]
+    return report
+
+
+def _graph(
+    model: torch.nn.Module,
+    given: Mapping[str, Any],
+    dynamic_shapes: Any,
+    want: Wanted,
+    update: Update,
+    cache: Any = None,
+    fresh: bool = True,
+) -> Graph:
+    """Capture, rewrite and translate one graph."""
+    kind = "" if cache is None else " the prompt's graph" if fresh else " the decoding step's graph"
+    update(f"Capturing{kind or ' the graph'}")
+    found = captured(model, given, dynamic_shapes, cache, fresh)
+    return _finished(found, want, update, kind or " the graph", starts=cache is not None and fresh)
+
+
+def _finished(
+    found: Captured,
+    want: Wanted,
+    update: Update,
+    kind: str,
+    edit: Callable[[], None] = lambda: None,
+    starts: bool = False,
+) -> Graph:
+    """Rewrite and translate one graph; ``edit`` changes it after the passes, ``starts``: its state starts empty."""
+    before, theirs = weight_bytes(found.program), own_operators(found.program.graph)
+    update(f"Rewriting{kind}")
+    records, after, masked = rewritten(found, want)
+    edit()
+    made = functional(found)
+    if starts:
+        made = started(made)
+    update(f"Translating{kind}")
+    translation, notes = translated(made, found.wishes, want.form, after, want.who, theirs)
+    notes += [note for note in (found.note, *masked) if note]
+    return Graph(made, records, translation, before, notes)
+
+
+def with_plan(want: Wanted, by: StepPass) -> tuple[Wanted, StepPass]:
+    """What was asked for, with the tensors of the plan in the pass that chooses by step."""
+    plan = want.chosen.plan
+    bound_ = by.bound({} if plan is None else plan.tensors, torch.device("cpu"))
+    return replace(want, passes=tuple(bound_ if p is by else p for p in want.passes)), bound_
+
+
+def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[str]]:
+    """Apply the passes and lower what they made.
+
+    Returns:
+        What the passes did, bytes of the constants that are left, and notes for the report.
+
+    Raises:
+        PlanError: the plan is for another model.
+        ExportError: a pass fixes a dimension that was to be dynamic.
+    """
+    program, plan = found.program, want.chosen.plan
+    if plan is not None:
+        plan.check(program)
+        program.artefacts = plan.tensors
+    _refuse_fixed(found, "the model")
+
+    def after(program: Program, record: Record) -> None:
+        _refuse_fixed(found, f"the pass {record.name!r}")
+
+    records = run(program, want.passes, [Observer(after)])
+    with torch.no_grad():
+        kv.lower(program)
+        notes = _masked(program)
+        # Kernels of torch's are no operators of ONNX: every edited attention is composed of plain ones.
+        attention.lower(program, Lowerings())
+    program.graph.eliminate_dead_code()
+    program.changed()
+    _refuse_fixed(found, want.who)
+    return records, weight_bytes(program), notes
+
+
+def _masked(program: Program) -> list[str]:
+    """What passes leave out of attentions, and a file computes all the same."""
+    sites: dict[str, int] = {}
+    for node in program.graph.nodes:
+        if attention.is_attention(node) and not isinstance((spec := spec_of(node)).select, All):
+            who = next(name for name, part in spec.edits if part == "select")
+            sites[who] = sites.get(who, 0) + 1
+    return [
+        f"{who}: {count} attentions are computed in full and masked, as no operator of ONNX leaves blocks of keys out: the "
+        "results are the pass's, the time is the dense model's or more"
+        for who, count in sites.items()
+    ]
+
+
+def _refuse_fixed(found: Captured, who: str) -> None:
+    """Whether a guard has given a dynamic dimension one size."""
+    for name, wishes in found.wishes.items():
+        for dim in wishes:
+            size = value(found.placeholder(name)).shape[dim]
+            if isinstance(size, torch.SymInt):
+                now = size.node.shape_env.simplify(size.node.expr)
+                if free_symbols(now):
+                    continue
+                raise fixed(name, dim, now, who)
+            raise fixed(name, dim, size, who)
+
+
+def compared(folder: Path, graphs: Mapping[str, Graph], tolerance: float, optimised: bool = False) -> float:
+    """Run the files on the example inputs, and of a decoder several steps after the prompt; see :func:`runtime.difference`.
+
+    Each side goes on from its own state, whose rows may lie in another order where scores are equal. What was stored wrongly
+    shows in the model's outputs.
+    """
+    *before, last = graphs
+    worst, states = 0.0, (dict[str, Tensor](), dict[str, Tensor]())
+    for name in [*before, *[last] * (STEPS if before else 1)]:
+        made, loaded = graphs[name].made, runtime.session(folder / name, optimised)
+        inputs = [{**made.inputs, **{k: v for k, v in state.items() if k in made.inputs}} for state in states]
+        with torch.no_grad():
+            expected = made.gm(*(t.clone() for t in inputs[0].values()))
+        got = runtime.run(loaded, inputs[1])
+        results = [name for name in made.outputs if not name.startswith("present.")]
+        worst = max(worst, runtime.difference(results, got, expected, tolerance))
+        states = (_carried(made, expected), _carried(made, got))
+    return worst
+
+
+def _carried(made: Functional, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The state that a call leaves to the next."""
+    named = zip(made.outputs, outputs, strict=True)
+    return {"past." + name.removeprefix("present."): t.clone() for name, t in named if name.startswith("present.")}
+
+
+def _written(target: Path, file: Path, graph: Graph) -> Written:
+    model = graph.model
+    inputs = tuple(str(v.name) for v in model.graph.inputs)
+    outputs = tuple(str(v.name) for v in model.graph.outputs)
+    return Written(target, file.stat().st_size, inputs, outputs, dict(summary(model)))

@@ -1,0 +1,159 @@
+"""The rewritten graph as a function: state that it writes to becomes inputs and outputs, and nothing else is mutated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_leaves
+
+from accelpass.backends.onnx.capture import Captured
+from accelpass.backends.onnx.errors import ExportError
+from accelpass.ir.derived import StateSpec
+from accelpass.ir.graph import aten, known, placeholders, value
+from accelpass.ir.tensors import FromModule
+
+
+@dataclass(frozen=True)
+class State:
+    """A tensor that goes in as ``past.name`` and comes out as ``present.name``.
+
+    Attributes:
+        start: what goes in first.
+    """
+
+    name: str
+    start: Tensor
+    fill: float
+
+    @property
+    def past(self) -> str:
+        return f"past.{self.name}"
+
+    @property
+    def present(self) -> str:
+        return f"present.{self.name}"
+
+
+@dataclass
+class Functional:
+    """What is handed to torch's exporter.
+
+    Attributes:
+        gm: takes the tensors of ``inputs``, in order; returns those that ``outputs`` names.
+        kept: by state name, the state's position among the inputs.
+    """
+
+    gm: fx.GraphModule
+    inputs: dict[str, Tensor]
+    outputs: list[str]
+    states: list[State]
+
+    def exported(self) -> torch.export.ExportedProgram:
+        """The same, traced anew: functional, with the dimensions dynamic that are."""
+        shapes = tuple(_dynamic(value(n)) for n in placeholders(self.gm))
+        with torch.no_grad():
+            return torch.export.export(self.gm, tuple(self.inputs.values()), dynamic_shapes=shapes, strict=False)
+
+
+def functional(captured: Captured) -> Functional:
+    """Flatten the graph's signature and turn written state into inputs and outputs. The program is used up."""
+    program, tensors = captured.program, captured.program.tensors
+    assert isinstance(tensors, FromModule)
+    gm, graph = program.gm, program.graph
+    _clean(graph)
+    (output,) = graph.find_nodes(op="output")
+    results: list[Any] = list(tree_leaves(output.args[0]))
+    inputs = dict(captured.inputs)
+    states: list[State] = []
+    held: list[fx.Node] = []
+    for index, node in enumerate(captured.counters):
+        states.append(State(f"{index}.count", torch.zeros_like(captured.counts[index]), 0.0))
+        held.append(node)
+    last = placeholders(gm)[-1]
+    for node, (anchor, spec) in tensors.states.items():
+        layer = captured.counters.index(anchor)
+        with graph.inserting_after(last):
+            made = graph.placeholder(node.name)
+        made.meta["val"] = value(node)
+        node.replace_all_uses_with(made)
+        start = getattr(gm, str(node.target)).clone()
+        states.append(State(_state_name(layer, spec), start, spec.fill))
+        held.append(made)
+        graph.erase_node(node)
+        last = made
+    first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    for node, state in zip(held, states, strict=True):
+        inputs[state.past] = state.start.clone()
+        with graph.inserting_before(first):
+            copied = graph.call_function(aten.clone.default, (node,))
+        copied.meta["val"] = value(node)
+        node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+        results.append(copied)
+    output.args = (tuple(results),)
+    graph.set_codegen(CodeGen())
+    graph.lint()
+    # A module of its own: without the checks of the exported program's signature, and without tensors that the graph reads no
+    # more (the floats behind packed weights).
+    plain = fx.GraphModule(gm, graph)
+    return Functional(plain, inputs, [*captured.outputs, *(s.present for s in states)], states)
+
+
+def _state_name(layer: int, spec: StateSpec) -> str:
+    return f"{layer}.{spec.name.removeprefix('kv.')}"
+
+
+def _clean(graph: fx.Graph) -> None:
+    """Remove what only speaks to torch: assertions about metadata, and views that ask Inductor to store a tensor."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is aten.as_strided.default and _is_fence(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _is_fence(node: fx.Node) -> bool:
+    given, made = value(node.args[0]), value(node)
+    if len(given.shape) != len(made.shape) or not all(
+        known(a == b) for a, b in zip(given.shape, made.shape, strict=True)
+    ):
+        return False
+    same = all(known(a == b) for a, b in zip(given.stride(), made.stride(), strict=True))
+    return same and known(given.storage_offset() == made.storage_offset())
+
+
+def _dynamic(fake: Any) -> dict[int, Any] | None:
+    if not isinstance(fake, Tensor):
+        return None
+    return {
+        dim: Dim.AUTO for dim, size in enumerate(fake.shape) if isinstance(size, torch.SymInt) and free_symbols(size)
+    } or None
+
+
+def refuse_fixed(made: torch.export.ExportedProgram, names: list[str], wishes: Mapping[str, Any], who: str) -> None:
+    """Raise :class:`ExportError` if a dimension that was to be dynamic has one size in the exported graph."""
+    for name, node in zip(
+        names, (n for n in made.graph.nodes if n.name in made.graph_signature.user_inputs), strict=True
+    ):
+        for dim in wishes.get(name, {}):
+            size = node.meta["val"].shape[dim]
+            if isinstance(size, int):
+                raise fixed(name, dim, size, who)
+
+
+def fixed(name: str, dim: int, size: Any, who: str) -> ExportError:
+    """The error for a dynamic dimension that ``who`` fixes."""
+    return ExportError(
+        f"{who} fixes dimension {dim} of {name} at {size}, and dynamic_shapes asks for it to be dynamic. Leave that "
+        f"dimension out of dynamic_shapes, or leave the pass out."
+    )
