@@ -45,6 +45,7 @@ def measure(only: str | None = None) -> dict[str, Any]:
     from accelpass.compare import first_layers
     from accelpass.models_zoo import load
     from accelpass.passes.registry import registered
+    from accelpass.passes.step_cache.base import StepPass
 
     model, _ = load("smollm2-135m")
     first_layers(model, LAYERS)
@@ -53,7 +54,8 @@ def measure(only: str | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         dense = _export(model, ids, Path(folder) / "dense", [], {})
         base = Files(Path(dense["path"]), ids)
-        names = [only] if only else [*FORMS, *(n for n in registered() if n not in FORMS)]
+        every = (n for n, p in registered().items() if not issubclass(p, StepPass))  # those: benchmarks.onnx_steps
+        names = [only] if only else [*FORMS, *(n for n in every if n not in FORMS)]
         for name in names:
             passes, options = FORMS.get(name, ([name], {}))
             row: dict[str, Any] = {"pass": name, "passes": passes, **options}
@@ -73,9 +75,8 @@ def measure(only: str | None = None) -> dict[str, Any]:
             )
             rows[-1].pop("path")
             print(json.dumps(rows[-1]), flush=True)
-    machine = {"cpu": _cpu(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
     setting = {"layers": LAYERS, "prompt": PROMPT, "capacity": CAPACITY, "steps": STEPS}
-    return {"machine": machine, **setting, "dense_bytes": dense["bytes"], "rows": rows}
+    return {"machine": machine(), **setting, "dense_bytes": dense["bytes"], "rows": rows}
 
 
 def _export(model: Any, ids: torch.Tensor, stem: Path, passes: list[Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +210,11 @@ def write_table(found: dict[str, Any], page: Path = PAGE) -> None:
     start, end = "<!-- table of benchmarks.onnx_export -->\n", "<!-- end of table -->"
     before, rest = text.split(start)
     page.write_text(before + start + table(found) + "\n" + end + rest.split(end)[1])
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {"cpu": _cpu(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
 
 
 def _cpu() -> str:
