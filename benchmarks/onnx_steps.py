@@ -33,12 +33,13 @@ def candidates(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     paths = [f"transformer_blocks.{i}.attn1" for i in range(LAYERS)]
     times = [float(t) for t in range((STEPS - 1) * 1000 // STEPS, -1, -1000 // STEPS)]
     shared = {"name": "ditfastattn", "methods": dict.fromkeys(paths, "FA" * (STEPS // 2)), "timesteps": times}
+    chosen = {"name": "tokencache", "paths": [path.rpartition(".")[0] for path in paths], "timesteps": times}
     importance = torch.rand(LAYERS, STEPS, TOKENS, generator=torch.Generator().manual_seed(0))
     return {
         "dense": {"passes": []},
         "delta_cache": {"passes": [{"name": "delta_cache", "start": 2, "interval": 2}], "steps": STEPS},
         "ditfastattn": {"passes": [shared]},
-        "tokencache": {"plan": Plan.of(model, ["tokencache"], {"tokencache.importance": importance})},
+        "tokencache": {"plan": Plan.of(model, [chosen], {"tokencache.importance": importance})},
     }
 
 
