@@ -102,6 +102,7 @@ def test_packed_blocks_share_their_code():
     assert 0 < ours.report.parts_compiled <= 3 < ours.report.parts
 
 
+@pytest.mark.slow
 def test_two_instances_and_inference_mode():
     torch.manual_seed(0)
     first, second = Stack(6).eval(), Stack(6).eval()

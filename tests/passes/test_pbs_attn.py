@@ -391,7 +391,9 @@ def test_is_registered():
     assert registered()["pbs_attn"] is PBSAttn
 
 
-@pytest.mark.parametrize("tokens_", [33, 50, 64])
+@pytest.mark.parametrize(
+    "tokens_", [pytest.param(33, marks=pytest.mark.slow), 50, pytest.param(64, marks=pytest.mark.slow)]
+)
 def test_keys_after_the_last_whole_segment_keep_their_places_in_compiled_code(tokens_):
     """Inductor's own code for the sort once forgot them, or wrote past the end."""
     select, spec = PermutedBlocks(8, 16, 0.6), AttentionSpec(groups=2, scale=0.3, causal=True)

@@ -45,7 +45,8 @@ def decoded(model: torch.nn.Module, *passes: dict[str, object], plan: Plan | Non
     return math.exp(sum(losses) / len(losses))
 
 
-@pytest.mark.parametrize("by", ["layer", pytest.param("kv_head", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["layer", "kv_head"])
 def test_the_layer_is_the_one_that_decodes_best(by, tmp_path):
     model = llama(layers=LAYERS)
     plan = accelpass.calibrate(model, [batch()], [{**TIDAL, "by": by}], progress=False)

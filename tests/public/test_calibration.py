@@ -34,6 +34,7 @@ def off(model, **options) -> float:
     return float((fed(fast, KVCache(model, 64, 2), pieces) - dense).abs().max())
 
 
+@pytest.mark.slow
 def test_calibrated_factors_are_nearer(tmp_path):
     model = llama(head_dim=32)
     plan = accelpass.calibrate(model, batches(), [CSKV], progress=False)
