@@ -10,6 +10,7 @@ import typer
 from accelpass import cli_output as output
 from accelpass.cli_loading import load, makes_text, options_of
 from accelpass.cli_options import (
+    QUESTION,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accelpass.bisection import Bisection
-
-QUESTION = "What is the capital of France?"
 
 
 def run(

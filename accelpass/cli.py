@@ -16,9 +16,9 @@ from rich.text import Text
 
 from accelpass import bisect_command, export_command
 from accelpass import cli_output as output
-from accelpass.bisect_command import QUESTION
 from accelpass.cli_loading import load, makes_text, options_of
 from accelpass.cli_options import (
+    QUESTION,
     AskOption,
     DeviceOption,
     Dtype,

@@ -23,6 +23,14 @@ def options_of(passes: list[str] | None, lowering: Lowering) -> dict[str, Any]:
 
 
 def load(name: str, device: str, dtype: Dtype, generates: bool = False) -> tuple[Any, Any]:
+    """The model and its tokenizer (None if it has none).
+
+    Args:
+        generates: whether the command needs a model that makes text.
+
+    Raises:
+        UsageMistake: there is no such device, or the model is not one that the command takes.
+    """
     import torch
 
     from accelpass.models_zoo import ZOO, resolve
@@ -38,5 +46,6 @@ def load(name: str, device: str, dtype: Dtype, generates: bool = False) -> tuple
 
 
 def makes_text(model: Any) -> bool:
+    """Whether transformers can generate with it."""
     can: Callable[[], bool] = getattr(model, "can_generate", lambda: False)
     return can()

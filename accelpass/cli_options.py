@@ -40,6 +40,8 @@ HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write the repor
 LoweringOption = Annotated[Lowering, typer.Option("--lowering", help="'eager' runs the rewritten graph uncompiled.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Float type to load the model in.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="'cpu', 'cuda', ...")]
+QUESTION = "What is the capital of France?"
+"""What is asked where no prompt is given."""
 PromptOption = Annotated[str, typer.Option("--prompt", help="What to ask.")]
 StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
 GuidanceOption = Annotated[float, typer.Option("--guidance", min=1, help="Guidance scale; 1 for none.")]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from accelpass import text
+from accelpass.backends import templates
 from accelpass.cache_report import layers_alike
 from accelpass.grouping import alike, collapse
 from accelpass.picture import draw, kind_of, sayings
@@ -52,15 +53,7 @@ class Card:
 
 def environment() -> Environment:
     """The templates, with sizes said as in the terminal."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    env = Environment(
-        loader=PackageLoader("accelpass"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    env = templates.environment()
     env.filters["size"] = text.size
     env.filters["flops"] = text.flops
     env.filters["counts"] = text.counts

@@ -126,7 +126,7 @@ def compiled(
     assert isinstance(tensors, FromInputs)
     with torch.no_grad():
         report.before = measure(program)
-        report.note = "; ".join(filter(None, (report.note, *report.before.failed)))
+        report.add_note(*report.before.failed)
     mine = [(path, example_inputs[tensors.position(n)]) for n, (path, _) in tensors.paths.items()]
     if any(isinstance(p, StepPass) for p in chosen.passes) and step_blocks(program):
         stepped = step_graph(gm, program, example_inputs, chosen, report)

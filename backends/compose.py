@@ -225,24 +225,16 @@ def _called(node: fx.Node, where: Mapping[fx.Node, int]) -> str:
     return f"{where[node]}/{node.name}" if called is None else called
 
 
-def _outputs(program: Program) -> tuple[list[Any], list[fx.Node]]:
-    """What the model returns, and what is remembered."""
-    (output,) = program.graph.find_nodes(op="output")
-    everything: Any = output.args[0]
-    count = len(everything) - len(program.remembered)
-    return list(everything[: count - program.pins]), list(everything[count:])
-
-
 def _results(program: Program, where: Mapping[fx.Node, int]) -> tuple[Ref, ...]:
     assert isinstance(program.tensors, FromInputs)
-    own, _ = _outputs(program)
+    own, _, _ = program.results()
     return tuple(_ref(program.tensors, r, where) if isinstance(r, fx.Node) else ("literal", r) for r in own)
 
 
 def _keeps(program: Program, owner: dict[str, int]) -> dict[int, list[tuple[str, fx.Node]]]:
     """What each block remembers."""
     keeps: dict[int, list[tuple[str, fx.Node]]] = {}
-    for name, node in zip(program.remembered, _outputs(program)[1], strict=True):
+    for name, node in zip(program.remembered, program.results()[2], strict=True):
         keeps.setdefault(owner[name.rpartition(":")[0]], []).append((name, node))
     return keeps
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,6 +32,7 @@ from accelpass.ir.program import Program
 from accelpass.ir.tensors import FromInputs
 from accelpass.passes.base import Record
 from accelpass.passes.manager import Observer
+from accelpass.passes.plan import write_text
 from accelpass.passes.registry import registered
 
 EXACT_TOLERANCE = 1e-3
@@ -102,10 +102,7 @@ class Debugging:
         Raises:
             PassError: the pass is declared exact and changed the outputs, or left a graph that does not run.
         """
-        outputs = self._outputs(program, record.name)
-        if self.last is not None and outputs is not None:
-            record.difference = largest_difference(self.last, outputs)
-        self._add(program, record, outputs)
+        self._follow(program, record)
         p = registered().get(record.name)
         if p is not None and p.exact and record.difference is not None and not record.difference <= EXACT_TOLERANCE:
             raise PassError(
@@ -115,11 +112,7 @@ class Debugging:
 
     def lowered(self, program: Program) -> None:
         """The same for the graph that the compiler is given."""
-        record = Record("lowering")
-        outputs = self._outputs(program, record.name)
-        if self.last is not None and outputs is not None:
-            record.difference = largest_difference(self.last, outputs)
-        self._add(program, record, outputs)
+        self._follow(program, Record("lowering"))
 
     @property
     def _name(self) -> str:
@@ -131,7 +124,10 @@ class Debugging:
             f"# {line}" for line in (f"{self._name}, {what}", f"inputs: {self.said}", self.variant) if line
         )
 
-    def _add(self, program: Program, record: Record, outputs: list[Tensor] | None) -> None:
+    def _follow(self, program: Program, record: Record) -> None:
+        outputs = self._outputs(program, record.name)
+        if self.last is not None and outputs is not None:
+            record.difference = largest_difference(self.last, outputs)
         total = None if self.first is None or outputs is None else largest_difference(self.first, outputs)
         row = _Row(record.name, len(record.took), dict(record.skipped), shown(record.difference), shown(total))
         code = listing(program)
@@ -200,7 +196,9 @@ class Debugging:
         root = self.folder.parent.parent
         runs = [{"name": run.name, "graphs": _graphs(run)} for run in sorted(root.glob("run-*"), reverse=True)]
         try:
-            _replace(self.index, graph_diff.index_page(runs))
+            write_text(
+                self.index, graph_diff.index_page(runs)
+            )  # other processes write it too, and a browser may read it
         except OSError as cause:
             raise _unwritable(root, cause) from cause
 
@@ -217,10 +215,8 @@ def _run(program: Program, tensors: FromInputs, example_inputs: Sequence[Any]) -
     devices = {a.device for a in args if isinstance(a, Tensor) and a.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(list(devices)):
         torch.manual_seed(0)  # graphs that draw numbers (dropout) must draw the same ones
-        (output,) = program.graph.find_nodes(op="output")
-        everything = program.gm(*args)
-    own = len(tree_leaves(output.args[0])) - program.pins - len(program.remembered)
-    return [t for t in tree_leaves(everything)[:own] if isinstance(t, Tensor)]
+        everything = tree_leaves(program.gm(*args))
+    return [t for t in everything[: len(program.results()[0])] if isinstance(t, Tensor)]
 
 
 def _copied(given: Any) -> Any:
@@ -263,13 +259,6 @@ def _graphs(run: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue  # another process is writing it, and will write the index after that
     return found
-
-
-def _replace(target: Path, text: str) -> None:
-    """Write atomically: another process may be writing the index too, and a browser may be reading it."""
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, suffix=".tmp", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, target)
 
 
 def _unwritable(where: Path, cause: OSError) -> PassError:

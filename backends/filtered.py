@@ -160,9 +160,9 @@ def filtered(
 
 def _specialise(tensors: FromInputs, found: Prompt) -> None:
     """Let every size but the number of tokens be the number that it is, which guards see to."""
-    for node in tensors.inputs_nodes:
+    for node in tensors.callers():
         given = value(node)
-        if node in tensors.paths or not node.users:
+        if not node.users:
             continue
         for size in given.shape if isinstance(given, Tensor) else (given,):
             if isinstance(size, torch.SymInt) and not known(size == found.tokens):

@@ -50,11 +50,8 @@ def listing(program: Program) -> str:
 
 def inputs_said(program: Program) -> str:
     """The caller's own inputs, which tell one graph of a model from another: ``ids i64[1, 4]``."""
-    tensors = program.tensors
-    own = placeholders(program.gm)
-    if isinstance(tensors, FromInputs):
-        own = [n for n in tensors.inputs_nodes if n not in tensors.paths]
-    return ", ".join(f"{argument_name(n)} {said(value(n))}" for n in own) or "no inputs of the caller"
+    own = (f"{argument_name(n)} {said(value(n))}" for n in program.tensors.callers())
+    return ", ".join(own) or "no inputs of the caller"
 
 
 def said(held: Any) -> str:

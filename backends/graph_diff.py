@@ -10,6 +10,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from accelpass.backends.templates import environment
+
 _CONTEXT = 4
 """Unchanged lines that are shown around a change."""
 _ALIGNED = 40_000
@@ -67,16 +69,7 @@ def index_page(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    env = Environment(
-        loader=PackageLoader("accelpass"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return env.get_template(template).render(**values)
+    return environment().get_template(template).render(**values)
 
 
 def _path(lines: Sequence[str], group: Sequence[tuple[str, int, int, int, int]]) -> str:

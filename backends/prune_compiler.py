@@ -72,7 +72,7 @@ def pruned_model(
         else:
             graph = builder.graph(program, inputs, None)
     except CannotCut as cause:
-        report.note = "; ".join(filter(None, (report.note, f"{pruning.name}: {cause}")))
+        report.add_note(f"{pruning.name}: {cause}")
         return None
     tensors = program.tensors
     assert isinstance(tensors, FromInputs)
@@ -121,11 +121,8 @@ class _Builder:
         program, gm, tensors = made.program, made.program.gm, made.program.tensors
         assert isinstance(tensors, FromInputs)
         counts = [tensors.position(u.count) for u in made.uses]
-        (output,) = gm.graph.find_nodes(op="output")
-        results: Any = output.args[0]
-        own = len(results) - program.pins - len(program.remembered)
-        pins = list(results[own : own + program.pins])
-        importance = dict(zip(program.remembered, results[own + program.pins :], strict=True))
+        own, pins, remembered = program.results()
+        importance = dict(zip(program.remembered, remembered, strict=True))
         segments = _segments(gm.graph, pins[: found.pins])
         symbol = found.tokens.node.expr if isinstance(found.tokens, torch.SymInt) else None
         bound = [n for n in placeholders(gm) if n not in tensors.recalled]
@@ -150,7 +147,7 @@ class _Builder:
 
         mode = fake_mode(gm)
         assert mode is not None
-        wanted = frozenset(n.name for n in results if isinstance(n, fx.Node))
+        wanted = frozenset(n.name for n in (*own, *pins, *remembered) if isinstance(n, fx.Node))
         stages, layers = [], 0
         for number, nodes in enumerate(segments):
             last = number == len(segments) - 1
@@ -173,7 +170,7 @@ class _Builder:
         tokens = int(sizes[-1]) if sizes else (found.tokens if isinstance(found.tokens, int) else 0)
         return PrunedGraph(
             stages,
-            tuple(ref(n) for n in results[:own]),
+            tuple(ref(n) for n in own),
             tuple(ref(n) for n in pins),
             made.binder,
             symbol,

@@ -127,7 +127,7 @@ def rewritten(
     uses = lowered(program, chosen)
     if debugging is not None:
         debugging.lowered(program)
-        report.note = "; ".join(filter(None, (report.note, debugging.note)))
+        report.add_note(debugging.note)
     binder = tensors.binder(release=chosen.free_weights)
     program.gm.recompile()
     refuse_released(tensors, binder, inputs)

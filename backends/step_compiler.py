@@ -80,7 +80,7 @@ def step_graph(
             debugging = debug_of(made, None, chosen, _variant(made))
             done = run(made, chosen.passes, [] if debugging is None else [debugging.observer], chosen.skip_sites)
             if debugging is not None and debugging.note not in report.note:
-                report.note = "; ".join(filter(None, (report.note, debugging.note)))
+                report.add_note(debugging.note)
             if all(action == FULL for of_pass in made.actions.values() for action in of_pass.values()):
                 report.after = costs(made)  # of the model in full; its FLOPs are replaced by the mean over the steps
             return done

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import tempfile
 import time
@@ -23,6 +22,8 @@ from statistics import median
 from typing import Any
 
 import torch
+
+from benchmarks.machine import cpu, put_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "onnx_export.json", ROOT / "docs" / "onnx.md"
@@ -206,21 +207,12 @@ def table(found: dict[str, Any]) -> str:
 
 def write_table(found: dict[str, Any], page: Path = PAGE) -> None:
     """Put the table between the page's markers."""
-    text = page.read_text()
-    start, end = "<!-- table of benchmarks.onnx_export -->\n", "<!-- end of table -->"
-    before, rest = text.split(start)
-    page.write_text(before + start + table(found) + "\n" + end + rest.split(end)[1])
+    put_table(page, "<!-- table of benchmarks.onnx_export -->\n", table(found), "<!-- end of table -->")
 
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    return {"cpu": _cpu(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
-    return names[0] if names else platform.processor()
+    return {"cpu": cpu(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
 
 
 def main() -> None:

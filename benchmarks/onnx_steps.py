@@ -20,6 +20,7 @@ import torch
 import accelpass
 from accelpass.models_zoo import digits
 from accelpass.passes.plan import Plan
+from benchmarks.machine import put_table
 from benchmarks.onnx_export import PAGE, ROOT, machine
 from examples.onnx_denoise import Denoiser, sample
 
@@ -125,8 +126,7 @@ def table(found: dict[str, Any]) -> str:
 
 def write_table(found: dict[str, Any], page: Path = PAGE) -> None:
     """Put the table between the page's markers."""
-    before, rest = page.read_text().split(START)
-    page.write_text(before + START + table(found) + "\n" + END + rest.split(END)[1])
+    put_table(page, START, table(found), END)
 
 
 def main() -> None:

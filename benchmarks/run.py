@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +39,7 @@ from benchmarks import (
     sparse_prefill,
     sparse_quality,
 )
+from benchmarks.machine import cpu
 
 Content = dict[str, Any]
 NOTE = (
@@ -329,11 +328,7 @@ def _merged(before: list[dict[str, Any]], new: list[dict[str, Any]], order: Sequ
 
 
 def _device() -> str:
-    model = (
-        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    )
-    cpu = model.group(1) if model else platform.processor() or platform.machine()
-    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def _page(results: Path) -> str:

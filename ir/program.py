@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from accelpass.ir.tensors import TensorSource
 
@@ -37,6 +38,14 @@ class Program:
     remembered: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def results(self) -> tuple[list[Any], list[fx.Node], list[fx.Node]]:
+        """The graph's outputs: the model's own, those that :attr:`pins` counts, and those that :attr:`remembered` names."""
+        (output,) = self.graph.find_nodes(op="output")
+        everything: list[Any] = tree_leaves(output.args[0])
+        kept = len(everything) - len(self.remembered)
+        own = kept - self.pins
+        return everything[:own], everything[own:kept], everything[kept:]
 
     @property
     def graph(self) -> fx.Graph:

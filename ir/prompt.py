@@ -173,9 +173,9 @@ def _inputs(program: Program, found: Axes, token: Dim, batch: Any) -> list[Token
         raise NoPrompt("an exported graph is for one length of prompt")
     looked_up = {through(e.indices, *_LAYOUT) for e in program.analysis(embeddings)}
     made, ambiguous = [], []
-    for node in tensors.inputs_nodes:
+    for node in tensors.callers():
         given = value(node)
-        if node in tensors.paths or not node.users:
+        if not node.users:
             continue
         if isinstance(given, torch.SymInt) and known(given == token.size):
             made.append(TokenInput(tensors.position(node), "count"))
@@ -217,8 +217,7 @@ def _role(node: fx.Node, looked_up: set[Any]) -> str:
 
 def positions_of(program: Program) -> list[fx.Node]:
     """The inputs in which a caller passes positions."""
-    assert isinstance(program.tensors, FromInputs)
-    nodes = [n for n in program.tensors.inputs_nodes if n.users and n not in program.tensors.paths]
+    nodes = [n for n in program.tensors.callers() if n.users]
     return [n for n in nodes if isinstance(value(n), Tensor) and argument_name(n) in POSITIONS]
 
 

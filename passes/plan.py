@@ -134,7 +134,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write atomically; see :func:`write_text`."""
+    write_text(path, json.dumps(content, indent=1))  # the order of patterns has a meaning
+
+
+def write_text(path: Path, text: str) -> None:
     """Write atomically, so that a reader never sees half a file."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
-        json.dump(content, file, indent=1)  # the order of patterns has a meaning
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp", encoding="utf-8") as file:
+        file.write(text)
     os.replace(file.name, path)

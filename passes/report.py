@@ -80,6 +80,10 @@ class GraphReport:
         """Of :attr:`seconds`, those before and after the compiler's work."""
         return max(self.seconds - self.seconds_compiling, 0.0)
 
+    def add_note(self, *said: str) -> None:
+        """Append to :attr:`note`; empty ones count for nothing."""
+        self.note = "; ".join(filter(None, (self.note, *said)))
+
     @classmethod
     def start(cls) -> GraphReport:
         return cls(next(_NUMBERS))

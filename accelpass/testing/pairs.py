@@ -58,8 +58,8 @@ class Bench:
     """Compiles pairs on a few models, and remembers what each pass does alone.
 
     Each pass is at its identity setting, where it has one: the pair must then equal the dense model. Beside a pass that
-    has none (rounded weights) it must equal that pass alone, or be no further from the dense model; of two that have none, the difference from the dense model may be
-    as large as both of theirs together, and half as much again.
+    has none (rounded weights) it must equal that pass alone, or be no further from the dense model; of two that have none,
+    the difference from the dense model may be as large as both of theirs together, and half as much again.
     """
 
     def __init__(self, subjects: Sequence[Subject], lowering: str = "eager") -> None:

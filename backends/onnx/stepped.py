@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx.graph import CodeGen
-from torch.utils._pytree import tree_leaves
 
 from accelpass.backends.onnx import runtime
 from accelpass.backends.onnx.capture import Captured
@@ -157,9 +156,8 @@ def step_graphs(
             made.calls.append(files)
         if skipped <= refused:
             return made
-        refused |= (
-            skipped  # a site that cannot do all that is planned does nothing: half a plan would read what nobody kept
-        )
+        # A site that cannot do all that is planned does nothing: half a plan would read what nobody kept.
+        refused |= skipped
 
 
 def _sites(by: StepPass, program: Program) -> list[str]:
@@ -178,10 +176,9 @@ def with_state(captured: Captured, by: StepPass) -> None:
     program = captured.program
     graph = program.graph
     graph.set_codegen(CodeGen())  # the caller's structure of arguments knows nothing of what comes now
+    own, _, remembered = program.results()
     (output,) = graph.find_nodes(op="output")
-    results = list(tree_leaves(output.args[0]))
-    own = len(results) - program.pins - len(program.remembered)
-    output.args = (tuple(results[:own] + results[own + program.pins :]),)
+    output.args = ((*own, *remembered),)
     program.pins = 0
     graph.eliminate_dead_code()
     captured.outputs += [f"present.{name}" for name in program.remembered]

@@ -18,6 +18,8 @@ from accelpass.ir.graph import known
 
 MASKS = ("keep", "fill", "add")
 """Steps that hide keys."""
+_SAID = {"none": "none", "sliding_window": "a sliding window", "tensor": "one of its own, as for padding"}
+"""Kinds of a spec's mask, in words."""
 
 
 class Blocks(NamedTuple):
@@ -67,6 +69,17 @@ def causal_form(spec: AttentionSpec, rows: Any, columns: Any) -> AttentionSpec:
     if spec.causal or spec.bias != "causal" or not known(rows == columns):
         return spec
     return replace(spec, causal=True, steps=tuple(s for s in spec.steps if s.kind not in MASKS))
+
+
+def not_a_prompt(spec: AttentionSpec, q: Tensor, k: Tensor) -> str | None:
+    """Why an attention is not a plain causal one of a prompt over itself, or None; sizes may be symbolic."""
+    if q.dim() != 4 or k.dim() != 4:
+        return "queries and keys are not (batch, heads, tokens, d)"
+    plain = causal_form(spec, q.shape[2], k.shape[2])
+    if not plain.causal or not known(q.shape[2] == k.shape[2]):
+        return f"it is not a causal attention of a prompt over itself (its mask is {_SAID.get(spec.bias, spec.bias)})"
+    changes = [s.kind for s in (*plain.before, *plain.after) if s.kind != "cast"]
+    return f"its scores go through {changes[0]!r}" if changes else None
 
 
 def grid_of(blocks: Tensor, counts: Tensor, q_blocks: int, k_blocks: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from accelpass.ir.attention.block_select import BlockSelect
+from accelpass.ir.attention.block_select import BlockSelect, not_a_prompt
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.errors import PassError
 from accelpass.ir.kv.banks import RowFormat
@@ -18,7 +18,6 @@ from accelpass.ir.kv.storage import Held, Layout, New, Positions, Query, RowSele
 from accelpass.ir.program import Program
 from accelpass.passes.base import CalibratedOnLoss, Study
 from accelpass.passes.kv_cache.base import KVPass, refuse
-from accelpass.passes.sparse_attention.spans import not_a_prompt
 
 By = Literal["layer", "kv_head"]
 RESELECT = "tidaldecode/reselect"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from accelpass.ir.attention.block_select import not_a_prompt
 from accelpass.ir.attention.block_sparse import BLOCK_SPARSE, KERNELS
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.errors import OptionError, PassError, PlanError
@@ -18,7 +19,7 @@ from accelpass.passes.base import Attend, CalibratedOnLoss, Skip, Study
 from accelpass.passes.sparse_attention.moa_profile import Profile, dense
 from accelpass.passes.sparse_attention.moa_search import Problem, pareto, search_space
 from accelpass.passes.sparse_attention.span_pass import SpanPass
-from accelpass.passes.sparse_attention.spans import HeadSpans, Rule, density, not_a_prompt
+from accelpass.passes.sparse_attention.spans import HeadSpans, Rule, density
 
 Rules = dict[str, list[Rule]]
 """By site, a rule for each key/value head."""

@@ -10,14 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention.block_select import Blocks, BlockSelect, causal_form
+from accelpass.ir.attention.block_select import Blocks, BlockSelect
 from accelpass.ir.attention.spec import AttentionSpec
-from accelpass.ir.graph import known
 
 Rule = tuple[float, float]
 """(alpha, beta): of a prompt of N tokens a head sees its newest ``alpha + beta * N``."""
-
-_MASKS = {"none": "none", "sliding_window": "a sliding window", "tensor": "one of its own, as for padding"}
 
 EVERYTHING: Rule = (0.0, 1.0)
 
@@ -101,17 +98,6 @@ class HeadSpans(BlockSelect):
         own = min(self.size, tokens - at * self.size)
         before = (min(first, self.sinks // self.size) + at - first) * self.size
         return own * before + (own * (own + 1) // 2 if causal else own * own)
-
-
-def not_a_prompt(spec: AttentionSpec, q: Tensor, k: Tensor) -> str | None:
-    """Why an attention is not a plain causal one of a prompt over itself, or None; sizes may be symbolic."""
-    if q.dim() != 4 or k.dim() != 4:
-        return "queries and keys are not (batch, heads, tokens, d)"
-    plain = causal_form(spec, q.shape[2], k.shape[2])
-    if not plain.causal or not known(q.shape[2] == k.shape[2]):
-        return f"it is not a causal attention of a prompt over itself (its mask is {_MASKS.get(spec.bias, spec.bias)})"
-    changes = [s.kind for s in (*plain.before, *plain.after) if s.kind != "cast"]
-    return f"its scores go through {changes[0]!r}" if changes else None
 
 
 def shown(rules: Sequence[Rule]) -> str:

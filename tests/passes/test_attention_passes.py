@@ -148,6 +148,5 @@ def test_a_window_reads_the_keys_in_it_alone(lowering):
         got = fast(q, k, v)
     near = (torch.arange(50)[:, None] - torch.arange(50)).abs() <= 4
     assert relative_error(got, model(q, k, v, near)) < 1e-5
-    (graph,) = compiled_graphs()
-    report = graph.report
+    report = compiled_graphs()[-1].report  # Dynamo keeps graphs that other tests broke
     assert report.after.flops == 2 * 2 * 4 * int(near.sum()) * 16 == report.before.flops * int(near.sum()) // 2500

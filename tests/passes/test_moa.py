@@ -274,8 +274,8 @@ def test_a_padded_prompt_is_dense():
     padding[0, :5] = 0
     oracle = Late(RULES, 4, 4, 8, CAPACITY)
     assert far(model, oracle, tokens(2, 21, *[1] * 6), padding, plan=plan_of(model)) < 1e-5
-    (graph, *_) = accelpass.backends.compiled_graphs()
-    (record,) = (r for r in graph.report.records if r.name == "moa")
+    # The first of this test's: Dynamo keeps graphs that other tests broke, as long as the process lives.
+    record = next(r for g in accelpass.backends.compiled_graphs() for r in g.report.records if r.name == "moa")
     assert (
         "its prompt is dense: its mask may be more than causal (padding" in record.took["model.layers.0.self_attn"].what
     )
