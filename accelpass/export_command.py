@@ -1,4 +1,7 @@
-"""What ``accelpass export`` does: an example call is made from the model's tokenizer, the rest is ``export_onnx``."""
+"""What ``accelpass export`` does: an example call is made, the rest is ``export_onnx``.
+
+A language model is called with a sentence; of a pipeline that makes images, the call is the one that it makes itself.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from accelpass import cli_output as output
-from accelpass.cli_options import Dtype, DtypeOption, JsonOption, ModelArgument, PassesOption
+from accelpass.cli_options import (
+    AskOption,
+    Dtype,
+    DtypeOption,
+    GuidanceOption,
+    JsonOption,
+    ModelArgument,
+    PassesOption,
+)
 from accelpass.terminal import UsageMistake, guarded, step
 
 if TYPE_CHECKING:
     from accelpass.backends.onnx.report import ExportReport
+    from accelpass.sampling_command import Pipeline
 
 EXAMPLE = "The quick brown fox jumps over the lazy dog."
+STEPS = 50
 
 
 @guarded
@@ -44,10 +57,21 @@ def export(
         bool, typer.Option("--external-data", help="Weights in NAME.onnx.data; by itself for more than 2 GB.")
     ] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with torch.")] = True,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Denoising steps: those of the plan, or 50.")
+    ] = None,
+    ask: AskOption = None,
+    guidance: GuidanceOption = 2.0,
     dtype: DtypeOption = Dtype.float32,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the model with the passes applied as ONNX, checked against torch."""
+    """Write the model with the passes applied as ONNX, checked against torch.
+
+    Of what makes images (digits-dit, a diffusers pipeline's folder or id) it is the transformer; --steps, --ask and
+    --guidance say what a run is, as for accelpass sample.
+    """
+    import torch
+
     from accelpass.arguments import passes_from
     from accelpass.backends.onnx.errors import PACKAGES, require_packages
 
@@ -55,13 +79,25 @@ def export(
     from accelpass.backends.onnx.export import export as write
     from accelpass.backends.onnx.export import wanted
     from accelpass.backends.onnx.files import writable
+    from accelpass.models_zoo import resolve
 
     want = wanted(passes_from(passes or []) or (), plan, opset, contrib, activations)
     writable(out)
     with step(f"Loading {model}") as update:
-        loaded, tokenizer = _loaded(model, dtype)
-        kwargs, shapes = example(loaded, tokenizer, cache)
-        report = write(loaded, (), out, want, kwargs, shapes, external_data or None, verify, None, update)
+        if ask or makes_images(model):
+            from accelpass.sampling_command import load as pipeline
+
+            if cache is not None:
+                raise UsageMistake("--cache: this model makes images; leave --cache out")
+            made = pipeline(model, ask or [], steps or STEPS, guidance, "cpu")
+            made.pipe.to(dtype=getattr(torch, dtype.value))
+            update("The first step of a run")
+            loaded, args, kwargs, shapes = made.model, *first_call(made), None
+            steps = steps if steps or plan is not None else STEPS
+        else:
+            loaded, tokenizer = resolve(model, getattr(torch, dtype.value))
+            args, (kwargs, shapes) = (), example(loaded, tokenizer, cache)
+        report = write(loaded, args, out, want, kwargs, shapes, external_data or None, verify, None, update, steps)
     if as_json:
         output.as_json({"model": model, **report.to_dict()})
     else:
@@ -93,6 +129,35 @@ def example(model: Any, tokenizer: Any, cache: int | None) -> tuple[dict[str, An
     return {**tensors, **plain}, {name: {0: "batch", 1: "tokens"} for name in tensors}
 
 
+def makes_images(name: str) -> bool:
+    """Whether a name is that of a pipeline: of the zoo, or a folder that diffusers wrote."""
+    from accelpass.models_zoo import ZOO
+
+    return (name in ZOO and ZOO[name].task == "image") or (Path(name).expanduser() / "model_index.json").is_file()
+
+
+def first_call(made: Pipeline) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a pipeline gives its transformer at the first step of a run."""
+
+    class Seen(Exception):
+        pass
+
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.append((args, kwargs))
+        raise Seen
+
+    handle = made.model.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        made.sample(made.model, 0)
+    except Seen:
+        return given[0]
+    finally:
+        handle.remove()
+    raise UsageMistake("the pipeline made its images without calling its transformer; there is nothing to export")
+
+
 def told(report: ExportReport) -> None:
     """Print what was written and what each pass did, as a table."""
     from rich.console import Console
@@ -119,16 +184,6 @@ def told(report: ExportReport) -> None:
         console.print(f"ONNX Runtime and torch differ by {report.difference:.1e} of the largest value")
     for note in report.notes:
         console.print(Text(note), soft_wrap=True)
-
-
-def _loaded(name: str, dtype: Dtype) -> tuple[Any, Any]:
-    import torch
-
-    from accelpass.models_zoo import ZOO, resolve
-
-    if name in ZOO and ZOO[name].task == "image":
-        raise UsageMistake(f"{name} makes images; export its transformer with accelpass.export_onnx(model, args, path)")
-    return resolve(name, getattr(torch, dtype.value))
 
 
 def register(app: typer.Typer) -> None:

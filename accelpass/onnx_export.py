@@ -33,6 +33,7 @@ def export_onnx(
     verify: bool = True,
     decode: Mapping[str, Any] | None = None,
     steps: int | None = None,
+    skip_sites: Mapping[str, Sequence[str]] | None = None,
 ) -> ExportReport:
     """Write ``model`` with ``passes`` applied as an ONNX file. The model itself is not changed.
 
@@ -57,6 +58,7 @@ def export_onnx(
         verify: run the file in ONNX Runtime and compare it with torch.
         steps: how many model calls a sampling run has, for passes that work across denoising steps and whose plan does not say.
         decode: the arguments of a call for one more token, where they are not the prompt's cut to one token.
+        skip_sites: by name of a pass, sites that it leaves alone.
 
     Raises:
         ExportError: the model, a pass or a file is in the way; says what to do. Nothing is left behind.
@@ -66,5 +68,5 @@ def export_onnx(
     require_packages(*(("onnx", "onnxscript", "onnxruntime") if verify else ("onnx", "onnxscript")))
     from accelpass.backends.onnx.export import export, wanted
 
-    want = wanted(passes, plan, opset, contrib, activations)
+    want = wanted(passes, plan, opset, contrib, activations, skip_sites)
     return export(model, args, path, want, kwargs, dynamic_shapes, external_data, verify, decode, step_count=steps)

@@ -52,10 +52,11 @@ def flops(count: int) -> str:
 
 
 def ratio(before: int, after: int) -> str:
-    """`` (2.5x less)``, or nothing where nothing changed."""
-    if not before or not after or before == after:
+    """`` (2.5x less)``, or nothing where nothing changed to speak of."""
+    if not before or not after:
         return ""
-    return f" ({before / after:.2f}x less)" if before > after else f" ({after / before:.2f}x more)"
+    said = f"{max(before, after) / min(before, after):.2f}"
+    return "" if said == "1.00" else f" ({said}x {'less' if before > after else 'more'})"
 
 
 def counts(found: dict[str, int]) -> str:

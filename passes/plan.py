@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -140,6 +140,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write atomically, so that a reader never sees half a file."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
+    # Not by tempfile, whose files nobody else may read.
+    begun = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        begun.write_text(text, encoding="utf-8")
+        os.replace(begun, path)
+    finally:
+        begun.unlink(missing_ok=True)

@@ -69,7 +69,14 @@ class Graph:
     notes: list[str]
 
 
-def wanted(passes: Sequence[Any], plan: Any, opset: int, contrib: bool, activations: str = "float32") -> Wanted:
+def wanted(
+    passes: Sequence[Any],
+    plan: Any,
+    opset: int,
+    contrib: bool,
+    activations: str = "float32",
+    skip_sites: Mapping[str, Sequence[str]] | None = None,
+) -> Wanted:
     """Check what can be checked without the model.
 
     Raises:
@@ -79,7 +86,7 @@ def wanted(passes: Sequence[Any], plan: Any, opset: int, contrib: bool, activati
     check_opset(opset)
     if activations not in ACTIVATIONS:
         raise ExportError(f"activations={activations!r} is not known; use {' or '.join(map(repr, ACTIVATIONS))}")
-    chosen = parse({"passes": list(passes), "plan": plan})
+    chosen = parse({"passes": list(passes), "plan": plan, "skip_sites": dict(skip_sites or {})})
     # Passes that torch.compile has by default choose kernels of its own compilers.
     picked = tuple(p for p in chosen.passes if p.name in chosen.asked)
     refuse_unexportable(picked)
@@ -230,7 +237,7 @@ def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[st
     def after(program: Program, record: Record) -> None:
         _refuse_fixed(found, f"the pass {record.name!r}")
 
-    records = run(program, want.passes, [Observer(after)])
+    records = run(program, want.passes, [Observer(after)], want.chosen.skip_sites)
     with torch.no_grad():
         kv.lower(program)
         notes = _masked(program)

@@ -43,6 +43,19 @@ def test_a_decoder_as_json(cli: Callable[..., Result], folder: Path, tmp_path: P
     assert list(h2o[0]["took"]) == ["model.layers.0.self_attn"]
 
 
+def test_a_pipelines_transformer(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """Called as the pipeline calls it: two images and their halves without a class."""
+    wanted = ("--passes", "delta_cache:start=2,interval=2", "--steps", 6, "--ask", 3, "--ask", 7)
+    done = cli("digits-dit", *wanted, "-o", tmp_path / "d.onnx", "--json")
+    assert done.exit_code == 0, done.output
+    about = json.loads(done.stdout)
+    assert [Path(f["path"]).name for f in about["files"]] == ["d.0.onnx", "d.1.onnx", "d.2.onnx"]
+    manifest = json.loads((tmp_path / "d.json").read_text())
+    assert len(manifest["steps"]) == 6 and about["difference"] < 1e-4
+    latents = next(i for i in manifest["files"]["d.0.onnx"] if i["name"] == "hidden_states")
+    assert latents["shape"] == [4, 1, 32, 32]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -52,7 +65,8 @@ def test_a_decoder_as_json(cli: Callable[..., Result], folder: Path, tmp_path: P
         (["smollm2-135m", "-o", "m.onnx", "--passes", "int9_weights"], "did you mean 'int8_weights'"),
         (["smollm2-135m", "-o", "m.onnx", "--opset", "9"], "opset=9 is not supported; use 18 to 23"),
         (["smollm2-135m", "-o", "m.onnx", "--passes", "lazyllm"], "Export without lazyllm"),
-        (["digits-dit", "-o", "m.onnx"], "export its transformer with accelpass.export_onnx"),
+        (["digits-dit", "-o", "m.onnx", "--cache", "64"], "this model makes images; leave --cache out"),
+        (["digits-dit", "-o", "m.onnx", "--ask", "eleven"], "digits-dit draws the digits 0 to 9"),
     ],
 )
 def test_mistakes(

@@ -58,6 +58,13 @@ def test_a_tied_model(tmp_path: Path, passes: list, contrib: bool, types: set, o
     assert far(ran(report.path, {"ids": ids})[0], want) < 1e-4
 
 
+def test_sites_that_are_left_alone(tmp_path: Path) -> None:
+    site = "layers.0.gate_proj"
+    report = export(tmp_path / "m.onnx", INT8, skip_sites={"int8_weights": [site]}, verify=False)
+    (records,) = report.records.values()
+    assert records[0].skipped[site] == "named in skip_sites" and site not in records[0].took
+
+
 class Wide(nn.Module):
     """One linear, of a width that no block of 128 divides."""
 
