@@ -51,8 +51,15 @@ def export(
         bool, typer.Option("--contrib", help="ONNX Runtime's own operators (MatMulNBits); no other runtime reads them.")
     ] = False,
     activations: Annotated[
-        str, typer.Option("--activations", help="'int8' lets ONNX Runtime round them: faster, other numbers.")
+        str,
+        typer.Option(
+            "--activations", help="'int8' lets ONNX Runtime round them, 'qdq' the file: faster, other numbers."
+        ),
     ] = "float32",
+    texts: Annotated[
+        Path | None,
+        typer.Option("--texts", help="Of --activations qdq: a text file, each of whose lines is read for the ranges."),
+    ] = None,
     external_data: Annotated[
         bool, typer.Option("--external-data", help="Weights in NAME.onnx.data; by itself for more than 2 GB.")
     ] = False,
@@ -83,21 +90,29 @@ def export(
 
     want = wanted(passes_from(passes or []) or (), plan, opset, contrib, activations)
     writable(out)
+    if texts is not None and not texts.is_file():
+        raise UsageMistake(f"--texts {texts}: there is no such file")
+    lines = [] if texts is None else [line for line in texts.read_text().splitlines() if line.strip()]
     with step(f"Loading {model}") as update:
         if ask or makes_images(model):
             from accelpass.sampling_command import load as pipeline
 
-            if cache is not None:
-                raise UsageMistake("--cache: this model makes images; leave --cache out")
+            if cache is not None or lines:
+                wrong = "--texts" if cache is None else "--cache"
+                raise UsageMistake(f"{wrong}: this model makes images; leave {wrong} out")
             made = pipeline(model, ask or [], steps or STEPS, guidance, "cpu")
             made.pipe.to(dtype=getattr(torch, dtype.value))
             update("The first step of a run")
             loaded, args, kwargs, shapes = made.model, *first_call(made), None
+            calls: list[dict[str, Any]] = []
             steps = steps if steps or plan is not None else STEPS
         else:
             loaded, tokenizer = resolve(model, getattr(torch, dtype.value))
             args, (kwargs, shapes) = (), example(loaded, tokenizer, cache)
-        report = write(loaded, args, out, want, kwargs, shapes, external_data or None, verify, None, update, steps)
+            calls = [read(tokenizer, line, kwargs) for line in lines]
+        report = write(
+            loaded, args, out, want, kwargs, shapes, external_data or None, verify, None, update, steps, calls
+        )
     if as_json:
         output.as_json({"model": model, **report.to_dict()})
     else:
@@ -127,6 +142,12 @@ def example(model: Any, tokenizer: Any, cache: int | None) -> tuple[dict[str, An
     tensors = {name: given[name].repeat(2, 1) for name in names if name in given and name in takes}
     plain = {"use_cache": False} if "use_cache" in takes else {}
     return {**tensors, **plain}, {name: {0: "batch", 1: "tokens"} for name in tensors}
+
+
+def read(tokenizer: Any, line: str, like: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for one line of text, those of ``like`` that are tensors."""
+    given = tokenizer(line, return_tensors="pt")
+    return {name: given[name].repeat(len(t), 1) for name, t in like.items() if name in given and hasattr(t, "shape")}
 
 
 def makes_images(name: str) -> bool:

@@ -28,12 +28,13 @@ def export_onnx(
     plan: Any = None,
     opset: int = OPSET,
     contrib: bool = False,
-    activations: Literal["float32", "int8"] = "float32",
+    activations: Literal["float32", "int8", "qdq"] = "float32",
     external_data: bool | None = None,
     verify: bool = True,
     decode: Mapping[str, Any] | None = None,
     steps: int | None = None,
     skip_sites: Mapping[str, Sequence[str]] | None = None,
+    calibration: Sequence[Mapping[str, Any]] = (),
 ) -> ExportReport:
     """Write ``model`` with ``passes`` applied as an ONNX file. The model itself is not changed.
 
@@ -53,12 +54,15 @@ def export_onnx(
         opset: 18 to 23; packed weights need 21 or more, the Attention operator 23.
         contrib: use ONNX Runtime's own operators (``MatMulNBits``) where they fit; other runtimes cannot read the file then.
         activations: ``int8`` lets ONNX Runtime round what is multiplied with packed weights, by blocks, which is several times
-            faster and other numbers: the report says how far off. Measure the model's answers before it is used.
+            faster and other numbers: the report says how far off. ``qdq`` rounds them in the file itself (W8A8): one static scale
+            and zero point for what each int8 weight is multiplied with, as ``QuantizeLinear`` -> ``DequantizeLinear``, which
+            compilers for other chips read. Measure the model's answers before either is used.
         external_data: weights in ``NAME.onnx.data``; None for those of more than 2 GB, and for two files.
         verify: run the file in ONNX Runtime and compare it with torch.
         steps: how many model calls a sampling run has, for passes that work across denoising steps and whose plan does not say.
         decode: the arguments of a call for one more token, where they are not the prompt's cut to one token.
         skip_sites: by name of a pass, sites that it leaves alone.
+        calibration: keyword arguments of calls, from which ``qdq`` takes its ranges besides those of the example.
 
     Raises:
         ExportError: the model, a pass or a file is in the way; says what to do. Nothing is left behind.
@@ -69,4 +73,16 @@ def export_onnx(
     from accelpass.backends.onnx.export import export, wanted
 
     want = wanted(passes, plan, opset, contrib, activations, skip_sites)
-    return export(model, args, path, want, kwargs, dynamic_shapes, external_data, verify, decode, step_count=steps)
+    return export(
+        model,
+        args,
+        path,
+        want,
+        kwargs,
+        dynamic_shapes,
+        external_data,
+        verify,
+        decode,
+        step_count=steps,
+        calibration=calibration,
+    )

@@ -218,6 +218,11 @@ def _hint(wish: Any) -> Any:
     return wish
 
 
+def tensors_by_name(given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among a call's arguments, as the file's inputs are called."""
+    return _leaf_names({name: v for name, v in given.items() if any(isinstance(t, Tensor) for t in tree_leaves(v))})
+
+
 def _leaf_names(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     flat, _ = tree_flatten_with_path(dict(tensors))
     for path, leaf in flat:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from accelpass.backends.onnx import files, runtime, stepped
+from accelpass.backends.onnx.activations import StaticRanges
 from accelpass.backends.onnx.cached import cache_of, decoding, manifest, started
-from accelpass.backends.onnx.capture import Captured, bound, captured
+from accelpass.backends.onnx.capture import Captured, bound, captured, tensors_by_name
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.backends.onnx.functional import Functional, fixed, functional
 from accelpass.backends.onnx.refusals import refuse_left_out, refuse_unexportable
@@ -39,7 +40,7 @@ from accelpass.passes.plan import write_json
 from accelpass.passes.step_cache.base import StepPass
 
 Update = Callable[[str], None]
-ACTIVATIONS = ("float32", "int8")
+ACTIVATIONS = ("float32", "int8", "qdq")
 STEPS = 4
 """Decoding steps by which the files of a decoder are compared with torch."""
 
@@ -51,6 +52,7 @@ class Wanted:
     chosen: Options
     passes: tuple[Pass, ...]
     form: Form
+    ranges: StaticRanges | None = None
 
     @property
     def who(self) -> str:
@@ -90,7 +92,11 @@ def wanted(
     # Passes that torch.compile has by default choose kernels of its own compilers.
     picked = tuple(p for p in chosen.passes if p.name in chosen.asked)
     refuse_unexportable(picked)
-    return Wanted(chosen, picked, Form(opset, contrib, activations == "int8"))
+    if activations != "qdq":
+        return Wanted(chosen, picked, Form(opset, contrib, activations == "int8"))
+    if contrib:
+        raise ExportError("activations='qdq' is written in operators of the standard; leave out contrib")
+    return Wanted(chosen, picked, Form(opset, rounded=True), StaticRanges())
 
 
 def export(
@@ -105,10 +111,15 @@ def export(
     decode: Mapping[str, Any] | None = None,
     update: Update = lambda news: None,
     step_count: int | None = None,
+    calibration: Sequence[Mapping[str, Any]] = (),
 ) -> ExportReport:
     """See :func:`accelpass.export_onnx`."""
     target = files.writable(path)
     given = bound(model, args, kwargs)
+    if want.ranges is not None:
+        want.ranges.calls = [tensors_by_name(bound(model, (), call)) for call in calibration]
+    elif calibration:
+        raise ExportError("calibration calls are for activations='qdq'; type it, or leave them out")
     cache = cache_of(given)
     refuse_left_out(want.passes, cache)
     graphs: dict[str, Graph] = {}
@@ -159,13 +170,15 @@ def export(
         if verify:
             update("Comparing ONNX Runtime with torch")
             checked = partial(compared, folder, graphs) if steps is None else partial(stepped.compared, folder, steps)
-            is_rounded = want.form.contrib and want.form.rounded
-            report.difference = checked(math.inf if is_rounded else runtime.TOLERANCE)
+            tolerance = math.inf if want.form.rounded and want.form.contrib else runtime.TOLERANCE
+            if want.ranges is not None:
+                # A number on the edge of two codes may fall to either side: no further than rounding goes by itself.
+                tolerance = max(runtime.TOLERANCE, want.ranges.effect)
+            report.difference = checked(tolerance)
             if want.form.rounded:
                 far = checked(math.inf, optimised=True)
-                report.notes.append(
-                    f"ONNX Runtime at its default settings rounds activations, and differs by {far:.1e}"
-                )
+                how = "rounds activations" if want.ranges is None else "multiplies integers"
+                report.notes.append(f"ONNX Runtime at its default settings {how}, and differs by {far:.1e}")
         report.bytes = sum(f.stat().st_size for f in folder.iterdir())
     report.data = target.absolute().parent / data if has_data else None
     first = next(iter(graphs.values()))
@@ -205,9 +218,10 @@ def _finished(
     made = functional(found)
     if starts:
         made = started(made)
+    about = "" if want.ranges is None else want.ranges.apply(made)
     update(f"Translating{kind}")
     translation, notes = translated(made, found.wishes, want.form, after, want.who, theirs)
-    notes += [note for note in (found.note, *masked) if note]
+    notes += [note for note in (found.note, about, *masked) if note]
     return Graph(made, records, translation, before, notes)
 
 

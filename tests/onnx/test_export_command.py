@@ -67,6 +67,8 @@ def test_a_pipelines_transformer(cli: Callable[..., Result], tmp_path: Path) -> 
         (["smollm2-135m", "-o", "m.onnx", "--passes", "lazyllm"], "Export without lazyllm"),
         (["digits-dit", "-o", "m.onnx", "--cache", "64"], "this model makes images; leave --cache out"),
         (["digits-dit", "-o", "m.onnx", "--ask", "eleven"], "digits-dit draws the digits 0 to 9"),
+        (["smollm2-135m", "-o", "m.onnx", "--texts", "none.txt"], "there is no such file"),
+        (["smollm2-135m", "-o", "m.onnx", "--activations", "qdq", "--contrib"], "leave out contrib"),
     ],
 )
 def test_mistakes(
