@@ -1,4 +1,4 @@
-"""Reading long prompts with fewer tokens: time to the first token on SmolLM2-135M, and what it costs in quality.
+"""Reading long prompts with fewer tokens, or fewer keys: time to the first token on SmolLM2-135M; what fewer tokens cost in quality.
 
     python -m benchmarks.prompt_pruning                      # 2k, 4k and 8k tokens of prose, then quality
     python -m benchmarks.prompt_pruning --quick              # does it work? 1k and 2k tokens, little of everything
@@ -26,6 +26,8 @@ from torch import Tensor
 import accelpass
 from accelpass.generation import new_cache
 from accelpass.models_zoo import load
+from accelpass.passes.plan import Plan
+from benchmarks import sparse_quality
 from benchmarks.kv_quality import Compiled
 from benchmarks.kv_tasks import Row, Sizes, Tasks, prose
 
@@ -38,21 +40,24 @@ CANDIDATES: dict[str, list[Any] | None] = {
     "lazyllm, 30 %": [{"name": "lazyllm", "keep": [0.3, 0.5, 0.5]}],
     "gemfilter, 512": [{"name": "gemfilter", "keep": 512}],
     "gemfilter, 512, layer 18": [{"name": "gemfilter", "keep": 512, "layer": 18}],
+    **{name: passes for name, passes in sparse_quality.METHODS.items() if passes},
 }
 
 
 @dataclass(frozen=True)
-class Plan:
+class Amount:
     """How much is measured."""
 
     lengths: tuple[int, ...] = (2048, 4096, 8192 - 64)
     rounds: int = 5
     sizes: Sizes = field(
-        default_factory=lambda: Sizes(windows={2048: 2, 4096: 1}, scored=256, contexts=(2048, 4096), depths=5)
+        default_factory=lambda: Sizes(
+            windows={2048: 2, 4096: 2, 8192: 1}, scored=256, contexts=(2048, 4096, 8192), depths=5
+        )
     )
 
 
-QUICK = Plan((1024, 2048), 3, Sizes(windows={1536: 1}, scored=64, contexts=(1536,), depths=2))
+QUICK = Amount((1024, 2048), 3, Sizes(windows={1536: 1}, scored=64, contexts=(1536,), depths=2))
 
 
 class Prompted(Protocol):
@@ -76,12 +81,13 @@ class Inductor:
 
 def reader(model: torch.nn.Module, name: str, capacity: int) -> Prompted:
     passes = CANDIDATES[name]
-    return Inductor(model, capacity) if passes is None else Compiled(model, passes, capacity)
+    plan = Plan.load(sparse_quality.PLAN) if name == sparse_quality.MOA else None
+    return Inductor(model, capacity) if passes is None else Compiled(model, passes, capacity, plan)
 
 
 @torch.no_grad()
 def times(
-    model: torch.nn.Module, ids: Tensor, names: Sequence[str], plan: Plan, say: Callable[[Row], None]
+    model: torch.nn.Module, ids: Tensor, names: Sequence[str], plan: Amount, say: Callable[[Row], None]
 ) -> list[Row]:
     """Milliseconds from the prompt to the logits of the token after it: medians, and the compile time of each candidate."""
     torch._dynamo.reset()
@@ -115,7 +121,7 @@ def times(
 
 @torch.no_grad()
 def quality(
-    model: torch.nn.Module, tokenizer: Any, names: Sequence[str], plan: Plan, say: Callable[[Row], None]
+    model: torch.nn.Module, tokenizer: Any, names: Sequence[str], plan: Amount, say: Callable[[Row], None]
 ) -> list[Row]:
     """Perplexity of the continuation, and pass keys found, of each candidate with a KVCache."""
     tasks, rows = Tasks(tokenizer, plan.sizes), []
@@ -139,9 +145,9 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, help="tokens of the prompts that are timed")
     parser.add_argument("--write", type=Path, help="a JSON file for the rows")
     given = parser.parse_args()
-    plan = QUICK if given.quick else Plan()
+    plan = QUICK if given.quick else Amount()
     if given.lengths:
-        plan = Plan(tuple(given.lengths), plan.rounds, plan.sizes)
+        plan = Amount(tuple(given.lengths), plan.rounds, plan.sizes)
     model, tokenizer = load("smollm2-135m")
     ids = tokenizer(prose(), return_tensors="pt").input_ids[:, : max(plan.lengths)]
 

@@ -175,7 +175,7 @@ def _sparse_prefill(model: Any, tokenizer: Any, given: Given) -> Content:
 
 
 def _prompt_pruning(model: Any, tokenizer: Any, given: Given) -> Content:
-    plan = prompt_pruning.QUICK if given.quick else prompt_pruning.Plan()
+    plan = prompt_pruning.QUICK if given.quick else prompt_pruning.Amount()
     ids = tokenizer(kv_tasks.prose(), return_tensors="pt").input_ids[:, : max(plan.lengths)]
     names = given.among(list(prompt_pruning.CANDIDATES))
     return {"rows": prompt_pruning.times(model, ids, names, plan, lambda row: _say(str(row)))}
@@ -246,7 +246,7 @@ PARTS = {
     ),
     "prompt_pruning": Part(
         _prompt_pruning,
-        "Token pruning: time to the first token of a prompt of prose",
+        "Token pruning and sparse attention: time to the first token of a prompt of prose",
         below="Candidates of one run take turns; `faster_than_the_first` is against the first row of a length. Inductor attends "
         "over a static cache with a mask; `accelpass, dense` attends to the prompt alone.",
     ),

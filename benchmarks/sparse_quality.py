@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from benchmarks.kv_tasks import QUICK as QUICK_TASKS
 from benchmarks.kv_tasks import Row, Sizes, Tasks, prose
 
 DENSITY = 0.5
+MOA = f"moa, {DENSITY:.0%}"
+PLAN = Path(__file__).parent / "plans" / "smollm2_moa.json"
 METHODS: dict[str, list[Any]] = {
     "dense": [],
     f"sink_window, {DENSITY:.0%}": [{"name": "sink_window", "density": DENSITY}],
-    f"moa, {DENSITY:.0%}": [{"name": "moa", "density": DENSITY}],
+    MOA: [{"name": "moa", "density": DENSITY}],
     "pbs_attn, 0.9": [{"name": "pbs_attn", "threshold": 0.9}],
     "pbs_attn, 0.95": [{"name": "pbs_attn", "threshold": 0.95}],
 }
@@ -62,27 +65,52 @@ def measure(
     calibration: Calibration,
     say: Callable[[str], None],
 ) -> list[Row]:
-    """One row for each method of :data:`METHODS` that is named; ``calibration_s``: seconds in which its plan was found."""
+    """One row for each method of :data:`METHODS` that is named.
+
+    ``moa``'s plan is :data:`PLAN` if there is that file, and else found and written there.
+    """
     tasks, rows = Tasks(tokenizer, sizes), []
     with progress() as bar:
         for name in names:
             torch._dynamo.reset()
-            started = time.perf_counter()
-            plan = planned(model, tokenizer, METHODS[name], calibration) if name.startswith("moa") else None
-            seconds = round(time.perf_counter() - started) if plan else None
+            plan = None
+            if name == MOA:
+                is_trial = calibration == QUICK_CALIBRATION
+                plan = (planned if is_trial else moa_plan)(model, tokenizer, calibration)
             torch._dynamo.reset()
             reader = Compiled(model, METHODS[name], sizes.capacity, plan)
             task = bar.add_task(name, total=sizes.units, doing="compiling")
             asked = tasks.ask(reader, lambda doing, task=task: bar.update(task, advance=1, doing=doing))
             held = reader.cache.nbytes()
             share = round(held / dense_bytes(model, sizes.capacity), 3)
-            rows.append({"name": name, **asked, "cache_bytes": held, "share_of_dense": share, "calibration_s": seconds})
+            rows.append({"name": name, **asked, "cache_bytes": held, "share_of_dense": share})
             bar.update(task, doing="")
             say(json.dumps(rows[-1]))
     return rows
 
 
-def planned(model: Any, tokenizer: Any, passes: list[Any], sizes: Calibration) -> Plan:
+def moa_plan(model: Any, tokenizer: Any, calibration: Calibration, path: Path = PLAN) -> Plan:
+    """The plan of :data:`MOA`, found if there is none; what that took goes beside it."""
+    if not path.exists():
+        started = time.perf_counter()
+        plan = planned(model, tokenizer, calibration)
+        path.parent.mkdir(exist_ok=True)
+        plan.save(path)
+        path.with_suffix(".md").write_text(about(plan, calibration, time.perf_counter() - started))
+    return Plan.load(path)
+
+
+def about(plan: Plan, calibration: Calibration, seconds: float) -> str:
+    """What a plan is, and what finding it took."""
+    before, after = plan.tensors["moa/perplexity"].tolist()
+    return (
+        f"`{PLAN.name}`: moa at a density of {DENSITY:.0%} for SmolLM2-135M-Instruct. Profiled at {calibration.lengths} tokens, "
+        f"compared at {calibration.compared}: perplexity of the dense model's answers {before:.3f} dense, {after:.3f} with the "
+        f"plan. Found in {seconds:.0f} s by `python -m benchmarks.run --only sparse_quality --only-candidates '{MOA}'`.\n"
+    )
+
+
+def planned(model: Any, tokenizer: Any, sizes: Calibration) -> Plan:
     """A plan from the last of the prose, which no task reads."""
     text = tokenizer(prose(), return_tensors="pt", add_special_tokens=False).input_ids[0, -sizes.tokens :]
     batches = []
@@ -90,7 +118,7 @@ def planned(model: Any, tokenizer: Any, passes: list[Any], sizes: Calibration) -
         for question in QUESTIONS if length != sizes.compared else QUESTIONS[-1:]:
             batches.append(answered(model, tokenizer, text[:length], question, sizes.answer))
             text = text[length:]
-    made = [{**p, "step": sizes.step} for p in passes]
+    made = [{**p, "step": sizes.step} for p in METHODS[MOA]]
     return accelpass.calibrate(model, batches, made, progress=False)
 
 
