@@ -20,6 +20,7 @@ from accelpass.backends.onnx.cached import cache_of, decoding, manifest, started
 from accelpass.backends.onnx.capture import Captured, bound, captured, tensors_by_name
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.backends.onnx.functional import Functional, fixed, functional
+from accelpass.backends.onnx.masked_attention import lowerings
 from accelpass.backends.onnx.refusals import refuse_left_out, refuse_unexportable
 from accelpass.backends.onnx.report import ExportReport, Written
 from accelpass.backends.onnx.stepped import step_graphs, step_pass, with_state
@@ -27,7 +28,6 @@ from accelpass.backends.onnx.translate import Form, check_opset, constant_bytes,
 from accelpass.backends.onnx.translations import own_operators
 from accelpass.ir import attention
 from accelpass.ir.analyses.cost import weight_bytes
-from accelpass.ir.attention.lower import Lowerings
 from accelpass.ir.attention.op import spec_of
 from accelpass.ir.attention.spec import All
 from accelpass.ir.graph import value
@@ -255,8 +255,8 @@ def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[st
     with torch.no_grad():
         kv.lower(program)
         notes = _masked(program)
-        # Kernels of torch's are no operators of ONNX: every edited attention is composed of plain ones.
-        attention.lower(program, Lowerings())
+        # Kernels of torch's are no operators of ONNX.
+        attention.lower(program, lowerings(want.form.opset))
     program.graph.eliminate_dead_code()
     program.changed()
     _refuse_fixed(found, want.who)
