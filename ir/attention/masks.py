@@ -8,7 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from accelpass.ir.attention.effects import writes
 from accelpass.ir.attention.spec import AttentionSpec, Step
@@ -38,33 +38,34 @@ def bias_of(spec: AttentionSpec, extras: Sequence[fx.Node], rows: Any, columns: 
         return "tensor", None
     (step,) = steps
     assert step.extra is not None
-    if all(isinstance(n, int) for n in (rows, columns)):
-        if max(rows, columns) > _MOST_TOKENS:
-            return "tensor", None
+    if all(isinstance(n, int) for n in (rows, columns)) and max(rows, columns) <= _MOST_TOKENS:
         return _named(step, constant(extras[step.extra]), rows, columns)
-    return _named_at_all_sizes(step, extras[step.extra], rows, columns)
+    return _named_at_a_few_sizes(step, extras[step.extra], rows, columns)
 
 
-def _named_at_all_sizes(step: Step, mask: fx.Node, rows: Any, columns: Any) -> tuple[str, int | None]:
-    """The name of a mask over a symbolic number of tokens: what it is at a few numbers that tell all.
+def _named_at_a_few_sizes(step: Step, mask: fx.Node, rows: Any, columns: Any) -> tuple[str, int | None]:
+    """The name of a mask over a symbolic number of tokens, or one too large to compute: what it is at numbers that tell.
 
     A mask of positions can change its kind only where the number of tokens passes a constant of its own (a window), so
-    it is computed on both sides of all of them.
+    it is computed on both sides of all of them; a number of tokens that is known has passed them.
     """
-    if not isinstance(rows, torch.SymInt) or not known(rows == columns) or not rows.node.expr.is_Symbol:
+    if not known(rows == columns):
         return "tensor", None
-    own, found = rows.node.expr, set()
-    symbols, most = _symbols_and_constants(mask)
-    for tokens in (3, 2 * most + 5, 3 * most + 10):
-        if tokens > _MOST_TOKENS:
+    tokens = rows.node.expr if isinstance(rows, torch.SymInt) else rows
+    if isinstance(tokens, sympy.Expr) and not tokens.is_Symbol:
+        return "tensor", None
+    symbols, most = _symbols_and_constants(mask, tokens)
+    found = set()
+    for fewer in (*(() if isinstance(tokens, int) else (3,)), 2 * most + 5, 3 * most + 10):
+        if fewer > _MOST_TOKENS:
             return "tensor", None
-        sizes = dict.fromkeys(symbols, 2) | {own: tokens}
-        found.add(_named(step, constant(mask, sizes), tokens, tokens))
+        sizes: dict[Any, int] = {**dict.fromkeys(symbols, 2), tokens: fewer}
+        found.add(_named(step, constant(mask, sizes), fewer, fewer))
     return found.pop() if len(found) == 1 else ("tensor", None)
 
 
-def _symbols_and_constants(mask: fx.Node) -> tuple[set[sympy.Symbol], int]:
-    """The symbolic sizes that a node depends on, and the largest constant that is not "up to the end"."""
+def _symbols_and_constants(mask: fx.Node, tokens: Any) -> tuple[set[sympy.Symbol], int]:
+    """The symbolic sizes that a node depends on, and the largest constant that is neither "up to the end" nor ``tokens``."""
     symbols: set[sympy.Symbol] = set()
     constants = [1]
     seen: set[fx.Node] = set()
@@ -81,7 +82,7 @@ def _symbols_and_constants(mask: fx.Node) -> tuple[set[sympy.Symbol], int]:
             continue
         constants += [abs(a) for a in tree_leaves((node.args, node.kwargs)) if type(a) is int]
         front.extend(node.all_input_nodes)
-    return symbols, max(n for n in constants if n < _END)
+    return symbols, max(n for n in constants if n < _END and n != tokens)
 
 
 def _named(step: Step, mask: Tensor | None, rows: int, columns: int) -> tuple[str, int | None]:
@@ -143,11 +144,11 @@ def _counts(node: fx.Node) -> bool:
     return False
 
 
-def constant(node: fx.Node, sizes: Mapping[sympy.Symbol, int] | None = None) -> Tensor | None:
+def constant(node: fx.Node, sizes: Mapping[Any, int] | None = None) -> Tensor | None:
     """The value of a node that depends on no input, computed; None if it does, or writes anything.
 
     Args:
-        sizes: numbers for symbolic sizes, on which the node may depend.
+        sizes: numbers for symbolic sizes, on which the node may depend; a number that stands for another, wherever it occurs.
     """
     order: dict[fx.Node, None] = {}
     front = [node]
@@ -171,6 +172,10 @@ def constant(node: fx.Node, sizes: Mapping[sympy.Symbol, int] | None = None) -> 
                 values[current] = int(value(current).node.expr.subs(sizes))
                 continue
             args, kwargs = fx.map_arg((current.args, current.kwargs), values.__getitem__)
+            if sizes:
+                args, kwargs = tree_map_only(
+                    int, lambda n: n if isinstance(n, bool) else sizes.get(n, n), (args, kwargs)
+                )
             kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
             assert callable(current.target)
             values[current] = current.target(*args, **kwargs)

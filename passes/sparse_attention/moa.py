@@ -147,8 +147,13 @@ class MoA(SpanPass, CalibratedOnLoss):
         """Attention with these spans."""
 
         def attend(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-            if spec.site not in rules or not_a_prompt(spec, q, k) is not None:
+            if spec.site not in rules:
                 return None
+            if why := not_a_prompt(spec, q, k):
+                raise PassError(
+                    f"moa: {spec.site} has spans, and in a held-back batch they cannot be tried: {why}; give each prompt "
+                    "without padding"
+                )
             each = [rule for rule in rules[spec.site] for _ in range(q.shape[1] // k.shape[1])]
             listed = HeadSpans(tuple(each), self.sinks, self.block).blocks(q, k, spec)
             run = KERNELS.get(q.device.type, BLOCK_SPARSE)

@@ -47,7 +47,7 @@ def long_window(at):
     return causal(at) & (at > at[:, None] - 8192)
 
 
-def named(mask, dynamic=True):
+def named(mask, dynamic=True, tokens=20):
     found = []
 
     def backend(gm, example):
@@ -59,7 +59,7 @@ def named(mask, dynamic=True):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(torch.arange(q.shape[2])))
 
     torch._dynamo.reset()
-    given = [torch.randn(2, 2, 20, 4) for _ in range(3)]
+    given = [torch.randn(2, 2, tokens, 4) for _ in range(3)]
     for tensor in given if dynamic else ():
         torch._dynamo.mark_dynamic(tensor, (0, 2))
     with torch.no_grad():
@@ -84,6 +84,18 @@ def named(mask, dynamic=True):
 def test_a_name_holds_for_every_number_of_tokens(mask, of_20, of_any):
     assert named(mask, dynamic=False) == of_20
     assert named(mask) == of_any
+
+
+@pytest.mark.parametrize("mask", [causal, causal_in_parts, additive, small_window, chunks, half, window, long_window])
+def test_a_number_of_tokens_too_large_to_compute_masks_at(mask):
+    """The first long prompt, whose length the compiler takes for a constant."""
+    names = {"small_window": ("sliding_window", 2), "window": ("sliding_window", 40), "chunks": ("tensor", None)}
+    unknown = ("tensor", None) if mask in (half, long_window) else ("causal", None)
+    assert named(mask, dynamic=False, tokens=5000) == names.get(mask.__name__, unknown)
+
+
+def test_a_window_as_long_as_the_prompt_hides_nothing():
+    assert named(lambda at: causal(at) & (at > at[:, None] - 5000), dynamic=False, tokens=5000) == ("causal", None)
 
 
 def test_a_mask_of_data_has_no_name():
