@@ -242,7 +242,7 @@ PARTS = {
     ),
     "sparse_prefill": Part(
         _sparse_prefill,
-        "Sparse attention: one layer's prompt on real queries and keys, against torch's sdpa; the choice of blocks is timed op by op",
+        "Sparse attention: one layer's prompt on real queries and keys, against torch's sdpa; the choice of blocks is compiled",
     ),
     "prompt_pruning": Part(
         _prompt_pruning,
