@@ -41,6 +41,41 @@ def density(rule: Rule, tokens: int, sinks: int, size: int) -> float:
     return visible_blocks(rule, tokens, sinks, size) / -(-tokens // size)
 
 
+@torch.library.custom_op("accelpass::head_span_blocks", mutates_args=())
+def head_span_blocks(
+    like: Tensor, rules: list[float], rows: int, columns: int, most: int, sinks: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """Lists of the blocks that :class:`HeadSpans` names, int32 ``(rules, q_blocks, most)`` and ``(rules, q_blocks)``.
+
+    An op of its own: its arithmetic depends on sizes alone, so that Inductor puts that of all layers into one loop; with rules
+    that differ by layer a C++ compiler does not get through its twenty thousand lines.
+
+    Args:
+        like: any tensor of the device.
+        rules: alpha and beta by turns.
+    """
+    pairs = list(zip(rules[::2], rules[1::2], strict=True))
+    q_blocks, k_blocks, device = -(-rows // size), -(-columns // size), like.device
+    entry = torch.arange(most, device=device)
+    last = torch.arange(q_blocks, device=device).clamp_max(k_blocks - 1).unsqueeze(-1)
+    made: dict[Rule, tuple[Tensor, Tensor]] = {}
+    for rule in dict.fromkeys(pairs):
+        first = (last + 1 - max(1, span_blocks(rule, columns, size))).clamp_min(0)
+        apart = first.clamp_max(sinks // size)  # blocks of sinks that are not in the span
+        listed = torch.where(entry < apart, entry, first - apart + entry).clamp_max(k_blocks - 1)
+        made[rule] = listed.to(torch.int32), (apart + last - first + 1).squeeze(-1).to(torch.int32)
+    tables, counts = (torch.stack([made[rule][i] for rule in pairs]) for i in (0, 1))
+    return tables, counts
+
+
+@head_span_blocks.register_fake
+def _(
+    like: Tensor, rules: list[float], rows: int, columns: int, most: int, sinks: int, size: int
+) -> tuple[Tensor, Tensor]:
+    shape = len(rules) // 2, -(-rows // size)
+    return like.new_empty((*shape, most), dtype=torch.int32), like.new_empty(shape, dtype=torch.int32)
+
+
 @dataclass(frozen=True)
 class HeadSpans(BlockSelect):
     """Blocks of the first ``sinks`` tokens, and of the newest ``alpha + beta * N``, up to the query's own block.
@@ -62,26 +97,32 @@ class HeadSpans(BlockSelect):
         Raises:
             ValueError: there are rules for another number of heads.
         """
-        heads, columns, device = q.shape[1], k.shape[2], q.device
-        if len(self.rules) not in (1, heads):
-            raise ValueError(f"head_spans: there are rules for {len(self.rules)} heads, the attention has {heads}")
-        q_blocks, k_blocks = -(-q.shape[2] // self.size), -(-columns // self.size)
-        most = q_blocks
+        self._checked(q.shape[1])
+        columns = k.shape[2]
+        most = q_blocks = -(-q.shape[2] // self.size)
         if isinstance(columns, int) and isinstance(q_blocks, int):
             most = max(visible_blocks(rule, columns, self.sinks, self.size) for rule in self.rules)
+        flat = [float(part) for rule in self.rules for part in rule]
+        made = torch.ops.accelpass.head_span_blocks(q, flat, q.shape[2], columns, most, self.sinks, self.size)
+        return Blocks(*made, self.size)
+
+    def mask(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
+        """As :meth:`BlockSelect.mask`, from positions: nothing here but operators that every exporter knows."""
+        self._checked(q.shape[1])
+        rows, columns, device = q.shape[2], k.shape[2], q.device
         tokens = torch.full((1,), columns, dtype=torch.int64, device=device)
-        entry = torch.arange(most, device=device)
-        last = torch.arange(q_blocks, device=device).clamp_max(k_blocks - 1).unsqueeze(-1)
-        made: dict[Rule, tuple[Tensor, Tensor]] = {}
-        for rule in self.rules:
-            if rule in made:
-                continue
-            first = (last + 1 - span_blocks(rule, tokens, self.size).clamp_min(1)).clamp_min(0)
-            apart = first.clamp_max(self.sinks // self.size)  # blocks of sinks that are not in the span
-            listed = torch.where(entry < apart, entry, first - apart + entry).clamp_max(k_blocks - 1)
-            made[rule] = listed.to(torch.int32), (apart + last - first + 1).squeeze(-1).to(torch.int32)
-        tables, counts = (torch.stack([made[rule][i] for rule in self.rules]) for i in (0, 1))
-        return Blocks(tables, counts, self.size)
+        key = torch.arange(columns, device=device) // self.size
+        query = (torch.arange(rows, device=device) // self.size).clamp_max(-(-columns // self.size) - 1).unsqueeze(-1)
+        seen = {
+            rule: (key <= query)
+            & ((key < self.sinks // self.size) | (key > query - span_blocks(rule, tokens, self.size).clamp_min(1)))
+            for rule in dict.fromkeys(self.rules)
+        }
+        return torch.stack([seen[rule] for rule in self.rules]).unsqueeze(0)
+
+    def _checked(self, heads: int) -> None:
+        if len(self.rules) not in (1, heads):
+            raise ValueError(f"head_spans: there are rules for {len(self.rules)} heads, the attention has {heads}")
 
     def pairs(self, heads: int, rows: int, columns: int, causal: bool) -> int | None:
         if rows != columns:

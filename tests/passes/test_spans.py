@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelpass.ir.attention import AttentionSpec
+from accelpass.ir.attention.block_select import listed_mask
 from accelpass.ir.kv.banks import Floats, Quantized, RowFormat
 from accelpass.passes.sparse_attention.span_cache import SpanRings
 from accelpass.passes.sparse_attention.spans import EVERYTHING, HeadSpans, density
@@ -29,6 +30,8 @@ def test_the_mask_is_the_cards(rules, tokens, sinks, block):
     q, k = torch.zeros(1, len(rules), tokens, 2), torch.zeros(1, 1, tokens, 2)
     causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     got = (select.mask(q, k, AttentionSpec(causal=True)) & causal).expand(1, len(rules), -1, -1)[0]
+    listed = listed_mask(select.blocks(q, k, AttentionSpec(causal=True)), len(rules), tokens, tokens) & causal
+    assert torch.equal(listed.expand(1, len(rules), -1, -1)[0], got)
     alpha, beta = torch.tensor(rules).unbind(-1)
     want = moa_mask(alpha, beta, tokens, sinks * block, block)
     assert torch.equal(got, want)
