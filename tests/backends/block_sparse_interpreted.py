@@ -24,7 +24,7 @@ from tests.backends.tolerance import within
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (16, 24, 64, 72, 80, 96, 128, 256)
-EXAMPLES = int(os.environ.get("ACCELPASS_EXAMPLES", "4"))
+EXAMPLES = int(os.environ.get("ACCELPASS_EXAMPLES", "3"))
 quick = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 U = 2.0**-24
 

@@ -27,7 +27,7 @@ from tests.backends.tolerance import within
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (64, 80, 96, 128, 256)
 BITS = (0, 2, 3, 4, 8)  # 0: float
-EXAMPLES = int(os.environ.get("ACCELPASS_EXAMPLES", "8"))
+EXAMPLES = int(os.environ.get("ACCELPASS_EXAMPLES", "5"))
 quick = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 HALF_EPS = 2.0**-11  # of float16
 U = 2.0**-24
