@@ -110,7 +110,7 @@ def compiled(
         lossy = sorted(p.name for p in chosen.passes if not p.exact)
         if lossy:
             raise PassError(
-                f"{', '.join(lossy)}: there is no gradient through packed weights. "
+                f"{', '.join(lossy)}: there is no gradient through what it rewrites. "
                 "Call the compiled model under torch.no_grad() or torch.inference_mode()."
             )
         report.note = (
