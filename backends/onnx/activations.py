@@ -50,6 +50,8 @@ class StaticRanges:
                 "activations='qdq' is for int8 weights, and int4_weights packed some; leave it out, or leave out the option"
             )
         nodes = [n for n in graph.nodes if n.target is int8_linear._opoverload]
+        if not nodes and self.found:
+            return ""  # a step that computes none of them
         if not nodes:
             raise ExportError(
                 "activations='qdq' rounds what is multiplied with int8 weights; add passes=['int8_weights']"

@@ -100,3 +100,20 @@ def test_refused(tmp_path: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ExportError, match=says):
         export(tmp_path, layer(), batches(1)[0], **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_step_without_linears_has_none_to_round(tmp_path: Path) -> None:
+    from accelpass.models_zoo import digits
+
+    call = {
+        "hidden_states": torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.full((2,), 500),
+        "class_labels": torch.tensor([3, 1000]),
+    }
+    passes = ["int8_weights", {"name": "delta_cache", "start": 1, "interval": 3}]
+    report = accelpass.export_onnx(
+        digits.transformer(), (), tmp_path / "d.onnx", passes, kwargs=call, steps=4, activations="qdq"
+    )
+    counts = [file.operators.get("QuantizeLinear", 0) for file in report.files]
+    assert counts[0] > 20 and 0 <= min(counts) < counts[0]
