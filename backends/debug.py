@@ -196,9 +196,8 @@ class Debugging:
         root = self.folder.parent.parent
         runs = [{"name": run.name, "graphs": _graphs(run)} for run in sorted(root.glob("run-*"), reverse=True)]
         try:
-            write_text(
-                self.index, graph_diff.index_page(runs)
-            )  # other processes write it too, and a browser may read it
+            # Other processes write it too, and a browser may read it.
+            write_text(self.index, graph_diff.index_page(runs))
         except OSError as cause:
             raise _unwritable(root, cause) from cause
 

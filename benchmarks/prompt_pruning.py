@@ -126,7 +126,7 @@ def quality(
     """Perplexity of the continuation, and pass keys found, of each candidate with a KVCache."""
     tasks, rows = Tasks(tokenizer, plan.sizes), []
     for name in names:
-        if CANDIDATES[name] is None:
+        if CANDIDATES[name] is None or name in sparse_quality.METHODS:  # those are measured there
             continue
         torch._dynamo.reset()
         asked = Compiled(model, CANDIDATES[name] or [], plan.sizes.capacity)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from accelpass.ir.attention.block_select import BlockSelect, causal_form
+from accelpass.ir.attention.block_select import BlockSelect, causal_form, changed_scores
 from accelpass.ir.attention.lower import Lowering, Lowerings
 from accelpass.ir.attention.op import selection
 from accelpass.ir.attention.spec import All, AttentionSpec, Band, BlockList, Dense, SinksAndWindow
@@ -31,10 +31,8 @@ def _why_not(spec: AttentionSpec, node: fx.Node) -> str | None:
         return f"store {spec.store.part} is not known to it"
     if spec.statistics:
         return f"it gives no {', '.join(sorted(spec.statistics))}"
-    plain = causal_form(spec, q.shape[2], k.shape[2])
-    changes = [s.kind for s in (*plain.before, *plain.after) if s.kind != "cast"]
-    if changes:
-        return f"its scores go through {changes[0]!r}"
+    if why := changed_scores(causal_form(spec, q.shape[2], k.shape[2])):
+        return why
     if isinstance(spec.select, All | Band | SinksAndWindow | BlockList | BlockSelect):
         return None
     return f"selection {spec.select.part} is not known to it"

@@ -78,6 +78,11 @@ def not_a_prompt(spec: AttentionSpec, q: Tensor, k: Tensor) -> str | None:
     plain = causal_form(spec, q.shape[2], k.shape[2])
     if not plain.causal or not known(q.shape[2] == k.shape[2]):
         return f"it is not a causal attention of a prompt over itself (its mask is {_SAID.get(spec.bias, spec.bias)})"
+    return changed_scores(plain)
+
+
+def changed_scores(plain: AttentionSpec) -> str | None:
+    """What a spec does to its scores besides scale, causality and softmax, or None."""
     changes = [s.kind for s in (*plain.before, *plain.after) if s.kind != "cast"]
     return f"its scores go through {changes[0]!r}" if changes else None
 

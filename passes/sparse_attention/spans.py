@@ -103,8 +103,8 @@ class HeadSpans(BlockSelect):
         if isinstance(columns, int) and isinstance(q_blocks, int):
             most = max(visible_blocks(rule, columns, self.sinks, self.size) for rule in self.rules)
         flat = [float(part) for rule in self.rules for part in rule]
-        made = torch.ops.accelpass.head_span_blocks(q, flat, q.shape[2], columns, most, self.sinks, self.size)
-        return Blocks(*made, self.size)
+        tables, counts = torch.ops.accelpass.head_span_blocks(q, flat, q.shape[2], columns, most, self.sinks, self.size)
+        return Blocks(tables, counts, self.size)
 
     def mask(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
         """As :meth:`BlockSelect.mask`, from positions: nothing here but operators that every exporter knows."""
