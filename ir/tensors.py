@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.derived import DERIVED, Entry, Recipe, StateSpec, leave_file, owns_storage
+from accelpass.ir.derived import DERIVED, Entry, Recipe, Snapshot, StateSpec, leave_file, owns_storage
 from accelpass.ir.graph import append_placeholder, placeholders, value, written_inputs
 
 
@@ -239,8 +239,20 @@ class Binder:
         """Positions of the model's other tensors; any of them would keep a mapped file in memory."""
         # Weak: the entries of a cache go when the cache does.
         self._memo: list[weakref.ref[Entry] | None] = [None] * len(self.groups)
+        self._sources = [p for group in self.groups for p in group.positions]
+        self._last: Snapshot | None = None
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
+        last = self._last
+        entries = None if last is None else last.served([args[p] for p in self._sources])
+        if entries is None:
+            restamped = DERIVED.restamped
+            entries = self._asked(args)
+            self._last = Snapshot(entries, restamped)
+        return [args[p] for p in self.kept] + [entries[group].tensors[output] for group, output in self._outputs]
+
+    def _asked(self, args: Sequence[Any]) -> list[Entry]:
+        """The entry of each group, derived now if it is missing or a source has changed."""
         made, missed = [], False
         for index, group in enumerate(self.groups):
             sources = [args[p] for p in group.positions]
@@ -250,11 +262,11 @@ class Binder:
                 entry = DERIVED.get(sources, group.recipe, self.paths[group.positions[0]])
                 self._memo[index] = weakref.ref(entry)
                 missed = True
-            made.append(entry.tensors)
+            made.append(entry)
         if missed and self.released:
             DERIVED.release([args[p] for p in self.released if owns_storage(args[p])])
             leave_file([args[p] for p in self.staying])
-        return [args[p] for p in self.kept] + [made[group][output] for group, output in self._outputs]
+        return made
 
     def tensors(self) -> list[Tensor]:
         """The derived tensors that the last call used; each once."""
