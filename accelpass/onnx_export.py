@@ -35,6 +35,7 @@ def export_onnx(
     steps: int | None = None,
     skip_sites: Mapping[str, Sequence[str]] | None = None,
     calibration: Sequence[Mapping[str, Any]] = (),
+    debug: bool = False,
 ) -> ExportReport:
     """Write ``model`` with ``passes`` applied as an ONNX file. The model itself is not changed.
 
@@ -63,6 +64,7 @@ def export_onnx(
         decode: the arguments of a call for one more token, where they are not the prompt's cut to one token.
         skip_sites: by name of a pass, sites that it leaves alone.
         calibration: keyword arguments of calls, from which ``qdq`` takes its ranges besides those of the example.
+        debug: write the graph before and after each pass, as ``ACCELPASS_DEBUG`` and ``options={"debug": True}`` do elsewhere.
 
     Raises:
         ExportError: the model, a pass or a file is in the way; says what to do. Nothing is left behind.
@@ -72,7 +74,7 @@ def export_onnx(
     require_packages(*(("onnx", "onnxscript", "onnxruntime") if verify else ("onnx", "onnxscript")))
     from accelpass.backends.onnx.export import export, wanted
 
-    want = wanted(passes, plan, opset, contrib, activations, skip_sites)
+    want = wanted(passes, plan, opset, contrib, activations, skip_sites, debug)
     return export(
         model,
         args,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from accelpass.backends import graph_diff
@@ -61,7 +61,7 @@ class Debugging:
     """Follows one graph through its passes.
 
     Args:
-        inputs: of the call that the graph is compiled for; None for a graph that is not to be run.
+        inputs: of the call that the graph is compiled or exported for; None for a graph that is not to be run.
         variant: which of several graphs of one model this is, for people to read.
     """
 
@@ -155,17 +155,20 @@ class Debugging:
     def _outputs(self, program: Program, after: str = "") -> list[Tensor] | None:
         """What the model itself returns, or None if the graph cannot be run."""
         tensors = program.tensors
-        assert isinstance(tensors, FromInputs)
         reads_cache = any(not site.is_prompt for site in program.analysis(kv_sites))
         if self.inputs is None or tensors.recalled or reads_cache:
             self.unmeasured = self.unmeasured or RECALLED
             return None
-        read = [given for n, given in zip(tensors.inputs_nodes, self.inputs, strict=True) if n.users]
-        if any(isinstance(given, Tensor) and is_released(given) for given in read):
-            self.unmeasured = "free_weights gave the float weights back, which the graph before the passes reads"
+        if isinstance(tensors, FromInputs):
+            read = [given for n, given in zip(tensors.inputs_nodes, self.inputs, strict=True) if n.users]
+            if any(isinstance(given, Tensor) and is_released(given) for given in read):
+                self.unmeasured = "free_weights gave the float weights back, which the graph before the passes reads"
+                return None
+        elif program.analysis(kv_sites) or any(map(tensors.is_state, program.graph.nodes)):
+            self.unmeasured = "an exported graph with state is compared as a whole, by running its file"
             return None
         try:
-            return _run(program, tensors, self.inputs)
+            return _run(program, self.inputs)
         except Exception as cause:  # whatever an operator raises
             if after:
                 raise PassError(
@@ -202,19 +205,21 @@ class Debugging:
             raise _unwritable(root, cause) from cause
 
 
-def _run(program: Program, tensors: FromInputs, example_inputs: Sequence[Any]) -> list[Tensor]:
+def _run(program: Program, example_inputs: Sequence[Any]) -> list[Tensor]:
     # User tensors may be written to (caches), and so may state: run on copies.
-    given = [_copied(hint(a) if isinstance(a, torch.SymInt) else a) for a in example_inputs]
-    for site in program.analysis(kv_sites):
-        at = tensors.position(site.count)
-        ledger.register(given[at], site.capacity)
-        ledger.copy(example_inputs[at], given[at])
-    mine = {id(a) for a in given}
-    args = [a if id(a) in mine else _copied(a) for a in tensors.arguments(given)]
+    args = given = [_copied(hint(a) if isinstance(a, torch.SymInt) else a) for a in example_inputs]
+    if isinstance(tensors := program.tensors, FromInputs):
+        for site in program.analysis(kv_sites):
+            at = tensors.position(site.count)
+            ledger.register(given[at], site.capacity)
+            ledger.copy(example_inputs[at], given[at])
+        mine = {id(a) for a in given}
+        args = [a if id(a) in mine else _copied(a) for a in tensors.arguments(given)]
     devices = {a.device for a in args if isinstance(a, Tensor) and a.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(list(devices)):
         torch.manual_seed(0)  # graphs that draw numbers (dropout) must draw the same ones
-        everything = tree_leaves(program.gm(*args))
+        # An exported graph would want its arguments as the model took them.
+        everything = tree_leaves(fx.Interpreter(program.gm).run(*args, enable_io_processing=False))
     return [t for t in everything[: len(program.results()[0])] if isinstance(t, Tensor)]
 
 

@@ -38,16 +38,20 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is asked: how many windows of prose of which length, pass keys in contexts of which length at how many depths."""
+    """What is asked: how many windows of prose of which length, and at how many depths pass keys in contexts of which length.
+
+    Attributes:
+        late: for as many keys of each length, at most, the question comes when the context is stored.
+    """
 
     windows: dict[int, int] = field(default_factory=lambda: {2048: 3, 4096: 2})
     scored: int = 512
-    contexts: tuple[int, ...] = (1024, 2048, 4096)
-    depths: int = 10
+    keys: dict[int, int] = field(default_factory=lambda: dict.fromkeys((1024, 2048, 4096), 10))
+    late: int = 10
 
     @property
     def longest(self) -> int:
-        return max(*self.windows, *self.contexts)
+        return max(*self.windows, *self.keys)
 
     @property
     def capacity(self) -> int:
@@ -57,11 +61,11 @@ class Sizes:
     @property
     def units(self) -> int:
         """Steps of a progress bar."""
-        return sum(self.windows.values()) + 2 * len(self.contexts) * self.depths
+        return sum(self.windows.values()) + sum(n + min(n, self.late) for n in self.keys.values())
 
 
-SHORT = Sizes(windows={2048: 2, 4096: 1}, contexts=(1024, 2048))
-QUICK = Sizes(windows={1024: 1}, scored=128, contexts=(1024,), depths=2)
+SHORT = Sizes(windows={2048: 2, 4096: 1}, keys={1024: 10, 2048: 10})
+QUICK = Sizes(windows={1024: 1}, scored=128, keys={1024: 2})
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,13 @@ class Tasks:
         for length in self.sizes.windows:
             row[f"perplexity {_k(length)}"] = round(self._perplexity(reader, length, advance), 3)
         for late in (False, True):
-            for length in self.sizes.contexts:
-                found = 0
-                for number in range(self.sizes.depths):
-                    found += self._found(reader, self.passkey(length, number), late)
+            for length, keys in self.sizes.keys.items():
+                found, of = 0, min(keys, self.sizes.late) if late else keys
+                for number in range(of):
+                    found += self._found(reader, self.passkey(length, number, of), late)
                     advance(f"pass key at {_k(length)}")
                 name = f"asked later {_k(length)}" if late else f"found {_k(length)}"
-                row[name] = f"{found}/{self.sizes.depths}"
+                row[name] = f"{found}/{of}"
         return row
 
     def windows(self, length: int) -> list[Tensor]:
@@ -105,12 +109,12 @@ class Tasks:
         apart = (len(self.text) - length) // count
         return [self.text[i * apart : i * apart + length] for i in range(count)]
 
-    def passkey(self, length: int, number: int) -> Passkey:
-        """The key in depth ``number`` of as many as there are; with the question, ``length`` tokens."""
+    def passkey(self, length: int, number: int, of: int) -> Passkey:
+        """The key in depth ``number`` of ``of``; with the question, ``length`` tokens."""
         key = str(random.Random(f"{length} {number}").randint(10_000, 99_999))
         said, question = self._tokens(KEY.format(key=key)), self._tokens(QUESTION)
         room = length - len(said) - len(question)
-        before = room * number // self.sizes.depths
+        before = room * number // of
         context = torch.cat([self.text[:before], said, self.text[before:room]])
         return Passkey(context, question, key)
 

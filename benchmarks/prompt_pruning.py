@@ -52,12 +52,12 @@ class Amount:
     rounds: int = 5
     sizes: Sizes = field(
         default_factory=lambda: Sizes(
-            windows={2048: 2, 4096: 2, 8192: 1}, scored=256, contexts=(2048, 4096, 8192), depths=5
+            windows={2048: 2, 4096: 2, 8192: 1}, scored=256, keys=dict.fromkeys((2048, 4096, 8192), 5)
         )
     )
 
 
-QUICK = Amount((1024, 2048), 3, Sizes(windows={1536: 1}, scored=64, contexts=(1536,), depths=2))
+QUICK = Amount((1024, 2048), 3, Sizes(windows={1536: 1}, scored=64, keys={1536: 2}))
 
 
 class Prompted(Protocol):

@@ -166,7 +166,8 @@ def _sparse_quality(model: Any, tokenizer: Any, given: Given) -> Content:
         calibration = sparse_quality.QUICK_CALIBRATION if given.quick else sparse_quality.SHORT_CALIBRATION
     names = given.among(list(sparse_quality.METHODS))
     rows = sparse_quality.measure(model, tokenizer, names, sizes, calibration, _say)
-    return {"rows": rows, "capacity": sizes.capacity, "scored": sizes.scored, "depths": sizes.depths}
+    windows = ", ".join(f"{count} of {length:,}" for length, count in sizes.windows.items())
+    return {"rows": rows, "capacity": sizes.capacity, "scored": sizes.scored, "windows": windows}
 
 
 def _sparse_prefill(model: Any, tokenizer: Any, given: Given) -> Content:
@@ -236,7 +237,7 @@ PARTS = {
     ),
     "sparse_quality": Part(
         _sparse_quality,
-        "Sparse attention: perplexity of the last {scored} tokens of a context, and pass keys found at {depths} depths, as for "
+        "Sparse attention: perplexity of the last {scored} tokens of a context (windows: {windows}), and pass keys found, as for "
         "KV caches; bytes of a cache of {capacity} tokens",
         apart=tuple(sparse_quality.METHODS),
     ),

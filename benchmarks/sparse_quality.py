@@ -51,8 +51,8 @@ class Calibration:
         return len(QUESTIONS) * sum(self.lengths) + self.compared
 
 
-TASKS = Sizes(windows={2048: 2, 4096: 2, 8192: 1}, contexts=(2048, 4096, 8192), depths=5)
-SHORT = Sizes(windows={2048: 2, 4096: 1}, contexts=(2048, 4096), depths=5)
+TASKS = Sizes(windows={2048: 2, 4096: 2, 8192: 4}, keys={2048: 5, 4096: 5, 8192: 10}, late=5)
+SHORT = Sizes(windows={2048: 2, 4096: 1}, keys={2048: 5, 4096: 5})
 SHORT_CALIBRATION = Calibration((1024, 2048), 4096)
 QUICK, QUICK_CALIBRATION = QUICK_TASKS, Calibration((512, 768), 1024, 16, 256)
 

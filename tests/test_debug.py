@@ -235,3 +235,31 @@ def test_an_exported_program_is_told_the_same_way():
     ast.parse(text)
     assert 'ids: "i64[1, 4]"' in text and re.search(r"aten\.linear\(.*\) +# f32\[1, 4, 128\]", text)
     assert inputs_said(program) == "ids i64[1, 4]"
+
+
+@pytest.mark.parametrize(
+    "passes", [["int8_weights"], [{"name": "sink_window", "density": 0.5, "sinks": 4, "block": 4, "reserve": 4}]]
+)
+def test_an_export_writes_each_pass_and_measures_it(folder, tmp_path, passes):
+    pytest.importorskip("onnxruntime")
+    ids = torch.arange(24)[None]
+    kwargs = {"input_ids": ids, "use_cache": False}
+    report = accelpass.export_onnx(tiny_llama(), (), tmp_path / "x.onnx", passes, kwargs=kwargs, verify=False)
+    (note,) = [n for n in report.notes if n.startswith("debug: ")]
+    assert str(folder) in note and "not measured" not in note
+    assert_stands_alone(folder)
+    (graph,) = graphs(folder)
+    first, lowering = graph["passes"]
+    assert first["took"] and first["page"] and float(first["difference"]) > 0
+    assert lowering["name"] == "lowering" and float(lowering["difference"]) < 1e-3
+
+
+def test_an_exported_graph_with_a_cache_is_written_and_not_measured(folder, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = tiny_llama()
+    kwargs = {"input_ids": torch.arange(6)[None], "past_key_values": accelpass.KVCache(model, 12)}
+    passes = [{"name": "kv_window", "budget": 0.5}]
+    accelpass.export_onnx(model, (), tmp_path / "x.onnx", passes, kwargs=kwargs, verify=False)
+    assert len(graphs(folder)) == 2
+    for graph in graphs(folder):
+        assert graph["passes"][0]["page"] and "compared as a whole" in graph["unmeasured"]

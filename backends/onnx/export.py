@@ -26,6 +26,7 @@ from accelpass.backends.onnx.report import ExportReport, Written
 from accelpass.backends.onnx.stepped import step_graphs, step_pass, with_state
 from accelpass.backends.onnx.translate import Form, check_opset, constant_bytes, summary, translated
 from accelpass.backends.onnx.translations import own_operators
+from accelpass.backends.rewriting import debug_of
 from accelpass.ir import attention
 from accelpass.ir.analyses.cost import weight_bytes
 from accelpass.ir.attention.op import spec_of
@@ -78,6 +79,7 @@ def wanted(
     contrib: bool,
     activations: str = "float32",
     skip_sites: Mapping[str, Sequence[str]] | None = None,
+    debug: bool = False,
 ) -> Wanted:
     """Check what can be checked without the model.
 
@@ -88,7 +90,7 @@ def wanted(
     check_opset(opset)
     if activations not in ACTIVATIONS:
         raise ExportError(f"activations={activations!r} is not known; use {' or '.join(map(repr, ACTIVATIONS))}")
-    chosen = parse({"passes": list(passes), "plan": plan, "skip_sites": dict(skip_sites or {})})
+    chosen = parse({"passes": list(passes), "plan": plan, "skip_sites": dict(skip_sites or {}), "debug": debug})
     # Passes that torch.compile has by default choose kernels of its own compilers.
     picked = tuple(p for p in chosen.passes if p.name in chosen.asked)
     refuse_unexportable(picked)
@@ -251,7 +253,9 @@ def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[st
     def after(program: Program, record: Record) -> None:
         _refuse_fixed(found, f"the pass {record.name!r}")
 
-    records = run(program, want.passes, [Observer(after)], want.chosen.skip_sites)
+    debugging = debug_of(program, list(found.inputs.values()) + found.counts, want.chosen)
+    observers = [Observer(after), *([] if debugging is None else [debugging.observer])]
+    records = run(program, want.passes, observers, want.chosen.skip_sites)
     with torch.no_grad():
         kv.lower(program)
         notes = _masked(program)
@@ -260,6 +264,9 @@ def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[st
     program.graph.eliminate_dead_code()
     program.changed()
     _refuse_fixed(found, want.who)
+    if debugging is not None:
+        debugging.lowered(program)
+        notes.append(debugging.note)
     return records, weight_bytes(program), notes
 
 
