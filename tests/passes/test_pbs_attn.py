@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import accelpass
 from accelpass import KVCache
-from accelpass.ir.attention import AttentionSpec, attend, detect, set_spec, spec_of
+from accelpass.ir.attention import AttentionSpec, attend, detect, set_spec, spec_of, stacked
 from accelpass.ir.attention.block_sparse import BLOCK_SPARSE
 from accelpass.ir.errors import OptionError, SpecConflict
 from accelpass.ir.program import Program
@@ -75,6 +75,20 @@ def test_equals_the_oracle(shape, tiles, threshold, v_width):
     torch.testing.assert_close(sparse(select, q, k, v), want, atol=ATOL, rtol=0)
     spec = spec_for(q, k).edited(by="a test", select=select)
     torch.testing.assert_close(attend(q, k, v, [], spec)[0], want, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 1.0])
+@pytest.mark.parametrize("tiles", [(4, 4), (4, 8), (3, 12)])
+def test_whole_segments_need_no_mask(tiles, threshold, monkeypatch):
+    """The kernel reads a segment that it is part of in the tokens' own order, where causality is a switch."""
+    q, k, v = operands(2, 2, 2, 6 * tiles[1])
+    select = PermutedBlocks(*tiles, threshold)
+    want = sparse(select, q, k, v)
+    monkeypatch.setattr(stacked, "_mask", None)
+    torch.testing.assert_close(sparse(select, q, k, v), want, atol=0, rtol=0)
+    seen = select.mask(q, k, spec_for(q, k)) & torch.ones(6 * tiles[1], 6 * tiles[1], dtype=torch.bool).tril()
+    exact = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(want, exact, atol=ATOL, rtol=0)
 
 
 @settings(max_examples=60, deadline=None)
