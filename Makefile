@@ -24,7 +24,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 -m "not slow" tests
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 -m slow tests
 	ACCELPASS_EXAMPLES=100 $(BIN)/python -m pytest tests/backends/test_triton_weight_only.py tests/backends/test_triton_kv_attention.py tests/backends/test_triton_block_sparse.py
 
 # mypy needs the import layout as real folders; pip's editable install maps it in memory.
