@@ -119,6 +119,11 @@ def times(
     return rows
 
 
+def has_quality(name: str) -> bool:
+    """Whether :func:`quality` has a row for a candidate; those of sparse attention are in ``benchmarks.sparse_quality``."""
+    return CANDIDATES[name] is not None and name not in sparse_quality.METHODS
+
+
 @torch.no_grad()
 def quality(
     model: torch.nn.Module, tokenizer: Any, names: Sequence[str], plan: Amount, say: Callable[[Row], None]
@@ -126,7 +131,7 @@ def quality(
     """Perplexity of the continuation, and pass keys found, of each candidate with a KVCache."""
     tasks, rows = Tasks(tokenizer, plan.sizes), []
     for name in names:
-        if CANDIDATES[name] is None or name in sparse_quality.METHODS:  # those are measured there
+        if not has_quality(name):
             continue
         torch._dynamo.reset()
         asked = Compiled(model, CANDIDATES[name] or [], plan.sizes.capacity)

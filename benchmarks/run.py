@@ -65,6 +65,8 @@ QUALITY = {
     "int4_weights, groups of 64, asymmetric": [{"name": "int4_weights", "symmetric": False}],
 }
 
+PRUNED = [name for name in prompt_pruning.CANDIDATES if prompt_pruning.has_quality(name)]
+
 
 def measure_quality(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """Perplexity, agreement and weight bytes of each pass set; the lowered graphs are run without Inductor."""
@@ -182,6 +184,12 @@ def _prompt_pruning(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": prompt_pruning.times(model, ids, names, plan, lambda row: _say(str(row)))}
 
 
+def _prompt_pruning_quality(model: Any, tokenizer: Any, given: Given) -> Content:
+    plan = prompt_pruning.QUICK if given.quick else prompt_pruning.Amount()
+    rows = prompt_pruning.quality(model, tokenizer, given.among(PRUNED), plan, lambda row: _say(str(row)))
+    return {"rows": rows, "scored": plan.sizes.scored}
+
+
 def _kv_prefill(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": kv_prefill.measure(model, tokenizer, _say)}
 
@@ -251,6 +259,11 @@ PARTS = {
         below="Candidates of one run take turns; `faster_than_the_first` is against the first row of a length. Inductor attends "
         "over a static cache with a mask; `accelpass, dense` attends to the prompt alone.",
     ),
+    "prompt_pruning_quality": Part(
+        _prompt_pruning_quality,
+        "Token pruning: perplexity of the last {scored} tokens of a context, and pass keys found, as for KV caches",
+        apart=tuple(PRUNED),
+    ),
     "kv_prefill": Part(_kv_prefill, "KV caches: prompts, with and without scores"),
     "kv_memory": Part(_kv_memory, "KV caches: a process that reads 4080 tokens and answers, over what it held before"),
     "kv_decode": Part(_kv_decode, "KV caches: decode, batch 1, of the last {tokens} tokens of a context"),
@@ -291,7 +304,7 @@ def main() -> None:
     if given.quick:
         given.results = Path("build/quick_results")
     candidates = None if given.only_candidates is None else tuple(given.only_candidates.split(";"))
-    known = [*kv_quality.METHODS, *sparse_quality.METHODS, *kv_decode.CANDIDATES, *digits_steps.CANDIDATES]
+    known = [*kv_quality.METHODS, *sparse_quality.METHODS, *PRUNED, *kv_decode.CANDIDATES, *digits_steps.CANDIDATES]
     unknown = set(candidates or ()) - {"none", *known}
     if unknown:
         parser.error(f"no candidate {'; '.join(sorted(unknown))}; there are {'; '.join(known)}")
