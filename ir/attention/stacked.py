@@ -100,10 +100,10 @@ def stacked(
         common = each.all(2)
         add(common, together, False)
         whole = (each & common.unsqueeze(2).logical_not()).flatten(1, 2)
-    found = squares.flatten().nonzero().flatten()
-    if len(found):
+    own_places = squares.flatten().nonzero().flatten()
+    if len(own_places):
         stretch = torch.arange(own * size, device=device)
-        for at in found.split(max(1, _KEYS // (own * size))):
+        for at in own_places.split(max(1, _KEYS // (own * size))):
             attend(at, own, (at % squares.shape[1] * (own * size)).unsqueeze(-1) + stretch, square=True)
     add(cut, 1, True)
     out, lse = (t.view(batch, heads, -1, t.shape[1])[:, :, :rows] for t in (out, lse))
