@@ -77,7 +77,7 @@ def stacked(
         made, log = made.squeeze(1).to(wide), log.squeeze(1).unsqueeze(-1)
         if empty is not None and bool(empty.any()):
             made, log = made.masked_fill(empty, 0.0), log.masked_fill(empty, -torch.inf)
-        first = together == _TOGETHER[0] and not square
+        first = together == _TOGETHER[0] and not square  # there is nothing yet to merge with
         found[at], logs[at] = (made, log) if first else _merged(found[at], logs[at], made, log)
 
     def add(part: Tensor, together: int, cuts: bool) -> None:
