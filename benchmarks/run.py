@@ -257,8 +257,7 @@ PARTS = {
         _prompt_pruning,
         "Token pruning and sparse attention: time to the first token of a prompt of prose",
         below="Candidates of one run take turns; `faster_than_the_first` is against the first row of a length. Inductor attends "
-        "over a static cache of 8,192 tokens with a mask; `accelpass, dense` attends to the prompt alone. `lazyllm` at 8,128 tokens "
-        "took turns with Inductor (49.7 s) in a run of its own.",
+        "over a static cache of 8,192 tokens with a mask; `accelpass, dense` attends to the prompt alone.",
     ),
     "prompt_pruning_quality": Part(
         _prompt_pruning_quality,
@@ -357,7 +356,7 @@ def _page(results: Path) -> str:
                 parts.append(ABOUT[about])
             content = json.loads(path.read_text())
             parts.append(_table(part.title.format(**content), content["rows"]) + f"\nOn: {content['device']}.")
-            parts += [part.below] if part.below else []
+            parts += [text for text in (part.below, content.get("note")) if text]
     return "\n\n".join(parts) + "\n"
 
 

@@ -55,13 +55,8 @@ def run(loaded: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         raise ExportError(f"ONNX Runtime fails on the example inputs: {' '.join(str(cause).split())[:400]}") from cause
 
 
-def difference(
-    names: Sequence[str], got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float, least: float = 1e-6
-) -> float:
+def difference(names: Sequence[str], got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> float:
     """The largest relative difference of the named outputs, which come first; integers have to be equal.
-
-    Args:
-        least: what smaller outputs are relative to.
 
     Raises:
         ExportError: an output differs by more; names it.
@@ -80,7 +75,7 @@ def difference(
                 raise ExportError(f"{name} has other infinities or NaN in ONNX Runtime than in torch")
             scale = float(its[both].double().abs().max()) if both.any() else 0.0
             far = (
-                float((mine[both].double() - its[both].double()).abs().max()) / max(scale, least) if both.any() else 0.0
+                float((mine[both].double() - its[both].double()).abs().max()) / max(scale, 1e-6) if both.any() else 0.0
             )
             if far > tolerance:
                 raise ExportError(f"{name} differs by {far:.1e} of its largest value between ONNX Runtime and torch")
