@@ -158,6 +158,11 @@ class Snapshot:
         self._versions = [version for _, version in stamps]
         self._restamped = restamped
 
+    @property
+    def entries(self) -> list[Entry | None]:
+        """The entries; None for one that is gone."""
+        return [ref() for ref in self._entries]
+
     def served(self, sources: Sequence[Tensor]) -> list[Entry] | None:
         """The entries, if they still serve ``sources``; None also where only a closer look can tell."""
         entries = [entry for ref in self._entries if (entry := ref()) is not None]

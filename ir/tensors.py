@@ -8,7 +8,6 @@ becomes one more graph input, found at every call by the identity of the weight 
 from __future__ import annotations
 
 import re
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -237,8 +236,6 @@ class Binder:
         """Positions of inputs that only derived tensors need and whose memory is given back once those exist."""
         self.staying = staying
         """Positions of the model's other tensors; any of them would keep a mapped file in memory."""
-        # Weak: the entries of a cache go when the cache does.
-        self._memo: list[weakref.ref[Entry] | None] = [None] * len(self.groups)
         self._sources = [p for group in self.groups for p in group.positions]
         self._last: Snapshot | None = None
 
@@ -254,13 +251,10 @@ class Binder:
     def _asked(self, args: Sequence[Any]) -> list[Entry]:
         """The entry of each group, derived now if it is missing or a source has changed."""
         made, missed = [], False
-        for index, group in enumerate(self.groups):
+        for group, entry in zip(self.groups, self._known(), strict=True):
             sources = [args[p] for p in group.positions]
-            known = self._memo[index]
-            entry = known() if known is not None else None
             if entry is None or not entry.serves(sources):
                 entry = DERIVED.get(sources, group.recipe, self.paths[group.positions[0]])
-                self._memo[index] = weakref.ref(entry)
                 missed = True
             made.append(entry)
         if missed and self.released:
@@ -268,10 +262,13 @@ class Binder:
             leave_file([args[p] for p in self.staying])
         return made
 
+    def _known(self) -> list[Entry | None]:
+        """The entry of each group at the last call; None where there is none, or none any more."""
+        return [None] * len(self.groups) if self._last is None else self._last.entries
+
     def tensors(self) -> list[Tensor]:
         """The derived tensors that the last call used; each once."""
-        entries = [entry for known in self._memo if known is not None and (entry := known()) is not None]
-        return list({id(t): t for entry in entries for t in entry.tensors}.values())
+        return list({id(t): t for entry in self._known() if entry is not None for t in entry.tensors}.values())
 
     def derived_bytes(self) -> int:
         """Bytes of :meth:`tensors`."""
