@@ -330,7 +330,7 @@ def peer_rows(python: str, sizes: Sizes, ours: Sequence[Candidate]) -> list[Row]
                 "outside": "",
                 "variants": "",
                 "parts": "",
-                "compile_seconds": round(one["compile_seconds"], 1),
+                "compile_seconds": "",  # its instances share compiled code
                 "per_variant": "",
             }
         )

@@ -164,7 +164,7 @@ def test_a_small_run_makes_all_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     def peer(command: list[str], **_: Any) -> None:
         image = torch.zeros(digits.CLASSES, 1, digits.SIZE, digits.SIZE)
-        found = {"images": [image], "seconds": [1.0], "reused": 0.25, "compile_seconds": 2.0}
+        found = {"images": [image], "seconds": [1.0], "reused": 0.25}
         torch.save([{"name": "inductor", **found}, {"name": "cache-dit", **found, "seconds": [0.5]}], command[3])
 
     monkeypatch.setattr(digits, "transformer", same)

@@ -105,6 +105,17 @@ def test_swapped_parameter(which):
         check(fast(IDS), model, which)
 
 
+def test_weights_are_followed_where_dynamo_guards_no_module(which):
+    model, other = tiny_lm(0), tiny_lm(1)
+    fast = compiled(model, which, guard_filter_fn=torch.compiler.skip_guard_on_all_nn_modules_unsafe)
+    with torch.no_grad():
+        fast(IDS)
+        model.load_state_dict(other.state_dict())
+        check(fast(IDS), other, which)
+        model.layers[0].up_proj.weight = nn.Parameter(torch.randn(96, 64))
+        check(fast(IDS), model, which)
+
+
 def test_lora_merged_in_place(which):
     model = tiny_lm(0)
     fast = compiled(model, which)
