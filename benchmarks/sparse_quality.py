@@ -1,7 +1,7 @@
 """What sparse attention costs in quality: SmolLM2 goes on with prose, and finds pass keys in it, at half the density and by chosen blocks.
 
 Prompts and cache are both as the passes say. MoA's plan is found first, from answers that the dense model gives about prose
-that no task reads, as in its paper: rules are profiled at two lengths, and compared at a third, longer one.
+that no task reads, as in its paper: rules are profiled at three lengths, and compared at one that is not among them.
 """
 
 from __future__ import annotations
@@ -34,27 +34,37 @@ METHODS: dict[str, list[Any]] = {
     "pbs_attn, 0.95": [{"name": "pbs_attn", "threshold": 0.95}],
 }
 # Answers that need what stands far before them, as those of the paper's long questions do.
-QUESTIONS = ("\n\nThe text above begins with the words:", "\n\nA short summary of the text above:")
+QUOTE = '\n\nThe text above says at one place: "{words}'
+SUMMARY = "\n\nA short summary of the text above:"
+CUE = 16
+"""Tokens of a quotation; the answer goes on with it."""
+DEPTHS: tuple[float | None, ...] = (0.25, 0.6, None)
+"""Where the quotations of the profiled answers stand in the text; None: the answer is a summary."""
+COMPARED: tuple[float | None, ...] = (0.4, None)
+"""The same for the answers that plans are compared on."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Lengths that are profiled, each with one sample for each question, and the length that plans are compared at."""
+    """Lengths that are profiled, and the length that plans are compared at; each with a text of its own, and all questions about it.
 
-    lengths: tuple[int, ...] = (2048, 4096)
-    compared: int = 8192
+    The paper compares at a length beyond those that it profiles; the model here has no positions beyond 8k.
+    """
+
+    lengths: tuple[int, ...] = (2048, 4096, 8192)
+    compared: int = 6144
     answer: int = 96
     step: int = 1024
 
     @property
     def tokens(self) -> int:
-        return len(QUESTIONS) * sum(self.lengths) + self.compared
+        return sum(self.lengths) + self.compared
 
 
 TASKS = Sizes(windows={2048: 2, 4096: 2, 8192: 4}, keys={2048: 5, 4096: 5, 8192: 10}, late=5)
 SHORT = Sizes(windows={2048: 2, 4096: 1}, keys={2048: 5, 4096: 5})
 SHORT_CALIBRATION = Calibration((1024, 2048), 4096)
-QUICK, QUICK_CALIBRATION = QUICK_TASKS, Calibration((512, 768), 1024, 16, 256)
+QUICK, QUICK_CALIBRATION = QUICK_TASKS, Calibration((512, 768), 640, 16, 256)
 
 
 def measure(
@@ -113,18 +123,20 @@ def about(plan: Plan, calibration: Calibration, seconds: float) -> str:
 def planned(model: Any, tokenizer: Any, sizes: Calibration) -> Plan:
     """A plan from the last of the prose, which no task reads."""
     text = tokenizer(prose(), return_tensors="pt", add_special_tokens=False).input_ids[0, -sizes.tokens :]
-    batches = []
-    for length in (*sizes.lengths, sizes.compared):
-        for question in QUESTIONS if length != sizes.compared else QUESTIONS[-1:]:
-            batches.append(answered(model, tokenizer, text[:length], question, sizes.answer))
-            text = text[length:]
+    *texts, last = text.split([*sizes.lengths, sizes.compared])
+    batches = [answered(model, tokenizer, part, depth, sizes.answer) for part in texts for depth in DEPTHS]
+    validation = [answered(model, tokenizer, last, depth, sizes.answer) for depth in COMPARED]
     made = [{**p, "step": sizes.step} for p in METHODS[MOA]]
-    return accelpass.calibrate(model, batches, made, progress=False)
+    return accelpass.calibrate(model, batches, made, progress=False, validation=validation)
 
 
 @torch.no_grad()
-def answered(model: Any, tokenizer: Any, text: Tensor, question: str, answer: int) -> dict[str, Tensor]:
+def answered(model: Any, tokenizer: Any, text: Tensor, depth: float | None, answer: int) -> dict[str, Tensor]:
     """As many tokens as ``text`` has: its beginning, a question, and the dense model's answer, which alone has labels."""
+    question = SUMMARY
+    if depth is not None:
+        at = int(depth * len(text))
+        question = QUOTE.format(words=tokenizer.decode(text[at : at + CUE]).strip())
     asked = tokenizer(question, return_tensors="pt", add_special_tokens=False).input_ids[0]
     prompt = torch.cat([text[: len(text) - len(asked) - answer], asked])[None]
     ids = model.generate(
