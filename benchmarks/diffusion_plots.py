@@ -31,6 +31,7 @@ QUALITIES = {
 METHODS = {
     "ditfastattn": ("DiTFastAttn", "#004582", "o"),
     "tokencache": ("TokenCache", "#b3541e", "s"),
+    "delta_cache": ("block deltas", "#7a3e8f", "D"),
     "cache-dit": ("cache-dit (its own process)", "#4d7c3a", "^"),
 }
 DENSE = "inductor"

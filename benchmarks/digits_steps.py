@@ -43,11 +43,13 @@ class Setting:
     Attributes:
         search: what ``search_steps`` fits; None for a model that is computed in full.
         changes: options that are set after the search, which does not depend on them.
+        given: a pass whose schedule is given and not searched; it gets the run's timesteps.
         beside: further passes.
     """
 
     search: dict[str, Any] | None = None
     changes: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] | None = None
     beside: tuple[Any, ...] = ()
 
 
@@ -71,6 +73,10 @@ CANDIDATES: dict[str, Setting] = {
     "tokencache, all, every 2/2": _token_cache(1.0, (2, 2)),
     "tokencache, all, every 2/3": _token_cache(1.0, (2, 3)),
     "tokencache, all, every 3/4": _token_cache(1.0, (3, 4)),
+    "delta_cache, every 2": Setting(given={"name": "delta_cache", "interval": 2}),
+    "delta_cache, every 3": Setting(given={"name": "delta_cache", "interval": 3}),
+    "delta_cache, every 3, taylor": Setting(given={"name": "delta_cache", "interval": 3, "predict": "taylor"}),
+    "delta_cache, every 6": Setting(given={"name": "delta_cache"}),
     "ditfastattn, threshold 0.15, int8_weights": Setting(
         {"name": "ditfastattn", "threshold": 0.15}, beside=("int8_weights",)
     ),
@@ -208,6 +214,9 @@ def compiled(name: str, plan: Plan | None, steps: int) -> Candidate:
     pipe = digits.pipeline()
     model = pipe.transformer
     beside = list(CANDIDATES[name].beside)
+    if (given := CANDIDATES[name].given) is not None:
+        pipe.scheduler.set_timesteps(steps)
+        beside.append({**given, "timesteps": tuple(map(float, pipe.scheduler.timesteps))})
     options: dict[str, Any] = {} if plan is None else {"plan": plan}
     if beside:
         options["passes"] = beside

@@ -78,3 +78,13 @@ def test_a_cached_block_is_gone(name: str) -> None:
     steps = graphs_of(model)[0].report.steps
     assert steps is not None and steps.flops[0] == steps.dense
     assert steps.flops[1] < 0.75 * steps.dense
+
+
+def test_the_report_is_of_the_run_that_the_schedule_is_for() -> None:
+    model, call = tiny_diffusers.build("dit")
+    cached = {"name": "delta_cache", "start": 1, "interval": 2, "timesteps": TIMES}
+    fast = torch.compile(model.eval(), backend="accelpass", options={"passes": [cached], "lowering": "eager"})
+    denoise(fast, call, TIMES)
+    steps = graphs_of(model)[0].report.steps
+    assert steps is not None and steps.timesteps == tuple(TIMES)
+    assert [row[0] for row in steps.actions] == ["full", "full", *["reuse", "full"] * 3, "reuse"]
