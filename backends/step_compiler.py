@@ -154,8 +154,9 @@ def _describe(report: GraphReport, made: Composition, passes: Sequence[StepPass]
     dense = made.linked(made.full)
     full = dense.flops
     report.steps = StepReport(
-        sites, actions, flops, timesteps, full, len(made.pieces), made.compiled, attention, dense.attention
-    )
+        sites, actions, flops, timesteps, full, len(made.pieces), made.compiled, attention, dense.attention,
+        max(1, len(set(rows))),
+    )  # fmt: skip
     report.parts, report.parts_compiled = len(made.sites) + 2, made.compiled
     report.before.flops = full
     report.after.flops = sum(flops) // len(flops) if flops else full

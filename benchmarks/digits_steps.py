@@ -288,7 +288,7 @@ def shares(report: GraphReport | None) -> Row:
     return {
         "attention_flops": round(sum(steps.attention) / len(steps.attention) / steps.dense_attention, 3),
         "flops": round(sum(steps.flops) / len(steps.flops) / steps.dense, 3),
-        "variants": len(set(steps.actions)),
+        "variants": steps.variants,
     }
 
 

@@ -61,7 +61,7 @@ def test_shares_and_variants() -> None:
     assert digits_steps.shares(None) == digits_steps.shares(report)
     assert digits_steps.shares(report) == {"attention_flops": 1.0, "flops": 1.0, "variants": 1}
     report.steps = StepReport(
-        ("a",), (("full",), ("share",), ("share",)), (100, 40, 40), (9, 5, 1), 100, 3, 3, (20, 0, 4), 20
+        ("a",), (("full",), ("share",), ("share",)), (100, 40, 40), (9, 5, 1), 100, 3, 3, (20, 0, 4), 20, 2
     )
     assert digits_steps.shares(report) == {"attention_flops": 0.4, "flops": 0.6, "variants": 2}
 

@@ -88,3 +88,4 @@ def test_the_report_is_of_the_run_that_the_schedule_is_for() -> None:
     steps = graphs_of(model)[0].report.steps
     assert steps is not None and steps.timesteps == tuple(TIMES)
     assert [row[0] for row in steps.actions] == ["full", "full", *["reuse", "full"] * 3, "reuse"]
+    assert steps.variants == 3  # in full, in full and kept, reused
