@@ -125,7 +125,7 @@ def _sizes(held: Any) -> Sequence[Any]:
 
 def _describe(report: GraphReport, made: Composition, passes: Sequence[StepPass]) -> None:
     """What was done at each site over all steps, in place of what was done in each of the graphs."""
-    calls = max((p.horizon() for p in passes), default=0)
+    calls = max((p.run_length for p in passes), default=0)
     rows = [made.row(step, 0) for step in range(calls)] if not any(p.searching for p in passes) else []
     merged: dict[str, Record] = {}
     for record in made.records:
@@ -154,9 +154,17 @@ def _describe(report: GraphReport, made: Composition, passes: Sequence[StepPass]
     dense = made.linked(made.full)
     full = dense.flops
     report.steps = StepReport(
-        sites, actions, flops, timesteps, full, len(made.pieces), made.compiled, attention, dense.attention,
-        max(1, len(set(rows))),
-    )  # fmt: skip
+        sites=sites,
+        actions=actions,
+        flops=flops,
+        timesteps=timesteps,
+        dense=full,
+        parts=len(made.pieces),
+        compiled=made.compiled,
+        attention=attention,
+        dense_attention=dense.attention,
+        variants=len(set(rows)),
+    )
     report.parts, report.parts_compiled = len(made.sites) + 2, made.compiled
     report.before.flops = full
     report.after.flops = sum(flops) // len(flops) if flops else full

@@ -46,11 +46,9 @@ def own_call() -> Any:
     return scope["call"]
 
 
-def accelpass_with(options: dict[str, Any] | None) -> Callable[[torch.nn.Module], Any]:
+def accelpass_with(**options: Any) -> Callable[[torch.nn.Module], Any]:
     # A copy: torch.compile takes out what is meant for Dynamo.
-    return lambda model: torch.compile(
-        own_call(), backend="accelpass", options=None if options is None else dict(options), dynamic=False
-    )
+    return lambda model: torch.compile(own_call(), backend="accelpass", options={**options}, dynamic=False)
 
 
 def inductor(model: torch.nn.Module) -> Any:
@@ -65,18 +63,18 @@ def torchao_int8(model: torch.nn.Module) -> Any:
 
 
 # For a model whose modules are not changed any more; weights may be.
-_UNGUARDED = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+_UNGUARDED = torch.compiler.skip_guard_on_all_nn_modules_unsafe
 CANDIDATES = {
     "inductor f32": (inductor, torch.float32),
     "inductor bf16": (inductor, torch.bfloat16),
     "torchao int8 (bf16)": (torchao_int8, torch.bfloat16),
-    "accelpass, no options": (accelpass_with(None), torch.float32),
-    "accelpass int8_weights": (accelpass_with({"passes": ["int8_weights"]}), torch.float32),
+    "accelpass, no options": (accelpass_with(), torch.float32),
+    "accelpass int8_weights": (accelpass_with(passes=["int8_weights"]), torch.float32),
     "accelpass int8_weights, modules not guarded": (
-        accelpass_with({"passes": ["int8_weights"], **_UNGUARDED}),
+        accelpass_with(passes=["int8_weights"], guard_filter_fn=_UNGUARDED),
         torch.float32,
     ),
-    "accelpass int4_weights": (accelpass_with({"passes": ["int4_weights"]}), torch.float32),
+    "accelpass int4_weights": (accelpass_with(passes=["int4_weights"]), torch.float32),
 }
 
 

@@ -213,16 +213,15 @@ def compiled(name: str, plan: Plan | None, steps: int) -> Candidate:
     """The candidate, compiled without what earlier compilations left; the first call alone is counted."""
     pipe = digits.pipeline()
     model = pipe.transformer
+    call = _first_call(pipe, steps)
     beside = list(CANDIDATES[name].beside)
     if (given := CANDIDATES[name].given) is not None:
-        pipe.scheduler.set_timesteps(steps)
         beside.append({**given, "timesteps": tuple(map(float, pipe.scheduler.timesteps))})
     options: dict[str, Any] = {} if plan is None else {"plan": plan}
     if beside:
         options["passes"] = beside
     how: dict[str, Any] = {} if name == INDUCTOR else {"backend": "accelpass", "options": options or None}
     fast = torch.compile(model, **how)
-    call = _first_call(pipe, steps)
     with torch._inductor.config.patch(force_disable_caches=True):
         start = time.perf_counter()
         fast(**call)

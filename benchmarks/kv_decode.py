@@ -55,8 +55,8 @@ class Session:
         passes = CANDIDATES[self.name]
         own_cache = passes is not None
         self.cache: Any = KVCache(self.model, self.capacity) if own_cache else new_cache(self.model, self.capacity)
-        options = {"passes": ["int8_weights", *EXACT, *(passes or [])]}
-        make = decode.inductor if self.name == INDUCTOR else decode.accelpass_with(options)
+        packed = ["int8_weights", *EXACT, *(passes or [])]
+        make = decode.inductor if self.name == INDUCTOR else decode.accelpass_with(passes=packed)
         self.fast = make(self.model)
         # A StaticCache is the same whoever fills it; a KVCache is filled as the passes say.
         self.reads = self.fast if own_cache else self._plain

@@ -132,7 +132,10 @@ def planned(model: Any, tokenizer: Any, sizes: Calibration) -> Plan:
 
 @torch.no_grad()
 def answered(model: Any, tokenizer: Any, text: Tensor, depth: float | None, answer: int) -> dict[str, Tensor]:
-    """As many tokens as ``text`` has: its beginning, a question, and the dense model's answer, which alone has labels."""
+    """As many tokens as ``text`` has: its beginning, a question, and the dense model's answer, which alone has labels.
+
+    The question asks to go on with the words that stand at ``depth`` (a share of the text), or for a summary if that is None.
+    """
     question = SUMMARY
     if depth is not None:
         at = int(depth * len(text))

@@ -39,7 +39,7 @@ class StepReport:
         flops: of each model call; ``dense`` of one that is computed in full.
         parts, compiled: ways of computing a block over all blocks, and how many of them needed code of their own.
         attention, dense_attention: as ``flops`` and ``dense``, of the products of queries, keys and values alone.
-        variants: how many steps differ in what they run; what a step keeps for a later one is such a difference.
+        variants: how many of these calls differ in what they run; what one keeps for a later one is such a difference.
     """
 
     sites: tuple[str, ...]
@@ -51,7 +51,7 @@ class StepReport:
     compiled: int
     attention: tuple[int, ...] = ()
     dense_attention: int = 0
-    variants: int = 1
+    variants: int = 0
 
 
 @dataclass

@@ -134,7 +134,7 @@ def step_graphs(
     """
     if by.timesteps and count not in (None, len(by.timesteps)):
         raise ExportError(f"the plan of {by.name} is for {len(by.timesteps)} steps, and steps={count} was asked for")
-    count = count or len(by.timesteps) or by.horizon()
+    count = count or by.run_length
     paths = _sites(by, dense.anew().program)
     refused: set[str] = set()
     while True:

@@ -103,6 +103,11 @@ class StepPass(SitePatterns):
     def horizon(self) -> int:
         """How many model calls must be looked at to have seen every action."""
 
+    @property
+    def run_length(self) -> int:
+        """Model calls of the run that the schedule was made for; of one that fits any run, its :meth:`horizon`."""
+        return len(self.timesteps) or self.horizon()
+
     def shown(self, action: str) -> str:
         """What a picture calls an action."""
         return action.split("+output")[0].split("+residual")[0]

@@ -52,7 +52,7 @@ class DeltaCache(StepPass):
         return [Site(block.path, block) for block in blocks]
 
     def horizon(self) -> int:
-        return len(self.timesteps) or self.start + 3 * self.interval + 1
+        return self.start + 3 * self.interval + 1
 
     def action(self, step: int, site: str, branch: int = 0) -> str:
         since = step - self.start
