@@ -105,7 +105,8 @@ def measure_at(
     model: torch.nn.Module, tokenizer: Any, context: int, names: Sequence[str], say: Callable[[str], None]
 ) -> list[Session]:
     """Compile and fill each candidate, then time them in turn; the answer ends at ``context`` tokens."""
-    ids = tokenizer(prose(), return_tensors="pt").input_ids[:, : context - TOKENS]
+    # One token more is read when the step is compiled.
+    ids = tokenizer(prose(), return_tensors="pt").input_ids[:, : context - TOKENS - 1]
     sessions = []
     for name in names:
         start = time.perf_counter()
