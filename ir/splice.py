@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,26 @@ def trace(program: Program, run: Callable[..., Sequence[Tensor]], operands: Sequ
         return make_fx(run, pre_dispatch=True)(*(value(n) for n in operands))
 
 
+class Tracer:
+    """Traces a function once for all places where it is called with operands that are laid out alike."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._traced: dict[Any, fx.GraphModule] = {}
+
+    def run(
+        self, key: Hashable, function: Callable[..., Sequence[Tensor]], operands: Sequence[fx.Node], before: fx.Node
+    ) -> list[fx.Node]:
+        """Calls ``function`` in front of ``before``; ``key`` is equal for functions that do the same. Returns its results."""
+        layouts = tuple((str(value(n).shape), str(value(n).stride()), value(n).dtype) for n in operands)
+        if (key, layouts) not in self._traced:
+            self._traced[key, layouts] = trace(self.program, function, operands)
+        return splice(self.program, self._traced[key, layouts], operands, before)
+
+
 def splice(program: Program, traced: fx.GraphModule, operands: Sequence[fx.Node], before: fx.Node) -> list[fx.Node]:
     """Copy a traced function's nodes in front of ``before``, whose provenance they take; returns its results."""
-    graph = program.graph
+    graph = before.graph
     env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     results: list[fx.Node] = []
     with graph.inserting_before(before):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from accelpass.ir.attention.one_row import each_group, row_scores, row_sum
 from accelpass.ir.attention.spec import Format, Native
 from accelpass.ir.derived import StateSpec
 from accelpass.ir.errors import GraphError
@@ -66,12 +67,10 @@ class Floats(RowFormat):
         return rows[0].to(dtype)
 
     def scores(self, q: Tensor, rows: Rows) -> Tensor:
-        wide = rows[0].float()
-        return per_group(q, lambda one: (one.unsqueeze(-2) * wide).sum(-1))
+        return row_scores(q, rows[0])
 
     def mixed(self, weights: Tensor, rows: Rows) -> Tensor:
-        wide = rows[0].float()
-        return per_group(weights, lambda one: (one.unsqueeze(-1) * wide).sum(-2))
+        return row_sum(weights, rows[0])
 
 
 EXACT = Floats()
@@ -125,7 +124,7 @@ class Quantized(RowFormat):
             assert total is not None
             return total
 
-        return per_group(q, one_head)
+        return each_group(q, one_head)
 
     def mixed(self, weights: Tensor, rows: Rows) -> Tensor:
         codes, step, low = rows
@@ -146,7 +145,7 @@ class Quantized(RowFormat):
                 out.append(_overlaid(by_channel) + offset)
             return torch.cat(out, -1)
 
-        return per_group(weights, one_head)
+        return each_group(weights, one_head)
 
     def _chunks(self, width: int) -> Iterator[_Chunk]:
         """Runs of channels whose codes are contiguous bytes under one shift, none across two groups."""
@@ -199,12 +198,6 @@ def row_format(format: Format) -> RowFormat:
     if isinstance(format, RowFormat):
         return format
     raise GraphError(f"the format {format.part} does not say how a row is written; make it a RowFormat")
-
-
-def per_group(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """``product`` of each query head's slice of ``x`` ``(batch, kv_heads, groups, ...)``: loops side by side, which read
-    keys and values once for all heads of a group."""
-    return torch.stack([product(x[:, :, g]) for g in range(x.shape[2])], 2)
 
 
 def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0.0) -> StateSpec:

@@ -20,7 +20,7 @@ from accelpass.ir.kv.ops import dense_form
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.kv.storage import Layout, New, Positions, Query, RowSelect, Storage
 from accelpass.ir.program import Program
-from accelpass.ir.splice import splice, trace
+from accelpass.ir.splice import Tracer
 
 _NAMES, _FUNCTIONS = "kv_given", "kv_functions"
 
@@ -108,15 +108,9 @@ class _Lowering:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.traced: dict[Any, fx.GraphModule] = {}
+        self.run = Tracer(program).run
         self.rows: dict[str, fx.Node] = {}
         self.leaders: dict[Storage, fx.Node] = {}
-
-    def run(self, key: Any, function: Any, operands: Sequence[fx.Node], before: fx.Node) -> list[fx.Node]:
-        layouts = tuple((str(value(n).shape), str(value(n).stride()), value(n).dtype) for n in operands)
-        if (key, layouts) not in self.traced:
-            self.traced[key, layouts] = trace(self.program, function, operands)
-        return splice(self.program, self.traced[key, layouts], operands, before)
 
     def site(self, site: KVSite) -> CacheUse:
         layer, k = self.layer(site), value(site.new[0])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from accelpass.ir.attention import steps
 from accelpass.ir.attention.block_select import MASKS
+from accelpass.ir.attention.one_row import fence, powers
 from accelpass.ir.attention.spec import AttentionSpec, Select, Store
 from accelpass.ir.derived import StateSpec
 from accelpass.ir.kv.banks import RowFormat, Rows, ValueFormat, taken_rows
@@ -151,8 +152,8 @@ class Segment:
     value_format: ValueFormat | None = None
 
     def chosen(self, bank: Rows) -> Rows:
-        """The rows of ``bank`` that are read."""
-        return bank if self.rows is None else taken_rows(bank, self.rows)
+        """The rows of ``bank`` that are read; chosen ones are copied, so that the loops over them look up no places."""
+        return bank if self.rows is None else [fence(rows) for rows in taken_rows(bank, self.rows)]
 
 
 class Attended(NamedTuple):
@@ -246,20 +247,20 @@ class Query:
         if kernel is not None and plain:
             return kernel(self, segments, want)
         logits = [self.logits(s) for s in segments]
-        weights = self._probabilities(logits)
+        weights, share = powers(logits)
         out = None
-        for segment, share in zip(segments, weights, strict=True):
+        for segment, weight in zip(segments, weights, strict=True):
             values, format = segment.chosen(segment.values), segment.value_format or segment.format
             if self.one:
-                part = format.mixed(share.squeeze(3), values).unsqueeze(3)
+                part = format.mixed(weight.squeeze(3), values).unsqueeze(3)
             else:
                 wide = format.decode(values, torch.float32)
-                part = torch.matmul(share.flatten(2, 3), wide).unflatten(2, (self.spec.groups, -1))
+                part = torch.matmul(weight.flatten(2, 3), wide).unflatten(2, (self.spec.groups, -1))
             out = part if out is None else out + part
         assert out is not None
-        mass = [w.sum((2, 3)) for w in weights] if "mass" in want else []
+        mass = [(w * share).sum((2, 3)) for w in weights] if "mass" in want else []
         summed = [one.sum((2, 3)) for one in logits] if "logits" in want else []
-        return Attended(out.flatten(1, 2).to(self.dtype), mass, summed)
+        return Attended((out * share).flatten(1, 2).to(self.dtype), mass, summed)
 
     def bias(self, segment: Segment) -> Tensor | None:
         """What the model adds to the scores of a segment's rows, ``(batch, heads, rows)``; None if nothing. One token alone."""
@@ -268,19 +269,6 @@ class Query:
         batch, kv_heads, rows = segment.chosen(segment.keys)[0].shape[:3]
         zeros = self.q.new_zeros((batch, kv_heads * self.spec.groups, 1, rows))
         return steps.apply(zeros, self._before, self._moved(segment)).squeeze(2)
-
-    def _probabilities(self, logits: Sequence[Tensor]) -> list[Tensor]:
-        """Zeros for a query that sees no key at all."""
-        top = logits[0].amax(-1, keepdim=True)
-        for more in logits[1:]:
-            top = torch.maximum(top, more.amax(-1, keepdim=True))
-        top = top.clamp_min(torch.finfo(torch.float32).min)  # of a row without keys: -inf - -inf is not a number
-        powers = [torch.exp(one - top) for one in logits]
-        whole = powers[0].sum(-1, keepdim=True)
-        for more in powers[1:]:
-            whole = whole + more.sum(-1, keepdim=True)
-        share = 1 / whole.clamp_min(torch.finfo(torch.float32).tiny)
-        return [fence(one * share) if self.one else one * share for one in powers]
 
     def _moved(self, segment: Segment) -> list[Tensor]:
         return [e if segment.at is None else self._taken(e, segment.at) for e in self.extras]
@@ -308,13 +296,6 @@ def of_heads(x: Tensor, chosen: Sequence[int], dim: int = 1) -> Tensor:
     if len(runs) == 1:
         return x if runs[0].shape[dim] == x.shape[dim] else runs[0]
     return torch.cat(runs, dim)
-
-
-def fence(x: Tensor) -> Tensor:
-    """``x`` in memory before a loop reads it many times (see :func:`accelpass.ir.graph.stored`)."""
-    if x.is_contiguous() and all(isinstance(n, int) for n in x.shape):
-        return torch.as_strided(x, x.shape, x.stride())
-    return x
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from accelpass.ir.attention.one_row import row_sum
 from accelpass.ir.derived import StateSpec
-from accelpass.ir.kv.banks import EXACT, RowFormat, Rows, ValueFormat, buffer, per_group
+from accelpass.ir.kv.banks import EXACT, RowFormat, Rows, ValueFormat, buffer
 from accelpass.ir.kv.rows import pack, row_bytes, to_half_precision, unpack
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage
 
@@ -187,8 +188,7 @@ class Factored(ValueFormat):
         return whole.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(dtype)
 
     def mixed(self, weights: Tensor, rows: Rows) -> Tensor:
-        latent = rows[0].float().unsqueeze(1)
-        summed = per_group(weights, lambda one: (one.unsqueeze(-1) * latent).sum(-2))
+        summed = row_sum(weights, rows[0].unsqueeze(1))
         factor = self.factor.float().unflatten(-1, (self.heads, -1)).transpose(0, 1)
         out = torch.matmul(summed, factor)
         if self.bias is None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor
 
 from accelpass.ir.attention import Attention, SdpaCall, sdpa_call
-from accelpass.ir.graph import aten, call, stored, value
+from accelpass.ir.attention.one_row import fence, powers, row_scores, row_sum
+from accelpass.ir.graph import value
+from accelpass.ir.splice import Tracer
 from accelpass.passes.base import Done
 from accelpass.passes.structure.sdpa_rewrite import SdpaRewrite
-
-_SIDE_BY_SIDE = 8  # query heads that share keys and values in one loop
 
 
 @dataclass(frozen=True)
@@ -47,59 +46,27 @@ class CpuDecodeAttention(SdpaRewrite):
             return f"a mask of {value(sdpa.mask).dim()} dimensions"
         return sdpa
 
-    def rewrite(self, attention: Attention, sdpa: SdpaCall) -> Done:
-        with sdpa.origin.graph.inserting_before(sdpa.node):
-            new = _emit(sdpa, attention.spec.groups)
+    def rewrite(self, attention: Attention, sdpa: SdpaCall, tracer: Tracer) -> Done:
+        groups, scale = attention.spec.groups, sdpa.scale
+
+        def run(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> list[Tensor]:
+            return [one_row(q, k, v, mask[0] if mask else None, groups, scale)]
+
+        operands = [sdpa.q, sdpa.k, sdpa.v, *([] if sdpa.mask is None else [sdpa.mask])]
+        (new,) = tracer.run((groups, scale), run, operands, sdpa.node)
         sdpa.replace(new)
         return Done(f"one row over {value(sdpa.k).shape[-2]} keys as loops")
 
 
-def _emit(sdpa: SdpaCall, groups: int) -> fx.Node:
-    """The output ``(batch, heads, 1, width)``. Scores are ``(batch, kv_heads, groups, keys)``."""
-    graph, like = sdpa.origin.graph, sdpa.node
-
-    def op(target: object, *args: object) -> fx.Node:
-        return call(graph, like, target, *args)
-
-    def wide(x: fx.Node) -> fx.Node:
-        return x if value(x).dtype == torch.float32 else op(aten.to.dtype, x, torch.float32)
-
-    def per_group(x: fx.Node, product: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """``product`` of each group's slice of ``x``: loops side by side, which read keys and values once for all."""
-        if groups > _SIDE_BY_SIDE:
-            return product(x)
-        return op(aten.stack.default, [product(op(aten.select.int, x, 2, g)) for g in range(groups)], 2)
-
-    def beside(x: fx.Node, like: fx.Node) -> fx.Node:
-        """``x``, keys or values, with a dimension for the groups where ``like`` has it."""
-        return op(aten.unsqueeze.default, x, 2) if value(like).dim() == 4 else x
-
-    batch, heads, _, width = value(sdpa.q).shape
-    kv_heads = heads // groups
-    k, v = wide(sdpa.k), wide(sdpa.v)
-    q = stored(op(aten.mul.Scalar, wide(sdpa.q), sdpa.scale))
-    q = op(aten.reshape.default, q, [batch, kv_heads, groups, width])
-
-    def scored(q: fx.Node) -> fx.Node:
-        row = op(aten.unsqueeze.default, q, -2)
-        return op(aten.sum.dim_IntList, op(aten.mul.Tensor, row, beside(k, q)), [-1])
-
-    def summed(weights: fx.Node) -> fx.Node:
-        column = op(aten.unsqueeze.default, weights, -1)
-        return op(aten.sum.dim_IntList, op(aten.mul.Tensor, column, beside(v, weights)), [-2])
-
-    scores = per_group(q, scored)
-    if sdpa.mask is not None:
-        mask = sdpa.mask
-        if value(mask).dim() == 4:
-            per_head = value(mask).shape[1] != 1
-            mask = op(aten.unflatten.int, mask, 1, [kv_heads, groups] if per_head else [1, 1])
-            mask = op(aten.squeeze.dim, mask, 3)
-        if value(mask).dtype == torch.bool:
-            scores = op(aten.masked_fill.Scalar, scores, op(aten.logical_not.default, mask), float("-inf"))
-        else:
-            scores = op(aten.add.Tensor, scores, wide(mask))
-    weights = stored(op(aten._safe_softmax.default, scores, -1))
-    out = per_group(weights, summed)
-    out = op(aten.reshape.default, out, [batch, heads, 1, value(sdpa.v).shape[-1]])
-    return out if value(like).dtype == torch.float32 else op(aten.to.dtype, out, value(like).dtype)
+def one_row(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, groups: int, scale: float) -> Tensor:
+    """The output ``(batch, heads, 1, width)`` of ``scaled_dot_product_attention`` for queries ``(batch, heads, 1, d)``."""
+    rows = fence(q.float() * scale).squeeze(2).unflatten(1, (-1, groups))
+    scores = row_scores(rows, k)
+    if mask is not None:
+        if mask.dim() == 4:
+            mask = mask.unflatten(1, (-1, groups) if mask.shape[1] != 1 else (1, 1)).squeeze(3)
+        hidden = mask.dtype == torch.bool
+        scores = scores.masked_fill(mask.logical_not(), float("-inf")) if hidden else scores + mask.float()
+    (weights,), share = powers([scores])
+    out = row_sum(weights, v) * share
+    return out.flatten(1, 2).unsqueeze(2).to(q.dtype)

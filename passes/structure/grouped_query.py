@@ -10,6 +10,7 @@ from torch import fx
 
 from accelpass.ir.attention import Attention, SdpaCall, sdpa_call
 from accelpass.ir.graph import hint, value
+from accelpass.ir.splice import Tracer
 from accelpass.passes.base import Done
 from accelpass.passes.structure.sdpa_rewrite import SdpaRewrite
 
@@ -43,7 +44,7 @@ class GroupedQuery(SdpaRewrite):
             return f"on {q.device.type} the fast kernels group heads in half precision and without a mask alone"
         return sdpa
 
-    def rewrite(self, attention: Attention, sdpa: SdpaCall) -> Done:
+    def rewrite(self, attention: Attention, sdpa: SdpaCall, tracer: Tracer) -> Done:
         copied = sum(_bytes(sdpa.argument(name)) for name in ("key", "value"))
         sdpa.node.args = (sdpa.q, sdpa.k, sdpa.v, *sdpa.node.args[3:])
         sdpa.node.kwargs = {**sdpa.node.kwargs, "enable_gqa": True}
