@@ -13,7 +13,7 @@ from torch import Tensor
 _SIDE_BY_SIDE = 8
 """Query heads of a group with a loop of their own each, joined by the compiler to one that reads the rows once."""
 _LONG, _CHUNK = 1024, 256
-"""From how many rows a sum over rows is taken in chunks, and how long these are. A sum of fewer rows is quicker in one."""
+"""From how many rows a sum is taken in chunks, and how long these are; a sum of fewer rows is quicker in one."""
 _COLUMNS, _SUMS = 16, 16
 """The least columns of a sum, and how many sums one loop has at most: they stay in vector registers."""
 
@@ -42,27 +42,39 @@ def powers(scores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 
 def row_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """``weights @ values``: ``(batch, kv_heads, groups, d)``.
+    """``weights @ values``: ``(batch, kv_heads, groups, d)``."""
 
-    A loop over rows for a few columns at a time reads memory in strides, and Inductor gives a long one to all threads, a
-    barrier each. On a CPU, many rows are summed in chunks, for all columns in one loop: half of the time for 4,096 rows.
+    def summed(weights: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        wide = rows[0].float()
+        if wide.dim() == 4:
+            return per_group(weights, lambda one: (one.unsqueeze(-1) * _beside(wide, one)).sum(-2))
+        # All columns in one loop: rows are then read as they lie in memory.
+        sums = weights.shape[2] * wide.shape[-1]
+        columns = wide.split(_COLUMNS * -(-sums // (_COLUMNS * _SUMS)), -1)
+        return each_group(weights, lambda one: torch.cat([(one.unsqueeze(-1) * c).sum(-2) for c in columns], -1))
+
+    return by_chunks(weights, [values], summed)
+
+
+def by_chunks(weights: Tensor, rows: Sequence[Tensor], summed: Callable[[Tensor, Sequence[Tensor]], Tensor]) -> Tensor:
+    """``summed(weights, rows)``, a sum over rows, taken in chunks where it is long.
+
+    Inductor gives a long sum for a few columns to all threads, with a barrier for each; chunks are work for each thread.
+
+    Args:
+        rows: tensors ``(batch, kv_heads, n, ...)``.
+        summed: of a chunk, is given weights ``(batch, kv_heads, groups, chunks, n)`` and rows ``(batch, kv_heads, chunks, n,
+            ...)``; it works on the last dimensions.
     """
-    wide, n = values.float(), values.shape[-2]
-    is_long = isinstance(n, int) and n >= _LONG and values.device.type == "cpu"
+    n = weights.shape[-1]
+    is_long = isinstance(n, int) and n >= _LONG and weights.device.type == "cpu"
     if not is_long or weights.shape[2] > _SIDE_BY_SIDE:
-        return per_group(weights, lambda one: (one.unsqueeze(-1) * _beside(wide, one)).sum(-2))
+        return summed(weights, rows)
     count, rest = divmod(n, _CHUNK)
     whole = n - rest
-    chunks = wide[..., :whole, :].unflatten(-2, (count, _CHUNK))
-    sums = weights.shape[2] * values.shape[-1]
-    columns = chunks.split(_COLUMNS * -(-sums // (_COLUMNS * _SUMS)), -1)
-
-    def summed(one: Tensor) -> Tensor:
-        column = one.unsqueeze(-1)
-        return torch.cat([(column * part).sum(-2) for part in columns], -1)
-
-    out = fence(each_group(weights[..., :whole].unflatten(-1, (count, _CHUNK)), summed)).sum(-2)
-    return out + row_sum(weights[..., whole:], values[..., whole:, :]) if rest else out
+    chunks = [r[:, :, :whole].unflatten(2, (count, _CHUNK)) for r in rows]
+    out = fence(summed(weights[..., :whole].unflatten(-1, (count, _CHUNK)), chunks)).sum(-2)
+    return out + summed(weights[..., whole:], [r[:, :, whole:] for r in rows]) if rest else out
 
 
 def per_group(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention.one_row import each_group, row_scores, row_sum
+from accelpass.ir.attention.one_row import by_chunks, each_group, row_scores, row_sum
 from accelpass.ir.attention.spec import Format, Native
 from accelpass.ir.derived import StateSpec
 from accelpass.ir.errors import GraphError
@@ -127,6 +127,9 @@ class Quantized(RowFormat):
         return each_group(q, one_head)
 
     def mixed(self, weights: Tensor, rows: Rows) -> Tensor:
+        return by_chunks(weights, rows, self._mixed)
+
+    def _mixed(self, weights: Tensor, rows: Rows) -> Tensor:
         codes, step, low = rows
         width = codes.shape[-1] * 8 // self.bits
         steps, lows = step.float(), low.float()
