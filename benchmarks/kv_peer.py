@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,17 @@ from kvpress import ObservedAttentionPress, RandomPress, SnapKVPress, StreamingL
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from benchmarks.kv_tasks import QUICK, Row, Sizes, Tasks
+from benchmarks.kv_tasks import PEERS, QUICK, Row, Sizes, Tasks
 
 EVICTED = 0.8
-PRESSES: dict[str, Callable[[], Any] | None] = {
-    "kvpress, dense": None,
-    "kvpress Random, 20 %": lambda: RandomPress(EVICTED),
-    "kvpress StreamingLLM, 20 %": lambda: StreamingLLMPress(EVICTED, n_sink=4),
-    "kvpress ObservedAttention, 20 %": lambda: ObservedAttentionPress(EVICTED),
-    "kvpress SnapKV, 20 %": lambda: SnapKVPress(EVICTED),
-}
+_PRESSES: tuple[Callable[[], Any] | None, ...] = (
+    None,
+    lambda: RandomPress(EVICTED),
+    lambda: StreamingLLMPress(EVICTED, n_sink=4),
+    lambda: ObservedAttentionPress(EVICTED),
+    lambda: SnapKVPress(EVICTED),
+)
+PRESSES = dict(zip(PEERS, _PRESSES, strict=True))
 
 
 class Pressed:
@@ -62,13 +63,14 @@ class Pressed:
         return self.model(input_ids=ids, past_key_values=self.cache, position_ids=position).logits[0, -1]
 
 
-def measure(folder: Path, sizes: Sizes) -> list[Row]:
-    """One row for each press."""
+def measure(folder: Path, sizes: Sizes, names: Sequence[str]) -> list[Row]:
+    """One row for each press that is named."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tasks = Tasks(tokenizer, sizes)
     rows = []
-    for name, make in PRESSES.items():
+    for name in names:
+        make = PRESSES[name]
         torch.manual_seed(0)
         # ObservedAttention reads the probabilities, which only the eager attention hands out.
         model.set_attn_implementation("eager" if "Observed" in name else "sdpa")
@@ -92,10 +94,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", default=PEERS, choices=PEERS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.set_grad_enabled(False)
-    given.out.write_text(json.dumps(measure(given.model, QUICK if given.quick else Sizes())))
+    given.out.write_text(json.dumps(measure(given.model, QUICK if given.quick else Sizes(), given.only)))
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ def calibrated(model: torch.nn.Module, tasks: Tasks, passes: list[Any]) -> Any:
     return accelpass.calibrate(model, list(ids.view(-1, 1, CALIBRATION_TOKENS)), passes, progress=False)
 
 
-def measure_peer(model: torch.nn.Module, python: str, quick: bool) -> list[Row]:
-    """The rows of :mod:`benchmarks.kv_peer`, which runs with another Python: one that has kvpress.
+def measure_peer(model: torch.nn.Module, python: str, quick: bool, names: list[str]) -> list[Row]:
+    """The named rows of :mod:`benchmarks.kv_peer`, which runs with another Python: one that has kvpress.
 
     Raises:
         subprocess.CalledProcessError: it failed; its own words are on the terminal.
@@ -114,7 +114,7 @@ def measure_peer(model: torch.nn.Module, python: str, quick: bool) -> list[Row]:
         # Not ours: what is on this Python's path would be found before the libraries of the other.
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         command = [python, "-m", "benchmarks.kv_peer", str(converted()), str(out), *["--quick"] * quick]
-        command += ["--threads", str(torch.get_num_threads())]
+        command += ["--threads", str(torch.get_num_threads()), "--only", *names]
         subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env=environment, stdout=sys.stderr)
         rows = json.loads(out.read_text())
     return [row | _bytes(model, row["cache_bytes"], row.pop("cache_tokens")) for row in rows]

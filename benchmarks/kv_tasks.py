@@ -64,6 +64,14 @@ class Sizes:
         return sum(self.windows.values()) + sum(n + min(n, self.late) for n in self.keys.values())
 
 
+PEERS = (
+    "kvpress, dense",
+    "kvpress Random, 20 %",
+    "kvpress StreamingLLM, 20 %",
+    "kvpress ObservedAttention, 20 %",
+    "kvpress SnapKV, 20 %",
+)
+"""Rows of the other library; named here, where neither library is imported."""
 SHORT = Sizes(windows={2048: 2, 4096: 1}, keys={1024: 10, 2048: 10})
 QUICK = Sizes(windows={1024: 1}, scored=128, keys={1024: 2})
 

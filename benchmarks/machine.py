@@ -8,10 +8,13 @@ from pathlib import Path
 
 
 def cpu() -> str:
-    """The processor's name."""
+    """The processor's name, with family and model where Linux tells them: a virtual machine's name may be a make's alone."""
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    said = dict(re.findall(r"^([\w ]+?)\s*: (.+)$", info.read_text(), re.MULTILINE)) if info.is_file() else {}
+    if "model name" not in said:
+        return platform.processor() or platform.machine()
+    which = [f"{key.split()[-1]} {said[key]}" for key in ("cpu family", "model") if key in said]
+    return f"{said['model name']} ({', '.join(which)})" if which else said["model name"]
 
 
 def put_table(page: Path, start: str, table: str, end: str) -> None:

@@ -3,7 +3,7 @@
     python -m benchmarks.run --only decode,prefill        # some of them
     python -m benchmarks.run --only none --write docs/benchmarks.md   # the tables, from the results that lie there
     python -m benchmarks.run --only kv_quality --only-candidates "h2o, 20 %"   # one row, beside those of earlier runs
-    python -m benchmarks.run --only kv_quality --only-candidates none --peer PYTHON   # kvpress, with a Python that has it
+    python -m benchmarks.run --only kv_quality --only-candidates "kvpress SnapKV, 20 %" --peer PYTHON   # with a Python that has it
     python -m benchmarks.run --only kv_quality,kv_decode --quick   # do they work? results go to build/
     python -m benchmarks.run --only digits_steps,pixart_steps   # diffusion; --peer with a Python that has cache-dit
 
@@ -156,8 +156,9 @@ def _prefill(model: Any, tokenizer: Any, given: Given) -> Content:
 def _kv_quality(model: Any, tokenizer: Any, given: Given) -> Content:
     sizes = kv_tasks.QUICK if given.quick else kv_tasks.SHORT if given.short else kv_tasks.Sizes()
     rows = kv_quality.measure(model, tokenizer, given.among(list(kv_quality.METHODS)), sizes, _say)
-    if given.peer is not None:
-        rows += kv_quality.measure_peer(model, given.peer, given.quick)
+    peers = given.among(kv_tasks.PEERS)
+    if given.peer is not None and peers:
+        rows += kv_quality.measure_peer(model, given.peer, given.quick, peers)
     return {"rows": rows, "capacity": sizes.capacity, "scored": sizes.scored}
 
 
@@ -241,7 +242,7 @@ PARTS = {
         _kv_quality,
         "KV caches: perplexity of the last {scored} tokens of a context, and pass keys found at ten depths, where the question "
         "is part of the prompt or comes when the context is stored; bytes of a cache of {capacity} tokens",
-        apart=tuple(kv_quality.METHODS),
+        apart=(*kv_quality.METHODS, *kv_tasks.PEERS),
     ),
     "sparse_quality": Part(
         _sparse_quality,
@@ -304,7 +305,8 @@ def main() -> None:
     if given.quick:
         given.results = Path("build/quick_results")
     candidates = None if given.only_candidates is None else tuple(given.only_candidates.split(";"))
-    known = [*kv_quality.METHODS, *sparse_quality.METHODS, *PRUNED, *kv_decode.CANDIDATES, *digits_steps.CANDIDATES]
+    known = [name for part in PARTS.values() for name in part.apart]
+    known += [*kv_decode.CANDIDATES, *prompt_pruning.CANDIDATES]
     unknown = set(candidates or ()) - {"none", *known}
     if unknown:
         parser.error(f"no candidate {'; '.join(sorted(unknown))}; there are {'; '.join(known)}")
