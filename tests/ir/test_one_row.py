@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelpass.ir.attention.one_row import powers, row_scores, row_sum
+from accelpass.ir.kv.banks import Quantized
 
 SIZES = {
     "batch": st.integers(1, 2),
@@ -33,6 +34,15 @@ def test_products_equal_matmul(batch, kv_heads, groups, rows, width, dtype, seed
 def test_rows_of_all_heads_serve_each():
     weights, values = torch.rand(2, 3, 2, 1100), torch.randn(2, 1, 1100, 24)
     torch.testing.assert_close(row_sum(weights, values), weights @ values, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_many_packed_rows(bits):
+    """Summed in chunks as floats are."""
+    weights, format = torch.rand(2, 3, 2, 1300), Quantized(bits)
+    rows = format.encode(torch.randn(2, 3, 1300, 32))
+    want = weights @ format.decode(rows, torch.float32)
+    torch.testing.assert_close(format.mixed(weights, rows), want, rtol=1e-5, atol=1e-3)
 
 
 def test_one_softmax_over_several_scores():

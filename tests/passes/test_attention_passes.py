@@ -78,6 +78,17 @@ def test_equals_sdpa(batch, kv_heads, groups, rows, tokens, width, mask, scale, 
     assert len(passes["grouped_query"].took) == (rows > 1 and groups > 1)
 
 
+@pytest.mark.parametrize("lowering", ["aten", "inductor"])
+def test_equals_sdpa_over_many_keys(lowering: str):
+    """Long enough that values are summed in chunks, and no whole number of them."""
+    q, k, v = torch.randn(1, 6, 1, 24), torch.randn(1, 2, 1300, 24), torch.randn(1, 2, 1300, 24)
+    seen = torch.arange(1300)[None, None, None] < 1203
+    model = Attend(3)
+    got, passes = run(model, q, k, v, seen, lowering=lowering)
+    assert relative_error(got, model(q, k, v, seen)) < 1e-5
+    assert len(passes["cpu_decode_attention"].took) == 1
+
+
 @pytest.mark.parametrize(
     ("model", "rows", "why"),
     [
