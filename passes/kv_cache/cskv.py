@@ -23,7 +23,6 @@ from accelpass.passes.kv_cache.key_path import Projected, keys_and_values, repla
 from accelpass.passes.kv_cache.low_rank import BLOCK, LowRank
 
 FORMAT = 1
-LEARNING_RATE = 5e-5
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,10 @@ class CSKV(KVPass, Calibrated):
 
     Prompts attend to exact keys and values. Keys are reconstructed before the rotary embedding; a norm between projection
     and rotation is applied anew (inferred). Without calibration ``A B`` is the truncated singular value decomposition of the
-    weight; ``accelpass.calibrate`` weighs it by the size of the activations and trains it to reconstruct keys and values
-    (section "ASVD init" and the layer-wise loss of the paper's code). With ``bits=4`` latent keys are rounded by channel over
-    32 tokens, latent values by token; there is no quantization-aware training (the paper's has).
+    weight. ``accelpass.calibrate`` makes the paper's layer-wise loss, the squared error of keys and values, least: the paper
+    trains for that (Adam from a decomposition weighed by the activations' size), here the least is computed
+    (:class:`Moments`). With ``bits=4`` latent keys are rounded by channel over 32 tokens, latent values by token; there is no
+    quantization-aware training (the paper's has).
 
     Attributes:
         keep_k, keep_v: share of the channels of all key (value) heads together that is kept; 1 equals the dense model.
@@ -73,8 +73,12 @@ class CSKV(KVPass, Calibrated):
         return min(channels, max(8, round(share * channels / 8) * 8))
 
     def calibrate(self, program: Program, run: Run) -> dict[str, Tensor]:
-        """ASVD's start, then one epoch of Adam on each factor pair's own reconstruction loss; see the class."""
-        pairs: dict[str, Factors] = {}
+        """The factors of least squared error over all tokens of the data; see the class.
+
+        Raises:
+            PassError: no layer has keys and values to fit, or keys or values on the data are not finite; names it.
+        """
+        fits: dict[str, tuple[Moments, int]] = {}
         reasons = []
         for site in kv_sites(program):
             found = cannot_store(site) or keys_and_values(program, site)
@@ -86,17 +90,17 @@ class CSKV(KVPass, Calibrated):
             for side, share in zip(found, (self.at([site.path]).keep_k, self.at([site.path]).keep_v), strict=True):
                 path, weight = program.tensors.path(side.weight), program.tensors.value(side.weight)
                 assert path is not None and weight is not None
-                pairs[path] = Factors(weight.detach(), self.rank(share, weight.shape[0]))
-        if not pairs:
+                fits[path] = Moments(weight.detach()), self.rank(share, weight.shape[0])
+        if not fits:
             raise PassError(
                 f"cskv found no layer to calibrate: {'; '.join(reasons[:2]) or 'no attention reads a KVCache'}"
             )
-        run({path: pair.see for path, pair in pairs.items()}, "size of activations")
-        for pair in pairs.values():
-            pair.start()
-        run({path: pair.learn for path, pair in pairs.items()}, "reconstruction of keys and values")
-        parts = ("down", "up", "loss")
-        return {artefact(path, part): t for path, p in pairs.items() for part, t in zip(parts, p.result(), strict=True)}
+        run({path: moments.see for path, (moments, _) in fits.items()}, "keys and values")
+        tensors = {}
+        for path, (moments, rank) in fits.items():
+            for part, found in zip(("down", "up", "loss"), moments.factors(path, rank), strict=True):
+                tensors[artefact(path, part)] = found
+        return tensors
 
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
@@ -158,42 +162,43 @@ class CSKV(KVPass, Calibrated):
         return Recipe(("cskv", FORMAT, rank), lambda w: factorise(w, rank))
 
 
-class Factors:
-    """One weight's factors while they are fitted."""
+class Moments:
+    """The second moments of one projection's outputs, which are all that its best factors depend on.
 
-    def __init__(self, weight: Tensor, rank: int) -> None:
-        self.weight, self.rank = weight, rank
-        self._sum, self._rows = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device), 0
+    Of all ``A B`` of a rank, ``|X W^T - X A B|^2`` is least where the outputs ``X W^T`` are projected on the leading
+    eigenvectors of their moments: reduced-rank regression, by the Eckart-Young theorem.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.float()
+        self._sum = torch.zeros(len(weight), len(weight), dtype=torch.float64, device=weight.device)
+        self._rows = 0
 
     def see(self, x: Tensor) -> None:
-        flat = x.flatten(0, -2)
-        self._sum += flat.abs().double().sum(0)
-        self._rows += flat.shape[0]
+        """Take in the projection's input ``(..., in)``."""
+        y = x.flatten(0, -2).float() @ self.weight.t()
+        self._sum += (y.t() @ y).double()
+        self._rows += len(y)
 
-    def start(self) -> None:
-        scale = (self._sum / max(1, self._rows) + 1e-6).sqrt()
-        self._begin = factorise(self.weight.float(), self.rank, scale)
-        self._pair = [t.clone().requires_grad_() for t in self._begin]
-        self._adam = torch.optim.Adam(self._pair, lr=LEARNING_RATE)
+    def factors(self, path: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``down`` (rank, in), ``up`` (rank, out), and the squared errors of the weight's own decomposition and of these,
+        relative to the squared outputs.
 
-    def learn(self, x: Tensor) -> None:
-        flat = x.flatten(0, -2).float()
-        with torch.enable_grad():
-            loss = self._loss(flat, *self._pair)
-            self._adam.zero_grad()
-            loss.backward()
-        self._adam.step()
-        self._last = flat
+        Latents have a size of about 1 each, so that rounding a token's together costs each of them alike.
+        """
+        if not self._sum.isfinite().all():
+            raise PassError(f"cskv: {path} gives values that are not finite on the calibration data")
+        size, directions = torch.linalg.eigh(self._sum / max(1, self._rows))
+        size, directions = size.flip(0)[:rank], directions.flip(1)[:, :rank]
+        scale = size.clamp_min(1e-8 * float(size[0]) or 1.0).sqrt()  # directions that the data never took have none
+        down = directions.t() @ self.weight.double() / scale[:, None]
+        up = directions.t() * scale[:, None]
+        plain = torch.linalg.svd(self.weight.double(), full_matrices=False).U[:, :rank]
+        return down.float().contiguous(), up.float().contiguous(), torch.stack([self._lost(plain), self._lost(directions)])
 
-    def _loss(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return torch.nn.functional.mse_loss(x @ down.t() @ up, x @ self.weight.float().t())
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Both factors, and the squared error on the last batch of the start and of these, relative to the squared keys or
-        values."""
-        down, up = (t.detach().contiguous() for t in self._pair)
-        size = (self._last @ self.weight.float().t()).square().mean()
-        return down, up, torch.stack([self._loss(self._last, *pair) / size for pair in (self._begin, (down, up))])
+    def _lost(self, directions: Tensor) -> Tensor:
+        kept = torch.einsum("ij,ir,jr->", self._sum, directions, directions)
+        return (1 - kept / self._sum.trace().clamp_min(1e-30)).clamp_min(0)
 
 
 def artefact(path: str | None, part: str) -> str:
@@ -201,22 +206,16 @@ def artefact(path: str | None, part: str) -> str:
     return f"cskv/{path}/{part}"
 
 
-def factorise(weight: Tensor, rank: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``down`` (rank, in) and ``up`` (rank, out), so that ``x W^T`` is about ``(x down^T) up``.
-
-    Args:
-        weight: ``(out, in)``.
-        scale: how much each input channel counts, ``(in,)``; None for the plain decomposition.
+def factorise(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``down`` (rank, in) and ``up`` (rank, out) of a weight ``(out, in)``, so that ``x W^T`` is about ``(x down^T) up``.
 
     Singular values are split evenly. Computed in float64: the decomposition of half precision is unstable.
     """
     if isinstance(weight, FakeTensor):
         return weight.new_empty((rank, weight.shape[1])), weight.new_empty((rank, weight.shape[0]))
-    m = weight.double().t()
-    s = torch.ones(m.shape[0], dtype=m.dtype, device=m.device) if scale is None else scale.double()
-    u, sigma, vt = torch.linalg.svd(s[:, None] * m, full_matrices=False)
+    u, sigma, vt = torch.linalg.svd(weight.double().t(), full_matrices=False)
     root = sigma[:rank].sqrt()
-    down, up = ((u[:, :rank] * root) / s[:, None]).t(), root[:, None] * vt[:rank]
+    down, up = (u[:, :rank] * root).t(), root[:, None] * vt[:rank]
     missing = rank - len(root)  # a weight with fewer inputs than outputs has no more directions
     if missing > 0:
         down, up = (torch.nn.functional.pad(t, (0, 0, 0, missing)) for t in (down, up))
