@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint
 
 from accelpass.ir import attention
+from accelpass.ir.attention.block_select import not_a_prompt
 from accelpass.ir.attention.op import ATTENTION, is_attention
+from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.capture import from_dynamo
-from accelpass.ir.errors import OptionError
+from accelpass.ir.errors import OptionError, PassError
 from accelpass.passes.base import Attend
 
 IGNORED = -100
@@ -55,7 +58,7 @@ class LossStudy:
         self, model: nn.Module, batches: Sequence[Batch], validation: Sequence[Batch], bar: Progress, name: str
     ) -> None:
         self.model, self.batches, self.validation, self.bar, self.name = model, batches, validation, bar, name
-        self.counted = 0
+        self._begun: dict[int, _Begun] = {}
         self._attend: Attend = _as_it_is
         # In one piece: what Dynamo left to Python would run without the caller's attention.
         self._graph = torch.compile(model, backend=self._backend, dynamic=False, fullgraph=True)
@@ -78,26 +81,70 @@ class LossStudy:
             sums.append((float(total), count))
         return math.exp(sum(total for total, _ in sums) / sum(count for _, count in sums))
 
+    def decoded(self, attend: Attend, what: str) -> float:
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            raise OptionError(f"{self.name}: calibration needs a model that takes position_ids; this one does not")
+        batches = list({id(b): b for b in (*self.batches, *self.validation)}.values())
+        self._gradients, total, count = False, 0.0, 0
+        for batch in self.bar.track(batches, description=f"{self.name}: {what}"):
+            begun = self._begun.get(id(batch)) or self._begun.setdefault(id(batch), self._begin(batch))
+
+            def to_all(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, begun: _Begun = begun) -> Tensor | None:
+                before = begun.past[spec.site]
+                return attend(spec, q, torch.cat([before[0], k], 2), torch.cat([before[1], v], 2))
+
+            self._attend = to_all
+            loss = begun.loss
+            if begun.ids.shape[1]:
+                loss += float(_cross_entropy(self._logits(begun.given())[:, :-1], begun.labels))
+            total, count = total + loss, count + begun.count
+        return math.exp(total / count)
+
+    def _begin(self, batch: Batch) -> _Begun:
+        """Computes what comes before the tokens that count, and keeps its keys and values."""
+        if set(batch) - {"input_ids", "labels"}:
+            more = ", ".join(sorted(set(batch) - {"input_ids", "labels"}))
+            raise OptionError(f"{self.name}: calibration batches have input_ids and labels; this one also has {more}")
+        ids, (labels, begins) = batch["input_ids"], self._labels(batch)
+        past: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def keep(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> None:
+            why = not_a_prompt(spec, q, k)
+            if why is not None:
+                raise PassError(f"{self.name}: {spec.site}: {why}; calibrate on texts without padding")
+            past[spec.site] = k, v
+
+        self._attend = keep
+        first = {"logits_to_keep": 1} if self._keeps else {}
+        logits = self._logits({"input_ids": ids[:, : begins + 1], **first})
+        loss = float(_cross_entropy(logits[:, -1:], labels[:, begins : begins + 1]))
+        return _Begun(ids[:, begins + 1 :], labels[:, begins + 1 :], past, loss, int((labels != IGNORED).sum()))
+
     def _loss(self, batch: Batch, gradients: bool) -> tuple[Tensor, int]:
         """Cross entropy, summed, and of how many tokens."""
         given = {k: v for k, v in batch.items() if k != "labels"}
-        labels = batch.get("labels", batch["input_ids"])[:, 1:]
-        counts = (labels != IGNORED).any(0).nonzero()[:, 0]
-        if not len(counts):
-            raise OptionError(f"{self.name}: a batch has no label that counts; all of them are {IGNORED}")
-        self.counted = last = labels.shape[1] - int(counts[0])
+        labels, begins = self._labels(batch)
+        last = labels.shape[1] - begins
         if self._keeps and last < labels.shape[1]:
             last = min(labels.shape[1], -(-last // _KEPT) * _KEPT)
             given["logits_to_keep"] = last + 1  # the last one is of a token that is not there
         self._gradients = gradients
-        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=_LENGTHS):
-            logits = self._graph(**given, use_cache=False).logits
+        logits = self._logits(given)
         with torch.set_grad_enabled(gradients):
-            shown = logits[:, :-1][:, -last:]
-            total = F.cross_entropy(
-                shown.flatten(0, 1).float(), labels[:, -last:].flatten(), ignore_index=IGNORED, reduction="sum"
-            )
+            total = _cross_entropy(logits[:, :-1][:, -last:], labels[:, -last:])
         return total, int((labels != IGNORED).sum())
+
+    def _logits(self, given: Mapping[str, Any]) -> Tensor:
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=_LENGTHS):
+            return self._graph(**given, use_cache=False).logits
+
+    def _labels(self, batch: Batch) -> tuple[Tensor, int]:
+        """The token that follows each place but the last, and the first of these places that counts."""
+        labels = batch.get("labels", batch["input_ids"])[:, 1:]
+        counts = (labels != IGNORED).any(0).nonzero()[:, 0]
+        if not len(counts):
+            raise OptionError(f"{self.name}: a batch has no label that counts; all of them are {IGNORED}")
+        return labels, int(counts[0])
 
     def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         program = from_dynamo(gm, inputs)
@@ -119,7 +166,35 @@ class LossStudy:
         return run
 
 
-def _as_it_is(spec: attention.AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+@dataclass(frozen=True)
+class _Begun:
+    """A batch of which all that comes before the tokens that count is computed.
+
+    Attributes:
+        ids, labels: of the tokens that are left, ``(batch, tokens)`` and one less.
+        past: keys and values of each site before them.
+        loss: of the first label, which what comes before them predicts.
+        count: of all labels.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    past: Mapping[str, tuple[Tensor, Tensor]]
+    loss: float
+    count: int
+
+    def given(self) -> dict[str, Tensor]:
+        """What the model takes."""
+        begins = next(iter(self.past.values()))[0].shape[2]
+        positions = torch.arange(begins, begins + self.ids.shape[1], device=self.ids.device)
+        return {"input_ids": self.ids, "position_ids": positions.expand(len(self.ids), -1)}
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def _as_it_is(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     return None
 
 
@@ -158,6 +233,6 @@ class _Part(fx.Interpreter):
         if target is not ATTENTION:
             return fx.Interpreter.call_function(self, target, args, kwargs)
         q, k, v, extras, text = args
-        spec = attention.AttentionSpec.from_json(text)
+        spec = AttentionSpec.from_json(text)
         made = self.attend(spec, q, k, v)
         return attention.attend(q, k, v, extras, spec)[0] if made is None else made

@@ -27,11 +27,12 @@ from benchmarks.kv_tasks import Row, Sizes, Tasks
 from benchmarks.random_eviction import RandomEviction
 
 EXACT = ("horizontal_fusion", "cpu_gemv", "grouped_query", "cpu_decode_attention")
-CALIBRATED: dict[str, Any] = {"name": "cskv"}
-"""Its factors are fitted first, to prose that comes after what the tasks use."""
+FITTED: dict[str, Any] = {"name": "cskv", "first_token": 1000.0}
+"""CSKV, its factors fitted to prose that comes after what the tasks use."""
 CALIBRATION, CALIBRATION_TOKENS = 48, 1024
-NEEDLES = (1024, 4)
-"""Length of the texts with a pass key that TidalDecode's layer is found on, and how many."""
+NEEDLES = (4096, 4)
+"""Length of the texts with a pass key that TidalDecode's layers are found on, and how many."""
+TIDAL: dict[str, Any] = {"name": "tidaldecode", "budget": 256}
 METHODS: dict[str, list[Any]] = {
     "dense": [],
     "random, 20 %": [RandomEviction(budget=0.2)],
@@ -44,11 +45,13 @@ METHODS: dict[str, list[Any]] = {
     "kv_quant, 4 bits": [{"name": "kv_quant", "bits": 4}],
     "kv_quant, 2 bits": [{"name": "kv_quant", "bits": 2}],
     "cskv, 20 % of channels": ["cskv"],
-    "cskv, 20 %, calibrated": [CALIBRATED],
-    "cskv, 20 %, calibrated, 4 bits": [{**CALIBRATED, "bits": 4}],
-    "tidaldecode, 256 rows": [{"name": "tidaldecode", "budget": 256}],
-    "tidaldecode, 256 rows, calibrated": [{"name": "tidaldecode", "budget": 256}],
-    "tidaldecode, 64 rows, calibrated": [{"name": "tidaldecode", "budget": 64}],
+    "cskv, 20 %, calibrated": [{**FITTED, "first_token": 1.0}],
+    "cskv, 20 %, calibrated, first token": [FITTED],
+    "cskv, 20 %, calibrated, first token, 4 bits": [{**FITTED, "bits": 4}],
+    "tidaldecode, 256 rows": [TIDAL],
+    "tidaldecode, 256 rows, calibrated": [TIDAL],
+    "tidaldecode, 256 rows, two chosen anew, calibrated": [{**TIDAL, "reselect": (12, 18)}],
+    "tidaldecode, 64 rows, calibrated": [{**TIDAL, "budget": 64}],
 }
 
 

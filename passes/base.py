@@ -205,13 +205,7 @@ Attend = Callable[[AttentionSpec, Tensor, Tensor, Tensor], Tensor | None]
 
 
 class Study(Protocol):
-    """The model's loss on calibration data, with each attention computed as a pass says.
-
-    Attributes:
-        counted: how many of the last tokens of the batch that runs count in the loss.
-    """
-
-    counted: int
+    """The model's loss on calibration data, with each attention computed as a pass says."""
 
     def gradients(self, attend: Attend, what: str) -> None:
         """Run the loss of each batch and its gradient; what ``attend`` returns must be differentiable. Where it leaves all to
@@ -219,6 +213,17 @@ class Study(Protocol):
 
     def perplexity(self, attend: Attend, what: str) -> float:
         """On the batches that :meth:`gradients` does not see, unless there are no others."""
+
+    def decoded(self, attend: Attend, what: str) -> float:
+        """Perplexity on all batches, with the tokens from the first label on computed as if they came one by one.
+
+        What comes before them is computed once, as the model does it, and its keys and values are kept from call to call.
+        ``attend`` gets the queries of those tokens, and keys and values of all.
+
+        Raises:
+            OptionError: a batch has more than ids and labels, or the model takes no ``position_ids``.
+            PassError: an attention is not a plain causal one of a prompt over itself; names it.
+        """
 
 
 class CalibratedOnLoss(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from accelpass.ir.attention.block_select import BlockSelect, not_a_prompt
+from accelpass.ir.attention.block_select import BlockSelect
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.errors import PassError
 from accelpass.ir.kv.banks import RowFormat
@@ -74,12 +75,14 @@ class TidalDecode(KVPass, CalibratedOnLoss):
     For single new tokens; prompts are dense, and the whole cache is kept. Cache correction is not done, as in the paper's
     main results. The layer that chooses anew decides the quality, and is another for each model: the paper tries all on
     needles in a text, and so does ``accelpass.calibrate(model, batches, passes=["tidaldecode"])``, on the loss of the
-    tokens that have labels (give it texts with a question, and labels for the answer alone). Without it, it is ``reselect``.
+    tokens that have labels (give it texts with a question, and labels for question and answer alone). Without it, it is
+    ``reselect``.
 
     Attributes:
         budget: rows that a sparse layer reads.
         first: layers before the first choice, which attend to all.
-        reselect: the layer that chooses anew; the paper's for Llama-3-8B. A model of fewer layers chooses once.
+        reselect: the layer that chooses anew; the paper's for Llama-3-8B. A model of fewer layers chooses once. Several
+            layers choose one after the other (ours: a small model's layers agree less); calibration finds as many.
         by: whose scores choose. ``layer``: one choice for all heads, as in the kernels of the paper's authors, by the
             probabilities summed over heads (inferred); ``kv_head``: each key/value head's own, by raw scores, summed over its
             query heads (inferred; the authors' simulation has one for each query head).
@@ -95,14 +98,14 @@ class TidalDecode(KVPass, CalibratedOnLoss):
     after: ClassVar[tuple[str, ...]] = ("h2o", "kv_window", "mikv", "cskv")
     budget: int = 256
     first: int = 2
-    reselect: int = 13
+    reselect: int | tuple[int, ...] = 13
     by: By = "layer"
 
     def __post_init__(self) -> None:
         if self.budget < 1:
             raise self.fail("budget", "1 row or more")
-        if self.first < 0 or self.reselect <= self.first:
-            raise self.fail("reselect", f"a layer after first={self.first}, which is 0 or more")
+        if self.first < 0 or list(self._again) != sorted({n for n in self._again if n > self.first}):
+            raise self.fail("reselect", f"a layer, or several in order, after first={self.first}, which is 0 or more")
         self.check_sites()
 
     def edited(
@@ -112,7 +115,7 @@ class TidalDecode(KVPass, CalibratedOnLoss):
         role: Literal["full", "select", "sparse"] = "sparse"
         if number < self.first:
             role = "full"
-        elif number in (self.first, self._reselect(program)):
+        elif number in (self.first, *self._reselected(program)):
             role = "select"
         what = {
             "full": "attends to all tokens",
@@ -123,61 +126,73 @@ class TidalDecode(KVPass, CalibratedOnLoss):
             return spec, what[role]  # the prompt reads blocks; single tokens come in graphs of their own
         return spec.edited(by=self.name, select=SharedRows(role, self.budget, self.by)), what[role]
 
-    def _reselect(self, program: Program) -> int:
+    @property
+    def _again(self) -> tuple[int, ...]:
+        return (self.reselect,) if isinstance(self.reselect, int) else self.reselect
+
+    def _reselected(self, program: Program) -> tuple[int, ...]:
         found = program.artefacts.get(RESELECT)
-        return self.reselect if found is None else int(found)
+        return self._again if found is None else tuple(found.flatten().tolist())
 
     def calibrate_on_loss(self, study: Study) -> dict[str, Tensor]:
-        """The layer after which the answers' loss is least, and the perplexity for each layer, the dense model's first.
+        """As many layers as ``reselect`` has, with which the answers' loss is least, and the perplexities on the way.
+
+        One layer is the best of all, as in the paper. Of several each is the best beside those found before it, and then
+        each but the last is looked for once more beside the others. ``tidaldecode/perplexity`` has a row for each search
+        and a column for each layer (NaN where it was not tried); ``tidaldecode/dense`` is the dense model's.
 
         Raises:
             PassError: an attention is not a plain causal one of a prompt over itself; names it.
         """
-        dense = _Decoded(self, None, study)
-        found = [study.perplexity(dense.attend, "the dense model")]
+        dense = _Decoded(self, None)
+        before = study.decoded(dense.attend, "the dense model")
         layers = range(self.first + 1, len(dense.layers))
         if not layers:
             raise PassError(
                 f"tidaldecode: a model of {len(dense.layers)} layers has none after first={self.first} to choose in"
             )
-        found += [
-            study.perplexity(_Decoded(self, at, study).attend, f"layer {at} of {len(dense.layers)}") for at in layers
-        ]
-        best = min(layers, key=lambda at: found[1 + at - layers.start])
-        return {RESELECT: torch.tensor(best), "tidaldecode/perplexity": torch.tensor(found, dtype=torch.float64)}
+        found: list[int] = []
+        rows = []
+        wanted = min(len(self._again), len(layers))
+        for search in range(2 * wanted - 1):
+            others = found if search < wanted else found[1:]  # the one found longest ago is looked for again
+            row = torch.full((len(dense.layers),), math.nan, dtype=torch.float64)
+            for at in layers:
+                if at not in others:
+                    what = f"search {search + 1} of {2 * wanted - 1}, layer {at} of {len(dense.layers)}"
+                    row[at] = study.decoded(_Decoded(self, (*others, at)).attend, what)
+            found = [*others, int(row.nan_to_num(math.inf).argmin())]
+            rows.append(row)
+        return {
+            RESELECT: torch.tensor(sorted(found)),
+            "tidaldecode/perplexity": torch.stack(rows),
+            "tidaldecode/dense": torch.tensor(before, dtype=torch.float64),
+        }
 
 
 class _Decoded:
-    """Attends to a whole text as if the tokens that count had been decoded one by one after the rest.
+    """Attends as decoding does, for several tokens at once.
 
     Attributes:
         reselect: None for the dense model.
         layers: sites in the order in which they run.
     """
 
-    def __init__(self, chosen: TidalDecode, reselect: int | None, study: Study) -> None:
-        self.chosen, self.reselect, self.study = chosen, reselect, study
+    def __init__(self, chosen: TidalDecode, reselect: tuple[int, ...] | None) -> None:
+        self.chosen, self.reselect = chosen, reselect
         self.layers: dict[str, int] = {}
         self._listed: Tensor | None = None
 
-    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         number = self.layers.setdefault(spec.site, len(self.layers))
-        why = not_a_prompt(spec, q, k)
-        if why is not None:
-            raise PassError(f"tidaldecode: {spec.site}: {why}; calibrate on texts without padding")
-        if self.reselect is None or number < self.chosen.first:
-            return None
-        start = q.shape[2] - self.study.counted
-        out = sdpa(q[:, :, :start], k[:, :, :start], v[:, :, :start], is_causal=True, scale=spec.scale, enable_gqa=True)
-        seen = torch.ones(q.shape[2] - start, k.shape[2], dtype=torch.bool, device=q.device).tril(start)
-        if number in (self.chosen.first, self.reselect):
-            self._listed = self._choice(spec, q[:, :, start:], k, seen)
-            mask = seen
-        else:
-            assert self._listed is not None
-            mask = self._listed
-        rest = sdpa(q[:, :, start:], k, v, mask, scale=spec.scale, enable_gqa=True)
-        return torch.cat([out, rest], 2)
+        read = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        if self.reselect is not None and number >= self.chosen.first:
+            if number in (self.chosen.first, *self.reselect):
+                self._listed = self._choice(spec, q, k, read)
+            else:
+                assert self._listed is not None
+                read = self._listed
+        return sdpa(q, k, v, read, scale=spec.scale, enable_gqa=True)
 
     def _choice(self, spec: AttentionSpec, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         """Which keys each query's sparse layers read, ``(batch, heads or 1, queries, tokens)``."""

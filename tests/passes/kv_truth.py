@@ -179,18 +179,18 @@ class MiKV(H2O):
 class Tidal(Oracle):
     """The card's ``td_attend``; ``chosen`` is handed from layer to layer within a step."""
 
-    def __init__(self, budget: int, first: int, reselect: int, by: str = "layer"):
+    def __init__(self, budget: int, *choosing: int, by: str = "layer"):
         super().__init__()
-        self.budget, self.first, self.reselect, self.by = budget, first, reselect, by
+        self.budget, self.choosing, self.by = budget, choosing, by
 
     def attend(self, layer, q, k, v, scale, mask, index):
         batch, heads, rows, width = q.shape
         kv_heads, n = k.shape[1:3]
         groups = heads // kv_heads
-        if rows > 1 or index < self.first:
+        if rows > 1 or index < self.choosing[0]:
             return mixed(probabilities(q, k, scale, mask), v)
         allowed = torch.ones(batch, 1, 1, n, dtype=torch.bool) if mask is None else mask
-        if index in (self.first, self.reselect):
+        if index in self.choosing:
             s = torch.einsum("bhgd,bhjd->bhgj", q.view(batch, kv_heads, groups, width), k) * scale
             r = s.masked_fill(~allowed[:, :, :1], float("-inf"))
             r = r.softmax(-1).sum((1, 2))[:, None].repeat(1, kv_heads, 1) if self.by == "layer" else r.sum(2)

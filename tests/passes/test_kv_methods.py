@@ -58,7 +58,7 @@ METHODS: dict[str, tuple[list[Any], Any]] = {
     ),
     "tidaldecode, by heads": (
         [{"name": "tidaldecode", "budget": 6, "first": 0, "reselect": 5, "by": "kv_head"}],
-        lambda: kv_truth.Tidal(6, 0, 5, "kv_head"),
+        lambda: kv_truth.Tidal(6, 0, 5, by="kv_head"),
     ),
 }
 DENSE: list[list[Any]] = [
@@ -139,9 +139,10 @@ def test_h2o_with_rounded_rows():
     assert error(llama(), oracle, passes, tokens(2, 20, *[1] * 8)) < 1e-5
 
 
-def test_tidaldecode_reselects():
-    passes = [{"name": "tidaldecode", "budget": 5, "first": 1, "reselect": 3}]
-    assert error(llama(layers=5), kv_truth.Tidal(5, 1, 3), passes, tokens(1, 20, 1, 1)) < 1e-5
+@pytest.mark.parametrize("reselect", [(3,), (3, 5)])
+def test_tidaldecode_reselects(reselect):
+    passes = [{"name": "tidaldecode", "budget": 5, "first": 1, "reselect": reselect}]
+    assert error(llama(layers=7), kv_truth.Tidal(5, 1, *reselect), passes, tokens(1, 20, 1, 1)) < 1e-5
 
 
 def test_tidaldecode_with_rounded_rows_keeps_all_where_it_must():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 import accelpass
 from accelpass import KVCache
@@ -52,10 +52,11 @@ def test_the_layer_is_the_one_that_decodes_best(by, tmp_path):
     plan = accelpass.calibrate(model, [batch()], [{**TIDAL, "by": by}], progress=False)
     plan.save(tmp_path / "tidal.json")
     plan = Plan.load(tmp_path / "tidal.json")
-    dense, *found = plan.tensors["tidaldecode/perplexity"].tolist()
+    (row,) = plan.tensors["tidaldecode/perplexity"].tolist()
+    found = row[2:]
     best = 2 + found.index(min(found))
-    assert int(plan.tensors[RESELECT]) == best
-    assert dense == pytest.approx(decoded(model), rel=1e-4)
+    assert all(map(math.isnan, row[:2])) and plan.tensors[RESELECT].tolist() == [best]
+    assert float(plan.tensors["tidaldecode/dense"]) == pytest.approx(decoded(model), rel=1e-4)
     for at, perplexity in enumerate(found, 2):
         passes = [{**TIDAL, "by": by, "reselect": at}]
         got = decoded(model, plan=plan) if at == best else decoded(model, *passes)
@@ -65,8 +66,34 @@ def test_the_layer_is_the_one_that_decodes_best(by, tmp_path):
 
 def test_every_row_read_is_the_dense_model():
     found = accelpass.calibrate(llama(layers=LAYERS), [batch()], [{**TIDAL, "budget": 64}], progress=False)
-    dense, *others = found.tensors["tidaldecode/perplexity"].tolist()
-    assert others == pytest.approx([dense] * len(others), rel=1e-4)
+    dense, (tried,) = (found.tensors[f"tidaldecode/{name}"] for name in ("dense", "perplexity"))
+    assert torch.allclose(tried[2:], dense, rtol=1e-4)
+
+
+def test_several_layers_choose_anew():
+    """Two searches and one more for the layer found first; no pair that was tried decodes better than the one taken."""
+    model, wanted = llama(layers=6), {**TIDAL, "reselect": [2, 3]}
+    plan = accelpass.calibrate(model, [batch(), batch(2)], [wanted], progress=False)
+    rows, chosen = plan.tensors["tidaldecode/perplexity"], plan.tensors[RESELECT].tolist()
+    assert rows.shape == (3, 6) and len(chosen) == 2 and 1 < chosen[0] < chosen[1]
+    least = rows.nan_to_num(math.inf).amin(1)
+    assert least[2] <= least[1] and rows[2].isnan().sum() == 3, "the other layer is not tried again"
+    one = accelpass.calibrate(model, [batch()], [wanted], progress=False)
+    got = decoded(model, {**TIDAL, "reselect": one.tensors[RESELECT].tolist()})
+    assert got == pytest.approx(float(one.tensors["tidaldecode/perplexity"].nan_to_num(math.inf)[-1].min()), rel=1e-4)
+    assert got == pytest.approx(decoded(model, plan=one), rel=1e-6)
+
+
+def test_batches_of_more_than_ids_and_labels_are_refused():
+    given = {**batch(), "attention_mask": torch.ones(1, PROMPT + ANSWER)}
+    with pytest.raises(accelpass.OptionError, match="this one also has attention_mask"):
+        accelpass.calibrate(llama(layers=LAYERS), [given], [TIDAL], progress=False)
+
+
+def test_a_model_without_positions_is_refused():
+    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=4, n_head=4)).eval()
+    with pytest.raises(accelpass.OptionError, match="takes position_ids"):
+        accelpass.calibrate(model, [batch()], [TIDAL], progress=False)
 
 
 def test_a_model_without_layers_to_try():

@@ -74,6 +74,22 @@ def test_calibrated_factors_are_the_nearest(tmp_path):
     assert report == "cskv"
 
 
+def test_the_first_token_may_count_more():
+    """Its keys get nearer, at the cost of the others'."""
+    model, data = llama(head_dim=32), batches(6)
+    path = "model.layers.1.self_attn.k_proj"
+    seen: list[torch.Tensor] = []
+    model.get_submodule(path).register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    errors = []
+    for weight in (1.0, 1000.0):
+        plan = accelpass.calibrate(model, data, [{**CSKV, "first_token": weight}], progress=False)
+        down, up = (plan.tensors[f"cskv/{path}.weight/{part}"] for part in ("down", "up"))
+        x = torch.cat(seen[-len(data) :])
+        off = (x @ down.t() @ up - x @ model.get_submodule(path).weight.detach().t()).square().sum(-1)
+        errors.append((float(off[:, 0].mean()), float(off[:, 1:].mean())))
+    assert errors[1][0] < 0.5 * errors[0][0] and errors[1][1] > errors[0][1]
+
+
 def test_factors_of_data_that_is_not_finite_are_refused():
     model = llama(head_dim=32)
     with torch.no_grad():

@@ -292,7 +292,9 @@ def test_gpt2_fused_projection_is_told():
         [{"name": "h2o", "budget": 0}], [{"name": "h2o", "budget": 1.5}], [{"name": "h2o", "recent": 2.0}],
         [{"name": "kv_quant", "bits": 5}], [{"name": "mikv", "bits": 8}], [{"name": "kv_window", "sinks": -1}],
         [{"name": "tidaldecode", "budget": 0}], [{"name": "tidaldecode", "reselect": 1}],
+        [{"name": "tidaldecode", "reselect": [7, 5]}],
         [{"name": "cskv", "keep_k": 0.0}], [{"name": "cskv", "bits": 4, "window": 8}],
+        [{"name": "cskv", "first_token": 0.5}],
     ],
     ids=str,
 )  # fmt: skip
