@@ -108,11 +108,12 @@ class LossStudy:
         ids, (labels, begins) = batch["input_ids"], self._labels(batch)
         past: dict[str, tuple[Tensor, Tensor]] = {}
 
-        def keep(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> None:
+        def keep(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             why = not_a_prompt(spec, q, k)
             if why is not None:
                 raise PassError(f"{self.name}: {spec.site}: {why}; calibrate on texts without padding")
             past[spec.site] = k, v
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=True)
 
         self._attend = keep
         first = {"logits_to_keep": 1} if self._keeps else {}

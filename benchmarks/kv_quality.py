@@ -30,7 +30,7 @@ EXACT = ("horizontal_fusion", "cpu_gemv", "grouped_query", "cpu_decode_attention
 FITTED: dict[str, Any] = {"name": "cskv", "first_token": 1000.0}
 """CSKV, its factors fitted to prose that comes after what the tasks use."""
 CALIBRATION, CALIBRATION_TOKENS = 48, 1024
-NEEDLES = (4096, 4)
+NEEDLES = (2048, 4)
 """Length of the texts with a pass key that TidalDecode's layers are found on, and how many."""
 TIDAL: dict[str, Any] = {"name": "tidaldecode", "budget": 256}
 METHODS: dict[str, list[Any]] = {

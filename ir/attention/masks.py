@@ -87,17 +87,8 @@ def _symbols_and_constants(mask: fx.Node, tokens: Any) -> tuple[set[sympy.Symbol
 
 def _named(step: Step, mask: Tensor | None, rows: int, columns: int) -> tuple[str, int | None]:
     """The name of a mask whose values are known."""
-    if mask is None:
-        return "tensor", None
-    if step.kind == "keep":
-        seen = mask.bool()
-    elif step.kind == "fill":
-        seen = mask.logical_not()
-    elif step.kind == "add":
-        seen = mask > _HIDDEN
-        if bool((mask[seen] != 0).any()):
-            return "tensor", None
-    else:
+    seen = None if mask is None else _seen(step, mask)
+    if seen is None:
         return "tensor", None
     try:
         seen = seen.expand(*seen.shape[:-2], rows, columns).reshape(-1, rows, columns)
@@ -115,6 +106,35 @@ def _named(step: Step, mask: Tensor | None, rows: int, columns: int) -> tuple[st
     if window and torch.equal(seen[0], (behind >= 0) & (behind < window)):
         return "sliding_window", window
     return "tensor", None
+
+
+def _seen(step: Step, mask: Tensor) -> Tensor | None:
+    """Which keys a mask lets through, if that is all that it does."""
+    if step.kind == "keep":
+        return mask.bool()
+    if step.kind == "fill":
+        return mask.logical_not()
+    if step.kind == "add":
+        seen = mask > _HIDDEN
+        return None if bool((mask[seen] != 0).any()) else seen
+    return None
+
+
+def shows_all_held(step: Step, mask: fx.Node, counts: Sequence[fx.Node], capacity: int) -> bool:
+    """Whether a mask lets one new token see all that a cache holds, and itself: it says nothing that the cache does not.
+
+    Args:
+        counts: the graph inputs that count what the cache's layers hold, each the same number.
+        capacity: rows of the cache; the new token takes the first that is free.
+    """
+    for held in {0, min(1, capacity - 1), capacity // 2, capacity - 1}:
+        found = constant(mask, given={count: torch.full(value(count).shape, held) for count in counts})
+        seen = None if found is None else _seen(step, found)
+        if seen is None or seen.shape[-1] != capacity:
+            return False
+        if not bool((seen == (torch.arange(capacity) <= held)).all()):
+            return False
+    return True
 
 
 def is_alibi(bias: fx.Node) -> bool:
@@ -144,17 +164,21 @@ def _counts(node: fx.Node) -> bool:
     return False
 
 
-def constant(node: fx.Node, sizes: Mapping[Any, int] | None = None) -> Tensor | None:
+def constant(
+    node: fx.Node, sizes: Mapping[Any, int] | None = None, given: Mapping[fx.Node, Tensor] | None = None
+) -> Tensor | None:
     """The value of a node that depends on no input, computed; None if it does, or writes anything.
 
     Args:
         sizes: numbers for symbolic sizes, on which the node may depend; a number that stands for another, wherever it occurs.
+        given: values of inputs, on which it may depend; they may be written later.
     """
+    given = given or {}
     order: dict[fx.Node, None] = {}
     front = [node]
     while front:
         current = front.pop()
-        if current in order:
+        if current in order or current in given:
             continue
         order[current] = None
         if sizes and isinstance(value(current), torch.SymInt):
@@ -165,7 +189,9 @@ def constant(node: fx.Node, sizes: Mapping[Any, int] | None = None) -> Tensor | 
         front.extend(current.all_input_nodes)
     if any(written in order for n in order for user in n.users for written in writes(user)):
         return None
-    values: dict[fx.Node, Any] = {}
+    if any(written in given and user < node for n in given for user in n.users for written in writes(user)):
+        return None
+    values: dict[fx.Node, Any] = dict(given)
     try:
         for current in sorted(order):
             if sizes and isinstance(value(current), torch.SymInt):

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.attention.block_select import BlockSelect
+from accelpass.ir.attention.block_select import MASKS, BlockSelect
 from accelpass.ir.attention.lower import like_in_memory
+from accelpass.ir.attention.masks import shows_all_held
 from accelpass.ir.attention.op import set_spec, spec_of, want
-from accelpass.ir.attention.spec import All, AttentionSpec, Dense, Native
+from accelpass.ir.attention.spec import All, AttentionSpec, Dense, Native, Step
 from accelpass.ir.errors import GraphError, SpecConflict
 from accelpass.ir.graph import value
 from accelpass.ir.kv.banks import RowFormat, row_format
@@ -106,8 +107,10 @@ def _calls(gm: fx.GraphModule) -> tuple[str, ...]:
 class _Lowering:
     """Traced functions are shared by layers that are alike."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, sites: Sequence[KVSite]) -> None:
         self.program = program
+        self.counts = [site.count for site in sites]
+        self._counting: dict[tuple[Any, ...], bool] = {}
         self.run = Tracer(program).run
         self.rows: dict[str, fx.Node] = {}
         self.leaders: dict[Storage, fx.Node] = {}
@@ -164,6 +167,24 @@ class _Lowering:
             graph.erase_node(site.read)
         graph.erase_node(site.append)
 
+    def _without_counting(
+        self, spec: AttentionSpec, q: fx.Node, extras: Sequence[fx.Node], capacity: int
+    ) -> AttentionSpec:
+        """Of one new token, the spec without masks that hide what is not stored yet: a storage knows that by itself."""
+        if value(q).shape[2] != 1:
+            return spec
+
+        def counts(step: Step) -> bool:
+            if step.kind not in MASKS or step.extra is None:
+                return False
+            mask = extras[step.extra]
+            known = (step.kind, mask, capacity)
+            if known not in self._counting:
+                self._counting[known] = shows_all_held(step, mask, self.counts, capacity)
+            return self._counting[known]
+
+        return replace(spec, steps=tuple(s for s in spec.steps if not counts(s)))
+
     def _extend(self, layer: _Layer) -> None:
         """Store tokens and attend over what is stored."""
         site, spec, store = layer.site, layer.spec, layer.store
@@ -174,6 +195,7 @@ class _Lowering:
                 f"statistics are wanted of the cached attention at {site.path}; only its storage gives them"
             )
         q, extras, wanted = node.args[0], list(node.args[3]), value(node)
+        spec = self._without_counting(spec, q, extras, site.capacity)
         if not isinstance(spec.select, All | RowSelect):
             raise GraphError(
                 f"the selection {spec.select.part} at {site.path} is for prompts, and this one reads a cache"
@@ -247,7 +269,7 @@ def lower(program: Program) -> list[CacheUse]:
     sites = kv_sites(program)
     if not sites:
         return []
-    lowering = _Lowering(program)
+    lowering = _Lowering(program, sites)
     uses = [lowering.site(site) for site in sites]
     program.graph.eliminate_dead_code()
     program.gm.recompile()

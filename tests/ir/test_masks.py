@@ -1,10 +1,16 @@
 """What a mask over a symbolic number of tokens is called: only what it is at every number."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from accelpass.ir import attention
+from accelpass.ir.attention.masks import shows_all_held
+from accelpass.ir.attention.spec import Step
 from accelpass.ir.capture import from_dynamo
 
 
@@ -100,3 +106,49 @@ def test_a_window_as_long_as_the_prompt_hides_nothing():
 
 def test_a_mask_of_data_has_no_name():
     assert named(lambda at: causal(at) & (torch.rand(at.shape[0]) > -1)) == ("tensor", None)
+
+
+CAPACITY = 12
+
+
+def counting(mask: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> tuple[fx.Node, list[fx.Node]]:
+    """The mask of one new token as a graph has it, and the counter, which is raised after the mask is made."""
+
+    def run(count, more):
+        made = mask(count, more)
+        count.add_(1)
+        return made
+
+    graph = make_fx(run, tracing_mode="fake")(torch.zeros(2, dtype=torch.int64), torch.ones(CAPACITY, dtype=torch.bool))
+    count, _ = graph.graph.find_nodes(op="placeholder")
+    (made,) = graph.graph.output_node().all_input_nodes
+    return made, [count]
+
+
+HELD = {
+    "what is held": (lambda count, more: torch.arange(CAPACITY) <= count[0], "keep", True),
+    "the opposite": (lambda count, more: torch.arange(CAPACITY) > count[0], "fill", True),
+    "a number": (lambda count, more: torch.where(torch.arange(CAPACITY) <= count[1], 0.0, -1e9), "add", True),
+    "a window": (
+        lambda count, more: (torch.arange(CAPACITY) <= count[0]) & (torch.arange(CAPACITY) > count[0] - 11), "keep", False
+    ),
+    "not the new one": (lambda count, more: torch.arange(CAPACITY) < count[0], "keep", False),
+    "padding": (lambda count, more: (torch.arange(CAPACITY) <= count[0]) & more, "keep", False),
+    "a bias": (lambda count, more: torch.where(torch.arange(CAPACITY) <= count[0], 0.5, -1e9), "add", False),
+    "another size": (lambda count, more: torch.arange(CAPACITY + 1) <= count[0], "keep", False),
+    "counted later": (lambda count, more: torch.arange(CAPACITY) <= count.add_(0)[0], "keep", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", HELD)
+def test_a_mask_that_says_what_a_cache_holds(which):
+    mask, kind, says = HELD[which]
+    node, counts = counting(mask)
+    assert shows_all_held(Step(kind, extra=0), node, counts, CAPACITY) is says
+
+
+def test_a_window_of_the_whole_cache_hides_nothing_that_it_holds():
+    node, counts = counting(
+        lambda count, more: (torch.arange(CAPACITY) <= count[0]) & (torch.arange(CAPACITY) > count[0] - CAPACITY)
+    )
+    assert shows_all_held(Step("keep", extra=0), node, counts, CAPACITY)
