@@ -33,6 +33,7 @@ CANDIDATES: dict[str, list[Any] | None] = {
     DENSE: [],
     "+ h2o, 20 %": [H2O],
     "+ tidaldecode, 256 rows": ["tidaldecode"],
+    "+ tidaldecode, 256 rows, two chosen anew": [{"name": "tidaldecode", "reselect": (7, 17)}],
     "+ mikv": ["mikv"],
     "+ kv_quant, 4 bits": [BITS],
     "+ h2o, 20 %, 4 bits": [H2O, BITS],

@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from benchmarks.kv_tasks import PEERS, QUICK, Row, Sizes, Tasks
 
 EVICTED = 0.8
-_PRESSES: tuple[Callable[[], Any] | None, ...] = (
-    None,
-    lambda: RandomPress(EVICTED),
-    lambda: StreamingLLMPress(EVICTED, n_sink=4),
-    lambda: ObservedAttentionPress(EVICTED),
-    lambda: SnapKVPress(EVICTED),
-)
-PRESSES = dict(zip(PEERS, _PRESSES, strict=True))
+PRESSES: dict[str, Callable[[], Any] | None] = {
+    "kvpress, dense": None,
+    "kvpress Random, 20 %": lambda: RandomPress(EVICTED),
+    "kvpress StreamingLLM, 20 %": lambda: StreamingLLMPress(EVICTED, n_sink=4),
+    "kvpress ObservedAttention, 20 %": lambda: ObservedAttentionPress(EVICTED),
+    "kvpress SnapKV, 20 %": lambda: SnapKVPress(EVICTED),
+}
+assert tuple(PRESSES) == PEERS, "kv_tasks names them for those who cannot import kvpress"
 
 
 class Pressed:

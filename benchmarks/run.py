@@ -243,6 +243,9 @@ PARTS = {
         "KV caches: perplexity of the last {scored} tokens of a context, and pass keys found at ten depths, where the question "
         "is part of the prompt or comes when the context is stored; bytes of a cache of {capacity} tokens",
         apart=(*kv_quality.METHODS, *kv_tasks.PEERS),
+        below="Of prose, 3 windows of 2,048 tokens and 2 of 4,096. What is calibrated is so on other parts of the prose: `cskv` on 48 "
+        "texts of 1,024 tokens, `tidaldecode` on four of 2,048 with other keys (one layer that chooses anew: 17; two: 7 and 17; "
+        "the paper's 13 where it is not). kvpress evicts once, after the prompt, and keeps all tokens of the answer.",
     ),
     "sparse_quality": Part(
         _sparse_quality,
@@ -266,7 +269,12 @@ PARTS = {
         apart=tuple(PRUNED),
     ),
     "kv_prefill": Part(_kv_prefill, "KV caches: prompts, with and without scores"),
-    "kv_memory": Part(_kv_memory, "KV caches: a process that reads 4080 tokens and answers, over what it held before"),
+    "kv_memory": Part(
+        _kv_memory,
+        "KV caches: a process that reads 4080 tokens and answers, over what it held before",
+        below="Peak while it reads and answers, and what it holds then, over weights and graphs; `graphs_mb` is what capturing and "
+        "lowering the graphs left.",
+    ),
     "kv_decode": Part(_kv_decode, "KV caches: decode, batch 1, of the last {tokens} tokens of a context"),
     "digits_steps": Part(
         _digits_steps,

@@ -142,7 +142,7 @@ class TidalDecode(KVPass, CalibratedOnLoss):
         and a column for each layer (NaN where it was not tried); ``tidaldecode/dense`` is the dense model's.
 
         Raises:
-            PassError: an attention is not a plain causal one of a prompt over itself; names it.
+            PassError: an attention is not a plain causal one of a prompt over itself; names it. Or no loss is finite.
         """
         dense = _Decoded(self, None)
         before = study.decoded(dense.attend, "the dense model")
@@ -161,6 +161,8 @@ class TidalDecode(KVPass, CalibratedOnLoss):
                 if at not in others:
                     what = f"search {search + 1} of {2 * wanted - 1}, layer {at} of {len(dense.layers)}"
                     row[at] = study.decoded(_Decoded(self, (*others, at)).attend, what)
+            if not row.isfinite().any():
+                raise PassError("tidaldecode: the answers' loss is not finite whatever layer chooses; check model and texts")
             found = [*others, int(row.nan_to_num(math.inf).argmin())]
             rows.append(row)
         return {

@@ -90,6 +90,14 @@ def test_batches_of_more_than_ids_and_labels_are_refused():
         accelpass.calibrate(llama(layers=LAYERS), [given], [TIDAL], progress=False)
 
 
+def test_a_loss_that_is_not_finite_chooses_nothing():
+    model = llama(layers=LAYERS)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(PassError, match="loss is not finite"):
+        accelpass.calibrate(model, [batch()], [TIDAL], progress=False)
+
+
 def test_a_model_without_positions_is_refused():
     model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=4, n_head=4)).eval()
     with pytest.raises(accelpass.OptionError, match="takes position_ids"):
