@@ -102,11 +102,12 @@ class CSKV(KVPass, Calibrated):
                 f"cskv found no layer to calibrate: {'; '.join(reasons[:2]) or 'no attention reads a KVCache'}"
             )
         run({path: moments.see for path, (moments, _) in fits.items()}, "keys and values")
-        tensors = {}
-        for path, (moments, rank) in fits.items():
-            for part, found in zip(("down", "up", "loss"), moments.factors(path, rank), strict=True):
-                tensors[artefact(path, part)] = found
-        return tensors
+        parts = ("down", "up", "loss")
+        return {
+            artefact(path, part): t
+            for path, (moments, rank) in fits.items()
+            for part, t in zip(parts, moments.factors(path, rank), strict=True)
+        }
 
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int

@@ -162,7 +162,9 @@ class TidalDecode(KVPass, CalibratedOnLoss):
                     what = f"search {search + 1} of {2 * wanted - 1}, layer {at} of {len(dense.layers)}"
                     row[at] = study.decoded(_Decoded(self, (*others, at)).attend, what)
             if not row.isfinite().any():
-                raise PassError("tidaldecode: the answers' loss is not finite whatever layer chooses; check model and texts")
+                raise PassError(
+                    "tidaldecode: the answers' loss is not finite whatever layer chooses; check model and texts"
+                )
             found = [*others, int(row.nan_to_num(math.inf).argmin())]
             rows.append(row)
         return {
