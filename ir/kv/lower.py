@@ -170,7 +170,7 @@ class _Lowering:
     def _without_counting(
         self, spec: AttentionSpec, q: fx.Node, extras: Sequence[fx.Node], capacity: int
     ) -> AttentionSpec:
-        """Of one new token, the spec without masks that hide what is not stored yet: a storage knows that by itself."""
+        """Of one new token, the spec without masks that hide what is not stored yet."""
         if value(q).shape[2] != 1:
             return spec
 
@@ -195,7 +195,8 @@ class _Lowering:
                 f"statistics are wanted of the cached attention at {site.path}; only its storage gives them"
             )
         q, extras, wanted = node.args[0], list(node.args[3]), value(node)
-        spec = self._without_counting(spec, q, extras, site.capacity)
+        if store.knows_held:
+            spec = self._without_counting(spec, q, extras, site.capacity)
         if not isinstance(spec.select, All | RowSelect):
             raise GraphError(
                 f"the selection {spec.select.part} at {site.path} is for prompts, and this one reads a cache"

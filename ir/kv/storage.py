@@ -81,6 +81,9 @@ class Storage(Store, ABC):
     wants: ClassVar[frozenset[str]] = frozenset()
     """Statistics of the prompt's attention that :meth:`fill` reads."""
 
+    knows_held: ClassVar[bool] = False
+    """From a single token, :meth:`extend` itself hides rows that hold none; then a mask that says no more is left out."""
+
     @abstractmethod
     def states(self, layout: Layout, format: RowFormat) -> list[StateSpec]:
         """The buffers of one layer, each for one sequence."""
@@ -303,6 +306,7 @@ class Positions(Storage):
     """All tokens, each in the row of its position."""
 
     part: ClassVar[str] = "positions"
+    knows_held: ClassVar[bool] = True
 
     def states(self, layout: Layout, format: RowFormat) -> list[StateSpec]:
         return [

@@ -38,6 +38,7 @@ class LowRank(Storage):
     """
 
     part: ClassVar[str] = "cskv"
+    knows_held: ClassVar[bool] = True
     rank_k: int
     rank_v: int
     window: int

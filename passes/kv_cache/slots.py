@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class Slots(Storage):
     Order within a call: store the new tokens, attend over all that is there, update the scores, evict. A token that was
     evicted never returns.
     """
+
+    knows_held: ClassVar[bool] = True
 
     @abstractmethod
     def most(self, capacity: int) -> int:
