@@ -96,15 +96,17 @@ class LossStudy:
             self._attend = to_all
             loss = begun.loss
             if begun.ids.shape[1]:
-                loss += float(_cross_entropy(self._logits(begun.given())[:, :-1], begun.labels))
+                loss += float(_cross_entropy(self._logits(begun.given()), begun.labels))
             total, count = total + loss, count + begun.count
         return math.exp(total / count)
 
     def _begin(self, batch: Batch) -> _Begun:
         """Computes what comes before the tokens that count, and keeps its keys and values."""
-        if set(batch) - {"input_ids", "labels"}:
-            more = ", ".join(sorted(set(batch) - {"input_ids", "labels"}))
-            raise OptionError(f"{self.name}: calibration batches have input_ids and labels; this one also has {more}")
+        more = sorted(set(batch) - {"input_ids", "labels"})
+        if more:
+            raise OptionError(
+                f"{self.name}: calibration batches have input_ids and labels; this one also has {', '.join(more)}"
+            )
         ids, (labels, begins) = batch["input_ids"], self._labels(batch)
         past: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -119,7 +121,7 @@ class LossStudy:
         first = {"logits_to_keep": 1} if self._keeps else {}
         logits = self._logits({"input_ids": ids[:, : begins + 1], **first})
         loss = float(_cross_entropy(logits[:, -1:], labels[:, begins : begins + 1]))
-        return _Begun(ids[:, begins + 1 :], labels[:, begins + 1 :], past, loss, int((labels != IGNORED).sum()))
+        return _Begun(ids[:, begins + 1 : -1], labels[:, begins + 1 :], past, loss, int((labels != IGNORED).sum()))
 
     def _loss(self, batch: Batch, gradients: bool) -> tuple[Tensor, int]:
         """Cross entropy, summed, and of how many tokens."""
@@ -172,7 +174,7 @@ class _Begun:
     """A batch of which all that comes before the tokens that count is computed.
 
     Attributes:
-        ids, labels: of the tokens that are left, ``(batch, tokens)`` and one less.
+        ids, labels: the tokens that are left, without the last, which predicts nothing, and what follows each.
         past: keys and values of each site before them.
         loss: of the first label, which what comes before them predicts.
         count: of all labels.

@@ -126,6 +126,8 @@ class RowSelect(Select, ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """The attention of one new token that is stored already, and the rows it gives on.
 
+        Rows that hold no token are hidden here, as :meth:`Positions.segment` does: masks that say no more are left out.
+
         Args:
             held: the buffers of :class:`Positions`.
             rows: what it takes.
