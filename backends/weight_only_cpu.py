@@ -1,11 +1,12 @@
 """Packed linears on CPU as ATen that Inductor vectorises.
 
 One row: dequantize, multiply and sum in one loop over the packed bytes, which is bound by streaming them. Many rows: a
-float matrix for the matrix unit, made from the packed one in front of each product.
+float matrix for the matrix unit, made from the packed one in front of each product, a part at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ from torch import fx
 from accelpass.ir.analyses.linear import rows
 from accelpass.ir.graph import aten, call, known, shape, stored, value
 
-GEMV_ROWS = 4
-"""Up to this many rows the packed matrix is streamed once a row; beyond, expanding it for a matrix product is cheaper."""
+GEMV_ROWS = {8: 8, 4: 4}
+"""Of each number of bits: up to this many rows multiply the packed matrix as it streams by; beyond, expanding it for a matrix
+product is cheaper, and earlier for 4 bits, whose unpacking is repeated for each row."""
+PART = 8 * 2**20
+"""Bytes of a large matrix that are expanded at once. Parts stay in the cache until they are multiplied, and their memory is
+used again: beyond 32 MB the allocator maps new pages each time, and touching these takes longer than the product of a few rows."""
 
 
 class Emit:
@@ -57,7 +62,7 @@ def int8(graph: fx.Graph, node: fx.Node) -> fx.Node:
     e = Emit(graph, node)
     x, q, scale, bias = node.args
     count = rows(x)
-    if count is not None and count <= GEMV_ROWS:
+    if count is not None and count <= GEMV_ROWS[8]:
         flat = e.cast(e(aten.reshape.default, stored(x), [count, -1]), torch.float32)
         wide = e.cast(q, torch.float32)
         parts = []
@@ -67,9 +72,15 @@ def int8(graph: fx.Graph, node: fx.Node) -> fx.Node:
         y = parts[0] if count == 1 else e(aten.stack.default, parts, 0)
         return e.finish(y, bias)
     dtype = matmul_dtype(value(x))
-    # Integers up to 127 are exact in bfloat16; the scale is applied to the product, in float32.
-    y = e.cast(e(aten.linear.default, e.cast(x, dtype), e.cast(q, dtype)), torch.float32)
-    return e.finish(e(aten.mul.Tensor, y, scale), bias)
+    wide_x = e.cast(x, dtype)
+
+    def product(packed: Sequence[Any]) -> fx.Node:
+        # Integers up to 127 are exact in bfloat16; the scale is applied to the product, in float32.
+        q, scale = packed
+        y = e.cast(e(aten.linear.default, wide_x, e.cast(q, dtype)), torch.float32)
+        return e(aten.mul.Tensor, y, scale)
+
+    return e.finish(in_parts(e, [q, scale], int(shape(q)[1]) * dtype.itemsize, product), bias)
 
 
 def int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -77,7 +88,7 @@ def int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
     e = Emit(graph, node)
     x, q, scale, zero, bias, group = node.args
     count = rows(x)
-    if count is not None and count <= GEMV_ROWS:
+    if count is not None and count <= GEMV_ROWS[4]:
         (out, groups), half = (int(s) for s in shape(scale)), group // 2
         packed = e(aten.reshape.default, q, [out, groups, half])
         low = e(aten.bitwise_and.Scalar, packed, 15)
@@ -104,8 +115,34 @@ def int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
         y = parts[0] if count == 1 else e(aten.stack.default, parts, 0)
         return e.finish(y, bias)
     dtype = matmul_dtype(value(x))
-    weight = unpacked(e, q, scale, zero, group, dtype)
-    return e.finish(e.cast(e(aten.linear.default, e.cast(x, dtype), weight), torch.float32), bias)
+    wide_x = e.cast(x, dtype)
+
+    def product(packed: Sequence[Any]) -> fx.Node:
+        return e.cast(e(aten.linear.default, wide_x, unpacked(e, *packed, group, dtype)), torch.float32)
+
+    return e.finish(in_parts(e, [q, scale, zero], int(shape(q)[1]) * 2 * dtype.itemsize, product), bias)
+
+
+def in_parts(
+    e: Emit, packed: Sequence[fx.Node | None], row_bytes: int, product: Callable[[Sequence[Any]], fx.Node]
+) -> fx.Node:
+    """``product(packed)``, taken of :data:`PART` bytes of expanded rows at a time where the whole is larger than two of them.
+
+    Args:
+        packed: tensors with a row for each output, or None.
+        row_bytes: of a row that is expanded.
+        product: has the outputs as its last dimension.
+    """
+    outputs = int(shape(packed[0])[0])  # type: ignore[arg-type]
+    if outputs * row_bytes <= 2 * PART:
+        return product(packed)
+    count = -(-outputs * row_bytes // PART)
+    step = -(-outputs // (64 * count)) * 64
+    parts = []
+    for start in range(0, outputs, step):
+        end = min(start + step, outputs)
+        parts.append(product([p if p is None else e(aten.slice.Tensor, p, 0, start, end) for p in packed]))
+    return e(aten.cat.default, parts, -1)
 
 
 def unpacked(e: Emit, q: fx.Node, scale: fx.Node, zero: fx.Node | None, group: int, dtype: torch.dtype) -> fx.Node:

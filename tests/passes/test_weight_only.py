@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from accelpass.backends import graphs_of
+from accelpass.backends import graphs_of, rewriting, weight_only_cpu
+from accelpass.backends.lowering import lower
 from accelpass.ir import weight_only_ops as ops
 from accelpass.ir.errors import OptionError
 from accelpass.passes.base import Record
@@ -266,3 +267,25 @@ def test_linears_in_a_row(passes):
     model, x = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))).eval(), torch.randn(1, 64)
     with torch.no_grad():
         assert relative_error(compiled(model, *passes)(x), model(x)) < 0.3
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_large_matrix_is_expanded_in_parts(bits, monkeypatch):
+    """Many rows, three parts of 64 outputs and one of 8; with one row fewer the matrix is streamed."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(weight_only_cpu, "PART", 64 * 96 * weight_only_cpu.matmul_dtype(torch.zeros(1)).itemsize)
+    lowered = []
+    monkeypatch.setattr(rewriting, "lower", lambda program: (lower(program), lowered.append(str(program.graph))))
+    model = nn.Linear(96, 200).eval()
+    weight, rows = model.weight.detach(), weight_only_cpu.GEMV_ROWS[bits] + 1
+    if bits == 8:
+        packed, read = {"name": "int8_weights"}, ops.dequantize_int8(*pack_int8(weight), torch.float32)
+    else:
+        packed = {"name": "int4_weights", "group_size": 32, "symmetric": False}
+        read = ops.dequantize_int4(*pack_int4(weight, 32, False), 32, torch.float32)
+    fast = torch.compile(model, backend="accelpass", options={"passes": [packed]}, dynamic=False)
+    with torch.no_grad():
+        for count, parts in ((rows, 4), (rows - 1, 0)):
+            x = torch.randn(count, 96)
+            assert relative_error(fast(x), nn.functional.linear(x, read, model.bias)) < 0.01
+            assert lowered[-1].count("aten.linear") == parts
