@@ -68,8 +68,8 @@ def cache_for(model: Any, length: int, options: dict[str, Any]) -> Any:
     return KVCache(model, capacity=length)
 
 
-def new_cache(model: Any, length: int) -> Any:
-    """A static cache for one sequence of ``length`` tokens, with its memory in place already.
+def new_cache(model: Any, length: int, batch_size: int = 1) -> Any:
+    """A static cache for sequences of ``length`` tokens, with its memory in place already.
 
     transformers allocates it at the first call otherwise, inside the compiled prefill: the second prefill would then
     find another cache and be compiled again.
@@ -84,7 +84,7 @@ def new_cache(model: Any, length: int) -> Any:
     # Some families (multi-head latent attention) keep other shapes; they allocate on their own and compile once more.
     if not hasattr(config, "kv_lora_rank"):
         weight = next(model.parameters())
-        cache.early_initialization(1, kv_heads, head_dim, weight.dtype, weight.device)
+        cache.early_initialization(batch_size, kv_heads, head_dim, weight.dtype, weight.device)
     return cache
 
 

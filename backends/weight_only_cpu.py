@@ -118,22 +118,23 @@ def int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
     wide_x = e.cast(x, dtype)
 
     def product(packed: Sequence[Any]) -> fx.Node:
-        return e.cast(e(aten.linear.default, wide_x, unpacked(e, *packed, group, dtype)), torch.float32)
+        weight = unpacked(e, packed[0], packed[1], packed[2], group, dtype)
+        return e.cast(e(aten.linear.default, wide_x, weight), torch.float32)
 
     return e.finish(in_parts(e, [q, scale, zero], int(shape(q)[1]) * 2 * dtype.itemsize, product), bias)
 
 
 def in_parts(
-    e: Emit, packed: Sequence[fx.Node | None], row_bytes: int, product: Callable[[Sequence[Any]], fx.Node]
+    e: Emit, packed: Sequence[Any], row_bytes: int, product: Callable[[Sequence[Any]], fx.Node]
 ) -> fx.Node:
     """``product(packed)``, taken of :data:`PART` bytes of expanded rows at a time where the whole is larger than two of them.
 
     Args:
-        packed: tensors with a row for each output, or None.
+        packed: nodes with a row for each output, or None.
         row_bytes: of a row that is expanded.
         product: has the outputs as its last dimension.
     """
-    outputs = int(shape(packed[0])[0])  # type: ignore[arg-type]
+    outputs = int(shape(packed[0])[0])
     if outputs * row_bytes <= 2 * PART:
         return product(packed)
     count = -(-outputs * row_bytes // PART)

@@ -1,7 +1,8 @@
-"""SmolLM2-135M, batch 1: decoding after a long prompt, with the cache as KV passes keep it.
+"""SmolLM2-135M: decoding after long prompts, with the cache as KV passes keep it.
 
-Every candidate reads the same prose through its own compiled model; then they take turns, token by token, as in
-:mod:`benchmarks.decode`. All but Inductor's have int8 weights, so that the cache is a large part of what a step reads.
+Every candidate reads the same prose through its own compiled model; then they take turns, step by step, as in
+:mod:`benchmarks.decode`. All but Inductor's have int8 weights, so that the cache is a large part of what a step reads; of
+several sequences, which read the weights once, it is most.
 """
 
 from __future__ import annotations
@@ -40,24 +41,36 @@ CANDIDATES: dict[str, list[Any] | None] = {
 }
 SHORT = (INDUCTOR, DENSE, "+ h2o, 20 %")
 """What is also measured at a short context: whether time grows with it."""
-CONTEXTS: dict[int, Sequence[str]] = {1024: SHORT, 4096: tuple(CANDIDATES), 8192: tuple(CANDIDATES)}
-QUICK: dict[int, Sequence[str]] = {512: tuple(CANDIDATES)}
+BATCHED = (SDPA, DENSE, "+ h2o, 20 %", "+ tidaldecode, 256 rows", "+ tidaldecode, 256 rows, two chosen anew")
+"""What is also measured of several sequences."""
+Workload = tuple[int, int]
+"""How many sequences, and the tokens of each."""
+WORKLOADS: dict[Workload, Sequence[str]] = {
+    (1, 1024): SHORT,
+    (1, 4096): tuple(CANDIDATES),
+    (1, 8192): tuple(CANDIDATES),
+    (8, 4096): BATCHED,
+    (8, 8192): BATCHED,
+}
+QUICK: dict[Workload, Sequence[str]] = {(1, 512): tuple(CANDIDATES), (2, 512): BATCHED}
 
 
 @dataclass
 class Session:
-    """One candidate at one context: its compiled call, its cache, and what was measured."""
+    """One candidate with one workload: its compiled call, its cache, and what was measured."""
 
     name: str
     model: torch.nn.Module
     capacity: int
-    next: Tensor = field(default_factory=lambda: torch.zeros(1, 1, dtype=torch.int64))
+    batch: int = 1
+    next: Tensor = field(init=False)
     seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         passes = CANDIDATES[self.name]
         own_cache = passes is not None
-        self.cache: Any = KVCache(self.model, self.capacity) if own_cache else new_cache(self.model, self.capacity)
+        make_cache = KVCache if own_cache else new_cache
+        self.cache: Any = make_cache(self.model, self.capacity, self.batch)
         # The model's own attention calls, which passes that are on by default would write anew.
         layers = [f"model.layers.{i}.self_attn" for i in range(self.model.config.num_hidden_layers)]
         left = dict.fromkeys(("grouped_query", "cpu_decode_attention"), layers) if self.name == SDPA else {}
@@ -75,7 +88,7 @@ class Session:
         return time.perf_counter() - start
 
     def step(self) -> float:
-        """Seconds of one token more."""
+        """Seconds of one token more of each sequence."""
         start = time.perf_counter()
         self.next = self.fast(self.model, self.next, self.cache).argmax(-1)
         return time.perf_counter() - start
@@ -95,33 +108,34 @@ def measure(
     model: torch.nn.Module,
     tokenizer: Any,
     names: Sequence[str],
-    contexts: dict[int, Sequence[str]],
+    workloads: dict[Workload, Sequence[str]],
     say: Callable[[str], None],
 ) -> list[Row]:
-    """Rows for each context; at each, those of its candidates that are in ``names``."""
+    """Rows for each workload; at each, those of its candidates that are in ``names``."""
     rows: list[Row] = []
-    for context, offered in contexts.items():
+    for workload, offered in workloads.items():
         # Another capacity is another graph, and Dynamo counts graphs of one function.
         torch._dynamo.reset()
-        rows += table(context, measure_at(model, tokenizer, context, [n for n in offered if n in names], say))
+        rows += table(measure_at(model, tokenizer, workload, [n for n in offered if n in names], say))
     return rows
 
 
 def measure_at(
-    model: torch.nn.Module, tokenizer: Any, context: int, names: Sequence[str], say: Callable[[str], None]
+    model: torch.nn.Module, tokenizer: Any, workload: Workload, names: Sequence[str], say: Callable[[str], None]
 ) -> list[Session]:
-    """Compile and fill each candidate, then time them in turn; the answer ends at ``context`` tokens."""
-    # One token more is read when the step is compiled.
-    ids = tokenizer(prose(), return_tensors="pt").input_ids[:, : context - TOKENS - 1]
+    """Compile and fill each candidate, then time them in turn; the answers end at the context's last token."""
+    batch, context = workload
+    length = context - TOKENS - 1  # one token more is read when the step is compiled
+    ids = tokenizer(prose(), return_tensors="pt").input_ids[0, : batch * length].view(batch, length)
     sessions = []
     for name in names:
         start = time.perf_counter()
-        session = Session(name, model, context)
+        session = Session(name, model, context, batch)
         session.read(ids)
         session.step()
         sessions.append(session)
-        say(f"{context}: {name} compiled and filled, {time.perf_counter() - start:.0f} s")
-    say(f"{context}: timing {TOKENS - WARM} tokens")
+        say(f"{batch} x {context}: {name} compiled and filled, {time.perf_counter() - start:.0f} s")
+    say(f"{batch} x {context}: timing {TOKENS - WARM} steps")
     for token in range(TOKENS):
         for session in sessions:
             seconds = session.step()
@@ -130,7 +144,7 @@ def measure_at(
     return sessions
 
 
-def table(context: int, sessions: list[Session]) -> list[Row]:
+def table(sessions: list[Session]) -> list[Row]:
     """What is reported of each candidate; an empty cell where there is nothing to compare with."""
     named = {s.name: s for s in sessions}
     dense, inductor = named.get(DENSE), named.get(INDUCTOR)
@@ -140,9 +154,11 @@ def table(context: int, sessions: list[Session]) -> list[Row]:
         held = s.cache_bytes()
         rows.append(
             {
-                "context": context,
+                "batch": s.batch,
+                "context": s.capacity,
                 "name": s.name,
-                "ms_per_token": round(step * 1e3, 2),
+                "ms_per_step": round(step * 1e3, 2),
+                "tokens_per_second": round(s.batch / step, 1),
                 "against_dense": round(statistics.median(dense.seconds) / step, 2) if dense else "",
                 "against_inductor_f32": round(statistics.median(inductor.seconds) / step, 2) if inductor else "",
                 "cache_bytes": held,

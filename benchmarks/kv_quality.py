@@ -38,6 +38,8 @@ METHODS: dict[str, list[Any]] = {
     "random, 20 %": [RandomEviction(budget=0.2)],
     "random, 20 %, newest too": [RandomEviction(budget=0.2, recent=0.0)],
     "kv_window, 20 %": [{"name": "kv_window", "budget": 0.2}],
+    "kv_window, 30 %": [{"name": "kv_window", "budget": 0.3}],
+    "kv_window, 34 %": [{"name": "kv_window", "budget": 0.34}],
     "h2o, 20 %": [{"name": "h2o", "budget": 0.2}],
     "h2o, 20 %, 4 bits": [{"name": "h2o", "budget": 0.2}, {"name": "kv_quant", "bits": 4}],
     "mikv, 20 %, rest 4 bits": [{"name": "mikv", "budget": 0.2, "bits": 4}],

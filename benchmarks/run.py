@@ -200,8 +200,8 @@ def _kv_memory(model: Any, tokenizer: Any, given: Given) -> Content:
 
 
 def _kv_decode(model: Any, tokenizer: Any, given: Given) -> Content:
-    contexts = kv_decode.QUICK if given.quick else kv_decode.CONTEXTS
-    rows = kv_decode.measure(model, tokenizer, given.among(list(kv_decode.CANDIDATES)), contexts, _say)
+    workloads = kv_decode.QUICK if given.quick else kv_decode.WORKLOADS
+    rows = kv_decode.measure(model, tokenizer, given.among(list(kv_decode.CANDIDATES)), workloads, _say)
     return {"rows": rows, "tokens": kv_decode.TOKENS}
 
 
@@ -275,7 +275,7 @@ PARTS = {
         below="Peak while it reads and answers, and what it holds then, over weights and graphs; `graphs_mb` is what capturing and "
         "lowering the graphs left.",
     ),
-    "kv_decode": Part(_kv_decode, "KV caches: decode, batch 1, of the last {tokens} tokens of a context"),
+    "kv_decode": Part(_kv_decode, "KV caches: decode of the last {tokens} tokens of a context"),
     "digits_steps": Part(
         _digits_steps,
         "Digits, {steps} steps of DDIM with guidance: {images} images; a dense run of ten takes {dense_seconds:.1f} s; real "
