@@ -124,9 +124,7 @@ def int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return e.finish(in_parts(e, [q, scale, zero], int(shape(q)[1]) * 2 * dtype.itemsize, product), bias)
 
 
-def in_parts(
-    e: Emit, packed: Sequence[Any], row_bytes: int, product: Callable[[Sequence[Any]], fx.Node]
-) -> fx.Node:
+def in_parts(e: Emit, packed: Sequence[Any], row_bytes: int, product: Callable[[Sequence[Any]], fx.Node]) -> fx.Node:
     """``product(packed)``, taken of :data:`PART` bytes of expanded rows at a time where the whole is larger than two of them.
 
     Args:

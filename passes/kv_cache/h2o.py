@@ -13,27 +13,25 @@ from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
 from accelpass.ir.program import Program
 from accelpass.passes.kv_cache.base import EVICTS, KVPass, refuse
-from accelpass.passes.kv_cache.slots import Slots, check_budget, check_recent, share
+from accelpass.passes.kv_cache.slots import Part, Slots, check_budget, check_recent, divided, said, share
 
 
 @dataclass(frozen=True)
 class HeavyHitters(Slots):
-    """``heavy`` and ``recent`` shares of the prompt; the score is the attention that a token has got so far."""
+    """``heavy`` and ``recent`` parts of the prompt; the score is the attention that a token has got so far."""
 
     part: ClassVar[str] = "h2o"
     wants: ClassVar[frozenset[str]] = frozenset({"column_sums"})
-    heavy: float
-    recent: float
+    heavy: Part
+    recent: Part
 
     def most(self, capacity: int) -> int:
-        if self.heavy + self.recent >= 1:
-            return capacity
         limit, _ = self.quota(torch.tensor([capacity]))
-        return int(limit)
+        return min(capacity, int(limit))
 
     def quota(self, total: Tensor) -> tuple[Tensor, Tensor]:
         newest = share(total, self.recent).clamp_min(1)
-        if self.heavy + self.recent >= 1:
+        if isinstance(self.heavy, float) and self.heavy + self.recent >= 1:
             return newest.new_full(newest.shape, 1 << 30), newest
         return share(total, self.heavy) + newest, newest
 
@@ -50,7 +48,8 @@ class H2O(KVPass):
 
     The prompt's own attention is exact and dense; its probabilities, summed over queries, are the first scores. Each later
     token attends over what is left and itself, adds its probabilities, and one token leaves. Budgets are shares of the
-    prompt's length and are fixed at its end. Scores of query heads that share a key are summed (inferred); each sequence
+    prompt's length and are fixed at its end, or ``tokens``, as the authors' code has it too: a cache, and a time for each
+    token, that do not grow with the prompt. Scores of query heads that share a key are summed (inferred); each sequence
     of a batch has its own (inferred); tokens added in one piece to a cache that is not empty set the budget anew, from all
     tokens so far (inferred), and recent tokens are told by their position (inferred); at least one is kept (inferred).
 
@@ -58,9 +57,10 @@ class H2O(KVPass):
         budget: share of the prompt that is kept; 1 keeps everything.
         recent: share of the budget for the newest tokens, the rest is for heavy hitters; the paper gives both a tenth of
             the prompt.
+        tokens: how many tokens of each head are kept, in place of a share of the prompt.
 
     Raises:
-        OptionError: a budget outside (0, 1], a share outside [0, 1].
+        OptionError: a budget outside (0, 1], a share outside [0, 1], fewer than 2 tokens.
     """
 
     name: ClassVar[str] = "h2o"
@@ -69,9 +69,10 @@ class H2O(KVPass):
     identity: ClassVar[dict[str, Any] | None] = {"budget": 1.0}
     budget: float = 0.2
     recent: float = 0.5
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_budget(self, self.budget)
+        check_budget(self, self.budget, self.tokens)
         check_recent(self, self.recent)
         self.check_sites()
 
@@ -79,7 +80,7 @@ class H2O(KVPass):
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
     ) -> tuple[AttentionSpec, str] | str:
         refuse(spec, "select", self.name, EVICTS)
-        store = HeavyHitters(heavy=self.budget * (1 - self.recent), recent=self.budget * self.recent)
+        store = HeavyHitters(*divided(self.budget, self.recent, self.tokens))
         slots = store.most(site.capacity)
-        what = f"{slots} of {site.capacity} tokens a head at most, {self.budget:.0%} of the prompt"
+        what = f"{slots} of {site.capacity} tokens a head at most, {said(self.budget, self.tokens)}"
         return spec.edited(by=self.name, store=store), what

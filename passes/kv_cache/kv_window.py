@@ -13,7 +13,7 @@ from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
 from accelpass.ir.program import Program
 from accelpass.passes.kv_cache.base import EVICTS, KVPass, refuse
-from accelpass.passes.kv_cache.slots import Slots, check_budget, share
+from accelpass.passes.kv_cache.slots import Part, Slots, check_budget, share
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SinksAndNewest(Slots):
 
     part: ClassVar[str] = "kv_window"
     sinks: int
-    budget: float
+    budget: Part
 
     def most(self, capacity: int) -> int:
         limit, _ = self.quota(torch.tensor([capacity]))
@@ -30,7 +30,7 @@ class SinksAndNewest(Slots):
 
     def quota(self, total: Tensor) -> tuple[Tensor, Tensor]:
         limit = share(total, self.budget).clamp_min(self.sinks + 1)
-        if self.budget >= 1:
+        if isinstance(self.budget, float) and self.budget >= 1:
             limit = limit.new_full(limit.shape, 1 << 30)
         return limit, limit - self.sinks
 
@@ -48,15 +48,16 @@ class SinksAndNewest(Slots):
 class KVWindow(KVPass):
     """Keep the first tokens of a KVCache and its newest; evict what lies between.
 
-    The budget is a share of the prompt, as in ``h2o`` (inferred: the paper's is a fixed number of tokens). Keys keep the
+    The budget is a share of the prompt, as in ``h2o`` (inferred), or ``tokens``, a fixed number as in the paper. Keys keep the
     positions that they were rotated with (inferred: the paper numbers positions within the cache).
 
     Attributes:
         budget: share of the prompt that is kept; 1 keeps everything.
         sinks: how many first tokens stay.
+        tokens: how many tokens are kept, sinks included, in place of a share of the prompt.
 
     Raises:
-        OptionError: a budget outside (0, 1], a negative number of sinks.
+        OptionError: a budget outside (0, 1], a negative number of sinks, no more tokens than sinks.
     """
 
     name: ClassVar[str] = "kv_window"
@@ -65,18 +66,21 @@ class KVWindow(KVPass):
     identity: ClassVar[dict[str, Any] | None] = {"budget": 1.0}
     budget: float = 0.2
     sinks: int = 4
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_budget(self, self.budget)
+        check_budget(self, self.budget, self.tokens)
         if self.sinks < 0:
             raise self.fail("sinks", "0 or more tokens")
+        if self.tokens is not None and self.tokens <= self.sinks:
+            raise self.fail("tokens", f"more than the {self.sinks} sinks, so that the newest tokens have room")
         self.check_sites()
 
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
     ) -> tuple[AttentionSpec, str] | str:
         refuse(spec, "select", self.name, EVICTS)
-        store = SinksAndNewest(sinks=self.sinks, budget=self.budget)
+        store = SinksAndNewest(self.sinks, float(self.budget) if self.tokens is None else self.tokens)
         return spec.edited(
             by=self.name, store=store
         ), f"{store.most(site.capacity)} of {site.capacity} tokens a head at most"

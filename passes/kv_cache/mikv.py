@@ -17,7 +17,7 @@ from accelpass.ir.program import Program
 from accelpass.passes.kv_cache.base import KVPass, refuse
 from accelpass.passes.kv_cache.h2o import HeavyHitters
 from accelpass.passes.kv_cache.kv_quant import cannot_pack
-from accelpass.passes.kv_cache.slots import check_budget, check_recent
+from accelpass.passes.kv_cache.slots import check_budget, check_recent, divided
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,10 @@ class MiKV(KVPass):
         budget: share of the prompt that is important; 1 keeps everything as it is.
         recent: share of the budget for the newest tokens (inferred, as in H2O).
         bits: of the others: 2, 3 or 4.
+        tokens: how many tokens of each head are important, in place of a share of the prompt.
 
     Raises:
-        OptionError: a budget outside (0, 1], a share outside [0, 1], other bits.
+        OptionError: a budget outside (0, 1], a share outside [0, 1], other bits, fewer than 2 tokens.
     """
 
     name: ClassVar[str] = "mikv"
@@ -111,9 +112,10 @@ class MiKV(KVPass):
     budget: float = 0.2
     recent: float = 0.5
     bits: int = 2
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_budget(self, self.budget)
+        check_budget(self, self.budget, self.tokens)
         check_recent(self, self.recent)
         if self.bits not in (2, 3, 4):
             raise self.fail("bits", "2, 3 or 4")
@@ -128,6 +130,6 @@ class MiKV(KVPass):
         refuse(
             spec, "select", self.name, "one chooses rows by position in a full cache, the other moves rows between two"
         )
-        store = Tiers(self.budget * (1 - self.recent), self.budget * self.recent, self.bits)
+        store = Tiers(*divided(self.budget, self.recent, self.tokens), self.bits)
         what = f"{store.most(site.capacity)} of {site.capacity} tokens a head at most, the others in {self.bits} bits"
         return spec.edited(by=self.name, store=store), what

@@ -136,10 +136,17 @@ class Slots(Storage):
         positions.masked_fill_(here, -1)
 
 
-def check_budget(p: Pass, budget: float) -> None:
-    """Raise :class:`OptionError` unless the budget of a pass is in (0, 1]."""
+Part = float | int
+"""Of the tokens: a share as a float, a fixed number as an integer."""
+
+
+def check_budget(p: Pass, budget: float, tokens: int | None = None) -> None:
+    """Raise :class:`OptionError` unless the budget of a pass is in (0, 1] and its number of tokens, if any, at least 2."""
     if not 0 < budget <= 1:
-        raise p.fail("budget", "a share of the prompt above 0, at most 1 (1 keeps everything)")
+        fixed = "; tokens=N keeps a fixed number" if hasattr(p, "tokens") else ""
+        raise p.fail("budget", "a share of the prompt above 0, at most 1 (1 keeps everything)" + fixed)
+    if tokens is not None and tokens < 2:
+        raise p.fail("tokens", "2 or more tokens of each head, whatever the prompt's length")
 
 
 def check_recent(p: Pass, recent: float) -> None:
@@ -148,7 +155,22 @@ def check_recent(p: Pass, recent: float) -> None:
         raise p.fail("recent", "a share of the budget between 0 and 1")
 
 
-def share(total: Tensor, part: float) -> Tensor:
-    """``int(part * total)`` in integers, so that a half never falls to the wrong side."""
+def divided(budget: float, recent: float, tokens: int | None) -> tuple[Part, Part]:
+    """What is for heavy hitters, and what for the newest tokens: of ``tokens`` if given, else of the share ``budget``."""
+    if tokens is None:
+        return float(budget * (1 - recent)), float(budget * recent)
+    newest = min(max(1, round(tokens * recent)), tokens)
+    return tokens - newest, newest
+
+
+def said(budget: float, tokens: int | None) -> str:
+    """A budget in words."""
+    return f"{budget:.0%} of the prompt" if tokens is None else "whatever the prompt's length"
+
+
+def share(total: Tensor, part: Part) -> Tensor:
+    """``int(part * total)`` in integers, so that a half never falls to the wrong side; a fixed number as it is."""
+    if isinstance(part, int):
+        return torch.full_like(total, part)
     ratio = Fraction(part).limit_denominator(100_000)
     return (total * ratio.numerator) // ratio.denominator

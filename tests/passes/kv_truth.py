@@ -92,9 +92,12 @@ class Dense(Oracle):
 
 
 class H2O(Oracle):
-    """``alive``: tokens that are left. The same bookkeeping as the card's ``h2o_step``, on full-length tensors."""
+    """``alive``: tokens that are left. The same bookkeeping as the card's ``h2o_step``, on full-length tensors.
 
-    def __init__(self, heavy: float, recent: float, transform: Callable[[Tensor], Tensor] = lambda x: x):
+    Budgets are shares of the prompt, as floats, or tokens, as integers.
+    """
+
+    def __init__(self, heavy: float | int, recent: float | int, transform: Callable[[Tensor], Tensor] = lambda x: x):
         super().__init__()
         self.heavy, self.recent, self.transform = heavy, recent, transform
 
@@ -111,8 +114,9 @@ class H2O(Oracle):
         out = self.output(layer, p, v, alive, first)
         score = score + p.sum((2, 3))
         if first or new > 1:
-            layer["recent"] = max(1, int(self.recent * n + 1e-9))
-            layer["limit"] = int(self.heavy * n + 1e-9) + layer["recent"]
+            heavy, recent = (p if isinstance(p, int) else int(p * n + 1e-9) for p in (self.heavy, self.recent))
+            layer["recent"] = max(1, recent)
+            layer["limit"] = heavy + layer["recent"]
         kept = torch.zeros_like(alive)
         for b in range(batch):
             for h in range(kv_heads):
@@ -149,7 +153,7 @@ class H2O(Oracle):
 class MiKV(H2O):
     """Tokens that H2O would evict stay, rounded; their scores go on."""
 
-    def __init__(self, heavy: float, recent: float, bits: int):
+    def __init__(self, heavy: float | int, recent: float | int, bits: int):
         super().__init__(heavy, recent)
         self.bits = bits
 

@@ -49,6 +49,8 @@ def error(
 METHODS: dict[str, tuple[list[Any], Any]] = {
     "h2o": ([{"name": "h2o", "budget": 0.4}], lambda: kv_truth.H2O(0.2, 0.2)),
     "h2o, recent alone": ([{"name": "h2o", "budget": 0.3, "recent": 1.0}], lambda: kv_truth.H2O(0.0, 0.3)),
+    "h2o, tokens": ([{"name": "h2o", "tokens": 7, "recent": 0.4}], lambda: kv_truth.H2O(4, 3)),
+    "mikv, tokens": ([{"name": "mikv", "tokens": 6, "bits": 4}], lambda: kv_truth.MiKV(3, 3, 4)),
     "mikv 2": ([{"name": "mikv", "budget": 0.4, "bits": 2}], lambda: kv_truth.MiKV(0.2, 0.2, 2)),
     "mikv 3": ([{"name": "mikv", "budget": 0.4, "bits": 3}], lambda: kv_truth.MiKV(0.2, 0.2, 3)),
     "mikv 4": ([{"name": "mikv", "budget": 0.4, "bits": 4}], lambda: kv_truth.MiKV(0.2, 0.2, 4)),
@@ -66,6 +68,8 @@ DENSE: list[list[Any]] = [
     [{"name": "h2o", "budget": 1.0}],
     [{"name": "kv_window", "budget": 1.0}],
     [{"name": "mikv", "budget": 1.0}],
+    [{"name": "h2o", "tokens": CAPACITY}],
+    [{"name": "kv_window", "tokens": 2 * CAPACITY}],
     [{"name": "cskv", "keep_k": 1.0, "keep_v": 1.0, "window": 3}],
     [{"name": "cskv", "window": CAPACITY}],
     [{"name": "tidaldecode", "budget": CAPACITY}],

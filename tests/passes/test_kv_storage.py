@@ -93,6 +93,13 @@ def test_h2o(shape, budget, recent):
     against(HeavyHitters(heavy, newest), oracle, shape)
 
 
+@settings(max_examples=20, deadline=None)
+@given(SHAPES, st.integers(1, 30), st.integers(1, 9))
+def test_h2o_of_a_number_of_tokens(shape, heavy, newest):
+    """Prompts that are shorter than it, and longer; a cache that is."""
+    against(HeavyHitters(heavy, newest), kv_truth.H2O(heavy, newest), shape)
+
+
 @settings(max_examples=30, deadline=None)
 @given(SHAPES, st.sampled_from([0.2, 0.5]), st.sampled_from([2, 3, 4]))
 def test_mikv(shape, budget, bits):
@@ -117,7 +124,7 @@ def test_mikv_forgets_nothing(shape, budget):
 
 
 @settings(max_examples=20, deadline=None)
-@given(SHAPES, st.sampled_from([0.3, 0.6]), st.integers(0, 3))
+@given(SHAPES, st.sampled_from([0.3, 0.6, 4, 12]), st.integers(0, 3))
 def test_window_keeps_sinks_and_newest(shape, budget, sinks):
     batch, groups, width, prompt, more, seed = shape
     layer = Layer(SinksAndNewest(sinks, budget), Floats(), batch, groups, width, prompt + sum(more) + 3, seed)
@@ -126,7 +133,7 @@ def test_window_keeps_sinks_and_newest(shape, budget, sinks):
         layer.feed(tokens)
         total = layer.k.shape[2]
         if index == 0 or tokens > 1:
-            limit = max(sinks + 1, int(budget * total + 1e-9))
+            limit = max(sinks + 1, int(budget * total + 1e-9)) if isinstance(budget, float) else budget
         positions = layer.held["positions"][0, 0]
         stored = set(positions[positions >= 0].tolist())
         if len(stored) == limit:

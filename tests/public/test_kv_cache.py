@@ -290,6 +290,7 @@ def test_gpt2_fused_projection_is_told():
     "passes",
     [
         [{"name": "h2o", "budget": 0}], [{"name": "h2o", "budget": 1.5}], [{"name": "h2o", "recent": 2.0}],
+        [{"name": "h2o", "budget": 20}], [{"name": "h2o", "tokens": 1}], [{"name": "kv_window", "tokens": 4}],
         [{"name": "kv_quant", "bits": 5}], [{"name": "mikv", "bits": 8}], [{"name": "kv_window", "sinks": -1}],
         [{"name": "tidaldecode", "budget": 0}], [{"name": "tidaldecode", "reselect": 1}],
         [{"name": "tidaldecode", "reselect": [7, 5]}],
