@@ -26,6 +26,7 @@ TOKENS, WARM = 104, 4
 DENSE, INDUCTOR = "int8_weights, dense KVCache", "inductor f32, StaticCache"
 SDPA = "int8_weights, StaticCache, torch's attention"
 H2O = {"name": "h2o", "budget": 0.2}
+FIXED = "+ h2o, 512 tokens"
 BITS = {"name": "kv_quant", "bits": 4}
 CANDIDATES: dict[str, list[Any] | None] = {
     INDUCTOR: None,
@@ -33,13 +34,14 @@ CANDIDATES: dict[str, list[Any] | None] = {
     "int8_weights, StaticCache": None,
     DENSE: [],
     "+ h2o, 20 %": [H2O],
+    FIXED: [{"name": "h2o", "tokens": 512}],
     "+ tidaldecode, 256 rows": ["tidaldecode"],
     "+ tidaldecode, 256 rows, two chosen anew": [{"name": "tidaldecode", "reselect": (7, 17)}],
     "+ mikv": ["mikv"],
     "+ kv_quant, 4 bits": [BITS],
     "+ h2o, 20 %, 4 bits": [H2O, BITS],
 }
-SHORT = (INDUCTOR, DENSE, "+ h2o, 20 %")
+SHORT = (INDUCTOR, DENSE, "+ h2o, 20 %", FIXED)
 """What is also measured at a short context: whether time grows with it."""
 BATCHED = (SDPA, DENSE, "+ h2o, 20 %", "+ tidaldecode, 256 rows", "+ tidaldecode, 256 rows, two chosen anew")
 """What is also measured of several sequences."""
