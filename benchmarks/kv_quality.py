@@ -50,9 +50,11 @@ METHODS: dict[str, list[Any]] = {
     "cskv, 20 %, calibrated": [{**FITTED, "first_token": 1.0}],
     "cskv, 20 %, calibrated, first token": [FITTED],
     "cskv, 20 %, calibrated, first token, 4 bits": [{**FITTED, "bits": 4}],
+    "cskv, 80 %, calibrated, 4 bits": [{"name": "cskv", "keep_k": 0.8, "keep_v": 0.8, "bits": 4}],
     "tidaldecode, 256 rows": [TIDAL],
     "tidaldecode, 256 rows, calibrated": [TIDAL],
     "tidaldecode, 256 rows, two chosen anew, calibrated": [{**TIDAL, "reselect": (12, 18)}],
+    "tidaldecode, 256 rows, three chosen anew, calibrated": [{**TIDAL, "reselect": (7, 12, 18)}],
     "tidaldecode, 64 rows, calibrated": [{**TIDAL, "budget": 64}],
 }
 

@@ -5,6 +5,7 @@ Scores and weights are float32 ``(batch, kv_heads, groups, n)``; keys and values
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,15 +31,28 @@ def powers(scores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     A weighted sum of few columns is multiplied with the factor faster than its many weights are. Without any key that may be
     seen, all is zero.
     """
-    top = scores[0].amax(-1, keepdim=True)
-    for more in scores[1:]:
-        top = torch.maximum(top, more.amax(-1, keepdim=True))
+    # In memory, so that what gave a score is not repeated by each loop over it.
+    scores = [fence(one) if _is_long(one) else one for one in scores]
+    top = functools.reduce(torch.maximum, (_reduced(one, torch.amax, torch.maximum) for one in scores))
     top = top.clamp_min(torch.finfo(torch.float32).min)  # of a row without keys: -inf - -inf is not a number
     made = [fence(torch.exp(one - top)) for one in scores]
-    whole = made[0].sum(-1, keepdim=True)
-    for more in made[1:]:
-        whole = whole + more.sum(-1, keepdim=True)
+    whole = functools.reduce(torch.add, (_reduced(one, torch.sum, torch.add) for one in made))
     return made, 1 / whole.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _reduced(x: Tensor, reduce: Callable[..., Tensor], join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``reduce(x, -1, keepdim=True)``, in chunks where it is long: exponents and their sum in one loop are slower."""
+    if not _is_long(x):
+        return reduce(x, -1, keepdim=True)
+    whole = x.shape[-1] // _CHUNK * _CHUNK
+    chunks = fence(reduce(x[..., :whole].unflatten(-1, (-1, _CHUNK)), -1))
+    out = reduce(chunks, -1, keepdim=True)
+    return out if whole == x.shape[-1] else join(out, reduce(x[..., whole:], -1, keepdim=True))
+
+
+def _is_long(x: Tensor) -> bool:
+    """Whether its last dimension is worth chunks."""
+    return isinstance(x.shape[-1], int) and x.shape[-1] >= _LONG and x.device.type == "cpu"
 
 
 def row_sum(weights: Tensor, values: Tensor) -> Tensor:
@@ -66,10 +80,9 @@ def by_chunks(weights: Tensor, rows: Sequence[Tensor], summed: Callable[[Tensor,
         summed: of a chunk, is given weights ``(batch, kv_heads, groups, chunks, n)`` and rows ``(batch, kv_heads, chunks, n,
             ...)``; it works on the last dimensions.
     """
-    n = weights.shape[-1]
-    is_long = isinstance(n, int) and n >= _LONG and weights.device.type == "cpu"
-    if not is_long or weights.shape[2] > _SIDE_BY_SIDE:
+    if not _is_long(weights) or weights.shape[2] > _SIDE_BY_SIDE:
         return summed(weights, rows)
+    n = weights.shape[-1]
     count, rest = divmod(n, _CHUNK)
     whole = n - rest
     chunks = [r[:, :, :whole].unflatten(2, (count, _CHUNK)) for r in rows]

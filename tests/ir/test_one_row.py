@@ -45,24 +45,28 @@ def test_many_packed_rows(bits):
     torch.testing.assert_close(format.mixed(weights, rows), want, rtol=1e-5, atol=1e-3)
 
 
-def test_one_softmax_over_several_scores():
-    scores = [torch.randn(2, 3, 2, 5), torch.randn(2, 3, 2, 9)]
+@pytest.mark.parametrize("lengths", [(5, 9), (1300, 9), (1024, 2050)])
+def test_one_softmax_over_several_scores(lengths):
+    """Long ones are reduced in chunks, with and without a rest."""
+    scores = [torch.randn(2, 3, 2, n) for n in lengths]
     scores[1][..., 4:] = float("-inf")
     made, share = powers(scores)
     torch.testing.assert_close(torch.cat(made, -1) * share, torch.cat(scores, -1).softmax(-1))
 
 
 @pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float32).min])
-def test_a_query_that_sees_no_key(hidden):
-    (made,), share = powers([torch.full((1, 1, 2, 4), hidden)])
+@pytest.mark.parametrize("length", [4, 1100])
+def test_a_query_that_sees_no_key(hidden, length):
+    (made,), share = powers([torch.full((1, 1, 2, length), hidden)])
     weights = made * share
     # As under torch: hidden by -inf there is nothing to attend to; hidden by the lowest number, all keys are equal.
-    expected = 0.0 if hidden == float("-inf") else 0.25
+    expected = 0.0 if hidden == float("-inf") else 1 / length
     torch.testing.assert_close(weights, torch.full_like(weights, expected))
 
 
-def test_a_score_that_is_not_a_number_is_told():
-    scores = torch.zeros(1, 1, 1, 4)
+@pytest.mark.parametrize("length", [4, 1100])
+def test_a_score_that_is_not_a_number_is_told(length):
+    scores = torch.zeros(1, 1, 1, length)
     scores[..., 2] = float("nan")
     (made,), share = powers([scores])
     assert (made * share).isnan().all()
