@@ -52,7 +52,7 @@ WORKLOADS: dict[Workload, Sequence[str]] = {
     (1, 4096): tuple(CANDIDATES),
     (1, 8192): tuple(CANDIDATES),
     (8, 4096): BATCHED,
-    (8, 8192): BATCHED,
+    (4, 8192): BATCHED,
 }
 QUICK: dict[Workload, Sequence[str]] = {(1, 512): tuple(CANDIDATES), (2, 512): BATCHED}
 
