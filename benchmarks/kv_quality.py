@@ -30,7 +30,7 @@ EXACT = ("horizontal_fusion", "cpu_gemv", "grouped_query", "cpu_decode_attention
 FITTED: dict[str, Any] = {"name": "cskv", "first_token": 1000.0}
 """CSKV, its factors fitted to prose that comes after what the tasks use."""
 CALIBRATION, CALIBRATION_TOKENS = 48, 1024
-NEEDLES = (2048, 4)
+NEEDLES = (4096, 4)
 """Length of the texts with a pass key that TidalDecode's layers are found on, and how many."""
 TIDAL: dict[str, Any] = {"name": "tidaldecode", "budget": 256}
 METHODS: dict[str, list[Any]] = {
@@ -38,8 +38,8 @@ METHODS: dict[str, list[Any]] = {
     "random, 20 %": [RandomEviction(budget=0.2)],
     "random, 20 %, newest too": [RandomEviction(budget=0.2, recent=0.0)],
     "kv_window, 20 %": [{"name": "kv_window", "budget": 0.2}],
-    "kv_window, 30 %": [{"name": "kv_window", "budget": 0.3}],
-    "kv_window, 34 %": [{"name": "kv_window", "budget": 0.34}],
+    "kv_window, 36 %": [{"name": "kv_window", "budget": 0.36}],
+    "kv_window, 5 %": [{"name": "kv_window", "budget": 0.05}],
     "h2o, 20 %": [{"name": "h2o", "budget": 0.2}],
     "h2o, 20 %, 4 bits": [{"name": "h2o", "budget": 0.2}, {"name": "kv_quant", "bits": 4}],
     "mikv, 20 %, rest 4 bits": [{"name": "mikv", "budget": 0.2, "bits": 4}],
