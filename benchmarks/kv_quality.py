@@ -41,6 +41,7 @@ METHODS: dict[str, list[Any]] = {
     "kv_window, 36 %": [{"name": "kv_window", "budget": 0.36}],
     "kv_window, 5 %": [{"name": "kv_window", "budget": 0.05}],
     "h2o, 20 %": [{"name": "h2o", "budget": 0.2}],
+    "h2o, 20 %, mean": [{"name": "h2o", "budget": 0.2, "score": "mean"}],
     "h2o, 20 %, 4 bits": [{"name": "h2o", "budget": 0.2}, {"name": "kv_quant", "bits": 4}],
     "mikv, 20 %, rest 4 bits": [{"name": "mikv", "budget": 0.2, "bits": 4}],
     "mikv, 20 %, rest 2 bits": [{"name": "mikv", "budget": 0.2, "bits": 2}],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +18,17 @@ from accelpass.passes.kv_cache.slots import Part, Slots, check_budget, check_rec
 
 @dataclass(frozen=True)
 class HeavyHitters(Slots):
-    """``heavy`` and ``recent`` parts of the prompt; the score is the attention that a token has got so far."""
+    """``heavy`` and ``recent`` parts of the prompt; the score is the attention that a token has got so far.
+
+    Attributes:
+        mean: tokens are compared by their score for each token that could attend to them.
+    """
 
     part: ClassVar[str] = "h2o"
     wants: ClassVar[frozenset[str]] = frozenset({"column_sums"})
     heavy: Part
     recent: Part
+    mean: bool = field(default=False, kw_only=True)
 
     def most(self, capacity: int) -> int:
         limit, _ = self.quota(torch.tensor([capacity]))
@@ -40,6 +45,9 @@ class HeavyHitters(Slots):
 
     def step_score(self, score: Tensor, mass: Tensor, positions: Tensor) -> Tensor:
         return score + mass
+
+    def rank(self, score: Tensor, positions: Tensor, total: Tensor) -> Tensor:
+        return score / (total[:, None, None] - positions).clamp_min(1) if self.mean else score
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,12 @@ class H2O(KVPass):
         recent: share of the budget for the newest tokens, the rest is for heavy hitters; the paper gives both a tenth of
             the prompt.
         tokens: how many tokens of each head are kept, in place of a share of the prompt.
+        score: heavy hitters have the largest ``"sum"`` of attention, as in the paper, which early tokens had more time to
+            collect, or the largest ``"mean"`` over the tokens that could attend to them (the ranking of ZipVL, arXiv
+            2410.08584).
 
     Raises:
-        OptionError: a budget outside (0, 1], a share outside [0, 1], fewer than 2 tokens.
+        OptionError: a budget outside (0, 1], a share outside [0, 1], fewer than 2 tokens, another score.
     """
 
     name: ClassVar[str] = "h2o"
@@ -70,6 +81,7 @@ class H2O(KVPass):
     budget: float = 0.2
     recent: float = 0.5
     tokens: int | None = None
+    score: Literal["sum", "mean"] = "sum"
 
     def __post_init__(self) -> None:
         check_budget(self, self.budget, self.tokens)
@@ -80,7 +92,7 @@ class H2O(KVPass):
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
     ) -> tuple[AttentionSpec, str] | str:
         refuse(spec, "select", self.name, EVICTS)
-        store = HeavyHitters(*divided(self.budget, self.recent, self.tokens))
+        store = HeavyHitters(*divided(self.budget, self.recent, self.tokens), mean=self.score == "mean")
         slots = store.most(site.capacity)
         what = f"{slots} of {site.capacity} tokens a head at most, {said(self.budget, self.tokens)}"
         return spec.edited(by=self.name, store=store), what

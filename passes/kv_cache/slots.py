@@ -45,6 +45,10 @@ class Slots(Storage):
     def step_score(self, score: Tensor, mass: Tensor, positions: Tensor) -> Tensor:
         """Scores after a call in which each token got the attention ``mass``; a new token's score is 0 before it."""
 
+    def rank(self, score: Tensor, positions: Tensor, total: Tensor) -> Tensor:
+        """What tokens are compared by, after a call that ends at ``total`` tokens: their score."""
+        return score
+
     def pinned(self, positions: Tensor, total: Tensor, newest: Tensor) -> Tensor:
         """Which tokens may not leave: the newest."""
         return positions >= (total - newest)[:, None, None]
@@ -104,7 +108,8 @@ class Slots(Storage):
         slots = held["positions"].shape[-1]
         limit, newest = self.quota(new.total)
         limit = limit.clamp_max(slots - 1)
-        first = torch.where(self.pinned(positions, new.total, newest), float("inf"), score)
+        rank = self.rank(score, positions, new.total)
+        first = torch.where(self.pinned(positions, new.total, newest), float("inf"), rank)
         first = first.masked_fill(positions < 0, float("-inf"))
         # There may be fewer rows than slots: more columns that stand for none.
         none = first.new_full((1, 1, 1), float("-inf")).expand(*first.shape[:2], slots)
@@ -125,7 +130,8 @@ class Slots(Storage):
         positions, quota, total = held["positions"], held["quota"], new.total
         empty = positions < 0
         full = (positions >= 0).sum(-1, keepdim=True) > quota[:, 0, None, None]
-        worth = torch.where(self.pinned(positions, total, quota[:, 1]), float("inf"), held["score"])
+        rank = self.rank(held["score"], positions, total)
+        worth = torch.where(self.pinned(positions, total, quota[:, 1]), float("inf"), rank)
         worth = torch.where(empty, torch.where(full, float("inf"), float("-inf")), worth)
         slot = worth.argmin(-1)
         chosen = slot.unsqueeze(-1)

@@ -94,12 +94,19 @@ class Dense(Oracle):
 class H2O(Oracle):
     """``alive``: tokens that are left. The same bookkeeping as the card's ``h2o_step``, on full-length tensors.
 
-    Budgets are shares of the prompt, as floats, or tokens, as integers.
+    Budgets are shares of the prompt, as floats, or tokens, as integers. ``mean``: scores are divided by how many tokens may
+    see the key before they are compared, as in the card of ZipVL.
     """
 
-    def __init__(self, heavy: float | int, recent: float | int, transform: Callable[[Tensor], Tensor] = lambda x: x):
+    def __init__(
+        self,
+        heavy: float | int,
+        recent: float | int,
+        transform: Callable[[Tensor], Tensor] = lambda x: x,
+        mean: bool = False,
+    ):
         super().__init__()
-        self.heavy, self.recent, self.transform = heavy, recent, transform
+        self.heavy, self.recent, self.transform, self.mean = heavy, recent, transform, mean
 
     def attend(self, layer, q, k, v, scale, mask, index):
         batch, kv_heads, n, _ = k.shape
@@ -118,13 +125,14 @@ class H2O(Oracle):
             layer["recent"] = max(1, recent)
             layer["limit"] = heavy + layer["recent"]
         kept = torch.zeros_like(alive)
+        rank = score / torch.arange(n, 0, -1) if self.mean else score
         for b in range(batch):
             for h in range(kv_heads):
                 here = alive[b, h].nonzero()[:, 0]
                 if len(here) > layer["limit"]:
                     # Until several tokens come at once again, none of the newest has been evicted: the card's rule.
                     newest, rest = here[here >= n - layer["recent"]], here[here < n - layer["recent"]]
-                    heavy = rest[score[b, h, rest].topk(layer["limit"] - len(newest)).indices]
+                    heavy = rest[rank[b, h, rest].topk(layer["limit"] - len(newest)).indices]
                     here = torch.cat([heavy, newest])
                 kept[b, h, here] = True
         self.after(layer, q, k, v, kept, first, p)

@@ -50,6 +50,7 @@ METHODS: dict[str, tuple[list[Any], Any]] = {
     "h2o": ([{"name": "h2o", "budget": 0.4}], lambda: kv_truth.H2O(0.2, 0.2)),
     "h2o, recent alone": ([{"name": "h2o", "budget": 0.3, "recent": 1.0}], lambda: kv_truth.H2O(0.0, 0.3)),
     "h2o, tokens": ([{"name": "h2o", "tokens": 7, "recent": 0.4}], lambda: kv_truth.H2O(4, 3)),
+    "h2o, mean": ([{"name": "h2o", "budget": 0.4, "score": "mean"}], lambda: kv_truth.H2O(0.2, 0.2, mean=True)),
     "mikv, tokens": ([{"name": "mikv", "tokens": 6, "bits": 4}], lambda: kv_truth.MiKV(3, 3, 4)),
     "mikv 2": ([{"name": "mikv", "budget": 0.4, "bits": 2}], lambda: kv_truth.MiKV(0.2, 0.2, 2)),
     "mikv 3": ([{"name": "mikv", "budget": 0.4, "bits": 3}], lambda: kv_truth.MiKV(0.2, 0.2, 3)),

@@ -94,10 +94,10 @@ def test_h2o(shape, budget, recent):
 
 
 @settings(max_examples=20, deadline=None)
-@given(SHAPES, st.integers(1, 30), st.integers(1, 9))
-def test_h2o_of_a_number_of_tokens(shape, heavy, newest):
-    """Prompts that are shorter than it, and longer; a cache that is."""
-    against(HeavyHitters(heavy, newest), kv_truth.H2O(heavy, newest), shape)
+@given(SHAPES, st.integers(1, 30), st.integers(1, 9), st.booleans())
+def test_h2o_of_a_number_of_tokens(shape, heavy, newest, mean):
+    """Prompts that are shorter than it, and longer; a cache that is. Compared by sums and by means."""
+    against(HeavyHitters(heavy, newest, mean=mean), kv_truth.H2O(heavy, newest, mean=mean), shape)
 
 
 @settings(max_examples=30, deadline=None)
