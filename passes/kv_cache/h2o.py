@@ -13,7 +13,7 @@ from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
 from accelpass.ir.program import Program
 from accelpass.passes.kv_cache.base import EVICTS, KVPass, refuse
-from accelpass.passes.kv_cache.slots import Part, Slots, check_budget, check_recent, divided, said, share
+from accelpass.passes.kv_cache.slots import Amount, Slots, check_budget, check_recent, divided, said, share
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class HeavyHitters(Slots):
 
     part: ClassVar[str] = "h2o"
     wants: ClassVar[frozenset[str]] = frozenset({"column_sums"})
-    heavy: Part
-    recent: Part
+    heavy: Amount
+    recent: Amount
     mean: bool = field(default=False, kw_only=True)
 
     def most(self, capacity: int) -> int:

@@ -13,7 +13,7 @@ from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
 from accelpass.ir.program import Program
 from accelpass.passes.kv_cache.base import EVICTS, KVPass, refuse
-from accelpass.passes.kv_cache.slots import Part, Slots, check_budget, share
+from accelpass.passes.kv_cache.slots import Amount, Slots, check_budget, share
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SinksAndNewest(Slots):
 
     part: ClassVar[str] = "kv_window"
     sinks: int
-    budget: Part
+    budget: Amount
 
     def most(self, capacity: int) -> int:
         limit, _ = self.quota(torch.tensor([capacity]))

@@ -142,7 +142,7 @@ class Slots(Storage):
         positions.masked_fill_(here, -1)
 
 
-Part = float | int
+Amount = float | int
 """Of the tokens: a share as a float, a fixed number as an integer."""
 
 
@@ -161,7 +161,7 @@ def check_recent(p: Pass, recent: float) -> None:
         raise p.fail("recent", "a share of the budget between 0 and 1")
 
 
-def divided(budget: float, recent: float, tokens: int | None) -> tuple[Part, Part]:
+def divided(budget: float, recent: float, tokens: int | None) -> tuple[Amount, Amount]:
     """What is for heavy hitters, and what for the newest tokens: of ``tokens`` if given, else of the share ``budget``."""
     if tokens is None:
         return float(budget * (1 - recent)), float(budget * recent)
@@ -174,7 +174,7 @@ def said(budget: float, tokens: int | None) -> str:
     return f"{budget:.0%} of the prompt" if tokens is None else "whatever the prompt's length"
 
 
-def share(total: Tensor, part: Part) -> Tensor:
+def share(total: Tensor, part: Amount) -> Tensor:
     """``int(part * total)`` in integers, so that a half never falls to the wrong side; a fixed number as it is."""
     if isinstance(part, int):
         return torch.full_like(total, part)
