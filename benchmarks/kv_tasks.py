@@ -141,6 +141,16 @@ class Tasks:
             made.append({"input_ids": ids[None], "labels": labels[None]})
         return made
 
+    def endings(self, length: int, count: int, scored: int = 32) -> list[dict[str, Tensor]]:
+        """Prose of which the last tokens have labels, for calibration; none that a task or a needle has."""
+        made = []
+        for number in range(count, 2 * count):
+            ids = self.text[len(self.text) - length * (number + 1) : len(self.text) - length * number]
+            labels = ids.clone()
+            labels[:-scored] = -100
+            made.append({"input_ids": ids[None], "labels": labels[None]})
+        return made
+
     def _perplexity(self, reader: Reader, length: int, advance: Callable[[str], None]) -> float:
         total, count = 0.0, 0
         for window in self.windows(length):
