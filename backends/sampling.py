@@ -125,13 +125,16 @@ class SteppedGraph:
         key = id(anchor)
         known = self._runs.get(key)
         if known is None or (known[0] is not None and known[0]() is not anchor):
-            me = weakref.ref(self)
-            ref = None if anchor is None else weakref.ref(anchor, lambda _: (found := me()) and found._forget(key))
+            me = weakref.ref(self)  # a callback that held this object would keep it alive
+
+            def gone(_: object) -> None:
+                graph = me()
+                if graph is not None:
+                    graph._runs.pop(key, None)
+
+            ref = None if anchor is None else weakref.ref(anchor, gone)
             known = self._runs[key] = (ref, RUNS.of([args[p] for p in self.at.model], self.key))
         return known[1]
-
-    def _forget(self, key: int) -> None:
-        self._runs.pop(key, None)
 
     def _call(self, args: Sequence[Any]) -> Call:
         anchor = args[self.at.model[0]] if self.at.model else None
