@@ -307,13 +307,17 @@ class Runs:
             run = self.live[-1] if self.live else begin()
             return run, run.tick(call)
         free = [run for run in reversed(self.live) if not run.busy]
-        for run in free:
-            if run.repeats(call) and (tick := run.tick(call)).branch:
+        again = [run for run in free if run.repeats(call)]
+        for run in again:
+            tick = run.tick(call)
+            if tick.branch:
                 return run, tick
         likely: list[tuple[Run, Tick]] = []
         foreign: list[tuple[Run, StepError]] = []
         doubted = False
         for run in free:
+            if run in again:
+                continue
             try:
                 tick = run.tick(call, follows=True)
             except StepError as cause:
