@@ -35,10 +35,12 @@ class Origin:
     Attributes:
         proved: they are a sum of what the run had.
         alike: they have more in common with it than chance would give, as where the sampler adds noise or clips.
+        still: they are the last latents.
     """
 
     proved: bool = False
     alike: bool = False
+    still: bool = False
 
 
 UNRELATED = Origin()
@@ -87,8 +89,9 @@ def origin(latents: Tensor, past: Sequence[Past]) -> Origin:
     alike = left**2 <= (0.9 - few) * of_all**2
     # A sample that stands still proves nothing, and speaks against nothing.
     stands = of_all == 0
-    sure, similar = torch.stack([(proved & (few <= 2 / _ROOM)) | stands, alike | proved]).all(1).tolist()
-    return Origin(bool(sure) and not bool(stands.all()), bool(similar))
+    told = torch.stack([(proved & (few <= 2 / _ROOM)) | stands, alike | proved, stands])
+    sure, similar, still = map(bool, told.all(1).tolist())
+    return Origin(sure and not still, similar, still)
 
 
 def _batched(t: Tensor, count: int) -> Tensor | None:

@@ -34,11 +34,11 @@ _COPIED = 4 * 2**20
 """Bytes up to which an input is compared by its values; a larger one by identity."""
 
 DOUBTED = (
-    "began a run of its own, in full, though its timestep could be the next of an earlier run: the latents are not a sum of "
-    "what that run had (a sampler that adds noise or clips). Declare it: with accelpass.sampling_run(model): ..."
+    "began a run of their own, or were computed by themselves, though their timestep could be the next of an earlier run: their "
+    "latents are not a sum of what it had (a sampler that adds noise or clips). Declare runs: with accelpass.sampling_run(model): ..."
 )
 CHANGED = "had inputs that no call of the step before had, so that nothing was reused"
-RENEWED = "found nothing that an earlier step of its run had kept in this shape, and computed it anew"
+RENEWED = "found nothing that an earlier step of the run had kept in this shape, and computed it anew"
 
 
 @dataclass(eq=False)
@@ -322,13 +322,16 @@ class Runs:
                 tick = run.tick(call, follows=True)
             except StepError as cause:
                 foreign.append((run, cause))
+                # A call of it before this one could not be told, and was not counted.
+                doubted |= run.clock.ahead(run.time(call.times))
                 continue
             if tick.fresh:
                 continue
             found = origin(call.latents, run.past)
-            if found.proved:
+            if found.proved or (found.still and run.clock.timesteps is not None):
                 run.proofs += 1
                 return run, tick
+            doubted |= run.clock.timesteps is not None  # it is the plan's next
             if run.tick(call).fresh:
                 continue
             known = run.has(call.given)

@@ -147,6 +147,11 @@ class Clock:
         # A pipeline that calls twice passes one tensor twice, or the same values in two.
         self._latents = latents
 
+    def ahead(self, time: float) -> bool:
+        """Whether the plan has this timestep at a step that the run has not come to."""
+        done = 0 if self.last is None else self.last.step + 1
+        return any(self._equals(time, later) for later in (self.timesteps or ())[done:])
+
     def _first(self, time: float) -> Tick:
         if self.timesteps is not None and not self._equals(time, self.timesteps[0]):
             raise self._foreign(time, 0)

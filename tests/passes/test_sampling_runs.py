@@ -230,7 +230,7 @@ def test_a_sampler_that_adds_noise(model: nn.Module) -> None:
     accelpass.reset(fast)
     for found, dense in zip(steps(Copies(), 0, words, noisy=0.2), model_along(model, words, 0.2), strict=True):
         near(found, dense)
-    assert "4 call(s) began a run of its own" in notes(fast) and "accelpass.sampling_run" in notes(fast)
+    assert "4 call(s) began a run of their own" in notes(fast) and "accelpass.sampling_run" in notes(fast)
     accelpass.reset(fast)
     with accelpass.sampling_run(fast):
         assert equal(list(steps(Copies(), 0, words, noisy=0.2)), made)
@@ -257,7 +257,19 @@ def test_runs_with_noise_take_turns(model: nn.Module, share: float) -> None:
                 near(made, oracles[turn](True, **given))
             x[turn] = share * (x[turn] - 0.3 * made) + torch.randn(made.shape, generator=generator)
     assert (reused > 0) == (share == 1)
-    assert share == 1 or "8 call(s) began a run of its own" in notes(fast)
+    assert share == 1 or "8 call(s) began a run of their own" in notes(fast)
+
+
+def test_noise_under_a_plan(model: nn.Module) -> None:
+    """A plan has no step to begin at in its middle: what cannot be told is computed, and is no error."""
+    fast, x = compiled("tokencache", model), noise(0)
+    for seed, time in enumerate(TIMES):
+        given = {"hidden_states": x, "timestep": at(time), "encoder_hidden_states": text(0)}
+        near(fast(**given), model(**given))
+        x = noise(10 + seed)
+    assert "4 call(s) began a run of their own, or were computed by themselves" in notes(fast)
+    with pytest.raises(accelpass.StepError, match=r"timestep 0\.6, which the plan does not have"):
+        fast(hidden_states=noise(1), timestep=at(0.6), encoder_hidden_states=text(0))
 
 
 def test_requests_that_are_declared_take_turns(model: nn.Module) -> None:
@@ -336,7 +348,7 @@ def test_the_batch_halves_and_nothing_else_does() -> None:
         made = fast(**given)
         assert torch.allclose(made, model(**given), atol=1e-5) == (step != 1), step
         x = x - 0.3 * made[:1]
-    assert "1 call(s) found nothing that an earlier step of its run had kept in this shape" in notes(fast)
+    assert "1 call(s) found nothing that an earlier step of the run had kept in this shape" in notes(fast)
 
 
 def test_a_controlnet_ends(model: nn.Module) -> None:
