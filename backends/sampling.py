@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelpass.backends.runs import RENEWED, RUNS, Call, Ran, Run, Runs, Turn
+from accelpass.backends.run import Call, Ran, Run
+from accelpass.backends.runs import RENEWED, RUNS, Runs, Turn
 from accelpass.backends.step_clock import Clock, Tick
 from accelpass.backends.steps import Composition, Row
 from accelpass.ir.steps import StepError

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from accelpass.backends.runs import RUNS, Ran
+from accelpass.backends.run import Ran
+from accelpass.backends.runs import RUNS
 from accelpass.backends.sampling import SteppedGraph
 from accelpass.backends.step_clock import Tick
 from accelpass.backends.steps import Composition
