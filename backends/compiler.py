@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+import traceback
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +23,9 @@ from accelpass.backends.prune_compiler import pruned_model, pruning_pass
 from accelpass.backends.rewriting import captured, code_for, rewritten
 from accelpass.backends.sampling import SteppedGraph
 from accelpass.backends.step_compiler import step_graph
+from accelpass.ir import autocast
 from accelpass.ir.capture import NotCanonical
-from accelpass.ir.errors import PassError
+from accelpass.ir.errors import AccelpassError, DefaultPassFailed, GraphError, PassError
 from accelpass.ir.kv.sites import kv_sites
 from accelpass.ir.steps import step_blocks
 from accelpass.ir.tensors import Binder, FromInputs
@@ -52,11 +56,19 @@ class CompiledGraph:
     caches: CacheCalls | None = None
     steps: SteppedGraph | None = None
     prompt: FilteredPrompt | WholePrompt | None = None
+    is_cast: bool = False
+    """Autocast was on around the call and is part of the graph: it is off while the graph runs."""
 
     def __post_init__(self) -> None:
         _COMPILED.add(self)
 
     def __call__(self, *args: Any) -> Any:
+        if self.is_cast:
+            with autocast.switched({}):
+                return self._checked(args)
+        return self._checked(args)
+
+    def _checked(self, args: Sequence[Any]) -> Any:
         if self.caches is None:
             return self._run(args)
         tokens = self.caches.check(args)
@@ -117,11 +129,62 @@ def compiled(
             "gradients are wanted, so the graph was compiled without passes; use torch.no_grad() for inference"
         )
         return _plain(gm, example_inputs, chosen, options, report, started)
-    try:
-        program = captured(gm, example_inputs, report)
-    except NotCanonical as cause:
-        report.note = f"not canonicalised: {cause}"
-        return _plain(gm, example_inputs, chosen, options, report, started)
+    gm.meta[autocast.AROUND] = around = autocast.current()
+    while True:
+        try:
+            with autocast.switched({}):
+                made = _canonical(gm, example_inputs, chosen, options, report, started)
+        except NotCanonical as cause:
+            report.add_note(f"not canonicalised: {cause}")
+            return _plain(gm, example_inputs, chosen, options, report, started)
+        except DefaultPassFailed as failure:
+            report = report.anew(_unforeseen(failure.pass_name, failure))
+            chosen = replace(chosen, passes=tuple(p for p in chosen.passes if p.name != failure.pass_name))
+        except Exception as cause:
+            if _is_meant(cause):
+                raise
+            if chosen.asked:
+                names = ", ".join(p.name for p in chosen.passes if p.name in chosen.asked)
+                raise PassError(f"compiling with {names} failed: {type(cause).__name__}: {cause}") from cause
+            report = report.anew(_unforeseen("this graph", cause))
+            return _plain(gm, example_inputs, chosen, options, report, started)
+        else:
+            made.is_cast = bool(around)
+            return made
+
+
+def _is_meant(cause: Exception) -> bool:
+    """Whether an error is an answer: ours that names what is wrong, or torch's, by which Dynamo also starts anew."""
+    if isinstance(cause, AccelpassError):
+        return not isinstance(cause, GraphError)
+    return type(cause).__module__.partition(".")[0] == "torch"
+
+
+def _unforeseen(what: str, cause: Exception) -> str:
+    """Tell of a fault of our own that costs speed alone; returns the note for the report."""
+    told = f"compiled without {what}" if what != "this graph" else "compiled without passes"
+    note = f"{told}, which failed: {' '.join(str(cause).split())}"
+    if not isinstance(cause, AccelpassError):
+        note = f"{told}: {type(cause).__name__}: {' '.join(str(cause).split())}"
+    where = traceback.extract_tb((cause.__cause__ or cause).__traceback__)[-1]
+    warnings.warn(
+        f"accelpass: {note} ({Path(where.filename).name}, line {where.lineno}). Results are right, and slower than they could "
+        "be. Please report it with the model's class and this message.",
+        stacklevel=2,
+    )
+    return note
+
+
+def _canonical(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    chosen: Options,
+    options: dict[str, Any] | None,
+    report: GraphReport,
+    started: float,
+) -> CompiledGraph:
+    """Capture, rewrite and compile; autocast is off, because the graph holds its casts."""
+    program = captured(gm, example_inputs, report)
     tensors = program.tensors
     assert isinstance(tensors, FromInputs)
     with torch.no_grad():

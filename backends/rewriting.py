@@ -122,7 +122,9 @@ def rewritten(
         program.artefacts = chosen.plan.tensors
     prepare(program)
     debugging = debug_of(program, inputs, chosen)
-    records = run(program, chosen.passes, [] if debugging is None else [debugging.observer], chosen.skip_sites)
+    records = run(
+        program, chosen.passes, [] if debugging is None else [debugging.observer], chosen.skip_sites, chosen.asked
+    )
     cost = costs(program)
     uses = lowered(program, chosen)
     if debugging is not None:

@@ -15,6 +15,7 @@ from torch._dynamo.source import AttrSource, ConstantSource, DictGetItemSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from accelpass.ir import autocast
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.graph import clean_path, placeholders, value
 from accelpass.ir.program import Program
@@ -53,11 +54,26 @@ def path_of(source: Any) -> tuple[str, str] | None:
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs Dynamo's graph; ``x.data`` is no operator that a tracer sees, so it is run as the ``detach`` that it is."""
+    """Runs Dynamo's graph.
+
+    ``x.data`` is no operator that a tracer sees, so it is run as the ``detach`` that it is. A tracer would record that
+    autocast is switched, and not switch it; what follows would then have other dtypes than the model's.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.regions: list[torch.autocast] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is _DATA:
             return args[0].detach()
+        if target is autocast.ENTER:
+            device, dtype, enabled, cache = args
+            region = torch.autocast(device, dtype, enabled, cache)
+            self.regions.append(region.__enter__())
+            return region
+        if target is autocast.EXIT:
+            return self.regions.pop().__exit__(None, None, None)
         return super().call_function(target, args, kwargs)
 
 
@@ -90,11 +106,17 @@ def from_dynamo(
     mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
     if mode is None:
         raise NotCanonical("the graph has no tensor inputs")
+    around = gm.meta.get(autocast.AROUND, {})
+    interpreter = _Interpreter(gm)
     try:
-        with mode, fx.traceback.preserve_node_meta():
-            new = make_fx(lambda *a: _Interpreter(gm).run(*a), pre_dispatch=True)(*fakes)
+        with autocast.switched(around), mode, fx.traceback.preserve_node_meta():
+            new = make_fx(lambda *a: interpreter.run(*a), pre_dispatch=True)(*fakes)
+        autocast.resolve(new, around)
     except Exception as cause:  # anything an op's tracing may raise; the caller compiles the graph unrewritten
         raise NotCanonical(f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}") from cause
+    finally:
+        while interpreter.regions:
+            interpreter.regions.pop().__exit__(None, None, None)
     paths: dict[fx.Node, tuple[str, str]] = {}
     for o, n in zip(old, placeholders(new), strict=True):
         n._dynamo_source = source = getattr(o, "_dynamo_source", None)
@@ -117,6 +139,7 @@ def from_dynamo(
 def from_export(exported: torch.export.ExportedProgram) -> Program:
     """Capture an exported program; weights are ``get_attr`` nodes that keep their paths."""
     gm = exported.module(check_guards=False)
+    autocast.unwrap(gm)
     values = {n.name: n.meta.get("val") for n in exported.graph.nodes}
     mode = next((v.fake_mode for v in values.values() if isinstance(v, FakeTensor)), None)
     for node in gm.graph.nodes:
@@ -126,6 +149,7 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
                 held = getattr(held, part, None)
             if isinstance(held, Tensor):
                 node.meta["val"] = mode.from_tensor(held, static_shapes=True)
+    autocast.resolve(gm, {})
     _share(gm)
     _drop_noise(gm)
     return Program(gm, FromModule(gm), "export")

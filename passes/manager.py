@@ -9,7 +9,7 @@ from types import MappingProxyType
 import networkx as nx
 import torch
 
-from accelpass.ir.errors import AccelpassError, OptionError, PassError
+from accelpass.ir.errors import AccelpassError, DefaultPassFailed, GraphError, OptionError, PassError
 from accelpass.ir.program import Program
 from accelpass.ir.verify import signature, verify
 from accelpass.passes.base import PHASES, Pass, Record
@@ -52,18 +52,22 @@ def run(
     passes: Sequence[Pass],
     observers: Sequence[Observer] = (),
     skip_sites: Mapping[str, Collection[str]] = MappingProxyType({}),
+    asked: Collection[str] | None = None,
 ) -> list[Record]:
     """Apply ``passes`` in order. The graph is valid after each, or an error names the pass and the rule.
 
     Args:
         skip_sites: by name of a pass, sites that it leaves alone.
+        asked: the passes that a user typed; None for all.
 
     Raises:
+        DefaultPassFailed: a pass that is not among ``asked`` failed, or broke the graph.
         PassError: a pass failed, or rewrote a site of ``skip_sites``.
     """
     records = []
     before = signature(program)
     for p in ordered(passes):
+        is_asked = asked is None or p.name in asked
         record = Record(p.name, leave=frozenset(skip_sites.get(p.name, ())))
         try:
             # Fake values are computed for new nodes: never under autograd, which would trace gradients of them.
@@ -74,6 +78,8 @@ def run(
         except Exception as cause:
             # Dynamo re-raises some types as they are and turns others into a silent graph break.
             told = f"the pass {p.name!r} failed: {type(cause).__name__}: {cause}"
+            if not is_asked:
+                raise DefaultPassFailed(told, p.name) from cause
             raise PassError(". ".join(filter(None, (told, origin(type(p)))))) from cause
         if taken := record.leave.intersection(record.took):
             raise PassError(
@@ -84,7 +90,12 @@ def run(
             program.graph.eliminate_dead_code()
             program.gm.recompile()
             program.changed()
-        verify(program, before, after=p.name, origin=origin(type(p)))
+        try:
+            verify(program, before, after=p.name, origin=origin(type(p)))
+        except GraphError as cause:
+            if not is_asked:
+                raise DefaultPassFailed(str(cause), p.name) from cause
+            raise
         for observer in observers:
             observer.after(program, record)
         records.append(record)

@@ -86,6 +86,10 @@ class GraphReport:
         """Append to :attr:`note`; empty ones count for nothing."""
         self.note = "; ".join(filter(None, (self.note, *said)))
 
+    def anew(self, note: str) -> GraphReport:
+        """The report of the same graph, when it is compiled once more in another way."""
+        return GraphReport(self.number, note=note)
+
     @classmethod
     def start(cls) -> GraphReport:
         return cls(next(_NUMBERS))
@@ -95,7 +99,10 @@ def costs(program: Program) -> Measured:
     """What one call of the graph costs as it is now."""
     from accelpass.ir.analyses.cost import at_compiled_sizes, total, weight_bytes
 
-    return Measured(flops=at_compiled_sizes(program, total(program).flops), weight_bytes=weight_bytes(program))
+    try:
+        return Measured(flops=at_compiled_sizes(program, total(program).flops), weight_bytes=weight_bytes(program))
+    except Exception as cause:  # as below: a report of fewer figures, not a model that does not compile
+        return Measured(failed=(f"costs not counted: {type(cause).__name__}: {cause}",))
 
 
 def measure(program: Program) -> Measured:
@@ -110,14 +117,19 @@ def measure(program: Program) -> Measured:
     from accelpass.ir.attention import detect
 
     measured = costs(program)
-    measured.found = {
-        "attention": len(program.analysis(detect)),
-        "linear": len(program.analysis(linears)),
-        "embedding": len(program.analysis(embeddings)),
-        "expert_stack": len(program.analysis(expert_stacks)),
+    counted = {
+        "attention": detect,
+        "linear": linears,
+        "embedding": embeddings,
+        "expert_stack": expert_stacks,
+        "norm": norms,
+        "mlp": mlps,
+        "moe": moes,
+        "kv_cache": kv_caches,
+        "block": blocks,
+        "output_head": output_heads,
     }
-    structure = {"norm": norms, "mlp": mlps, "moe": moes, "kv_cache": kv_caches, "block": blocks}
-    for kind, analysis in {**structure, "output_head": output_heads}.items():
+    for kind, analysis in counted.items():
         try:
             records = program.analysis(analysis)
         except Exception as cause:  # an unforeseen graph must not stop a model that compiles without these counts
