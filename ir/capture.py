@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch._functorch.predispatch
 from torch import Tensor, fx
 from torch._dynamo.source import AttrSource, ConstantSource, DictGetItemSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from accelpass.ir import autocast
+from accelpass.ir.aliases import drop_aliases, functional_views
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.graph import clean_path, placeholders, value
 from accelpass.ir.program import Program
@@ -23,6 +25,13 @@ from accelpass.ir.tensors import FromInputs, FromModule
 
 _DATA = getattr(torch._C._autograd, "_get_data_attr", None)
 _TABLES = {"_parameters": "param", "_buffers": "buffer", "_modules": None}
+
+
+_FORWARD_GRADIENTS = tuple(
+    found
+    for name in ("_enter_dual_level", "_jvp_increment_nesting")
+    if (found := getattr(torch._functorch.predispatch, name, None)) is not None
+)
 
 
 class NotCanonical(AccelpassError):
@@ -94,6 +103,8 @@ def from_dynamo(
         NotCanonical: the graph cannot be retraced (it holds batched tensors, for one); the cause is chained.
     """
     old = placeholders(gm)
+    if any(gm.graph.find_nodes(op="call_function", target=t) for t in _FORWARD_GRADIENTS):
+        raise NotCanonical("it computes forward-mode gradients, which live outside the graph")
     if at is None:
         fakes = [n.meta["example_value"] for n in old]
     else:
@@ -112,6 +123,8 @@ def from_dynamo(
         with autocast.switched(around), mode, fx.traceback.preserve_node_meta():
             new = make_fx(lambda *a: interpreter.run(*a), pre_dispatch=True)(*fakes)
         autocast.resolve(new, around)
+        functional_views(new)
+        _keep_assertions(gm, new)
     except Exception as cause:  # anything an op's tracing may raise; the caller compiles the graph unrewritten
         raise NotCanonical(f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}") from cause
     finally:
@@ -134,6 +147,17 @@ def from_dynamo(
         # A value computed under a transform (vmap inside a scan) came out without its computation.
         raise NotCanonical("retracing lost how a value is computed, as it does inside associative_scan")
     return Program(new, FromInputs(new, example_inputs, paths), "dynamo")
+
+
+def _keep_assertions(gm: fx.GraphModule, retraced: fx.GraphModule) -> None:
+    """Refuse a graph whose assertions on values that only a call shows were taken for true while it was retraced."""
+    target = torch.ops.aten._assert_scalar.default
+
+    def open_assertions(graph: fx.Graph) -> int:
+        return sum(isinstance(n.args[0], fx.Node) for n in graph.find_nodes(op="call_function", target=target))
+
+    if open_assertions(retraced.graph) < open_assertions(gm.graph):
+        raise NotCanonical("it asserts something of a value that only a call shows")
 
 
 def from_export(exported: torch.export.ExportedProgram) -> Program:
@@ -171,15 +195,15 @@ def _share(gm: fx.GraphModule) -> None:
 
 
 def _drop_noise(gm: fx.GraphModule) -> None:
-    """Remove what has no meaning for inference: unused values, detach, dropout that does nothing."""
+    """Remove what has no meaning for inference: unused values, aliases, dropout that does nothing."""
     aten = torch.ops.aten
+    drop_aliases(gm)
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
-        off = node.target in (aten.dropout.default, aten.feature_dropout.default) and (
+        if node.target in (aten.dropout.default, aten.feature_dropout.default) and (
             node.args[1] == 0 or node.args[2] is False
-        )
-        if off or node.target is aten.detach.default or node.target is aten.alias.default:
+        ):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
         elif node.target is aten.type_as.default or (node.target is aten.to.dtype and len(node.args) == 2):
