@@ -27,6 +27,9 @@ from accelpass.passes.manager import run
 from accelpass.passes.options import Options
 from accelpass.passes.report import GraphReport, Measured, costs
 
+_MANY_ROWS = 8
+"""Operations for each byte of weights from which on a call computes many rows: sixteen of float32, a prompt or an image."""
+
 if TYPE_CHECKING:
     from accelpass.backends.debug import Debugging
 
@@ -131,6 +134,7 @@ def rewritten(
         debugging.lowered(program)
         report.add_note(debugging.note)
     binder = tensors.binder(release=chosen.free_weights)
+    binder.thorough = report.before.flops >= _MANY_ROWS * report.before.weight_bytes
     program.gm.recompile()
     refuse_released(tensors, binder, inputs)
     took = {record.name for record in records if record.took}
