@@ -62,6 +62,15 @@ def path_of(source: Any) -> tuple[str, str] | None:
     return (clean_path(".".join(reversed(parts))), kind) if kind else None
 
 
+def model_path(node: fx.Node) -> tuple[str, str] | None:
+    """Path and kind of an input of Dynamo's graph; None for what the caller passes."""
+    if not (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"):
+        return None
+    source: Any = getattr(node, "_dynamo_source", None)
+    # A tensor kept as a plain attribute has no table in its source, yet is model state like a parameter.
+    return path_of(source) or (clean_path(str(source.name) if source else node.name), "constant")
+
+
 class _Interpreter(fx.Interpreter):
     """Runs Dynamo's graph.
 
@@ -132,11 +141,10 @@ def from_dynamo(
             interpreter.regions.pop().__exit__(None, None, None)
     paths: dict[fx.Node, tuple[str, str]] = {}
     for o, n in zip(old, placeholders(new), strict=True):
-        n._dynamo_source = source = getattr(o, "_dynamo_source", None)
+        n._dynamo_source = getattr(o, "_dynamo_source", None)
         n.meta["tensor_dict"] = o.meta.get("tensor_dict") or {}
-        if n.meta["tensor_dict"].get("_dynamo_static_input_type"):
-            # A tensor kept as a plain attribute has no table in its source, yet is model state like a parameter.
-            paths[n] = path_of(source) or (clean_path(str(source.name) if source else n.name), "constant")
+        if (found := model_path(o)) is not None:
+            paths[n] = found
     new.meta.update(gm.meta)
     new._param_name_to_source = dict(getattr(gm, "_param_name_to_source", {}))  # type: ignore[assignment]
     for name, _ in new.named_buffers():

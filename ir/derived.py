@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from accelpass.ir.errors import ReleasedWeightError
 from accelpass.ir.weight_identity import VOID, Stamp, probes, same_values, stamp
@@ -88,6 +88,26 @@ class Recipe:
 def is_released(tensor: Tensor) -> bool:
     """True if ``free_weights`` gave the tensor's memory back; shape and dtype remain."""
     return tensor.numel() > 0 and tensor.untyped_storage().size() == 0
+
+
+_REFUSING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def refuse_uncompiled_calls(model: nn.Module) -> None:
+    """Let modules whose weights were released say so when they run uncompiled; compiled graphs never run their hooks."""
+    for module in model.modules():
+        if module not in _REFUSING and any(is_released(p) for p in module.parameters(recurse=False)):
+            _REFUSING.add(module)
+            module.register_forward_pre_hook(_refuse)
+
+
+def _refuse(module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling() and any(is_released(p) for p in module.parameters(recurse=False)):
+        raise ReleasedWeightError(
+            f"a {type(module).__name__} runs uncompiled, and free_weights released its weights. Call what torch.compile "
+            "returned; if you do, Dynamo has reached its recompile limit (torch._dynamo.config.recompile_limit) or calls "
+            "the layer from code that it does not compile. Otherwise load the model again, without free_weights."
+        )
 
 
 def owns_storage(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from accelpass.ir.attention.spec import All, AttentionSpec, Dense, Native, Step
 from accelpass.ir.errors import GraphError, SpecConflict
 from accelpass.ir.graph import value
 from accelpass.ir.kv.banks import RowFormat, row_format
-from accelpass.ir.kv.ops import dense_form
+from accelpass.ir.kv.ops import form as form_of
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.kv.storage import Layout, New, Positions, Query, RowSelect, Storage
 from accelpass.ir.program import Program
@@ -116,13 +116,13 @@ class _Lowering:
         self.leaders: dict[Storage, fx.Node] = {}
 
     def site(self, site: KVSite) -> CacheUse:
-        layer, k = self.layer(site), value(site.new[0])
+        layer, (k, v) = self.layer(site), map(value, site.new)
         if site.is_prompt or (layer.is_dense and isinstance(layer.spec.select, All)):
             self._fill(layer)
         else:
             self._extend(layer)
-        form = dense_form(k) if layer.is_dense else (repr(layer.store), repr(layer.spec.format), str(k.dtype))
-        return CacheUse(site.count, k.shape[2], form, site.is_prompt)
+        how = () if layer.is_dense else (repr(layer.store), repr(layer.spec.format))
+        return CacheUse(site.count, k.shape[2], form_of(k, v, *how), site.is_prompt)
 
     def layer(self, site: KVSite) -> _Layer:
         """What is to be done at a site, and its buffers."""
