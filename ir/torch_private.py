@@ -49,7 +49,7 @@ class Frame:
 def frame_of(gm: fx.GraphModule) -> Frame | None:
     """The function that Dynamo is compiling; None outside of Dynamo."""
     try:
-        translator: Any = InstructionTranslator.current_tx().output.root_tx  # type: ignore[attr-defined]
+        translator: Any = InstructionTranslator.current_tx().output.root_tx
     except AttributeError:
         return None
     code = translator.f_code
