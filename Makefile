@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint conformance composition bench docs docs-serve wheel smoke clean
+.PHONY: demo test test-slow lint conformance composition gpu-compile bench docs docs-serve wheel smoke clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -45,6 +45,10 @@ conformance: $(STAMP)
 # Resumes an interrupted run; half an hour or more.
 composition: $(STAMP)
 	$(BIN)/python -m tests.composition --write docs/composition.md
+
+# Machine code of every Triton kernel and config for four chips, without a GPU; resumes an interrupted run.
+gpu-compile: $(STAMP)
+	$(BIN)/python -m tests.gpu_kernels --write docs/gpu-kernels.md
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run --write docs/benchmarks.md
