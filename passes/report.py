@@ -20,12 +20,14 @@ class Measured:
         flops: multiply-adds count as two; one call at the compiled sizes.
         weight_bytes: constants that the graph reads, each counted once.
         failed: sentences about kinds that could not be counted.
+        refused: what looks like an attention and stays as the model wrote it: where, and why.
     """
 
     found: dict[str, int] = field(default_factory=dict)
     flops: int = 0
     weight_bytes: int = 0
     failed: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,12 @@ def measure(program: Program) -> Measured:
     from accelpass.ir.analyses.moe import moes
     from accelpass.ir.analyses.norm import norms
     from accelpass.ir.analyses.output_head import output_heads
-    from accelpass.ir.attention import detect
+    from accelpass.ir.attention import detect, near_misses
 
     measured = costs(program)
+    for miss in (m for m in program.analysis(near_misses) if m.like):
+        into, place = measured.refused, miss.path or miss.node
+        into[place] = "; ".join(dict.fromkeys(filter(None, (into.get(place), miss.why))))
     measured.found = {
         "attention": len(program.analysis(detect)),
         "linear": len(program.analysis(linears)),
