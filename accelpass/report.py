@@ -59,6 +59,8 @@ class GraphRow:
     note: str
     parts: tuple[int, int] = (0, 0)
     """Calls of compiled parts, and different parts; zeros if the graph was compiled as one."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """What looks like an attention and stays as the model wrote it, so that no pass sees it: where -> why."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Report:
         seconds: spent in compiling all graphs; ``seconds_in_passes`` of them in accelpass.
         notes: what a reader must know to read the figures right.
         steps: what is done at each denoising step, if a pass chooses by step; FLOPs are then the mean over the steps.
+        refused: what looks like an attention and stays as the model wrote it in any graph, so that no pass sees it: where -> why.
         densities: of each pass that chose what the heads of prompts read, how much that is.
         caches: each live ``accelpass.KVCache`` that holds tokens of this model, as it is now.
         survivors: which tokens of the last prompt went on, for each place that chose some.
@@ -100,6 +103,7 @@ class Report:
     steps: StepPlanView | None = None
     survivors: tuple[SurvivingTokens, ...] = ()
     densities: tuple[DensityView, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, found: Found) -> Report:
@@ -126,6 +130,7 @@ class Report:
             found={k: n for k, n in kinds.items() if n},
             graphs=tuple(graphs),
             passes=passes,
+            refused={place: why for g in graphs for place, why in g.refused.items()},
             densities=tuple(filter(None, (DensityView.of(p.name, p.took) for p in passes.values()))),
             weight_bytes=(before, after),
             flops=flops,
@@ -177,6 +182,7 @@ def _row(graph: CompiledGraph) -> GraphRow:
         r.seconds_in_passes,
         r.note,
         (r.parts, r.parts_compiled),
+        r.before.refused,
     )
 
 

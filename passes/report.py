@@ -20,12 +20,14 @@ class Measured:
         flops: multiply-adds count as two; one call at the compiled sizes.
         weight_bytes: constants that the graph reads, each counted once.
         failed: sentences about kinds that could not be counted.
+        refused: what looks like an attention and stays as the model wrote it: where, and why.
     """
 
     found: dict[str, int] = field(default_factory=dict)
     flops: int = 0
     weight_bytes: int = 0
     failed: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ def measure(program: Program) -> Measured:
     for kind, analysis in counted.items():
         try:
             records = program.analysis(analysis)
+            if kind == "attention":
+                _refused(program, measured)
         except Exception as cause:  # an unforeseen graph must not stop a model that compiles without these counts
             measured.failed += (f"{kind} not counted: {type(cause).__name__}: {cause}",)
             continue
@@ -141,3 +145,12 @@ def measure(program: Program) -> Measured:
         else:
             measured.found[kind] = len(records)
     return measured
+
+
+def _refused(program: Program, measured: Measured) -> None:
+    """Attentions that were recognised and are left as the model wrote them."""
+    from accelpass.ir.attention import near_misses
+
+    for miss in (m for m in program.analysis(near_misses) if m.like):
+        into, place = measured.refused, miss.path or miss.node
+        into[place] = "; ".join(dict.fromkeys(filter(None, (into.get(place), miss.why))))
