@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import sys
 import time
@@ -139,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := without.difference(FEATURES):
         parser.error(f"no part {', '.join(sorted(unknown))}; the parts are {', '.join(FEATURES)}")
     torch.set_num_threads(1)
+    logging.getLogger("torch").setLevel(logging.CRITICAL)  # both may raise: the comparison says what did
     run = {"seed": given.seed, "without": sorted(without)}
     tally, known = Tally(), set[str]()
     for line in PARTIAL.read_text().splitlines() if PARTIAL.exists() else ():

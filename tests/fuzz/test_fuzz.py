@@ -103,7 +103,12 @@ def test_a_failure_is_shrunk_and_saved(monkeypatch: pytest.MonkeyPatch, tmp_path
         judging, "compiled", lambda p, m, o: torch.compile(m, backend=lambda gm, i: broken(gm, i, options=o))
     )
     made = _of(
-        "v1 = self.a(x)", "v2 = v1 + x", "v3 = torch.relu(v2)", "v4 = v3 * 2", returns="v4", setup=("self.a = nn.Linear(8, 8)",)
+        "v1 = self.a(x)",
+        "v2 = v1 + x",
+        "v3 = torch.relu(v2)",
+        "v4 = v3 * 2",
+        returns="v4",
+        setup=("self.a = nn.Linear(8, 8)",),
     )
     (verdict,) = judge(made, [{"lowering": "eager"}])
     assert verdict.status == "wrong" and "differs by" in verdict.why
