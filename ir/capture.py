@@ -155,13 +155,24 @@ def _drop_noise(gm: fx.GraphModule) -> None:
         off = node.target in (aten.dropout.default, aten.feature_dropout.default) and (
             node.args[1] == 0 or node.args[2] is False
         )
-        if off or node.target is aten.detach.default or node.target is aten.alias.default:
+        if off or (node.target in (aten.detach.default, aten.alias.default) and not _has_own_metadata(node)):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
         elif node.target is aten.type_as.default or (node.target is aten.to.dtype and len(node.args) == 2):
             _plain_cast(node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _has_own_metadata(node: fx.Node) -> bool:
+    """Whether it matters that this alias is a tensor of its own: it is returned, or it or what it aliases is given another shape
+    in place (``unsqueeze_``)."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    shaped = (u for n in (node, source) for u in n.users if u.args[:1] == (n,))
+    return any(u.op == "output" for u in node.users) or any(
+        torch.Tag.inplace_view in getattr(u.target, "tags", ()) for u in shaped
+    )
 
 
 def _plain_cast(node: fx.Node) -> None:

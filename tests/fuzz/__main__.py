@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # both may raise: the comparison says what did
     run = {"seed": given.seed, "without": sorted(without)}
-    tally, known = Tally(), set[str]()
+    tally = Tally()
     for line in PARTIAL.read_text().splitlines() if PARTIAL.exists() else ():
         held = json.loads(line)
         if held["run"] == run and tally.programs < given.programs:
@@ -155,7 +155,12 @@ def main(arguments: list[str] | None = None) -> int:
                     [(a, b, c) for a, b, c in held["wrong"]],
                 )
             )
-    known.update(kind_of(why) for _, _, why in tally.wrong)
+    for wrong in list(tally.wrong):  # what failed before an interruption may have been mended since
+        if (verdict := judge(program(wrong[0], without), [options_of(wrong[0])[wrong[1]]])[0]).status != "wrong":
+            tally.wrong.remove(wrong)
+            tally.counts += Counter({verdict.status: 1})
+            tally.counts["wrong"] -= 1
+    known = {kind_of(why) for _, _, why in tally.wrong}
     first = given.seed * 1_000_000
     numbers = range(first + tally.programs, first + given.programs)
     chunks = [numbers[i : i + CHUNK] for i in range(0, len(numbers), CHUNK)]

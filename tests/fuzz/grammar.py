@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.fuzz import forms
 from tests.fuzz.attention import attention
 from tests.fuzz.program import NAMES, Class, Program
-from tests.fuzz.writer import Writer
+from tests.fuzz.writer import Impossible, Writer
 
 FEATURES = ("autocast", "aliases", "empty")
 """Parts of the grammar that can be switched off by name."""
@@ -103,7 +103,9 @@ def _blocks(w: Writer, classes: list[Class], scope: dict[str, Any]) -> None:
             for n, v in inner.values.items()
             if isinstance(v, Tensor) and v.shape == w[x].shape and v.dtype == w[x].dtype
         ]
-        block = inner.finish("Block", f"{same[-1]}")
+        if not same:
+            raise Impossible("no block of this shape")
+        block = inner.finish("Block", same[-1])
         exec(block.source(), names := dict(NAMES))
         w.scope["Block"] = names["Block"]
         layers = w.attribute(f"nn.ModuleList([Block() for _ in range({w.rng.randint(2, 3)})])")
