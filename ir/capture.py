@@ -169,10 +169,21 @@ def _has_own_metadata(node: fx.Node) -> bool:
     in place (``unsqueeze_``)."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    shaped = (u for n in (node, source) for u in n.users if u.args[:1] == (n,))
-    return any(u.op == "output" for u in node.users) or any(
-        torch.Tag.inplace_view in getattr(u.target, "tags", ()) for u in shaped
+    mine = _same_tensor(node)
+    return any(u.op == "output" for n in mine for u in n.users) or any(
+        torch.Tag.inplace_view in getattr(n.target, "tags", ()) for n in (*mine, *_same_tensor(source)[1:])
     )
+
+
+def _same_tensor(node: fx.Node) -> list[fx.Node]:
+    """``node``, and what writes to it in place return, which is the same tensor."""
+    found = [node]
+    for user in node.users:
+        if isinstance(user.target, torch._ops.OpOverload) and user.args[:1] == (node,):
+            schema = user.target._schema
+            if schema.returns and schema.returns[0].alias_info is not None and schema.returns[0].alias_info.is_write:
+                found += _same_tensor(user)
+    return found
 
 
 def _plain_cast(node: fx.Node) -> None:

@@ -171,6 +171,12 @@ def _unsqueezed_through_another_alias(x):
     return y.sum(0), x * 2
 
 
+def _written_and_returned(x):
+    y = x.detach()
+    y *= 0.5
+    return y
+
+
 def _source_turned(x):
     made = x + 1
     y = made[...]
@@ -178,7 +184,9 @@ def _source_turned(x):
     return y * 2, made
 
 
-@pytest.mark.parametrize("fn", [_detached, _turned, _unsqueezed_through_another_alias, _source_turned])
+@pytest.mark.parametrize(
+    "fn", [_detached, _turned, _unsqueezed_through_another_alias, _written_and_returned, _source_turned]
+)
 def test_an_alias_whose_metadata_is_its_own_stays(fn):
     x, y = (torch.arange(6.0).reshape(2, 3).requires_grad_(fn is _detached) for _ in range(2))
     with torch.no_grad():
