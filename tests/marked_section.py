@@ -13,4 +13,5 @@ def replace_section(page: Path, name: str, text: str) -> None:
     held = page.read_text() if page.exists() else ""
     pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
     made = pattern.sub(lambda _: section, held) if pattern.search(held) else f"{held.rstrip()}\n\n{section}\n"
+    page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(made.lstrip("\n"))

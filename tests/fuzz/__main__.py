@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
                 progress.console.print(said, soft_wrap=True)
     print(summary(tally, given.seed))
     if given.write:
-        replace_section(given.write, "random programs", f"# Random programs\n\n{summary(tally, given.seed)}.\n")
+        replace_section(given.write, "random programs", f"## Random programs\n\n{summary(tally, given.seed)}.\n")
     return int(bool(tally.wrong))
 
 

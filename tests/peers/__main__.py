@@ -41,7 +41,7 @@ COUNTED = ("same", "incomparable", "wrong", "unusable")
 def markdown(rows: Iterable[Row], samples: int) -> str:
     """The section: a table by kind, and each failure."""
     rows = list(rows)
-    lines = ["# Other projects' samples", ""]
+    lines = ["## Other projects' samples", ""]
     lines += [
         f"Up to {samples} samples of each dtype (float32, bfloat16, int64), compiled with the default options and with "
         "`int8_weights` (compared with eager on weights rounded alike), for one size or for any, some with Inductor. "
