@@ -117,14 +117,14 @@ def save_new(wrong: Sequence[tuple[int, int, str]], known: set[str], without: fr
     return said
 
 
-def summary(tally: Tally, seed: int) -> str:
+def summary(tally: Tally, seed: int, without: frozenset[str] = frozenset()) -> str:
     counts = tally.counts
-    each = tally.programs / tally.seconds if tally.seconds else 0.0
+    left_out = f" without {', '.join(sorted(without))}" if without else ""
     return (
-        f"{tally.programs} programs from seed {seed}, {counts.total()} compilations compared with eager "
+        f"{tally.programs} programs from seed {seed}{left_out}, {counts.total()} compilations compared with eager "
         f"({tally.sites} sites rewritten): {counts['same']} the same, {counts['refused']} refused by name, "
         f"{counts['incomparable']} where Dynamo alone differs from eager too, {counts['wrong']} wrong "
-        f"({len({kind_of(w) for _, _, w in tally.wrong})} kinds); {each:.1f} programs/s in one process"
+        f"({len({kind_of(w) for _, _, w in tally.wrong})} kinds)"
     )
 
 
@@ -189,9 +189,10 @@ def main(arguments: list[str] | None = None) -> int:
                 file.write(json.dumps(row) + "\n")
             for said in save_new(part.wrong, known, without):
                 progress.console.print(said, soft_wrap=True)
-    print(summary(tally, given.seed))
+    told = summary(tally, given.seed, without)
+    print(f"{told}; {tally.programs / max(tally.seconds, 1e-9):.1f} programs/s of one process")
     if given.write:
-        replace_section(given.write, "random programs", f"## Random programs\n\n{summary(tally, given.seed)}.\n")
+        replace_section(given.write, "random programs", f"## Random programs\n\n{told}.\n")
     return int(bool(tally.wrong))
 
 
