@@ -38,13 +38,21 @@ def functional_views(gm: fx.GraphModule) -> None:
 
 
 def drop_aliases(gm: fx.GraphModule) -> None:
-    """Remove aliases that only the graph itself sees; one that is returned stays what it is, not the input behind it."""
-    (output,) = gm.graph.find_nodes(op="output")
+    """Remove aliases that only the graph itself sees; one that is returned stays what it is, not the tensor behind it."""
     for target in ALIASES:
         for node in gm.graph.find_nodes(op="call_function", target=target):
-            node.replace_all_uses_with(node.args[0], lambda user: user is not output)
-            if not node.users:
+            if not any(user.op == "output" for same in _same_tensor(node) for user in same.users):
+                node.replace_all_uses_with(node.args[0])
                 gm.graph.erase_node(node)
+
+
+def _same_tensor(node: fx.Node) -> list[fx.Node]:
+    """``node``, and what writes to it in place return, which is the same tensor."""
+    found = [node]
+    for user in node.users:
+        if user.args[:1] == (node,) and _returns_operand(user):
+            found += _same_tensor(user)
+    return found
 
 
 def _returns_operand(node: Any) -> bool:

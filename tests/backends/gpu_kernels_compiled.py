@@ -21,7 +21,9 @@ def test_each_kernel_compiles_for_each_chip(chip):
         assert "error" not in found, found
         assert not found["warnings"]
         assert 0 < found["registers"] <= 512
-        if chip.target.backend == "cuda":  # configs were chosen for these; the tuner passes over what does not fit a chip
+        if (
+            chip.target.backend == "cuda"
+        ):  # configs were chosen for these; the tuner passes over what does not fit a chip
             assert found["shared"] <= chip.shared
 
 

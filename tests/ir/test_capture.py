@@ -248,3 +248,44 @@ class TestNotCanonical:
         fast = torch.compile(fn, backend="accelpass", options={"lowering": "eager"})
         torch.testing.assert_close(fast(x, t), fn(x, t))
         assert "forward-mode gradients" in compiled_graphs()[-1].report.note
+
+
+def _detached(x):
+    return x.detach()
+
+
+def _turned(x):
+    y = x.detach()
+    y.t_()
+    return y + 1, x * 2
+
+
+def _unsqueezed_through_another_alias(x):
+    y = x[...].detach()
+    y.unsqueeze_(0)
+    return y.sum(0), x * 2
+
+
+def _written_and_returned(x):
+    y = x.detach()
+    y *= 0.5
+    return y
+
+
+def _source_turned(x):
+    made = x + 1
+    y = made[...]
+    made.t_()
+    return y * 2, made
+
+
+@pytest.mark.parametrize(
+    "fn", [_detached, _turned, _unsqueezed_through_another_alias, _written_and_returned, _source_turned]
+)
+def test_an_alias_whose_metadata_is_its_own_stays(fn):
+    x, y = (torch.arange(6.0).reshape(2, 3).requires_grad_(fn is _detached) for _ in range(2))
+    with torch.no_grad():
+        want, got = fn(x), torch.compile(fn, backend="accelpass", options={"lowering": "eager"})(y)
+    want, got = (v if isinstance(v, tuple) else (v,) for v in (want, got))
+    assert [(v.shape, v.requires_grad, v is x) for v in want] == [(v.shape, v.requires_grad, v is y) for v in got]
+    assert all(map(torch.equal, want, got)) and y.shape == x.shape == (2, 3)
