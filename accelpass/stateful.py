@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from accelpass.backends import compiled_graphs
-from accelpass.backends.sampling import SamplingRun
-from accelpass.backends.step_clock import declared
+from accelpass.backends.runs import RUNS
+from accelpass.backends.step_clock import Declared, declared
 from accelpass.backends.survivors import forget_last
 from accelpass.ir.derived import DERIVED, StateSpec
 from accelpass.ir.errors import AccelpassError
@@ -65,7 +63,7 @@ def caches_of(tensors: Iterable[Tensor]) -> list[KVCache]:
 
 
 def state(fast: Any) -> list[StateBuffer]:
-    """Every buffer that passes keep for this model, of every cache that holds its tokens, and of its sampling run.
+    """Every buffer that passes keep for this model, of every cache that holds its tokens, and of its sampling runs.
 
     Empty if none was declared or the model has not run yet. A cache that was reset belongs to no model until it is filled.
     """
@@ -76,16 +74,11 @@ def state(fast: Any) -> list[StateBuffer]:
         for index, layer in enumerate(cache.layers):
             owner = f"cache {number}, layer {index}"
             found += [_buffer(spec, owner, t) for spec, _, t in DERIVED.states([layer.count])]
-    for number, (graph, run) in enumerate(runs_of(tensors)):
-        owner = f"sampling run of graph {graph}" if number else "sampling run"
-        found += [_buffer(spec, owner, t) for spec, t in run.states()]
+    runs = [run for known in RUNS.all_of(tensors) for run in known.all() if run.memory.held]
+    for number, run in enumerate(runs, 1):
+        owner = f"sampling run {number}" if number > 1 else "sampling run"
+        found += [_buffer(spec, owner, t) for spec, t in run.memory.states()]
     return found
-
-
-def runs_of(tensors: Iterable[Tensor]) -> list[tuple[int, SamplingRun]]:
-    """The sampling runs of the model with these tensors, and the number of the graph that each belongs to."""
-    own = list(tensors)
-    return [(g.report.number, run) for g in compiled_graphs() if g.steps is not None for run in g.steps.runs(own)]
 
 
 def remembered_by(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -108,8 +101,8 @@ def reset(fast: Any) -> None:
         for spec, _, t in DERIVED.states(tensors):
             t.fill_(spec.fill)
     forget_last(tensors)
-    for _, run in runs_of(tensors):
-        run.reset()
+    for known in RUNS.all_of(tensors):
+        known.reset()
     for count in counters_of(tensors):
         ledger.clear(count)
         empty = ledger.holding_of(count).empty
@@ -117,15 +110,17 @@ def reset(fast: Any) -> None:
             empty()
 
 
-@contextmanager
-def sampling_run(fast: Any) -> Iterator[None]:
-    """Declare that the calls of a diffusion model in this block are one sampling run.
+def sampling_run(fast: Any) -> Declared:
+    """Declare a sampling run of a diffusion model: the calls made inside ``with sampling_run(fast):`` are one run.
 
-    Otherwise a run begins when the timestep goes back to an earlier one; inside the block it may go back (restart sampling).
-    What the run has kept is dropped at both ends.
+    Otherwise a run is told by its latents and timesteps; inside the block timesteps may go back (restart sampling), and a
+    sampler may add what noise it likes. A request whose steps take turns with another's holds on to what this returns,
+    and enters it again at each step::
+
+        request = accelpass.sampling_run(fast)
+        with request:
+            noise = fast(latents, timestep)
+
+    It holds for the thread or task that enters it. What the run keeps goes with the object.
     """
-    tensors = [t for _, t in named_tensors(fast).values()]
-    reset(fast)
-    with declared(tensors):
-        yield
-    reset(fast)
+    return declared(t for _, t in named_tensors(fast).values())

@@ -54,6 +54,7 @@ class Composer:
     _disabled: set[tuple[str, str]] = field(default_factory=set)
     _records: list[Record] = field(default_factory=list)
     _binders: list[Binder] = field(default_factory=list)
+    _recalls: dict[str, Hashable] = field(default_factory=dict)
 
     def compose(self) -> Composition:
         """Compile every part in every way in which the passes want it."""
@@ -77,7 +78,7 @@ class Composer:
         binder = _union(self._binders, list(self._derived))
         disabled, seconds = frozenset(self._disabled), time.perf_counter() - started
         return Composition(
-            sites, self._pieces, results, binder, order, self._records, disabled, len(self._code), seconds
+            sites, self._pieces, results, binder, order, self._records, disabled, len(self._code), seconds, self._recalls
         )
 
     def _sites(self, program: Program) -> tuple[Sites, dict[str, int]]:
@@ -143,9 +144,11 @@ class Composer:
             with tracing(TracingContext(mode)):
                 self._code[key] = self.compile_part(part.gm, [value(n) for n in part.given])
         given = tuple(_ref(tensors, n, where) for n in part.given)
-        for kind, what in given:
+        for (kind, what), node in zip(given, part.given, strict=True):
             if kind == "derived":
                 self._derived.setdefault(what, len(self._derived))
+            elif kind == "recalled":
+                self._recalls[what] = layout(value(node))
         kept = tuple((name, _ref(tensors, node, where)) for name, node in keeps)
         layouts = {_called(n, where): layout(value(n)) for n in (*part.given, *part.made) if n.op == "call_function"}
         made = tuple(_called(n, where) for n in part.made)

@@ -1,41 +1,38 @@
-"""What ``torch.compile`` calls for a model whose passes work across denoising steps: it counts the steps of a sampling run,
-chooses each step's graph, and hands what one step keeps to the next."""
+"""What ``torch.compile`` calls for a model whose passes work across denoising steps: it finds the sampling run that a call
+belongs to, chooses the step's graph, and hands what one step keeps to the next."""
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from accelpass.backends.step_clock import Clock, Tick, is_declared
-from accelpass.backends.steps import Composition
-from accelpass.ir.derived import StateSpec
+from accelpass.backends.runs import RENEWED, RUNS, Call, Ran, Run, Runs, Turn
+from accelpass.backends.step_clock import Clock, Tick
+from accelpass.backends.steps import Composition, Row
 from accelpass.ir.steps import StepError
 from accelpass.passes.step_cache.base import FIRST, StepPass
 
 
-@dataclass(eq=False)
-class SamplingRun:
-    """One model instance's run: where it is, and what its steps keep, by branch (call of one step) and name."""
+@dataclass(frozen=True)
+class Arguments:
+    """Where a graph's arguments are that tell a call's run and step.
 
-    clock: Clock
-    kept: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    Attributes:
+        time, latents: positions of the timestep and the latents.
+        others: of the other tensors that the caller passes, by name.
+        model: of the model's own tensors, which tell instances apart.
+    """
 
-    def reset(self) -> None:
-        self.clock.reset()
-        self.kept.clear()
-
-    def states(self) -> list[tuple[StateSpec, Tensor]]:
-        """What is held, for ``accelpass.state``."""
-        made = []
-        for (branch, name), tensor in self.kept.items():
-            called = name if branch == 0 else f"{name} (call {branch + 1})"
-            made.append((StateSpec(called, tuple(tensor.shape), tensor.dtype, "sampling_run"), tensor))
-        return made
+    time: int
+    latents: int
+    others: Mapping[str, int]
+    model: tuple[int, ...]
 
 
 @dataclass(eq=False)
@@ -45,54 +42,69 @@ class SteppedGraph:
     Attributes:
         passes: those that choose actions by step.
         build: compiles the model for the sizes of a call's arguments.
-        time, latents: positions of the timestep and the latents among a call's arguments.
-        model: the position of one of the model's tensors, which tells instances apart.
+        key: what tells models apart that were compiled in different ways.
     """
 
     passes: tuple[StepPass, ...]
     build: Callable[[Sequence[Any]], Composition]
-    time: int
-    latents: int
-    model: int | None
+    at: Arguments
+    key: Any
     compositions: dict[tuple[int, ...], Composition] = field(default_factory=dict)
-    _runs: dict[int, tuple[weakref.ref[Tensor] | None, SamplingRun]] = field(default_factory=dict)
+    _runs: dict[int, tuple[weakref.ref[Tensor] | None, Runs]] = field(default_factory=dict)
+    _building: threading.RLock = field(default_factory=threading.RLock)
 
     def __call__(self, *args: Any) -> Any:
-        composition = self.composition(args)
-        run = self.run_of(args)
-        run.clock.declared = is_declared(None if self.model is None else args[self.model])
-        time, latents = _number(args[self.time]), args[self.latents]
-        tick = run.clock.tick(time, latents)
-        if tick.fresh:
-            run.kept.clear()
-            for p in self.passes:
-                p.check_call(latents)
-        recalled = self._recalled(run, tick, latents.device)
+        composition, runs, call = self.composition(args), self.runs_of(args), self._call(args)
         searcher = next((p.decides for p in self.passes if p.decides is not None), None)
-        if searcher is not None:
-            row = searcher.choose(_Trial(composition, args, recalled, tick, time, latents))
-        else:
-            row = composition.row(tick.step, tick.branch)
-        made, kept = composition.evaluate(row, args, recalled)
-        for name, tensor in kept.items():
-            run.kept[tick.branch, name] = tensor
-        run.clock.done(tick, time, latents)
-        return made
+        with runs.turn(call, self._begin, searcher is not None) as turn:
+            if turn.run is None:
+                return composition.evaluate(composition.full, args, _nothing)[0]
+            if turn.tick.fresh or turn.run.past[-1].latents.shape != call.latents.shape:
+                for p in self.passes:
+                    p.check_call(call.latents)
+            recalled = self._recalled(composition, turn, call.latents.device)
+            if searcher is not None:
+                row: Row = searcher.choose(_Trial(composition, args, recalled, turn.tick, turn.time, call.latents))
+            else:
+                row = self._row(composition, turn)
+                if row != composition.row(turn.tick.step, turn.tick.branch):
+                    runs.notes[RENEWED] += 1
+            made, kept = composition.evaluate(row, args, recalled)
+            graph = composition.linked(row)
+            ran = Ran(turn.tick, turn.time, row, graph.flops, graph.attention, composition)
+            runs.done(call, turn, made, kept, ran)
+            return made
 
-    def _recalled(self, run: SamplingRun, tick: Tick, device: torch.device) -> Callable[[str], Tensor]:
+    def _row(self, composition: Composition, turn: Turn) -> Row:
+        def held(name: str, oldest: int) -> bool:
+            return self._found(composition, turn, name, oldest) is not None
+
+        return composition.possible(turn.tick.step, turn.tick.branch, held)
+
+    def _found(self, composition: Composition, turn: Turn, name: str, oldest: int) -> Tensor | None:
+        assert turn.run is not None
+        if turn.tick.fresh:
+            return None
+        branch = turn.run.first if name.startswith(FIRST) else turn.branch.number
+        like: Hashable = composition.recalls[name]
+        exact = any(p.exact_age for p in self.passes)
+        return turn.run.memory.find(branch, name.removeprefix(FIRST), like, oldest, exact)
+
+    def _recalled(self, composition: Composition, turn: Turn, device: torch.device) -> Callable[[str], Tensor]:
         """Finds what a step reads: a tensor of the plan, or what an earlier step has kept."""
 
         def find(name: str) -> Tensor:
-            planned = next((t for p in self.passes if (t := p.operand(name, tick.step)) is not None), None)
+            step = turn.tick.step
+            planned = composition.planned(name, step)
             if planned is not None:
                 return planned.to(device)
-            branch = 0 if name.startswith(FIRST) else tick.branch
-            found = run.kept.get((branch, name.removeprefix(FIRST)))
-            if found is None:
+            assert turn.run is not None
+            branch = turn.run.first if name.startswith(FIRST) else turn.branch.number
+            found = turn.run.memory.find(branch, name.removeprefix(FIRST), composition.recalls[name], 0)
+            if found is None or turn.tick.fresh:
                 raise StepError(
-                    f"step {tick.step} reads {name!r}, which no earlier step of this run has kept (call {tick.branch + 1} "
-                    "of the step). Guidance must be done in the same way at all steps; accelpass.reset(model) begins "
-                    "a new run."
+                    f"step {step} reads {name!r}, which no earlier step of this run has kept (call {turn.tick.branch + 1} "
+                    "of the step); accelpass.reset(model) begins a new run"
                 )
             return found
 
@@ -102,32 +114,53 @@ class SteppedGraph:
         """The compiled parts for a call's sizes, compiled if they are new."""
         sizes = tuple(a for a in args if isinstance(a, int) and not isinstance(a, bool))
         if sizes not in self.compositions:
-            with torch.no_grad():
-                self.compositions[sizes] = self.build(args)
+            with self._building, torch.no_grad():
+                if sizes not in self.compositions:
+                    self.compositions[sizes] = self.build(args)
         return self.compositions[sizes]
 
-    def run_of(self, args: Sequence[Any]) -> SamplingRun:
-        """The run of the model instance that a call is for."""
-        anchor = None if self.model is None else args[self.model]
-        known = self._runs.get(id(anchor))
+    def runs_of(self, args: Sequence[Any]) -> Runs:
+        """The runs of the model instance that a call is for."""
+        anchor = args[self.at.model[0]] if self.at.model else None
+        key = id(anchor)
+        known = self._runs.get(key)
         if known is None or (known[0] is not None and known[0]() is not anchor):
-            timesteps = next((p.timesteps for p in self.passes if p.timesteps), None)
-            key = id(anchor)
             ref = None if anchor is None else weakref.ref(anchor, lambda _: self._runs.pop(key, None))
-            calls = next((p.calls for p in self.passes if p.calls is not None), None)
-            known = (ref, SamplingRun(Clock(timesteps, calls)))
-            self._runs[id(anchor)] = known
+            known = self._runs[key] = (ref, RUNS.of([args[p] for p in self.at.model], self.key))
         return known[1]
 
-    def runs(self, tensors: Sequence[Tensor]) -> list[SamplingRun]:
-        """The runs of the instance with these tensors."""
-        mine = {id(t) for t in tensors}
-        return [run for key, (ref, run) in self._runs.items() if key in mine or ref is None]
+    def ran(self, composition: Composition) -> list[Ran]:
+        """The calls of the latest run, as far as they were of this compiled code."""
+        latest = [run for _, runs in self._runs.values() if (run := runs.last and runs.last()) is not None]
+        return [ran for run in latest[-1:] for ran in list(run.log) if ran.by is composition]
+
+    def notes(self) -> list[str]:
+        """What kept calls from reusing what was there."""
+        return [f"{n} call(s) {what}" for _, runs in self._runs.values() for what, n in runs.notes.items()]
+
+    def _call(self, args: Sequence[Any]) -> Call:
+        anchor = args[self.at.model[0]] if self.at.model else None
+        given = {name: args[p] for name, p in self.at.others.items() if isinstance(args[p], Tensor)}
+        return Call(args[self.at.latents], _range(args[self.at.time]), given, anchor)
+
+    def _begin(self) -> Run:
+        timesteps = next((p.timesteps for p in self.passes if p.timesteps), None)
+        calls = next((p.calls for p in self.passes if p.calls is not None), None)
+        return Run(Clock(timesteps, calls), next((p.ends for p in self.passes if p.ends), None))
 
 
-def _number(time: Any) -> float:
-    """A timestep as a number; one for each sample or token must be equal, so that the first speaks for all."""
-    return float(time.flatten()[0]) if isinstance(time, Tensor) else float(time)
+def _range(time: Any) -> tuple[float, float]:
+    """The least and the largest timestep, which differ where each sample or token has its own."""
+    if not isinstance(time, Tensor):
+        return float(time), float(time)
+    if time.numel() == 1:
+        return (float(time),) * 2
+    least, largest = torch.stack(time.detach().aminmax()).tolist()
+    return float(least), float(largest)
+
+
+def _nothing(name: str) -> Tensor:
+    raise StepError(f"{name!r} is read by a step that computes everything")
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterable, Sequence
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,23 +20,53 @@ _NEAR = 2**-8
 2, and a pipeline may round them to bfloat16."""
 
 
-_DECLARED: list[frozenset[int]] = []
-"""Identities of the tensors of models whose caller declares where runs begin."""
+@dataclass(eq=False)
+class Declared:
+    """A sampling run that the caller declares, of the model with these tensors: all calls made inside ``with`` are of it.
+
+    It may be entered as often as it takes, which is how requests whose steps take turns are told apart. What the run
+    keeps lives as long as this object.
+
+    Attributes:
+        runs: what was run in it, by whatever compiled the model (several options, several runs).
+    """
+
+    tensors: dict[int, weakref.ref[Tensor]]
+    runs: weakref.WeakKeyDictionary[Any, Any] = field(default_factory=weakref.WeakKeyDictionary)
+    _entered: list[Token[tuple[Declared, ...]]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> Declared:
+        return cls({id(t): weakref.ref(t) for t in tensors})
+
+    def covers(self, tensor: Tensor | None) -> bool:
+        known = self.tensors.get(id(tensor))
+        return known is not None and known() is tensor
+
+    def __enter__(self) -> Declared:
+        self._entered.append(_DECLARED.set((*_DECLARED.get(), self)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _DECLARED.reset(self._entered.pop())
 
 
-@contextmanager
-def declared(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Timesteps may go back in the runs of the model with these tensors."""
-    mine = frozenset(map(id, tensors))
-    _DECLARED.append(mine)
-    try:
-        yield
-    finally:
-        _DECLARED.remove(mine)
+_DECLARED: ContextVar[tuple[Declared, ...]] = ContextVar("declared sampling runs", default=())
+"""Of this thread or task, the innermost last."""
+
+
+def declared(tensors: Iterable[Tensor]) -> Declared:
+    """``with declared(...)``: the calls of the model with these tensors are one run, in which timesteps may go back."""
+    return Declared.of(tensors)
+
+
+def declaration_of(tensor: Tensor | None) -> Declared | None:
+    """The innermost declared run that a call of the model with this tensor belongs to."""
+    return next((d for d in reversed(_DECLARED.get()) if d.covers(tensor)), None)
 
 
 def is_declared(tensor: Tensor | None) -> bool:
-    return any(id(tensor) in known for known in _DECLARED)
+    return declaration_of(tensor) is not None
 
 
 @dataclass(frozen=True)
@@ -57,8 +89,8 @@ class Clock:
     """Counts the model calls of one sampling run after another.
 
     A run begins when the timestep goes back to a noisier one, when the latents change their shape, when the plan's first
-    timestep is due again, or when :meth:`reset` says so. Guidance as two calls repeats the latents; a second-order
-    scheduler repeats the timestep with other latents.
+    timestep is due again, or when :meth:`reset` says so. Which way time goes, down to 0 or up, is learnt from the first
+    two timesteps. Guidance as two calls repeats the latents; a second-order scheduler repeats the timestep with other latents.
 
     Attributes:
         timesteps: those that a plan was made for; None to count alone.
@@ -70,24 +102,29 @@ class Clock:
     most: int | None = None
     declared: bool = False
     last: Tick | None = None
-    _time: float = 0.0
+    before: float = 0.0
+    """The timestep of the last call."""
+    _direction: float = 0.0
     _latents: Tensor | None = None
     _shape: torch.Size | None = None
 
     def reset(self) -> None:
         self.last, self._latents, self._shape = None, None, None
 
-    def tick(self, time: float, latents: Tensor) -> Tick:
+    def tick(self, time: float, latents: Tensor, follows: bool = False) -> Tick:
         """What the coming call is; nothing changes until :meth:`done`.
+
+        Args:
+            follows: the latents are known to come of the last call, though their batch or the timestep may not show it.
 
         Raises:
             StepError: the timestep is not the plan's.
         """
         last = self.last
-        if last is None or self._shape != latents.shape:
+        if last is None or (self._shape != latents.shape and not follows):
             return self._first(time)
         more = self.most is None or last.branch + 1 < self.most
-        if more and self._equals(time, self._time) and self._same(latents):
+        if more and self.repeats(time, latents):
             return Tick(last.step, last.branch + 1, False)
         if self.timesteps is not None:
             following = last.step + 1
@@ -96,14 +133,17 @@ class Clock:
             if self._equals(time, self.timesteps[0]):
                 return self._first(time)
             raise self._foreign(time, following)
-        back = time > self._time or (last.step == 0 and self._equals(time, self._time))
-        if back and not self.declared:
+        stands = self._equals(time, self.before)
+        back = not stands and (time - self.before) * self._direction < 0
+        if (back or (stands and last.step == 0 and not follows)) and not self.declared:
             return self._first(time)
         return Tick(last.step + 1, 0, False)
 
     def done(self, tick: Tick, time: float, latents: Tensor) -> None:
         """The call went well."""
-        self.last, self._time, self._shape = tick, time, latents.shape
+        if not (tick.fresh or self._direction or self._equals(time, self.before)):
+            self._direction = math.copysign(1.0, time - self.before)
+        self.last, self.before, self._shape = tick, time, latents.shape
         # A pipeline that calls twice passes one tensor twice, or the same values in two.
         self._latents = latents
 
@@ -135,3 +175,9 @@ class Clock:
 
     def _same(self, latents: Tensor) -> bool:
         return self._latents is latents or (self._latents is not None and torch.equal(self._latents, latents))
+
+    def repeats(self, time: float, latents: Tensor) -> bool:
+        """Whether a call is one more of the last step: the same timestep and latents."""
+        if self.last is None or self._shape != latents.shape:
+            return False
+        return self._equals(time, self.before) and self._same(latents)

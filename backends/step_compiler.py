@@ -17,10 +17,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from accelpass.backends.compose import Composer
 from accelpass.backends.inductor import compile_whole
 from accelpass.backends.rewriting import captured, copied, debug_of, lowered, refuse_released
-from accelpass.backends.sampling import SteppedGraph
+from accelpass.backends.sampling import Arguments, SteppedGraph
 from accelpass.backends.steps import Composition
 from accelpass.ir.errors import OptionError, PassError
-from accelpass.ir.graph import placeholders, value
+from accelpass.ir.graph import argument_name, placeholders, value
 from accelpass.ir.program import Program
 from accelpass.ir.steps import LATENTS, TIMESTEP, user_input
 from accelpass.ir.tensors import FromInputs
@@ -56,7 +56,7 @@ def step_graph(
         chosen.plan.check(program)
     device = value(latents).device
     bound = tuple(p.bound(artefacts, device) if isinstance(p, StepPass) else p for p in chosen.passes)
-    chosen = replace(chosen, passes=bound)
+    asked, chosen = chosen.passes, replace(chosen, passes=bound)
     passes = tuple(p for p in bound if isinstance(p, StepPass))
     if len(passes) > 1:
         raise OptionError(
@@ -97,10 +97,21 @@ def step_graph(
         _describe(report, composition, passes)
         return composition
 
-    graph = SteppedGraph(passes, build, tensors.position(timestep), tensors.position(latents), tensors.model)
+    key = (asked, chosen.skip_sites, chosen.lowering)
+    graph = SteppedGraph(passes, build, _arguments(tensors, timestep, latents), key)
     if not symbolic:
         graph.composition(inputs)
     return graph
+
+
+def _arguments(tensors: FromInputs, timestep: fx.Node, latents: fx.Node) -> Arguments:
+    others: dict[str, int] = {}
+    for node in tensors.callers():
+        if node not in (timestep, latents) and isinstance(value(node), Tensor):
+            name = argument_name(node)  # several, where a list of tensors is one argument
+            others[f"{name} {len(others)}" if name in others else name] = tensors.position(node)
+    own = tuple(sorted(tensors.position(n) for n in tensors.paths))
+    return Arguments(tensors.position(timestep), tensors.position(latents), others, own)
 
 
 def _compiler(chosen: Options, report: GraphReport) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:

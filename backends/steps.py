@@ -7,6 +7,7 @@ choice of one part for each block.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from accelpass.backends.regions import Regions, Slot, Step
 from accelpass.ir.errors import PassError
 from accelpass.ir.tensors import Binder
 from accelpass.passes.base import Record
-from accelpass.passes.step_cache.base import FULL, StepPass
+from accelpass.passes.step_cache.base import FIRST, FULL, StepPass
 
 Ref = tuple[str, Any]
 """Where a value comes from: ``argument`` (position), ``derived`` (what, which), ``recalled`` (name), ``held`` (a tensor),
@@ -65,6 +66,7 @@ class Composition:
         derived: binds the tensors that passes derived from weights.
         disabled: (pass, path) of sites that some action could not be done at; they stay dense, and the report says why.
         compiled: how many different parts were compiled; ``seconds`` in all.
+        recalls: how what an earlier step kept lies in memory, by name.
     """
 
     sites: list[list[tuple[StepPass, str]]]
@@ -76,6 +78,7 @@ class Composition:
     disabled: frozenset[tuple[str, str]]
     compiled: int
     seconds: float
+    recalls: dict[str, Hashable] = field(default_factory=dict)
     _linked: dict[Row, Linked] = field(default_factory=dict)
 
     def row(self, step: int, branch: int) -> Row:
@@ -84,6 +87,47 @@ class Composition:
             tuple(FULL if (p.name, path) in self.disabled else p.action(step, path, branch) for p, path in block)
             for block in self.sites
         )
+
+    def possible(self, step: int, branch: int, held: Callable[[str, int], bool]) -> Row:
+        """What the passes want at a step, as far as what it reads was kept.
+
+        A block that reads what is missing does what the latest step before did that reads nothing missing, which is as a
+        rule the step that keeps it.
+
+        Args:
+            held: whether something is remembered under a name, by the given step or a later one.
+        """
+        rows: dict[int, Row] = {}
+
+        def actions(at: int, block: int) -> Actions:
+            if at not in rows:
+                rows[at] = self.row(at, branch)
+            return rows[at][block]
+
+        def reads(piece: Piece, block: int) -> bool:
+            names = [what for kind, what in piece.given if kind == "recalled" and not self.planned(what, step)]
+            return all(held(name, kept_at(name, block)) for name in names)
+
+        def kept_at(name: str, block: int) -> int:
+            if name.startswith(FIRST):
+                return step  # by the step's first call
+            keeps = (t for t in range(step - 1, -1, -1) if name in dict(self.pieces[block, actions(t, block)].keeps))
+            return next(keeps, step)  # never: nothing is as new as this step
+
+        chosen = []
+        for block, wanted in enumerate(self.row(step, branch)):
+            tried = (wanted, *(actions(t, block) for t in range(step - 1, -1, -1)))
+            ways = (way for way in tried if reads(self.pieces[block, way], block))
+            chosen.append(next(ways, all_full(self.sites[block])))
+        return tuple(chosen)
+
+    def planned(self, name: str, step: int) -> Tensor | None:
+        """A tensor that a step reads and that the plan holds, not an earlier step."""
+        return next((t for p in self.passes if (t := p.operand(name, step)) is not None), None)
+
+    @property
+    def passes(self) -> list[StepPass]:
+        return list({id(p): p for p, _ in itertools.chain.from_iterable(self.sites)}.values())
 
     @property
     def full(self) -> Row:

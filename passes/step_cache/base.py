@@ -108,6 +108,16 @@ class StepPass(SitePatterns):
         """Model calls of the run that the schedule was made for; of one that fits any run, its :meth:`horizon`."""
         return len(self.timesteps) or self.horizon()
 
+    @property
+    def ends(self) -> int | None:
+        """Model calls after which a run is over, if the schedule says so; None if it fits runs of any length."""
+        return len(self.timesteps) or None
+
+    @property
+    def exact_age(self) -> bool:
+        """What is recalled must be of the very step that the schedule means, and not of a later one."""
+        return False
+
     def shown(self, action: str) -> str:
         """What a picture calls an action."""
         return action.split("+output")[0].split("+residual")[0]

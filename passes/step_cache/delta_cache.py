@@ -63,6 +63,10 @@ class DeltaCache(StepPass):
             return _KEEP_SLOPE if slopes else _KEEP
         return _USE_SLOPE if slopes else _USE
 
+    @property
+    def exact_age(self) -> bool:
+        return self.predict == "taylor"  # a slope is a change over so many steps
+
     def shown(self, action: str) -> str:
         return "reuse" if action in (_USE, _USE_SLOPE) else FULL
 

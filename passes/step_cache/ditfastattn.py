@@ -109,6 +109,10 @@ class DiTFastAttn(StepPass, Searched):
     def shown(self, action: str) -> str:
         return "reuse" if action == SHARE else super().shown(action)
 
+    @property
+    def ends(self) -> int | None:
+        return super().ends or self.horizon() or None
+
     def horizon(self) -> int:
         return max(map(len, self.methods.values()), default=0)
 

@@ -1,0 +1,410 @@
+"""Whose sampling run a model call belongs to, and where that run is.
+
+Runs belong to the model, not to compiled code: a recompilation in the middle (texts of another length, guidance switched
+off) goes on with the same run. A call is of the run that its caller declares, else of the one that its latents come of
+(:mod:`accelpass.backends.continuity`). A call of which that cannot be told begins a run, which computes in full.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accelpass.backends.continuity import STEPS, Past, origin, result_of
+from accelpass.backends.run_memory import RunMemory
+from accelpass.backends.step_clock import Clock, Declared, Tick, declaration_of
+from accelpass.ir.steps import StepError
+
+MOST = 16
+"""Undeclared runs of a model that are remembered at once."""
+PATIENCE = 3
+"""A run is given up when another of the same thread has made so many steps without it; in turns each makes one."""
+_COPIED = 4 * 2**20
+"""Bytes up to which an input is compared by its values; a larger one by identity."""
+
+DOUBTED = (
+    "began a run of its own, in full, though its timestep could be the next of an earlier run: the latents are not a sum of "
+    "what that run had (a sampler that adds noise or clips). Declare it: with accelpass.sampling_run(model): ..."
+)
+CHANGED = "had inputs that no call of the step before had, so that nothing was reused"
+RENEWED = "found nothing that an earlier step of its run had kept in this shape, and computed it anew"
+
+
+@dataclass(eq=False)
+class Call:
+    """What a run is told from.
+
+    Attributes:
+        times: least and largest timestep; they differ where each sample or token has its own.
+        given: the other tensors that the caller passes, by name.
+        tensor: one of the model's own.
+    """
+
+    latents: Tensor
+    times: tuple[float, float]
+    given: Mapping[str, Tensor]
+    tensor: Tensor | None = None
+
+
+class Seen:
+    """An input as a call was given it."""
+
+    def __init__(self, t: Tensor) -> None:
+        self._ref, self._version = weakref.ref(t), None if t.is_inference() else t._version
+        self._copy = t.detach().clone() if t.numel() * t.element_size() <= _COPIED else None
+
+    def same(self, t: Tensor) -> bool:
+        """It is this very tensor, not written to since."""
+        if self._ref() is not t:
+            return False
+        return self._holds(t) if t.is_inference() else t._version == self._version
+
+    def equal(self, t: Tensor) -> bool:
+        return self.same(t) or (self._copy is not None and self._holds(t))
+
+    def _holds(self, t: Tensor) -> bool:
+        kept = self._copy
+        if kept is None:
+            return True
+        return (kept.shape, kept.dtype, kept.device) == (t.shape, t.dtype, t.device) and torch.equal(kept, t)
+
+
+@dataclass(eq=False)
+class Branch:
+    """Calls of a run, one a step, that have all inputs in common but the latents: one side of guidance as two calls.
+
+    Attributes:
+        order: its place among the calls of the last step that had it.
+    """
+
+    number: int
+    given: dict[str, Seen]
+    order: int
+    step: int
+
+
+@dataclass(frozen=True, eq=False)
+class Ran:
+    """What one call computed: the row of actions, and its FLOPs beside those in full."""
+
+    tick: Tick
+    time: float
+    row: Any
+    flops: int
+    attention: int
+    by: object
+
+
+@dataclass(eq=False)
+class Run:
+    """A sampling run: its clock, and what its steps keep.
+
+    Attributes:
+        length: model calls after which it has ended, if its schedule says so.
+        passed: steps of other runs in this run's thread since its last call.
+        doubts: steps whose latents were not a sum of what was before.
+    """
+
+    clock: Clock
+    length: int | None = None
+    memory: RunMemory = field(default_factory=RunMemory)
+    log: deque[Ran] = field(default_factory=lambda: deque(maxlen=1000))
+    past: deque[Past] = field(default_factory=lambda: deque(maxlen=STEPS))
+    branches: list[Branch] = field(default_factory=list)
+    first: int = 0
+    busy: bool = False
+    passed: Counter[int] = field(default_factory=Counter)
+    proofs: int = 0
+    doubts: int = 0
+    _thread: weakref.ref[threading.Thread] | None = None
+    _times: tuple[float, float] | None = None
+    _end: int = 1
+    _changed: set[str] = field(default_factory=set)
+    _repeated: set[str] = field(default_factory=set)
+
+    def reset(self) -> None:
+        """Back to its beginning."""
+        self.clock.reset()
+        self.memory.held = {}
+        self.branches.clear()
+        self.past.clear()
+        self.log.clear()
+        self._changed.clear()
+        self._repeated.clear()
+        self._times, self._end, self.proofs, self.doubts = None, 1, 0, 0
+
+    @property
+    def thread(self) -> threading.Thread | None:
+        """That made the last call; None if it has ended."""
+        found = None if self._thread is None else self._thread()
+        return found if found is not None and found.is_alive() else None
+
+    @property
+    def ended(self) -> bool:
+        last = self.clock.last
+        return self.length is not None and last is not None and last.step + 1 >= self.length
+
+    def time(self, times: tuple[float, float]) -> float:
+        """The noise level of a call: where tokens have their own, that end of their range which moves from step to step."""
+        if self._times is not None and times != self._times:
+            self._end = 1 if times[1] != self._times[1] else 0
+            self.clock.before = self._times[self._end]
+        return times[self._end]
+
+    def tick(self, call: Call, follows: bool = False) -> Tick:
+        return self.clock.tick(self.time(call.times), call.latents, follows)
+
+    def repeats(self, call: Call) -> bool:
+        return self.clock.repeats(self.time(call.times), call.latents)
+
+    def branch(self, given: Mapping[str, Tensor], tick: Tick) -> Branch | None:
+        """The branch that a call belongs to; None if none of the steps before had its inputs.
+
+        Inputs that have changed at every step so far (a ControlNet's) tell nothing. Where inputs cannot tell, the order can.
+        """
+        told = {n: t for n, t in given.items() if n not in self._changed - self._repeated}
+        free = [b for b in self.branches if b.step < tick.step]
+        fits = [b for b in free if all(b.given[n].equal(t) for n, t in told.items() if n in b.given)]
+        in_order = [b for b in fits if b.order == tick.branch]
+        return next(iter(in_order or (fits if told else [])), None)
+
+    def has(self, given: Mapping[str, Tensor]) -> bool:
+        """Whether an earlier call had one of these very tensors."""
+        return any(b.given[n].same(t) for b in self.branches for n, t in given.items() if n in b.given)
+
+    def note(self, call: Call, tick: Tick, branch: Branch, result: Tensor | None) -> None:
+        """The call went well."""
+        time, latents = self.time(call.times), self.past[-1].latents if tick.branch else call.latents.detach().clone()
+        if tick.branch == 0:
+            self.past.append(Past(latents, []))
+            self.first = branch.number
+        if result is not None and not self.clock.declared:
+            self.past[-1].results.append(result.detach().clone())
+        for name, t in call.given.items() if tick.step else ():
+            known = any(b.given[name].equal(t) for b in self.branches if name in b.given and b.step < tick.step)
+            (self._repeated if known else self._changed).add(name)
+        for name, t in call.given.items():
+            if name not in branch.given or not branch.given[name].same(t):
+                branch.given[name] = Seen(t)
+        branch.order, branch.step = tick.branch, tick.step
+        if branch not in self.branches:
+            self.branches.append(branch)
+        for gone in [b for b in self.branches if b.step < tick.step - 1]:
+            self.branches.remove(gone)
+            self.memory.drop(gone.number)
+        self.clock.done(tick, time, latents)
+        self._times, self._thread = call.times, weakref.ref(threading.current_thread())
+        self.passed.clear()
+
+    def new_branch(self, tick: Tick) -> Branch:
+        taken = {b.number for b in self.branches}
+        number = next(n for n in range(len(taken) + 1) if n not in taken)
+        return Branch(number, {}, tick.branch, tick.step)
+
+
+@dataclass(eq=False)
+class Turn:
+    """One call of a run.
+
+    Attributes:
+        run: None if no run could be told and none can begin here: everything is computed, and nothing kept.
+    """
+
+    run: Run | None
+    tick: Tick
+    branch: Branch
+    time: float
+
+
+@dataclass(eq=False)
+class Runs:
+    """The sampling runs of one model, compiled in one way.
+
+    Attributes:
+        key: what it was compiled with; equal ones share runs.
+        notes: how often something kept a call from reusing what was there.
+        last: the run of the last call.
+    """
+
+    key: Any
+    live: list[Run] = field(default_factory=list)
+    declared: weakref.WeakSet[Run] = field(default_factory=weakref.WeakSet)
+    notes: Counter[str] = field(default_factory=Counter)
+    last: weakref.ref[Run] | None = None
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @contextmanager
+    def turn(self, call: Call, begin: Callable[[], Run], searching: bool = False) -> Iterator[Turn]:
+        """The call's run, its own until the block ends. What the block does not finish has not happened.
+
+        Args:
+            begin: makes a run that begins.
+            searching: a pass fits itself in this run, and there is no other.
+
+        Raises:
+            StepError: the timestep is not the plan's.
+        """
+        with self._lock:
+            run, tick = self._place(call, begin, searching)
+            if run is None:
+                turn = Turn(None, tick, Branch(0, {}, 0, 0), call.times[1])
+            else:
+                branch = run.branch(call.given, tick)
+                if branch is None and tick.step and run.branches and tick.branch <= max(b.order for b in run.branches):
+                    self.notes[CHANGED] += 1
+                run.busy = True
+                turn = Turn(run, tick, branch or run.new_branch(tick), run.time(call.times))
+        try:
+            yield turn
+        finally:
+            if run is not None:
+                run.busy = False
+
+    def done(self, call: Call, turn: Turn, made: Sequence[Any], kept: dict[str, Tensor], ran: Ran) -> None:
+        """The call went well: what it keeps is the run's, and runs that nobody goes on with are dropped."""
+        run, tick = turn.run, turn.tick
+        if run is None:
+            return
+        with self._lock:
+            if tick.fresh:
+                run.reset()
+                if not run.clock.declared and run not in self.live:
+                    self.live.append(run)
+            run.note(call, tick, turn.branch, result_of(made, call.latents))
+            run.memory.keep(turn.branch.number, tick.step, kept)
+            run.log.append(ran)
+            self.last = weakref.ref(run)
+            self._give_up(run, tick)
+
+    def all(self) -> list[Run]:
+        with self._lock:
+            return [*self.live, *self.declared]
+
+    def reset(self) -> None:
+        with self._lock:
+            for run in self.all():
+                run.reset()
+            self.live.clear()
+            self.notes.clear()
+
+    def _place(self, call: Call, begin: Callable[[], Run], searching: bool) -> tuple[Run | None, Tick]:
+        declaration = declaration_of(call.tensor)
+        if declaration is not None:
+            return self._in_declared(declaration, call, begin)
+        if searching:
+            run = self.live[-1] if self.live else begin()
+            return run, run.tick(call)
+        free = [run for run in reversed(self.live) if not run.busy]
+        for run in free:
+            if run.repeats(call) and (tick := run.tick(call)).branch:
+                return run, tick
+        likely: list[tuple[Run, Tick]] = []
+        foreign: list[tuple[Run, StepError]] = []
+        doubted = False
+        for run in free:
+            try:
+                tick = run.tick(call, follows=True)
+            except StepError as cause:
+                foreign.append((run, cause))
+                continue
+            if tick.fresh:
+                continue
+            found = origin(call.latents, run.past)
+            if found.proved:
+                run.proofs += 1
+                return run, tick
+            if run.tick(call).fresh:
+                continue
+            known = run.has(call.given)
+            # A sampler that was exact at every step does not begin to add noise.
+            if found.alike and known and not (run.proofs > 1 and not run.doubts):
+                likely.append((run, tick))
+            doubted |= found.alike or known
+        if len(likely) == 1:
+            likely[0][0].doubts += 1
+            return likely[0]
+        if doubted:
+            self.notes[DOUBTED] += 1
+        run = begin()
+        try:
+            return run, run.tick(call)
+        except StepError as cause:
+            if doubted:
+                return None, Tick(0, 0, True)
+            own = [why for earlier, why in foreign if origin(call.latents, earlier.past).proved]
+            raise (own[0] if own else cause) from None
+
+    def _in_declared(self, declaration: Declared, call: Call, begin: Callable[[], Run]) -> tuple[Run, Tick]:
+        run = declaration.runs.get(self)
+        if run is None:
+            run = declaration.runs[self] = begin()
+            run.clock.declared = True
+            self.declared.add(run)
+        if run.busy:
+            raise StepError("two calls of one declared sampling run at once; declare a run for each thread or request")
+        return run, run.tick(call, follows=True)
+
+    def _give_up(self, now: Run, tick: Tick) -> None:
+        """Drop runs that have ended or were abandoned.
+
+        A run is over when its thread is gone; when its schedule is through and its thread begins another; when another
+        run of its thread makes :data:`PATIENCE` steps without it; and when it is the oldest of more than :data:`MOST`.
+        """
+        mine = threading.current_thread()
+        for run in [r for r in self.live if r is not now and not r.busy]:
+            if run.thread is mine and tick.branch == 0:
+                run.passed[id(now)] += 1
+            over = run.thread is None or (run.thread is mine and run.ended) or max(run.passed.values(), default=0) >= PATIENCE
+            if over:
+                self.live.remove(run)
+        if now in self.live:
+            self.live.remove(now)
+            self.live.append(now)
+        idle = [r for r in self.live if not r.busy and r is not now]
+        for run in idle[: max(0, len(self.live) - MOST)]:
+            self.live.remove(run)
+
+
+class Registry:
+    """The runs of every model, found by any of its tensors; they go when these do."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], list[Runs]]] = {}
+        self._unowned: weakref.WeakSet[Runs] = weakref.WeakSet()
+        self._lock = threading.RLock()
+
+    def of(self, tensors: Sequence[Tensor], key: Any) -> Runs:
+        """The runs of the model that has these tensors, compiled with ``key``."""
+        with self._lock:
+            known = [runs for t in tensors for runs in self._at(t) if runs.key == key]
+            found = known[0] if known else Runs(key)
+            for t in tensors:
+                if found not in self._at(t):
+                    self._at(t).append(found)
+            if not tensors:
+                self._unowned.add(found)
+            return found
+
+    def all_of(self, tensors: Iterable[Tensor]) -> list[Runs]:
+        """The runs of the model with these tensors, however it was compiled."""
+        with self._lock:
+            own = [runs for t in tensors if id(t) in self._known for runs in self._at(t)]
+            return list(dict.fromkeys([*own, *self._unowned]))
+
+    def _at(self, t: Tensor) -> list[Runs]:
+        entry = self._known.get(id(t))
+        if entry is None or entry[0]() is not t:
+            key = id(t)
+            entry = self._known[key] = (weakref.ref(t, lambda _: self._known.pop(key, None)), [])
+        return entry[1]
+
+
+RUNS = Registry()
