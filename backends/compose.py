@@ -78,7 +78,16 @@ class Composer:
         binder = _union(self._binders, list(self._derived))
         disabled, seconds = frozenset(self._disabled), time.perf_counter() - started
         return Composition(
-            sites, self._pieces, results, binder, order, self._records, disabled, len(self._code), seconds, self._recalls
+            sites,
+            self._pieces,
+            results,
+            binder,
+            order,
+            self._records,
+            disabled,
+            len(self._code),
+            seconds,
+            self._recalls,
         )
 
     def _sites(self, program: Program) -> tuple[Sites, dict[str, int]]:

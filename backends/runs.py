@@ -362,7 +362,11 @@ class Runs:
         for run in [r for r in self.live if r is not now and not r.busy]:
             if run.thread is mine and tick.branch == 0:
                 run.passed[id(now)] += 1
-            over = run.thread is None or (run.thread is mine and run.ended) or max(run.passed.values(), default=0) >= PATIENCE
+            over = (
+                run.thread is None
+                or (run.thread is mine and run.ended)
+                or max(run.passed.values(), default=0) >= PATIENCE
+            )
             if over:
                 self.live.remove(run)
         if now in self.live:
