@@ -105,7 +105,7 @@ class Composition:
             return rows[at][block]
 
         def reads(piece: Piece, block: int) -> bool:
-            names = [what for kind, what in piece.given if kind == "recalled" and not self.planned(what, step)]
+            names = [what for kind, what in piece.given if kind == "recalled" and self.planned(what, step) is None]
             return all(held(name, kept_at(name, block)) for name in names)
 
         def kept_at(name: str, block: int) -> int:

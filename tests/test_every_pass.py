@@ -51,64 +51,52 @@ class Tried:
 def test_weights_are_those_of_the_call(name):
     tried = Tried(name)
     first, second = tried.subject.build(0), tried.subject.build(1)
-    moved, swapped = copy.deepcopy(second), copy.deepcopy(second)
-    with torch.no_grad():
-        torch.manual_seed(0)
-        for weight in moved.parameters():
-            weight.add_(0.1 * torch.randn_like(weight) * weight.std(correction=0))
-        for weight in swapped.parameters():
-            weight.mul_(1.1)
-    wants = {id(m): tried.alone(m) for m in (first, second, moved, swapped)}
-    assert difference(wants[id(first)], wants[id(second)]) > 0.01
+    values = [[weight.detach().clone() for weight in model.parameters()] for model in (first, second)]
+    wants = [tried.alone(model) for model in (first, second)]
+    assert difference(*wants) > 0.01
 
     fast, other = tried.compiled(first), tried.compiled(second)
-    tried.check(tried.run(fast, first), wants[id(first)], "alone")
+    tried.check(tried.run(fast, first), wants[0], "alone")
     assert took(first, name)
-    tried.check(tried.run(other, second), wants[id(second)], "another instance of the class")
-    tried.check(tried.run(fast, first), wants[id(first)], "the first one again")
+    tried.check(tried.run(other, second), wants[1], "another instance of the class")
+    tried.check(tried.run(fast, first), wants[0], "the first one again")
+    in_threads(tried, (fast, other), (first, second), wants)
     with torch.no_grad():
         first.load_state_dict(second.state_dict())
-        tried.check(tried.run(fast, first), wants[id(second)], "weights loaded")
-        for weight, new in zip(first.parameters(), moved.parameters(), strict=True):
-            weight.copy_(new)
-        tried.check(tried.run(fast, first), wants[id(moved)], "written in place")
-        for weight, new in zip(first.parameters(), second.parameters(), strict=True):
-            weight.data.copy_(new)
-        tried.check(tried.run(fast, first), wants[id(second)], "written through .data")
-        new = dict(swapped.named_parameters())
-        for part_name, part in first.named_modules():
-            for own in list(part._parameters):
-                if part._parameters[own] is not None:
-                    path = f"{part_name}.{own}".lstrip(".")
-                    if path in new:
-                        setattr(part, own, nn.Parameter(new[path].detach().clone(), requires_grad=False))
-        if getattr(first.config, "tie_word_embeddings", False) if hasattr(first, "config") else hasattr(first, "tie"):
-            first.tie_weights()
-    if sum(1 for _ in first.parameters()) == sum(1 for _ in second.parameters()):
-        tried.check(tried.run(fast, first), wants[id(swapped)], "parameters swapped")
+        tried.check(tried.run(fast, first), wants[1], "weights loaded")
+        for weight, value in zip(first.parameters(), values[0], strict=True):
+            weight.copy_(value)
+        tried.check(tried.run(fast, first), wants[0], "written in place")
+        for weight, value in zip(first.parameters(), values[1], strict=True):
+            weight.data.copy_(value)
+        tried.check(tried.run(fast, first), wants[1], "written through .data")
+        swap(first, values[0])
+        tried.check(tried.run(fast, first), wants[0], "parameters swapped")
     twin = copy.deepcopy(fast)
-    tried.check(tried.run(twin, twin._orig_mod), tried.run(fast, first), "a deep copy of the compiled model")
+    tried.check(tried.run(twin, twin._orig_mod), wants[0], "a deep copy of the compiled model")
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_two_threads(name):
+def swap(model: nn.Module, values: list[Tensor]) -> None:
+    """Other Parameter objects with these values; a weight that stands in two places stays one."""
+    new = {id(old): nn.Parameter(v.clone()) for old, v in zip(model.parameters(), values, strict=True)}
+    for part in model.modules():
+        for name, old in part._parameters.items():
+            if old is not None:
+                part._parameters[name] = new[id(old)]
+
+
+def in_threads(tried: Tried, fasts: Any, models: Any, wants: list[list[Tensor]]) -> None:
     """Two models of one class, each in a thread of its own, give what each gives alone."""
-    tried = Tried(name)
-    models = [tried.subject.build(seed) for seed in (0, 1)]
-    fasts = [tried.compiled(model) for model in models]
-    wants = [tried.run(fast, model) for fast, model in zip(fasts, models, strict=True)]
     made: dict[int, list[Tensor]] = {}
-
-    def work(number: int) -> None:
-        made[number] = tried.run(fasts[number], models[number])
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+    threads = [
+        threading.Thread(target=lambda n=n: made.__setitem__(n, tried.run(fasts[n], models[n]))) for n in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for number in (0, 1):
-        tried.check(made.get(number, []), wants[number], f"model {number} in a thread")
+    for number, want in enumerate(wants):
+        tried.check(made.get(number, []), want, f"model {number} in a thread")
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -119,4 +107,5 @@ def test_inductor_gives_what_the_graph_gives(name):
     want = tried.alone(model)
     got = compiled.run(compiled.compiled(model), model)
     assert took(model, name)
-    assert difference(got, want) <= max(tried.tolerance, 1e-3), name
+    # Many rows of a packed weight are multiplied in bfloat16 where the CPU does so in hardware.
+    assert difference(got, want) <= (2e-2 if name in ("int8_weights", "int4_weights") else 1e-3), name
