@@ -153,12 +153,13 @@ class Composer:
             with tracing(TracingContext(mode)):
                 self._code[key] = self.compile_part(part.gm, [value(n) for n in part.given])
         given = tuple(_ref(tensors, n, where) for n in part.given)
-        for (kind, what), node in zip(given, part.given, strict=True):
+        kept = tuple((name, _ref(tensors, node, where)) for name, node in keeps)
+        nodes = (*part.given, *(node for _, node in keeps))
+        for (kind, what), node in zip((*given, *(ref for _, ref in kept)), nodes, strict=True):
             if kind == "derived":
                 self._derived.setdefault(what, len(self._derived))
             elif kind == "recalled":
                 self._recalls[what] = layout(value(node))
-        kept = tuple((name, _ref(tensors, node, where)) for name, node in keeps)
         layouts = {_called(n, where): layout(value(n)) for n in (*part.given, *part.made) if n.op == "call_function"}
         made = tuple(_called(n, where) for n in part.made)
         self._pieces[at, actions] = Piece(self._code[key], given, made, kept, layouts, *flops)

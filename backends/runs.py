@@ -381,21 +381,20 @@ class Runs:
 
 
 class Registry:
-    """The runs of every model, found by any of its tensors; they go when these do."""
+    """The runs of every model, found by any of its tensors; they live as long as code that was compiled for the model."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Tensor], list[Runs]]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], weakref.WeakSet[Runs]]] = {}
         self._unowned: weakref.WeakSet[Runs] = weakref.WeakSet()
         self._lock = threading.RLock()
 
     def of(self, tensors: Sequence[Tensor], key: Any) -> Runs:
         """The runs of the model that has these tensors, compiled with ``key``."""
         with self._lock:
-            known = [runs for t in tensors for runs in self._at(t) if runs.key == key]
-            found = known[0] if known else Runs(key)
+            known = (runs for t in tensors for runs in list(self._at(t)) if runs.key == key)
+            found = next(known, None) or Runs(key)
             for t in tensors:
-                if found not in self._at(t):
-                    self._at(t).append(found)
+                self._at(t).add(found)
             if not tensors:
                 self._unowned.add(found)
             return found
@@ -406,11 +405,11 @@ class Registry:
             own = [runs for t in tensors if id(t) in self._known for runs in self._at(t)]
             return list(dict.fromkeys([*own, *self._unowned]))
 
-    def _at(self, t: Tensor) -> list[Runs]:
+    def _at(self, t: Tensor) -> weakref.WeakSet[Runs]:
         entry = self._known.get(id(t))
         if entry is None or entry[0]() is not t:
-            key = id(t)
-            entry = self._known[key] = (weakref.ref(t, lambda _: self._known.pop(key, None)), [])
+            key, known = id(t), self._known
+            entry = known[key] = (weakref.ref(t, lambda _: known.pop(key, None)), weakref.WeakSet())
         return entry[1]
 
 

@@ -125,8 +125,9 @@ class SteppedGraph:
         key = id(anchor)
         known = self._runs.get(key)
         if known is None or (known[0] is not None and known[0]() is not anchor):
-            ref = None if anchor is None else weakref.ref(anchor, lambda _: self._runs.pop(key, None))
-            known = self._runs[key] = (ref, RUNS.of([args[p] for p in self.at.model], self.key))
+            held = self._runs  # and not self, which would hold itself
+            ref = None if anchor is None else weakref.ref(anchor, lambda _: held.pop(key, None))
+            known = held[key] = (ref, RUNS.of([args[p] for p in self.at.model], self.key))
         return known[1]
 
     def ran(self, composition: Composition) -> list[Ran]:

@@ -105,7 +105,8 @@ class Composition:
             return rows[at][block]
 
         def reads(piece: Piece, block: int) -> bool:
-            names = [what for kind, what in piece.given if kind == "recalled" and self.planned(what, step) is None]
+            refs = dict.fromkeys((*piece.given, *(ref for _, ref in piece.keeps)))
+            names = [what for kind, what in refs if kind == "recalled" and self.planned(what, step) is None]
             return all(held(name, kept_at(name, block)) for name in names)
 
         def kept_at(name: str, block: int) -> int:

@@ -71,7 +71,7 @@ def follow(fast: Any, plan: DiTFastAttn) -> None:
     graph.steps.passes = (plan,)
     for made in graph.steps.compositions.values():
         made.sites[:] = [[(plan, path) for _, path in block] for block in made.sites]
-    graph.steps._runs.clear()
+    accelpass.reset(fast)
 
 
 def same(found: list[Tensor], truth: list[Tensor]) -> None:
