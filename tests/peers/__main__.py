@@ -28,7 +28,7 @@ from tests.peers import model_samples, torch_samples
 from tests.peers.case import Row, isolated
 
 PARTIAL = Path(__file__).parents[1] / "data" / "peers.partial"
-LIMIT = 240  # seconds a row
+LIMIT = 600  # seconds a row; generation compiles a graph for each of some lengths
 KINDS = {
     "operator": "operators of torch (`op_db`)",
     "module": "modules of torch (`module_db`)",
