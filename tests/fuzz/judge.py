@@ -141,9 +141,10 @@ class Switch:
     """A backend that compiles each of Dynamo's graphs with several options, and runs the one that is chosen: Dynamo traces once."""
 
     def __init__(self, options: Sequence[Options]) -> None:
-        self.options, self.chosen = options, 0
+        self.options, self.chosen, self.graphs = options, 0, 0
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs += 1
         made: list[Any] = []
         for options in self.options:
             try:

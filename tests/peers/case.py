@@ -86,8 +86,8 @@ def _leaf(a: Any, b: Any, tolerance: float | None) -> str:
 
 
 def judge(sample: Sample, dynamic: bool | None, inductor: bool = False) -> dict[str, str]:
-    """By name of the options: an empty string where they agree with eager, ``-`` where plain torch.compile does not either, or
-    what differs. Empty where eager itself refuses the sample."""
+    """By name of the options: an empty string where they agree with eager, ``-`` where plain torch.compile does not either,
+    ``eager`` where Dynamo gave the backend no graph, or what differs. Empty where eager itself refuses the sample."""
     want = answer(sample, sample.model)
     if isinstance(want, Exception):
         return {}
@@ -102,15 +102,17 @@ def judge(sample: Sample, dynamic: bool | None, inductor: bool = False) -> dict[
         if number == 1 and list(sample.model.parameters()):
             right = answer(sample, rounded(sample.model))
         found[name] = differs(right, got)
+    if not switch.graphs:
+        found = {name: text or "eager" for name, text in found.items()}
     if inductor:
         torch._dynamo.reset()
         fast = torch.compile(sample.model, backend="accelpass", options=INDUCTOR, dynamic=dynamic)
         found["inductor"] = differs(want, answer(sample, fast))
-    if any(found.values()):
+    if any(text not in ("", "eager") for text in found.values()):
         torch._dynamo.reset()
         plain = answer(sample, torch.compile(sample.model, backend="aot_eager", dynamic=dynamic))
         if differs(want, plain):
-            found = {name: "-" if text else "" for name, text in found.items()}
+            found = {name: "-" if text not in ("", "eager") else text for name, text in found.items()}
         elif found.get("inductor"):
             torch._dynamo.reset()
             plain = answer(sample, torch.compile(sample.model, backend="inductor", dynamic=dynamic))
@@ -123,7 +125,7 @@ def add(row: Row, label: str, found: dict[str, str]) -> None:
     if not found:
         row["unusable"] = row.get("unusable", 0) + 1
     for name, text in found.items():
-        kind = "same" if not text else "incomparable" if text == "-" else "wrong"
+        kind = {"": "same", "-": "incomparable", "eager": "uncompiled"}.get(text, "wrong")
         row[kind] = row.get(kind, 0) + 1
         if kind == "wrong":
             row.setdefault("why", []).append(f"{label}, {name}: {text}")

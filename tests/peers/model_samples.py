@@ -44,7 +44,7 @@ def _model(family: str, seed: int) -> Any:
             with torch.no_grad():
                 for p in model.parameters():
                     p.add_(torch.randn_like(p) * 0.01)
-    model.config.get_text_config().use_cache = True
+    model.config.get_text_config().use_cache = model.generation_config.use_cache = True
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     if family in SEQ2SEQ:

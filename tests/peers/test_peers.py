@@ -37,8 +37,8 @@ def test_samples_of_torch(key: str) -> None:
 
 def test_generation() -> None:
     row: Row = {}
-    model_samples.generation_row("llama", ("greedy", "left padding"))(row)
-    assert row == {"same": 4}
+    model_samples.generation_row("llama", ("left padding",))(row)
+    assert row == {"same": 2}
 
 
 def test_differences_are_seen() -> None:
@@ -65,7 +65,7 @@ def test_verdicts_are_counted_and_children_cannot_take_the_rest_along() -> None:
     }
     assert "crash" in isolated("x", lambda row: [][0] if row is None else os._exit(3), 5)["failed"]
     page = markdown([{"key": "operator/a", **row}, {"key": "module/b", "failed": "no answer"}], 2)
-    assert "| 1 | 1 | 1 | 1 | 0 |" in page and "operator/a: 1 of 2" in page and "module/b: no answer" in page
+    assert "| 1 | 1 | 1 | 0 | 1 | 0 |" in page and "operator/a: 1 of 2" in page and "module/b: no answer" in page
 
 
 def test_what_no_compiler_answers_is_incomparable() -> None:
@@ -74,6 +74,16 @@ def test_what_no_compiler_answers_is_incomparable() -> None:
             return x * 2 if torch.compiler.is_compiling() else x
 
     assert judge(Sample("coin", Coin(), (torch.ones(2),)), None) == {"default": "-", "int8_weights": "-"}
+
+
+def test_what_never_reaches_the_backend_is_no_agreement() -> None:
+    class Skipped(nn.Module):
+        @torch.compiler.disable
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    found = judge(Sample("skipped", Skipped(), (torch.ones(2),)), None)
+    assert found == {"default": "eager", "int8_weights": "eager"}
 
 
 def test_a_section_is_written_and_the_rest_left(tmp_path: Path) -> None:
