@@ -132,7 +132,8 @@ class SteppedGraph:
 
     def ran(self, composition: Composition) -> list[Ran]:
         """The calls of the latest run, as far as they were of this compiled code."""
-        latest = [run for _, runs in self._runs.values() if (run := runs.last and runs.last()) is not None]
+        known = [runs.last() for _, runs in self._runs.values() if runs.last is not None]
+        latest = [run for run in known if run is not None]
         return [ran for run in latest[-1:] for ran in list(run.log) if ran.by is composition]
 
     def notes(self) -> list[str]:
