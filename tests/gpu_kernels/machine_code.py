@@ -77,10 +77,11 @@ def taken(built: Any, chip: Chip) -> Taken:
             check=True,
         )
     said = done.stderr
-    registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+    # A kernel may be several functions; what the largest takes is what a thread has.
+    registers, spilled = (re.findall(what, said) for what in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
     warnings = tuple(line.strip() for line in said.splitlines() if "warning" in line.lower())
-    assert registers is not None, said
-    return Taken(built.metadata.shared, int(registers.group(1)), int(spilled.group(1)) if spilled else 0, warnings)
+    assert registers, said
+    return Taken(built.metadata.shared, max(map(int, registers)), max(map(int, spilled), default=0), warnings)
 
 
 def _assembler(chip: Chip) -> str:
