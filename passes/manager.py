@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -42,9 +44,23 @@ def ordered(passes: Sequence[Pass]) -> list[Pass]:
 
 @dataclass(frozen=True)
 class Observer:
-    """Looks at the program after each pass; used by debug mode and by the tests."""
+    """Looks at the program after each pass, and before it; used by debug mode and by the conformance kit."""
 
     after: Callable[[Program, Record], None]
+    before: Callable[[Program, Pass], None] = lambda program, p: None
+
+
+_WATCHING: ContextVar[tuple[Observer, ...]] = ContextVar("watching", default=())
+
+
+@contextmanager
+def watched(observer: Observer) -> Iterator[None]:
+    """Let an observer see every program that passes are applied to in this block, whatever compiles it."""
+    token = _WATCHING.set((*_WATCHING.get(), observer))
+    try:
+        yield
+    finally:
+        _WATCHING.reset(token)
 
 
 def run(
@@ -65,10 +81,13 @@ def run(
         PassError: a pass failed, or rewrote a site of ``skip_sites``.
     """
     records = []
+    observers = (*observers, *_WATCHING.get())
     before = signature(program)
     for p in ordered(passes):
         is_asked = asked is None or p.name in asked
         record = Record(p.name, leave=frozenset(skip_sites.get(p.name, ())))
+        for observer in observers:
+            observer.before(program, p)
         try:
             # Fake values are computed for new nodes: never under autograd, which would trace gradients of them.
             with torch.no_grad():
