@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from accelpass.backends import CompiledGraph
+from accelpass.backends.step_report import describe_run
 from accelpass.cache_report import CacheReport, cache_reports
 from accelpass.density_view import DensityView
 from accelpass.ir.derived import is_released
@@ -80,7 +81,8 @@ class Report:
             ``free_weights``; ``derived``: packed forms, held besides.
         seconds: spent in compiling all graphs; ``seconds_in_passes`` of them in accelpass.
         notes: what a reader must know to read the figures right.
-        steps: what is done at each denoising step, if a pass chooses by step; FLOPs are then the mean over the steps.
+        steps: what the latest sampling run did at each denoising step, if a pass chooses by step; FLOPs are then the mean over
+            its calls.
         refused: what looks like an attention and stays as the model wrote it in any graph, so that no pass sees it: where -> why.
         densities: of each pass that chose what the heads of prompts read, how much that is.
         caches: each live ``accelpass.KVCache`` that holds tokens of this model, as it is now.
@@ -108,12 +110,14 @@ class Report:
     @classmethod
     def of(cls, found: Found) -> Report:
         """The report of the graphs of one compiled model."""
+        tensors = [t for m in found.modules for t in (*m.parameters(), *m.buffers())]
+        untold = [n for g in found.graphs if g.steps is not None for n in describe_run(g.report, g.steps, tensors)]
         graphs = [_row(g) for g in found.graphs]
         chosen = _one_forward(found)
         kinds = {k: 0 for g in graphs for k in g.found}
         flops: tuple[int, int] | None = (0, 0)
         before = after = derived = 0
-        remembered = set(map(id, remembered_by(t for m in found.modules for t in (*m.parameters(), *m.buffers()))))
+        remembered = set(map(id, remembered_by(tensors)))
         for group in chosen:
             rows = [r for r in graphs if r.number in {e.graph.report.number for e in group}]
             for kind in kinds:
@@ -137,11 +141,11 @@ class Report:
             memory=memory,
             seconds=sum(g.seconds for g in graphs),
             seconds_in_passes=sum(g.seconds_in_passes for g in graphs),
-            notes=tuple(_notes(found, memory, flops)),
+            notes=tuple(dict.fromkeys([*_notes(found, memory, flops), *untold])),
             modules=tuple(_leaves(found.modules)),
             steps=next(filter(None, (_steps(g) for g in reversed(found.graphs))), None),
-            survivors=surviving_of(t for m in found.modules for t in (*m.parameters(), *m.buffers())),
-            caches=cache_reports(t for m in found.modules for t in (*m.parameters(), *m.buffers())),
+            survivors=surviving_of(tensors),
+            caches=cache_reports(tensors),
         )
 
     def to_dict(self) -> dict[str, Any]:

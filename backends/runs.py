@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from accelpass.backends.continuity import STEPS, Past, origin, result_of
 from accelpass.backends.run_memory import RunMemory
 from accelpass.backends.step_clock import Clock, Declared, Tick, declaration_of
 from accelpass.ir.steps import StepError
+
+if TYPE_CHECKING:
+    from accelpass.backends.steps import Composition
 
 MOST = 16
 """Undeclared runs of a model that are remembered at once."""
@@ -93,14 +96,14 @@ class Branch:
 
 @dataclass(frozen=True, eq=False)
 class Ran:
-    """What one call computed: the row of actions, and its FLOPs beside those in full."""
+    """What one call computed: the row of actions, and its FLOPs; ``by`` is the compiled code."""
 
     tick: Tick
     time: float
     row: Any
     flops: int
     attention: int
-    by: object
+    by: Composition
 
 
 @dataclass(eq=False)
@@ -231,14 +234,14 @@ class Runs:
     Attributes:
         key: what it was compiled with; equal ones share runs.
         notes: how often something kept a call from reusing what was there.
-        last: the run of the last call.
+        log: what the calls of the latest run computed.
     """
 
     key: Any
     live: list[Run] = field(default_factory=list)
     declared: weakref.WeakSet[Run] = field(default_factory=weakref.WeakSet)
     notes: Counter[str] = field(default_factory=Counter)
-    last: weakref.ref[Run] | None = None
+    log: Sequence[Ran] = ()
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @contextmanager
@@ -281,7 +284,7 @@ class Runs:
             run.note(call, tick, turn.branch, result_of(made, call.latents))
             run.memory.keep(turn.branch.number, tick.step, kept)
             run.log.append(ran)
-            self.last = weakref.ref(run)
+            self.log = run.log
             self._give_up(run, tick)
 
     def all(self) -> list[Run]:
@@ -294,6 +297,7 @@ class Runs:
                 run.reset()
             self.live.clear()
             self.notes.clear()
+            self.log = ()
 
     def _place(self, call: Call, begin: Callable[[], Run], searching: bool) -> tuple[Run | None, Tick]:
         declaration = declaration_of(call.tensor)

@@ -125,20 +125,16 @@ class SteppedGraph:
         key = id(anchor)
         known = self._runs.get(key)
         if known is None or (known[0] is not None and known[0]() is not anchor):
-            held = self._runs  # and not self, which would hold itself
-            ref = None if anchor is None else weakref.ref(anchor, lambda _: held.pop(key, None))
-            known = held[key] = (ref, RUNS.of([args[p] for p in self.at.model], self.key))
+            me = weakref.ref(self)  # a callback that held this object would keep it alive
+
+            def gone(_: object) -> None:
+                graph = me()
+                if graph is not None:
+                    graph._runs.pop(key, None)
+
+            ref = None if anchor is None else weakref.ref(anchor, gone)
+            known = self._runs[key] = (ref, RUNS.of([args[p] for p in self.at.model], self.key))
         return known[1]
-
-    def ran(self, composition: Composition) -> list[Ran]:
-        """The calls of the latest run, as far as they were of this compiled code."""
-        known = [runs.last() for _, runs in self._runs.values() if runs.last is not None]
-        latest = [run for run in known if run is not None]
-        return [ran for run in latest[-1:] for ran in list(run.log) if ran.by is composition]
-
-    def notes(self) -> list[str]:
-        """What kept calls from reusing what was there."""
-        return [f"{n} call(s) {what}" for _, runs in self._runs.values() for what, n in runs.notes.items()]
 
     def _call(self, args: Sequence[Any]) -> Call:
         anchor = args[self.at.model[0]] if self.at.model else None

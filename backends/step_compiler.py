@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,16 +17,18 @@ from accelpass.backends.compose import Composer
 from accelpass.backends.inductor import compile_whole
 from accelpass.backends.rewriting import captured, copied, debug_of, lowered, refuse_released
 from accelpass.backends.sampling import Arguments, SteppedGraph
+from accelpass.backends.step_report import describe, planned
 from accelpass.backends.steps import Composition
+from accelpass.ir.capture import cut_said
 from accelpass.ir.errors import OptionError, PassError
 from accelpass.ir.graph import argument_name, placeholders, value
 from accelpass.ir.program import Program
 from accelpass.ir.steps import LATENTS, TIMESTEP, user_input
 from accelpass.ir.tensors import FromInputs
-from accelpass.passes.base import Done, Record
+from accelpass.passes.base import Record
 from accelpass.passes.manager import run
 from accelpass.passes.options import Options
-from accelpass.passes.report import GraphReport, StepReport, costs
+from accelpass.passes.report import GraphReport, costs
 from accelpass.passes.step_cache.base import FULL, StepPass
 
 
@@ -47,10 +48,11 @@ def step_graph(
     latents, timestep = user_input(program, *LATENTS), user_input(program, *TIMESTEP)
     artefacts = {} if chosen.plan is None else chosen.plan.tensors
     if timestep is None or latents is None:
+        cut = cut_said(program)
         raise PassError(
             f"{', '.join(p.name for p in chosen.passes if isinstance(p, StepPass))}: the model has no input named {', '.join(TIMESTEP)}, from which the "
             "denoising step could be told; rename the argument, or wrap the model. If it has one, a graph break cuts the model "
-            "in two, and fullgraph=True shows where"
+            f"in two, and fullgraph=True shows where{cut and f'; {cut}'}"
         )
     if chosen.plan is not None:
         chosen.plan.check(program)
@@ -94,7 +96,7 @@ def step_graph(
             chosen.free_weights,
         ).compose()
         refuse_released(tensors, composition.derived, args)
-        _describe(report, composition, passes)
+        describe(report, composition, planned(composition, passes), passes)
         return composition
 
     key = (asked, chosen.skip_sites, chosen.lowering)
@@ -132,51 +134,3 @@ def _variant(made: Program) -> str:
 
 def _sizes(held: Any) -> Sequence[Any]:
     return held.shape if isinstance(held, Tensor) else (held,)
-
-
-def _describe(report: GraphReport, made: Composition, passes: Sequence[StepPass]) -> None:
-    """What was done at each site over all steps, in place of what was done in each of the graphs."""
-    calls = max((p.run_length for p in passes), default=0)
-    rows = [made.row(step, 0) for step in range(calls)] if not any(p.searching for p in passes) else []
-    merged: dict[str, Record] = {}
-    for record in made.records:
-        into = merged.setdefault(record.name, Record(record.name))
-        into.skipped = {**record.skipped, **into.skipped}
-        for site, done in record.took.items():
-            into.took.setdefault(site, done)
-    for p in passes:
-        mine = merged[p.name]
-        mine.took = {}
-        for number, block in enumerate(made.sites):
-            for at, (q, path) in enumerate(block):
-                counts = Counter(p.shown(row[number][at]) for row in rows)
-                if q is p and (p.name, path) not in made.disabled and counts:
-                    shown = ", ".join(f"{action} {count}" for action, count in counts.most_common())
-                    mine.took[path] = Done(f"of {calls} model calls: {shown}")
-    report.records = list(merged.values())
-    sites = tuple(path for block in made.sites for _, path in block)
-    flat = [p for block in made.sites for p, _ in block]
-    actions = tuple(
-        tuple(p.shown(a) for p, a in zip(flat, itertools.chain.from_iterable(row), strict=True)) for row in rows
-    )
-    timesteps = next((p.timesteps for p in passes if p.timesteps), tuple(map(float, range(len(rows)))))
-    flops = tuple(made.linked(row).flops for row in rows)
-    attention = tuple(made.linked(row).attention for row in rows)
-    dense = made.linked(made.full)
-    full = dense.flops
-    report.steps = StepReport(
-        sites=sites,
-        actions=actions,
-        flops=flops,
-        timesteps=timesteps,
-        dense=full,
-        parts=len(made.pieces),
-        compiled=made.compiled,
-        attention=attention,
-        dense_attention=dense.attention,
-        variants=len(set(rows)),
-    )
-    report.parts, report.parts_compiled = len(made.sites) + 2, made.compiled
-    report.before.flops = full
-    report.after.flops = sum(flops) // len(flops) if flops else full
-    report.derived_bytes = made.derived.derived_bytes()

@@ -6,6 +6,7 @@ same as ``torch.export``'s. Dynamo still owns the graph that it passes to a back
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch._functorch.predispatch
 from torch import Tensor, fx
 from torch._dynamo.source import AttrSource, ConstantSource, DictGetItemSource
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -154,7 +156,32 @@ def from_dynamo(
     if any(isinstance(t, FakeTensor) for t in held):
         # A value computed under a transform (vmap inside a scan) came out without its computation.
         raise NotCanonical("retracing lost how a value is computed, as it does inside associative_scan")
-    return Program(new, FromInputs(new, example_inputs, paths), "dynamo")
+    return Program(new, FromInputs(new, example_inputs, paths), "dynamo", cut=cut_by(gm))
+
+
+def cut_by(gm: fx.GraphModule) -> str:
+    """The graph break that made Dynamo's graph a piece of the model, by file, line and reason; empty if there is none.
+
+    Dynamo says why a graph ends; that it begins in the middle is told by the name of the function that it goes on in.
+    """
+    why = getattr(gm, "compile_subgraph_reason", None)
+    if why is not None and why.graph_break:
+        at = why.user_stack[-1] if why.user_stack else None
+        place = f"{at.filename}:{at.lineno}, in {at.name}" if at is not None else "a place that Dynamo does not name"
+        return f"{place}: {str(why.reason).splitlines()[0]}"
+    code = next(iter(TracingContext.get_traced_code() or ()), None)
+    resumed = re.fullmatch(r"torch_dynamo_resume_in_(.*)_at_(\d+)", code.co_name) if code is not None else None
+    return "" if code is None or resumed is None else f"{code.co_filename}:{resumed[2]}, in {resumed[1]}"
+
+
+def cut_said(program: Program) -> str:
+    """What a user must know of a graph that is a piece of the model; empty if it is the whole."""
+    if not program.cut:
+        return ""
+    return (
+        f"this graph is only a piece of the model: a graph break cut it at {program.cut}. "
+        "Take out what Dynamo cannot trace there; torch.compile(..., fullgraph=True) stops at the first such place"
+    )
 
 
 def _keep_assertions(gm: fx.GraphModule, retraced: fx.GraphModule) -> None:

@@ -26,6 +26,7 @@ class Program:
         actions: what each step-caching pass, by name, does at each site of this variant of the graph.
         pins: how many outputs of the graph, after the model's own, only keep a block's streams alive.
         remembered: names of the graph's last outputs, which later denoising steps read.
+        cut: where a graph break made this graph a piece of the model; empty if it is the whole.
         refused: why what a pass asks of the backend cannot be done for this graph, by the pass's name.
     """
 
@@ -36,6 +37,7 @@ class Program:
     actions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     pins: int = 0
     remembered: list[str] = field(default_factory=list)
+    cut: str = ""
     refused: dict[str, str] = field(default_factory=dict)
     _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from accelpass.ir.attention.insert import inverse
 from accelpass.ir.attention.lower import memory_order
 from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.capture import cut_said
 from accelpass.ir.errors import SpecConflict
 from accelpass.ir.graph import aten, call, value
 from accelpass.ir.program import Program
@@ -165,7 +166,7 @@ class StepPass(SitePatterns):
         sites = self.places(found)
         if not sites:
             # Nor is anything dropped: a decoder's graph writes to a cache that nothing here knows.
-            record.skip("model", NO_SITES if found else NO_BLOCKS)
+            record.skip("model", cut_said(program) or (NO_SITES if found else NO_BLOCKS))
             return
         seen = tuple(int(n) for n in value(latents).shape[1:]) if (latents := user_input(program, *LATENTS)) else ()
         if self.latents and seen and seen != self.latents:
