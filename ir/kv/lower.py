@@ -224,7 +224,7 @@ class _Lowering:
                     raise WrongResult(
                         select, "attend", f"it returned {type(both).__name__}, not (attention, rows or None)"
                     )
-                made = [both[0]] if both[1] is None else [both[0], both[1]]
+                made = [tensor for tensor in both if tensor is not None]
             part, method = (store, "extend") if select is None else (select, "attend")
             made[0] = like_in_memory(checked(part, method, made[0], wanted), wanted)
             count.add_(_advance(store, new))
