@@ -109,7 +109,9 @@ def model() -> nn.Module:
     return Guided().eval()
 
 
-def steps(fast: Any, seed: int, words: Tensor, times: tuple[float, ...] = TIMES, noisy: float = 0.0) -> Iterator[Tensor]:
+def steps(
+    fast: Any, seed: int, words: Tensor, times: tuple[float, ...] = TIMES, noisy: float = 0.0
+) -> Iterator[Tensor]:
     """The model's results at the steps of a run, which goes on when the next is asked for."""
     x, generator = noise(seed), torch.Generator().manual_seed(seed)
     for time in times:
