@@ -301,7 +301,7 @@ def test_guidance_in_two_calls_begins_late(model: nn.Module) -> None:
 def test_the_batch_halves(which: str, model: nn.Module) -> None:
     """Guidance in one batch is switched off: the first step of one half alone finds nothing that fits, and computes it."""
     fast, both, x = compiled(which, model), torch.cat([text(0), text(1)]), noise(0)
-    for step, time in enumerate(TIMES[:3]):
+    for time in TIMES[:3]:
         twice = torch.cat([x, x])
         made = fast(hidden_states=twice, timestep=at(time, 2), encoder_hidden_states=both)
         x = x - 0.3 * (made[:1] - 2 * made[1:])
