@@ -159,7 +159,7 @@ def compiled(
             report = report.anew(_unforeseen(failure.pass_name, failure))
             chosen = replace(chosen, passes=tuple(p for p in chosen.passes if p.name != failure.pass_name))
         except Exception as cause:
-            if _is_meant(cause):
+            if _is_meant(cause) or (chosen.asked and isinstance(cause, AccelpassError)):
                 raise
             if chosen.asked:
                 names = ", ".join(p.name for p in chosen.passes if p.name in chosen.asked)
