@@ -85,8 +85,10 @@ def origin(latents: Tensor, past: Sequence[Past]) -> Origin:
     few = 2 * len(parts) / moved.sum(1).clamp_min(1)
     proved = left <= _SURE * of_change + 2 * precision * of_all
     alike = left**2 <= (0.9 - few) * of_all**2
-    sure, similar = torch.stack([(proved & (few <= 2 / _ROOM)) | (of_all == 0), alike | proved]).all(1).tolist()
-    return Origin(bool(sure), bool(similar))
+    # A sample that stands still proves nothing, and speaks against nothing.
+    stands = of_all == 0
+    sure, similar = torch.stack([(proved & (few <= 2 / _ROOM)) | stands, alike | proved]).all(1).tolist()
+    return Origin(bool(sure) and not bool(stands.all()), bool(similar))
 
 
 def _batched(t: Tensor, count: int) -> Tensor | None:

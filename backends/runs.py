@@ -313,10 +313,13 @@ class Runs:
         doubted = False
         # Two requests may have the very same latents: a thread goes on with its own before it looks at another's.
         for among in (own, [run for run in free if run not in own]):
-            for run in among:
-                if run.repeats(call) and (tick := run.tick(call)).branch:
+            again = [run for run in among if run.repeats(call)]
+            for run in again:
+                if (tick := run.tick(call)).branch:
                     return run, tick
             for run in among:
+                if run in again:
+                    continue
                 try:
                     tick = run.tick(call, follows=True)
                 except StepError as cause:

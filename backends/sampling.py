@@ -67,7 +67,8 @@ class SteppedGraph:
                 row: Row = searcher.choose(_Trial(composition, args, recalled, turn.tick, turn.time, call.latents))
             else:
                 row = self._row(composition, turn)
-                if row != composition.row(turn.tick.step, turn.tick.branch):
+                known = turn.branch in turn.run.branches  # else it is said already why it begins anew
+                if known and row != composition.row(turn.tick.step, turn.tick.branch):
                     runs.notes[RENEWED] += 1
             made, kept = composition.evaluate(row, args, recalled)
             graph = composition.linked(row)

@@ -22,12 +22,12 @@ _LIMIT = (
 
 
 def room_for(capacity: int) -> int:
-    """The rows that a cache layer of this capacity has: rounded up to a sixteenth of the power of two above it, at least 16.
+    """The rows that a cache layer of this capacity has: rounded up to a sixteenth of the power of two above it, at least to 8.
 
     Rows are part of a graph, so a server whose requests all ask for another capacity would have a graph for each. With sixteen
     sizes an octave there are few, and the rows that are never used, which attention reads all the same, stay below 7 %.
     """
-    step = max(16, 1 << max((capacity - 1).bit_length() - 5, 0))
+    step = max(8, 1 << max((capacity - 1).bit_length() - 5, 0))
     return -(-capacity // step) * step
 
 

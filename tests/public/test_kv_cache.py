@@ -351,16 +351,16 @@ def test_with_packed_weights(kv, weights):
 
 def test_room_for_a_capacity():
     rooms = [ledger.room_for(c) for c in range(1, 20000)]
-    assert all(c <= room <= max(16, c * 17 / 16 + 16) for c, room in enumerate(rooms, 1))
+    assert all(c <= room < c * 17 / 16 + 8 for c, room in enumerate(rooms, 1))
     assert rooms == sorted(rooms)
     assert [ledger.room_for(room) for room in rooms] == rooms, "a room has itself for room"
     assert ledger.room_for(4096) == 4096 and ledger.room_for(4160) == 4352
-    assert len(set(rooms[:8192])) < 100
+    assert len(set(rooms[:8192])) < 130
 
 
 def test_capacities_and_batches_share_graphs():
     """Seven capacities, prompts of several lengths: two graphs, or three where a length became symbolic."""
-    model, capacities = settled(llama()), range(20, 27)
+    model, capacities = settled(llama()), range(17, 24)
     model.compile(backend="accelpass", options={"lowering": "eager", "passes": [{"name": "h2o", "tokens": 8}]})
     ids = torch.randint(0, 60, (1, 9))
     answers = [
@@ -369,9 +369,9 @@ def test_capacities_and_batches_share_graphs():
     ]
     assert all(torch.equal(answers[0], answer) for answer in answers)
     assert len(graphs_of(model)) == 2
-    with pytest.raises(CacheError, match="do not fit into a KVCache of capacity 20"):
+    with pytest.raises(CacheError, match="do not fit into a KVCache of capacity 17"):
         model.generate(
-            torch.ones(1, 21, dtype=torch.int64), past_key_values=accelpass.KVCache(model, 20), max_new_tokens=2
+            torch.ones(1, 18, dtype=torch.int64), past_key_values=accelpass.KVCache(model, 17), max_new_tokens=2
         )
 
 
