@@ -83,7 +83,7 @@ def origin(latents: Tensor, past: Sequence[Past]) -> Origin:
     rest = now - (q @ (q.mT @ now[..., None]))[..., 0]
     left, of_change, of_all = (t.norm(dim=1) for t in (rest, change, now))
     few = 2 * len(parts) / moved.sum(1).clamp_min(1)
-    proved = left <= _SURE * of_change + 2 * precision * of_all
+    proved = left <= _SURE * torch.minimum(of_change, of_all) + 2 * precision * of_all
     alike = left**2 <= (0.9 - few) * of_all**2
     # A sample that stands still proves nothing, and speaks against nothing.
     stands = of_all == 0
