@@ -104,7 +104,7 @@ def refuse_uncompiled_calls(model: nn.Module) -> None:
 def _refuse(module: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling() and any(is_released(p) for p in module.parameters(recurse=False)):
         raise ReleasedWeightError(
-            f"a {type(module).__name__} runs uncompiled, and free_weights released its weights. Call what torch.compile "
+            f"{type(module).__name__} runs uncompiled, and free_weights released the storage of its weights. Call what torch.compile "
             "returned; if you do, Dynamo has reached its recompile limit (torch._dynamo.config.recompile_limit) or calls "
             "the layer from code that it does not compile. Otherwise load the model again, without free_weights."
         )

@@ -37,8 +37,8 @@ class PlanError(AccelpassError, ValueError):
     """A plan or a packed model that is damaged or belongs to another model."""
 
 
-class ReleasedWeightError(AccelpassError):
-    """A weight whose memory was released by ``free_weights`` is needed again."""
+class ReleasedWeightError(AccelpassError, RuntimeError):
+    """A weight whose memory was released by ``free_weights`` is needed again; uncompiled, torch would raise a RuntimeError."""
 
 
 class CompilerMissingError(AccelpassError):
