@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint conformance composition bench docs docs-serve wheel smoke clean
+.PHONY: demo test test-slow lint conformance composition gpu-compile fuzz peers bench docs docs-serve wheel smoke clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -45,6 +45,20 @@ conformance: $(STAMP)
 # Resumes an interrupted run; half an hour or more.
 composition: $(STAMP)
 	$(BIN)/python -m tests.composition --write docs/composition.md
+
+# Machine code of every Triton kernel and config for four chips, without a GPU; resumes an interrupted run.
+gpu-compile: $(STAMP)
+	$(BIN)/python -m tests.gpu_kernels --write docs/gpu-kernels.md
+
+# Random models against eager; failures are shrunk into tests/fuzz/found. Resumes an interrupted run of the same seed.
+N ?= 10000
+SEED ?= 0
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz --programs $(N) --seed $(SEED) --write docs/conformance.md
+
+# What torch, transformers and diffusers test themselves with. Resumes an interrupted run; an hour or more.
+peers: $(STAMP)
+	$(BIN)/python -m tests.peers --write docs/conformance.md
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run --write docs/benchmarks.md

@@ -34,7 +34,7 @@ from accelpass.cli_options import (
     SeedOption,
     StepsOption,
 )
-from accelpass.terminal import INTERRUPTED, UsageMistake, guarded, step
+from accelpass.terminal import INTERRUPTED, UsageMistake, guarded, stderr, step
 
 app = typer.Typer(
     name="accelpass",
@@ -79,15 +79,24 @@ def demo(
 ) -> None:
     """Ask a small real model one question, with plain torch.compile and with int8 weights, and compare."""
     output.check_page(html)
-    from accelpass.compare import compare, first_layers
+    from accelpass.compare import compare, first_layers, parts
+    from accelpass.pace import paced
 
     options = {"passes": ["int8_weights"], "lowering": lowering.value}
-    with step("Loading smollm2-135m") as update:
+    rounds, layers = 3, 6 if quick else 30
+    loading = "Loading smollm2-135m"
+    with paced({loading: 5.0, **parts(lowering.value, rounds, layers)}, stderr) as update:
+        update(loading)
         model, tokenizer = load("smollm2-135m", "cpu", Dtype.float32)
         if quick:
-            first_layers(model, 6)
-        update("Compiling; four graphs take some minutes on a slow machine")
-        result = compare(model, tokenizer, QUESTION, options, max_new_tokens, on_step=update)
+            first_layers(model, layers)
+
+        def answered(name: str, answer: str) -> None:
+            stderr.print(f"{QUESTION} {name} says {answer!r}; now plain torch.compile, to compare", markup=False)
+
+        result = compare(
+            model, tokenizer, QUESTION, options, max_new_tokens, rounds, on_step=update, on_answer=answered
+        )
     page = result.report.to_html(html)
     if as_json:
         output.as_json(

@@ -18,6 +18,8 @@ from accelpass.report import Report
 BASELINES = {"inductor": "torch.compile", "eager": "eager"}
 """Lowering -> what the other contender is called. Unlowered, it must not pass for what Inductor can do."""
 CANDIDATE = "accelpass"
+PROMPT, TOKEN = "{}: compiling the prompt's graph", "{}: compiling the graph of one token"
+FIRST, ROUND = "{}: answering for the first time", "{}: answering, {} of {}"
 
 
 @dataclass
@@ -87,36 +89,57 @@ def compare(
     rounds: int = 3,
     stop_at_end: bool = True,
     on_step: Callable[[str], None] = lambda _: None,
+    on_answer: Callable[[str, str], None] | None = None,
 ) -> Comparison:
     """Compile both, warm both up, then let them answer in turns, so that a slow minute of the machine hits both.
+
+    accelpass comes first, and its answer is told before the baseline is compiled. Runs that are timed come after that.
 
     Args:
         options: of accelpass. With ``lowering="eager"`` the baseline is not lowered either.
         stop_at_end: end an answer at the model's end token; False times exactly ``max_new_tokens``.
-        on_step: told what is going on.
+        on_step: told what is going on, as :func:`parts` names it.
+        on_answer: told the name and the answer of accelpass, as soon as it is there.
     """
     ids = prompt_tokens(tokenizer, prompt).to(next(model.parameters()).device)
     eos = eos_tokens(model) if stop_at_end else set()
     length = ids.shape[1] + max_new_tokens
     plain = options.get("lowering", "inductor")
-    contenders = [
-        Contender(BASELINES[plain], torch.compile(model, backend=plain), new_cache(model, length)),
-        Contender(CANDIDATE, accelpass.compile(model, **options), cache_for(model, length, options)),
-    ]
-    for c in contenders:
-        on_step(f"{c.name}: compiling the prompt's graph")
+    candidate = Contender(CANDIDATE, accelpass.compile(model, **options), cache_for(model, length, options))
+    baseline = Contender(BASELINES[plain], torch.compile(model, backend=plain), new_cache(model, length))
+    for c in (candidate, baseline):
+        on_step(PROMPT.format(c.name))
         warm_up(c.fast, ids, c.cache, max_new_tokens, partial(_prompt_done, on_step, c))
+        if c is candidate and on_answer is not None:
+            on_step(FIRST.format(c.name))
+            first = greedy(c.fast, ids, c.cache, max_new_tokens, eos)
+            on_answer(c.name, tokenizer.decode(_answer(first.tokens, eos)))
     for number in range(rounds):
-        for c in contenders:
-            on_step(f"{c.name}: answering, {number + 1} of {rounds}")
+        for c in (candidate, baseline):
+            on_step(ROUND.format(c.name, number + 1, rounds))
             c.runs.append(greedy(c.fast, ids, c.cache, max_new_tokens, eos))
-    answers = {c.name: tokenizer.decode(_answer(c.runs[-1].tokens, eos)) for c in contenders}
-    baseline, candidate = contenders
+    answers = {c.name: tokenizer.decode(_answer(c.runs[-1].tokens, eos)) for c in (baseline, candidate)}
     return Comparison(baseline, candidate, answers, accelpass.explain(candidate.fast))
 
 
 def _prompt_done(on_step: Callable[[str], None], contender: Contender, _: int) -> None:
-    on_step(f"{contender.name}: compiling the graph of one token")
+    on_step(TOKEN.format(contender.name))
+
+
+def parts(lowering: str, rounds: int, layers: int) -> dict[str, float]:
+    """What :func:`compare` tells ``on_step``, in order, with the seconds that it takes on two cores for layers of SmolLM2-135M.
+
+    The times are those of one machine, and only their shares matter where another is slower.
+    """
+    compiling = lowering == "inductor"
+    found: dict[str, float] = {}
+    for name in (CANDIDATE, BASELINES[lowering]):
+        # Equal layers are compiled once by accelpass, and each by Inductor alone.
+        each = (12.0 if name == CANDIDATE else 4.0 + layers) if compiling else 1.0
+        found |= {PROMPT.format(name): each, TOKEN.format(name): each}
+        found |= {FIRST.format(name): 2.0} if name == CANDIDATE else {}
+    turns = [ROUND.format(name, n + 1, rounds) for n in range(rounds) for name in (CANDIDATE, BASELINES[lowering])]
+    return found | dict.fromkeys(turns, 2.0)
 
 
 def warm_up(fast: Any, ids: Tensor, cache: Any, room: int, after_prompt: Callable[[int], None]) -> None:

@@ -38,7 +38,7 @@ class KVLayer(CacheLayerMixin):
         super().__init__()
         del self.keys, self.values  # the mixin's, which would be None
         # As text: of two caches' numbers Dynamo would make a symbolic one, and buffers want to know their size.
-        self._capacity, self._batch_size, self._window = str(capacity), str(batch_size), str(window)
+        self._capacity, self._batch_size, self._window = str(ledger.room_for(capacity)), str(batch_size), str(window)
         self.count = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.fresh = True
         self.token_bytes = 0
@@ -55,7 +55,7 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def capacity(self) -> int:
-        """Tokens that the layer can hold."""
+        """Tokens that the layer has room for: what was asked for, rounded up, so that few graphs serve all capacities."""
         return int(self._capacity)
 
     @property

@@ -113,7 +113,7 @@ def kept(cache: KVCache, layer: int, sequence: int = 0) -> Tensor:
     positions = buffers.get("positions")
     if positions is None:
         rows = buffers.get("keys", buffers.get("keys.codes"))
-        if rows is None or rows.shape[2] != cache.capacity:
+        if rows is None or rows.shape[2] not in (cache.capacity, cache.layers[layer].capacity):
             raise CacheError(
                 f"layer {layer} keeps {', '.join(buffers) or 'nothing'}, which does not tell whose rows they are"
             )

@@ -17,17 +17,41 @@ class NotCompiled(AccelpassError):
 
 
 @dataclass(frozen=True)
+class Execution:
+    """A graph as one part of a model runs it: Dynamo shares a graph among equal blocks, hooked layers and instances of a class.
+
+    Attributes:
+        tensors: identities of the model's tensors that the graph reads there.
+        inside: where the part is in the model, and what it is called in the graph; both empty if paths are the model's.
+    """
+
+    graph: CompiledGraph
+    tensors: frozenset[int]
+    inside: tuple[str, str] = ("", "")
+
+    def site(self, name: str) -> str:
+        """A site of the graph as the model's owner would name it."""
+        prefix, own = self.inside
+        if name.startswith("("):
+            return name
+        name = name if not own else name.removeprefix(own).removeprefix(".")
+        return ".".join(filter(None, (prefix, name)))
+
+
+@dataclass(frozen=True)
 class Found:
     """A compiled model and its graphs.
 
     Attributes:
         modules: the modules behind it: one for a compiled module; what a compiled function closes over.
         graphs: oldest first.
+        executions: the parts of the model that ran each of them, if any did.
         shared: the graphs were compiled for another instance of the class, which Dynamo shares.
     """
 
     modules: tuple[nn.Module, ...]
     graphs: tuple[CompiledGraph, ...]
+    executions: tuple[Execution, ...] = ()
     shared: bool = False
 
     @property
@@ -45,11 +69,14 @@ def find(fast: Any) -> Found:
     modules = modules_of(fast)
     equal = [g for g in compiled_graphs() if _same_options(g, options, mode)]
     mine = {id(t) for t in _tensors(modules)}
-    own = [g for g in equal if _alive(g) & mine]
+    parts = {id(part) for m in modules for part in m.modules()}
+    executions = {g: _executions(g, modules) for g in equal}
+    own = [g for g in equal if executions[g] or _alive(g) & mine or _made_of(g, parts)]
     if not mine:
-        own = [g for g in equal if not g.owners]
+        own = own or [g for g in equal if not g.owners]
     if own:
-        return Found(modules, tuple(own))
+        shared = bool(mine) and not any(_alive(g) & mine or _made_of(g, parts) for g in own)
+        return Found(modules, tuple(own), tuple(e for g in own for e in executions[g]), shared)
     like = [g for g in equal if g.owners and _could_be(g, modules)] if mine else []
     if like:
         return Found(modules, tuple(like), shared=True)
@@ -72,17 +99,30 @@ def modules_of(fast: Any) -> tuple[nn.Module, ...]:
     return tuple(found.values())
 
 
-def reads(graph: CompiledGraph, found: Found) -> frozenset[object]:
-    """What identifies the part of the model that a graph reads, so that recompilations of one part are equal.
+def _executions(graph: CompiledGraph, modules: tuple[nn.Module, ...]) -> list[Execution]:
+    """The parts of the modules that have run a graph."""
+    paths = {id(t): path for m in modules for path, t in (*m.named_parameters(prefix=""), *m.named_buffers(prefix=""))}
+    made = []
+    for tensors in graph.models.ran_with():
+        mine = {path: paths[id(t)] for path, t in tensors.items() if id(t) in paths}
+        if mine:
+            inside = max((_inside(path, own) for path, own in mine.items()), key=lambda found: found[1])[0]
+            made.append(Execution(graph, frozenset(id(t) for t in tensors.values() if id(t) in paths), inside))
+    return made
 
-    Tensors of the model by identity, without caches, which may be others at each call; by path if the graph was
-    compiled for another instance.
-    """
-    if found.shared:
-        return frozenset(graph.binder.paths.values() if graph.binder else ())
-    own = {id(t) for t in _tensors(found.modules)}
-    alive = (t for t in (ref() for ref in graph.owners) if t is not None)
-    return frozenset(id(t) for t in alive if (id(t) in own if own else isinstance(t, nn.Parameter)))
+
+def _inside(in_graph: str, in_model: str) -> tuple[tuple[str, str], int]:
+    """What differs before the common end of two paths, and how many names are common."""
+    names, own = in_graph.split("."), in_model.split(".")
+    common = 0
+    while common < min(len(names), len(own)) and names[-1 - common] == own[-1 - common]:
+        common += 1
+    return (".".join(own[: len(own) - common]), ".".join(names[: len(names) - common])), common
+
+
+def _made_of(graph: CompiledGraph, parts: set[int]) -> bool:
+    """Whether a graph was made of a method of one of the modules; all that is known of one that reads no weights."""
+    return not graph.owners and id(graph.models.module) in parts
 
 
 def tensors_of(fast: Any) -> list[Tensor]:
@@ -135,7 +175,7 @@ def _alive(graph: CompiledGraph) -> set[int]:
 def _could_be(graph: CompiledGraph, modules: tuple[nn.Module, ...]) -> bool:
     """Whether the modules have every parameter that the graph reads, under the same path and of the same shape."""
     own = {path: (t.shape, t.dtype) for m in modules for path, t in m.named_parameters(remove_duplicate=False)}
-    return bool(graph.parameters) and graph.parameters.items() <= own.items()
+    return bool(graph.models.parameters) and graph.models.parameters.items() <= own.items()
 
 
 def _filled(cell: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from accelpass.grouping import alike, collapse
 from accelpass.ir.derived import DERIVED, Recipe, is_released, owns_storage
 from accelpass.ir.errors import AccelpassError, PlanError
-from accelpass.lookup import find
+from accelpass.lookup import Found, find
+from accelpass.passes.options import Options
 from accelpass.passes.plan import describe, fingerprint, read_json, read_tensors, refuse_difference, write_json
 from accelpass.stateful import named_tensors
 
 FORMAT = 1
+KEPT = ("lowering", "free_weights", "mode", "inductor", "regions", "skip_sites")
+"""Options that are saved besides the passes. ``debug`` is about one session."""
 MANIFEST, TENSORS = "accelpass.json", "accelpass.safetensors"
 
 
@@ -33,7 +38,7 @@ def save(fast: Any, folder: str | Path) -> None:
     names = {key: name for key, (name, _) in named.items()}
     held = [h for h in DERIVED.of([t for _, t in named.values()]) if h[0].state is None]
     if not held:
-        raise AccelpassError("nothing is packed: compile the model with int8_weights or int4_weights, then save it")
+        raise AccelpassError(f"nothing is packed: {_nothing_packed(found)}")
     tensors: dict[str, Tensor] = {}
     entries = []
     packed = set()
@@ -54,6 +59,7 @@ def save(fast: Any, folder: str | Path) -> None:
     content = {
         "format": FORMAT,
         "passes": [describe(p) for p in options.passes],
+        "options": _settings(options),
         "entries": entries,
         "floats": sorted(floats),
         "fingerprint": fingerprint(module),
@@ -62,9 +68,12 @@ def save(fast: Any, folder: str | Path) -> None:
 
 
 def load(model: torch.nn.Module, folder: str | Path, **options: Any) -> Any:
-    """``model`` compiled with the saved passes and packed weights; nothing is packed again.
+    """``model`` compiled with the saved passes, options and packed weights; nothing is packed again.
 
     The float memory of the packed weights is released, so the model may have been built with random weights.
+
+    Args:
+        options: in place of those that were saved (``lowering``, ``mode``, ``inductor``, ``regions``, ``skip_sites``, ...).
 
     Raises:
         PlanError: the folder is damaged or was saved from another model.
@@ -73,6 +82,9 @@ def load(model: torch.nn.Module, folder: str | Path, **options: Any) -> Any:
     content = read_json(source / MANIFEST, "packed model")
     if content.get("format") != FORMAT or not {"passes", "entries", "floats", "fingerprint"} <= content.keys():
         raise PlanError(f"{source / MANIFEST} is damaged or of another format than {FORMAT}")
+    saved = content.get("options", {})
+    if not isinstance(saved, dict) or not saved.keys() <= set(KEPT):
+        raise PlanError(f"{source / MANIFEST} is damaged: its options are {saved!r}")
     here = fingerprint(model)
     refuse_difference(content["fingerprint"], here, "the packed model")
     tensors = read_tensors(source / TENSORS)
@@ -90,7 +102,44 @@ def load(model: torch.nn.Module, folder: str | Path, **options: Any) -> Any:
     DERIVED.release([s for s in sources.values() if owns_storage(s)])
     for key, group, made in entries:
         DERIVED.seed(group, Recipe(key, _unpackable), made)
-    return torch.compile(model, backend="accelpass", options={"passes": content["passes"], **options})
+    return torch.compile(model, backend="accelpass", options={"passes": content["passes"], **saved, **options})
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    """The options that are not the default, as a user types them.
+
+    Raises:
+        AccelpassError: one of Inductor's is no plain value.
+    """
+    plain = Options()
+    found = {name: getattr(options, name) for name in KEPT if getattr(options, name) != getattr(plain, name)}
+    for name, value in found.get("inductor", {}).items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise AccelpassError(
+                f"options={{'inductor': {{{name!r}: ...}}}} holds a {type(value).__name__}, which cannot be saved; compile "
+                f"without it, and give it to accelpass.load"
+            ) from None
+    return found
+
+
+def _nothing_packed(found: Found) -> str:
+    """Why no weight of a model was packed, and what to type."""
+    packers = {p.name for g in found.graphs for p in g.options.passes if p.phase == "weights"}
+    if not packers:
+        return "compile the model with int8_weights or int4_weights, then save it"
+    reasons: dict[str, dict[str, str]] = {}
+    for record in (r for g in found.graphs for r in g.report.records if r.name in packers):
+        reasons.setdefault(record.name, {}).update(record.skipped)
+    return "; ".join(f"{name} took no layer ({_said(reasons.get(name, {}))})" for name in sorted(packers))
+
+
+def _said(skipped: dict[str, str]) -> str:
+    groups = alike(skipped)
+    said = [f"{', '.join(collapse(sites))}: {why}" for why, sites in groups[:3]]
+    more = [f"and {len(groups) - 3} reasons more, see accelpass.explain"] if len(groups) > 3 else []
+    return "; ".join([*said, *more]) or "it found none"
 
 
 def _tuples(key: Any) -> Any:

@@ -73,6 +73,7 @@ def render(report: Report) -> str:
             picture=draw(report),
             rows=rows(report),
             decisions=decisions(report),
+            refused=[(why, collapse(places)) for why, places in alike(report.refused)],
             steps=None if report.steps is None else values(report.steps),
             caches=[(cache, text.holds(cache), layers_alike(cache)) for cache in report.caches],
             kinds={name: kind_of(done) for name, done in report.passes.items()},

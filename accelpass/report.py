@@ -15,7 +15,7 @@ from accelpass.backends.step_report import describe_run
 from accelpass.cache_report import CacheReport, cache_reports
 from accelpass.density_view import DensityView
 from accelpass.ir.derived import is_released
-from accelpass.lookup import Found, reads
+from accelpass.lookup import Execution, Found
 from accelpass.passes.base import Done
 from accelpass.passes.registry import registered
 from accelpass.stateful import remembered_by
@@ -60,6 +60,8 @@ class GraphRow:
     note: str
     parts: tuple[int, int] = (0, 0)
     """Calls of compiled parts, and different parts; zeros if the graph was compiled as one."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """What looks like an attention and stays as the model wrote it, so that no pass sees it: where -> why."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Report:
         notes: what a reader must know to read the figures right.
         steps: what the latest sampling run did at each denoising step, if a pass chooses by step; FLOPs are then the mean over
             its calls.
+        refused: what looks like an attention and stays as the model wrote it in any graph, so that no pass sees it: where -> why.
         densities: of each pass that chose what the heads of prompts read, how much that is.
         caches: each live ``accelpass.KVCache`` that holds tokens of this model, as it is now.
         survivors: which tokens of the last prompt went on, for each place that chose some.
@@ -102,6 +105,7 @@ class Report:
     steps: StepPlanView | None = None
     survivors: tuple[SurvivingTokens, ...] = ()
     densities: tuple[DensityView, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, found: Found) -> Report:
@@ -115,21 +119,22 @@ class Report:
         before = after = derived = 0
         remembered = set(map(id, remembered_by(tensors)))
         for group in chosen:
-            rows = [r for r in graphs if r.number in {g.report.number for g in group}]
+            rows = [r for r in graphs if r.number in {e.graph.report.number for e in group}]
             for kind in kinds:
                 kinds[kind] += max(r.found.get(kind, 0) for r in rows)
             largest = max(rows, key=lambda r: r.weight_bytes[0])
             before, after = _sum((before, after), largest.weight_bytes)
             counted = [r.flops for r in rows if r.flops is not None]
             flops = None if flops is None or not counted else _sum(flops, max(counted))
-            derived += max(_packed_bytes(g, remembered) for g in group)
+            derived += max(_packed_bytes(e.graph, remembered) for e in group)
         memory = {**_memory(found), "derived": derived}
-        passes = _passes(found.graphs)
+        passes = _passes(_executions(found))
         return cls(
             model=", ".join(type(m).__name__ for m in found.modules) or "function",
             found={k: n for k, n in kinds.items() if n},
             graphs=tuple(graphs),
             passes=passes,
+            refused={place: why for g in graphs for place, why in g.refused.items()},
             densities=tuple(filter(None, (DensityView.of(p.name, p.took) for p in passes.values()))),
             weight_bytes=(before, after),
             flops=flops,
@@ -181,6 +186,7 @@ def _row(graph: CompiledGraph) -> GraphRow:
         r.seconds_in_passes,
         r.note,
         (r.parts, r.parts_compiled),
+        r.before.refused,
     )
 
 
@@ -193,24 +199,36 @@ def _steps(graph: CompiledGraph) -> StepPlanView | None:
     return StepPlanView(title, done.sites, len(done.actions), done.actions, shares, done.timesteps)
 
 
-def _one_forward(found: Found) -> list[list[CompiledGraph]]:
-    """Graphs grouped into recompilations of each other, by the tensors that they read.
+def _executions(found: Found) -> list[Execution]:
+    """What ran for this model; of a graph whose weights are gone, or another instance's, that it exists."""
+    ran = {e.graph for e in found.executions}
+    return [*found.executions, *(Execution(g, frozenset()) for g in found.graphs if g not in ran)]
+
+
+def _one_forward(found: Found) -> list[list[Execution]]:
+    """Executions grouped into recompilations of each other, by the tensors that they read.
 
     A graph that reads a part of what another reads is taken for a recompilation of that part (a decode step without
     the image tower), so that its sites are not counted twice.
     """
-    read = {g.report.number: reads(g, found) for g in found.graphs}
-    groups: dict[frozenset[object], list[CompiledGraph]] = {}
-    for g in sorted(found.graphs, key=lambda g: (-len(read[g.report.number]), g.report.number)):
-        mine = read[g.report.number]
+    groups: dict[frozenset[object], list[Execution]] = {}
+    for e in sorted(_executions(found), key=lambda e: (-len(_read(e)), e.graph.report.number)):
+        mine = _read(e)
         whole = next((key for key in groups if mine <= key), mine)
-        groups.setdefault(whole, []).append(g)
+        groups.setdefault(whole, []).append(e)
     return list(groups.values())
 
 
-def _passes(graphs: Sequence[CompiledGraph]) -> dict[str, PassReport]:
+def _read(execution: Execution) -> frozenset[object]:
+    """What identifies the part of the model that a graph reads: its tensors; their paths where these are another instance's."""
+    graph = execution.graph
+    return execution.tensors or frozenset(graph.binder.paths.values() if graph.binder else ())
+
+
+def _passes(executions: Sequence[Execution]) -> dict[str, PassReport]:
     found: dict[str, PassReport] = {}
-    for graph in graphs:
+    for execution in executions:
+        graph = execution.graph
         of = {p.name: type(p) for p in graph.options.passes}
         for record in graph.report.records:
             made = of.get(record.name) or registered().get(record.name)
@@ -219,9 +237,11 @@ def _passes(graphs: Sequence[CompiledGraph]) -> dict[str, PassReport]:
             measured = [d for d in (into.difference, record.difference) if d is not None]
             into = found[record.name] = replace(into, difference=max(measured, default=None))
             for site, done in record.took.items():
+                site = execution.site(site)
                 into.took.setdefault(site, done)
                 into.skipped.pop(site, None)
             for site, why in record.skipped.items():
+                site = execution.site(site)
                 if site not in into.took and why not in into.skipped.get(site, "").split("; or "):
                     into.skipped[site] = "; or ".join(filter(None, (into.skipped.get(site), why)))
     return found
@@ -251,6 +271,12 @@ def _notes(found: Found, memory: dict[str, int], flops: tuple[int, int] | None) 
     if found.shared:
         notes.append("Compiled for another instance of this class: Dynamo shares one graph among instances.")
     notes += dict.fromkeys(f"graph {g.report.number}: {g.report.note}" for g in found.graphs if g.report.note)
+    notes += dict.fromkeys(
+        f"{frame.name} ({frame.place}) was compiled so often that Dynamo runs it uncompiled, without the passes, where none of "
+        "its graphs fits; raise torch._dynamo.config.recompile_limit"
+        for frame in (g.models.frame for g in found.graphs)
+        if frame is not None and frame.is_past_limit
+    )
     packed = any(g.options.free_weights for g in found.graphs)
     if memory["derived"] and not packed:
         notes.append(

@@ -84,6 +84,7 @@ def lines(report: Report, width: int = WIDTH) -> Iterator[RenderableType]:
         yield from _pass(done, room, width)
     if not report.passes:
         yield Text("no pass ran", style="dim")
+    yield from _refused(report.refused, room, width)
     if report.steps is not None:
         yield _figure("steps", report.steps.said)
         yield table(report.steps)
@@ -137,6 +138,18 @@ def _pass(done: PassReport, room: int, width: int) -> Iterator[Text]:
         if left:
             what = "took" if mark == "+" else "skipped"
             yield Text(f"    ... and {left} more; see .passes[{done.name!r}].{what}", style="dim")
+
+
+def _refused(refused: dict[str, str], room: int, width: int) -> Iterator[Text]:
+    """What no pass sees, because it is not taken for an attention."""
+    if not refused:
+        return
+    yield Text.assemble(("attention left as the model wrote it", "bold cyan"), f"  {len(refused)}, which no pass sees")
+    groups = alike(refused)
+    for why, sites in groups[:room]:
+        yield _group("-", "yellow", sites, why, width)
+    if left := sum(len(sites) for _, sites in groups[room:]):
+        yield Text(f"    ... and {left} more; see .refused", style="dim")
 
 
 def _cache(cache: CacheReport) -> Iterator[RenderableType]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accelpass.ir.errors import GraphError
 from accelpass.ir.graph import size_among
-from accelpass.ir.kv.ledger import holding_of
+from accelpass.ir.kv.ledger import Holding, holding_of
 from accelpass.ir.kv.lower import CacheUse
 from accelpass.ir.tensors import FromInputs
 
@@ -43,22 +43,25 @@ class CacheCalls:
         counts = tuple((tensors.position(u.count), (*u.form, *marks)) for u in uses)
         return CacheCalls(counts, _tokens(uses[0].tokens, tensors), uses[0].is_prompt, tensors.model)
 
-    def check(self, args: Sequence[Any]) -> int:
-        """How many tokens this call adds.
+    def check(self, args: Sequence[Any]) -> list[Holding]:
+        """What the layers hold before the call.
 
         Raises:
             CacheError: they do not fit, or the cache holds what another model or other passes wrote.
         """
-        tokens = self.tokens(args)
-        position, form = self.counts[0]
-        holding_of(args[position]).check(tokens, form, self._owner(args), self.is_prompt)
-        return tokens
+        tokens, model = self.tokens(args), self._owner(args)
+        holdings = [holding_of(args[position]) for position, _ in self.counts]
+        for layer, (holding, (_, form)) in enumerate(zip(holdings, self.counts, strict=True)):
+            # The forms of layers may differ; all else is the same for each.
+            if layer == 0 or (holding.tokens and holding.form != form):
+                holding.check(tokens, form, model, self.is_prompt)
+        return holdings
 
-    def note(self, args: Sequence[Any], tokens: int) -> None:
+    def note(self, args: Sequence[Any], holdings: Sequence[Holding]) -> None:
         """Remember what the call has stored."""
-        model = self._owner(args)
-        for position, form in self.counts:
-            holding_of(args[position]).add(tokens, form, model)
+        tokens, model = self.tokens(args), self._owner(args)
+        for holding, (_, form) in zip(holdings, self.counts, strict=True):
+            holding.add(tokens, form, model)
 
     def _owner(self, args: Sequence[Any]) -> Tensor | None:
         return None if self.model is None else args[self.model]

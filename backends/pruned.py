@@ -124,7 +124,7 @@ class Memory:
         if not model.counts:
             return None
         count = args[model.counts[0]]
-        return Memory(model, count, holding_of(count).capacity)
+        return Memory(model, count, holding_of(count).room)
 
     def _state(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         spec = StateSpec(f"pruning.{name}", (self.capacity + 1, *shape), dtype, "sequence", batched=True)

@@ -27,6 +27,9 @@ from accelpass.passes.manager import run
 from accelpass.passes.options import Options
 from accelpass.passes.report import GraphReport, Measured, costs
 
+_MANY_ROWS = 8
+"""Operations for each byte of weights from which on a call computes many rows: sixteen of float32, a prompt or an image."""
+
 if TYPE_CHECKING:
     from accelpass.backends.debug import Debugging
 
@@ -122,13 +125,16 @@ def rewritten(
         program.artefacts = chosen.plan.tensors
     prepare(program)
     debugging = debug_of(program, inputs, chosen)
-    records = run(program, chosen.passes, [] if debugging is None else [debugging.observer], chosen.skip_sites)
+    records = run(
+        program, chosen.passes, [] if debugging is None else [debugging.observer], chosen.skip_sites, chosen.asked
+    )
     cost = costs(program)
     uses = lowered(program, chosen)
     if debugging is not None:
         debugging.lowered(program)
         report.add_note(debugging.note)
     binder = tensors.binder(release=chosen.free_weights)
+    binder.thorough = report.before.flops >= _MANY_ROWS * report.before.weight_bytes
     program.gm.recompile()
     refuse_released(tensors, binder, inputs)
     took = {record.name for record in records if record.took}

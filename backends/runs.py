@@ -128,38 +128,40 @@ class Runs:
             run = self.live[-1] if self.live else begin()
             return run, run.tick(call)
         free = [run for run in reversed(self.live) if not run.busy]
-        again = [run for run in free if run.repeats(call)]
-        for run in again:
-            tick = run.tick(call)
-            if tick.branch:
-                return run, tick
+        own = [run for run in free if run.thread is threading.current_thread()]
         likely: list[tuple[Run, Tick]] = []
         foreign: list[tuple[Run, StepError]] = []
         doubted = False
-        for run in free:
-            if run in again:
-                continue
-            try:
-                tick = run.tick(call, follows=True)
-            except StepError as cause:
-                foreign.append((run, cause))
-                # A call of it before this one could not be told, and was not counted.
-                doubted |= run.clock.ahead(run.time(call.times))
-                continue
-            if tick.fresh:
-                continue
-            found = origin(call.latents, run.past)
-            if found.proved or (found.still and run.clock.timesteps is not None):
-                run.proofs += 1
-                return run, tick
-            doubted |= run.clock.timesteps is not None  # it is the plan's next
-            if run.tick(call).fresh:
-                continue
-            known = run.has(call.given)
-            # A sampler that was exact at every step does not begin to add noise.
-            if found.alike and known and not (run.proofs > 1 and not run.doubts):
-                likely.append((run, tick))
-            doubted |= found.alike or known
+        # Two requests may have the very same latents: a thread goes on with its own before it looks at another's.
+        for among in (own, [run for run in free if run not in own]):
+            again = [run for run in among if run.repeats(call)]
+            for run in again:
+                if (tick := run.tick(call)).branch:
+                    return run, tick
+            for run in among:
+                if run in again:
+                    continue
+                try:
+                    tick = run.tick(call, follows=True)
+                except StepError as cause:
+                    foreign.append((run, cause))
+                    # A call of it before this one could not be told, and was not counted.
+                    doubted |= run.clock.ahead(run.time(call.times))
+                    continue
+                if tick.fresh:
+                    continue
+                found = origin(call.latents, run.past)
+                if found.proved or (found.still and run.clock.timesteps is not None):
+                    run.proofs += 1
+                    return run, tick
+                doubted |= run.clock.timesteps is not None  # it is the plan's next
+                if run.tick(call).fresh:
+                    continue
+                known = run.has(call.given)
+                # A sampler that was exact at every step does not begin to add noise.
+                if found.alike and known and not (run.proofs > 1 and not run.doubts):
+                    likely.append((run, tick))
+                doubted |= found.alike or known
         if len(likely) == 1:
             likely[0][0].doubts += 1
             return likely[0]
@@ -171,8 +173,8 @@ class Runs:
         except StepError as cause:
             if doubted:
                 return None, Tick(0, 0, True)
-            own = [why for earlier, why in foreign if origin(call.latents, earlier.past).proved]
-            raise (own[0] if own else cause) from None
+            told = [why for earlier, why in foreign if origin(call.latents, earlier.past).proved]
+            raise (told[0] if told else cause) from None
 
     def _in_declared(self, declaration: Declared, call: Call, begin: Callable[[], Run]) -> tuple[Run, Tick]:
         run = declaration.runs.get(self)

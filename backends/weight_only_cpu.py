@@ -62,7 +62,7 @@ def int8(graph: fx.Graph, node: fx.Node) -> fx.Node:
     e = Emit(graph, node)
     x, q, scale, bias = node.args
     count = rows(x)
-    if count is not None and count <= GEMV_ROWS[8]:
+    if count and count <= GEMV_ROWS[8]:  # no rows, a batch of nothing, are a product like many
         flat = e.cast(e(aten.reshape.default, stored(x), [count, -1]), torch.float32)
         wide = e.cast(q, torch.float32)
         parts = []
@@ -88,7 +88,7 @@ def int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
     e = Emit(graph, node)
     x, q, scale, zero, bias, group = node.args
     count = rows(x)
-    if count is not None and count <= GEMV_ROWS[4]:
+    if count and count <= GEMV_ROWS[4]:  # no rows, a batch of nothing, are a product like many
         (out, groups), half = (int(s) for s in shape(scale)), group // 2
         packed = e(aten.reshape.default, q, [out, groups, half])
         low = e(aten.bitwise_and.Scalar, packed, 15)

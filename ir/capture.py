@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch._functorch.predispatch
 from torch import Tensor, fx
 from torch._dynamo.source import AttrSource, ConstantSource, DictGetItemSource
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from accelpass.ir import autocast
+from accelpass.ir.aliases import drop_aliases, functional_views
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.graph import clean_path, placeholders, value
 from accelpass.ir.program import Program
@@ -24,6 +27,13 @@ from accelpass.ir.tensors import FromInputs, FromModule
 
 _DATA = getattr(torch._C._autograd, "_get_data_attr", None)
 _TABLES = {"_parameters": "param", "_buffers": "buffer", "_modules": None}
+
+
+_FORWARD_GRADIENTS = tuple(
+    found
+    for name in ("_enter_dual_level", "_jvp_increment_nesting")
+    if (found := getattr(torch._functorch.predispatch, name, None)) is not None
+)
 
 
 class NotCanonical(AccelpassError):
@@ -54,12 +64,36 @@ def path_of(source: Any) -> tuple[str, str] | None:
     return (clean_path(".".join(reversed(parts))), kind) if kind else None
 
 
+def model_path(node: fx.Node) -> tuple[str, str] | None:
+    """Path and kind of an input of Dynamo's graph; None for what the caller passes."""
+    if not (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"):
+        return None
+    source: Any = getattr(node, "_dynamo_source", None)
+    # A tensor kept as a plain attribute has no table in its source, yet is model state like a parameter.
+    return path_of(source) or (clean_path(str(source.name) if source else node.name), "constant")
+
+
 class _Interpreter(fx.Interpreter):
-    """Runs Dynamo's graph; ``x.data`` is no operator that a tracer sees, so it is run as the ``detach`` that it is."""
+    """Runs Dynamo's graph.
+
+    ``x.data`` is no operator that a tracer sees, so it is run as the ``detach`` that it is. A tracer would record that
+    autocast is switched, and not switch it; what follows would then have other dtypes than the model's.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.regions: list[torch.autocast] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is _DATA:
             return args[0].detach()
+        if target is autocast.ENTER:
+            device, dtype, enabled, cache = args
+            region = torch.autocast(device, dtype, enabled, cache)
+            self.regions.append(region.__enter__())
+            return region
+        if target is autocast.EXIT:
+            return self.regions.pop().__exit__(None, None, None)
         return super().call_function(target, args, kwargs)
 
 
@@ -80,6 +114,8 @@ def from_dynamo(
         NotCanonical: the graph cannot be retraced (it holds batched tensors, for one); the cause is chained.
     """
     old = placeholders(gm)
+    if any(gm.graph.find_nodes(op="call_function", target=t) for t in _FORWARD_GRADIENTS):
+        raise NotCanonical("it computes forward-mode gradients, which live outside the graph")
     if at is None:
         fakes = [n.meta["example_value"] for n in old]
     else:
@@ -92,18 +128,25 @@ def from_dynamo(
     mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
     if mode is None:
         raise NotCanonical("the graph has no tensor inputs")
+    around = gm.meta.get(autocast.AROUND, {})
+    interpreter = _Interpreter(gm)
     try:
-        with mode, fx.traceback.preserve_node_meta():
-            new = make_fx(lambda *a: _Interpreter(gm).run(*a), pre_dispatch=True)(*fakes)
+        with autocast.switched(around), mode, fx.traceback.preserve_node_meta():
+            new = make_fx(lambda *a: interpreter.run(*a), pre_dispatch=True)(*fakes)
+        autocast.resolve(new, around)
+        functional_views(new)
+        _keep_assertions(gm, new)
     except Exception as cause:  # anything an op's tracing may raise; the caller compiles the graph unrewritten
         raise NotCanonical(f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}") from cause
+    finally:
+        while interpreter.regions:
+            interpreter.regions.pop().__exit__(None, None, None)
     paths: dict[fx.Node, tuple[str, str]] = {}
     for o, n in zip(old, placeholders(new), strict=True):
-        n._dynamo_source = source = getattr(o, "_dynamo_source", None)
+        n._dynamo_source = getattr(o, "_dynamo_source", None)
         n.meta["tensor_dict"] = o.meta.get("tensor_dict") or {}
-        if n.meta["tensor_dict"].get("_dynamo_static_input_type"):
-            # A tensor kept as a plain attribute has no table in its source, yet is model state like a parameter.
-            paths[n] = path_of(source) or (clean_path(str(source.name) if source else n.name), "constant")
+        if (found := model_path(o)) is not None:
+            paths[n] = found
     new.meta.update(gm.meta)
     new._param_name_to_source = dict(getattr(gm, "_param_name_to_source", {}))  # type: ignore[assignment]
     for name, _ in new.named_buffers():
@@ -141,9 +184,21 @@ def cut_said(program: Program) -> str:
     )
 
 
+def _keep_assertions(gm: fx.GraphModule, retraced: fx.GraphModule) -> None:
+    """Refuse a graph whose assertions on values that only a call shows were taken for true while it was retraced."""
+    target = torch.ops.aten._assert_scalar.default
+
+    def open_assertions(graph: fx.Graph) -> int:
+        return sum(isinstance(n.args[0], fx.Node) for n in graph.find_nodes(op="call_function", target=target))
+
+    if open_assertions(retraced.graph) < open_assertions(gm.graph):
+        raise NotCanonical("it asserts something of a value that only a call shows")
+
+
 def from_export(exported: torch.export.ExportedProgram) -> Program:
     """Capture an exported program; weights are ``get_attr`` nodes that keep their paths."""
     gm = exported.module(check_guards=False)
+    autocast.unwrap(gm)
     values = {n.name: n.meta.get("val") for n in exported.graph.nodes}
     mode = next((v.fake_mode for v in values.values() if isinstance(v, FakeTensor)), None)
     for node in gm.graph.nodes:
@@ -153,6 +208,7 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
                 held = getattr(held, part, None)
             if isinstance(held, Tensor):
                 node.meta["val"] = mode.from_tensor(held, static_shapes=True)
+    autocast.resolve(gm, {})
     _share(gm)
     _drop_noise(gm)
     return Program(gm, FromModule(gm), "export")
@@ -174,15 +230,15 @@ def _share(gm: fx.GraphModule) -> None:
 
 
 def _drop_noise(gm: fx.GraphModule) -> None:
-    """Remove what has no meaning for inference: unused values, detach, dropout that does nothing."""
+    """Remove what has no meaning for inference: unused values, aliases, dropout that does nothing."""
     aten = torch.ops.aten
+    drop_aliases(gm)
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
-        off = node.target in (aten.dropout.default, aten.feature_dropout.default) and (
+        if node.target in (aten.dropout.default, aten.feature_dropout.default) and (
             node.args[1] == 0 or node.args[2] is False
-        )
-        if off or node.target is aten.detach.default or node.target is aten.alias.default:
+        ):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
         elif node.target is aten.type_as.default or (node.target is aten.to.dtype and len(node.args) == 2):

@@ -21,12 +21,24 @@ class PassError(AccelpassError):
     """A pass failed; names the pass and, where known, the site."""
 
 
+class DefaultPassFailed(PassError):
+    """A pass that nobody asked for failed; the graph is compiled without it.
+
+    Attributes:
+        pass_name: the pass.
+    """
+
+    def __init__(self, message: str, pass_name: str) -> None:
+        super().__init__(message)
+        self.pass_name = pass_name
+
+
 class PlanError(AccelpassError, ValueError):
     """A plan or a packed model that is damaged or belongs to another model."""
 
 
-class ReleasedWeightError(AccelpassError):
-    """A weight whose memory was released by ``free_weights`` is needed again."""
+class ReleasedWeightError(AccelpassError, RuntimeError):
+    """A weight whose memory was released by ``free_weights`` is needed again; uncompiled, torch would raise a RuntimeError."""
 
 
 class CompilerMissingError(AccelpassError):

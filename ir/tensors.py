@@ -238,10 +238,12 @@ class Binder:
         """Positions of the model's other tensors; any of them would keep a mapped file in memory."""
         self._sources = [p for group in self.groups for p in group.positions]
         self._last: Snapshot | None = None
+        self.thorough = True
+        """Whether a call takes long enough for values of all weights to be compared; see :class:`.derived.Snapshot`."""
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
         last = self._last
-        entries = None if last is None else last.served([args[p] for p in self._sources])
+        entries = None if last is None else last.served([args[p] for p in self._sources], self.thorough)
         if entries is None:
             restamped = DERIVED.restamped
             entries = self._asked(args)

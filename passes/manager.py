@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import networkx as nx
 import torch
 
-from accelpass.ir.errors import AccelpassError, OptionError, PassError
+from accelpass.ir.errors import AccelpassError, DefaultPassFailed, GraphError, OptionError, PassError
 from accelpass.ir.program import Program
 from accelpass.ir.verify import signature, verify
 from accelpass.passes.base import PHASES, Pass, Record
@@ -42,9 +44,23 @@ def ordered(passes: Sequence[Pass]) -> list[Pass]:
 
 @dataclass(frozen=True)
 class Observer:
-    """Looks at the program after each pass; used by debug mode and by the tests."""
+    """Looks at the program after each pass, and before it; used by debug mode and by the conformance kit."""
 
     after: Callable[[Program, Record], None]
+    before: Callable[[Program, Pass], None] = lambda program, p: None
+
+
+_WATCHING: ContextVar[tuple[Observer, ...]] = ContextVar("watching", default=())
+
+
+@contextmanager
+def watched(observer: Observer) -> Iterator[None]:
+    """Let an observer see every program that passes are applied to in this block, whatever compiles it."""
+    token = _WATCHING.set((*_WATCHING.get(), observer))
+    try:
+        yield
+    finally:
+        _WATCHING.reset(token)
 
 
 def run(
@@ -52,19 +68,26 @@ def run(
     passes: Sequence[Pass],
     observers: Sequence[Observer] = (),
     skip_sites: Mapping[str, Collection[str]] = MappingProxyType({}),
+    asked: Collection[str] | None = None,
 ) -> list[Record]:
     """Apply ``passes`` in order. The graph is valid after each, or an error names the pass and the rule.
 
     Args:
         skip_sites: by name of a pass, sites that it leaves alone.
+        asked: the passes that a user typed; None for all.
 
     Raises:
+        DefaultPassFailed: a pass that is not among ``asked`` failed, or broke the graph.
         PassError: a pass failed, or rewrote a site of ``skip_sites``.
     """
     records = []
+    observers = (*observers, *_WATCHING.get())
     before = signature(program)
     for p in ordered(passes):
+        is_asked = asked is None or p.name in asked
         record = Record(p.name, leave=frozenset(skip_sites.get(p.name, ())))
+        for observer in observers:
+            observer.before(program, p)
         try:
             # Fake values are computed for new nodes: never under autograd, which would trace gradients of them.
             with torch.no_grad():
@@ -74,6 +97,8 @@ def run(
         except Exception as cause:
             # Dynamo re-raises some types as they are and turns others into a silent graph break.
             told = f"the pass {p.name!r} failed: {type(cause).__name__}: {cause}"
+            if not is_asked:
+                raise DefaultPassFailed(told, p.name) from cause
             raise PassError(". ".join(filter(None, (told, origin(type(p)))))) from cause
         if taken := record.leave.intersection(record.took):
             raise PassError(
@@ -84,7 +109,12 @@ def run(
             program.graph.eliminate_dead_code()
             program.gm.recompile()
             program.changed()
-        verify(program, before, after=p.name, origin=origin(type(p)))
+        try:
+            verify(program, before, after=p.name, origin=origin(type(p)))
+        except GraphError as cause:
+            if not is_asked:
+                raise DefaultPassFailed(str(cause), p.name) from cause
+            raise
         for observer in observers:
             observer.after(program, record)
         records.append(record)

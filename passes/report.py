@@ -20,12 +20,14 @@ class Measured:
         flops: multiply-adds count as two; one call at the compiled sizes.
         weight_bytes: constants that the graph reads, each counted once.
         failed: sentences about kinds that could not be counted.
+        refused: what looks like an attention and stays as the model wrote it: where, and why.
     """
 
     found: dict[str, int] = field(default_factory=dict)
     flops: int = 0
     weight_bytes: int = 0
     failed: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ class GraphReport:
         """Append to :attr:`note`; empty ones count for nothing."""
         self.note = "; ".join(filter(None, (self.note, *said)))
 
+    def anew(self, note: str) -> GraphReport:
+        """The report of the same graph, when it is compiled once more in another way."""
+        return GraphReport(self.number, note=note)
+
     @classmethod
     def start(cls) -> GraphReport:
         return cls(next(_NUMBERS))
@@ -95,7 +101,10 @@ def costs(program: Program) -> Measured:
     """What one call of the graph costs as it is now."""
     from accelpass.ir.analyses.cost import at_compiled_sizes, total, weight_bytes
 
-    return Measured(flops=at_compiled_sizes(program, total(program).flops), weight_bytes=weight_bytes(program))
+    try:
+        return Measured(flops=at_compiled_sizes(program, total(program).flops), weight_bytes=weight_bytes(program))
+    except Exception as cause:  # as below: a report of fewer figures, not a model that does not compile
+        return Measured(failed=(f"costs not counted: {type(cause).__name__}: {cause}",))
 
 
 def measure(program: Program) -> Measured:
@@ -110,16 +119,23 @@ def measure(program: Program) -> Measured:
     from accelpass.ir.attention import detect
 
     measured = costs(program)
-    measured.found = {
-        "attention": len(program.analysis(detect)),
-        "linear": len(program.analysis(linears)),
-        "embedding": len(program.analysis(embeddings)),
-        "expert_stack": len(program.analysis(expert_stacks)),
+    counted = {
+        "attention": detect,
+        "linear": linears,
+        "embedding": embeddings,
+        "expert_stack": expert_stacks,
+        "norm": norms,
+        "mlp": mlps,
+        "moe": moes,
+        "kv_cache": kv_caches,
+        "block": blocks,
+        "output_head": output_heads,
     }
-    structure = {"norm": norms, "mlp": mlps, "moe": moes, "kv_cache": kv_caches, "block": blocks}
-    for kind, analysis in {**structure, "output_head": output_heads}.items():
+    for kind, analysis in counted.items():
         try:
             records = program.analysis(analysis)
+            if kind == "attention":
+                _refused(program, measured)
         except Exception as cause:  # an unforeseen graph must not stop a model that compiles without these counts
             measured.failed += (f"{kind} not counted: {type(cause).__name__}: {cause}",)
             continue
@@ -129,3 +145,12 @@ def measure(program: Program) -> Measured:
         else:
             measured.found[kind] = len(records)
     return measured
+
+
+def _refused(program: Program, measured: Measured) -> None:
+    """Attentions that were recognised and are left as the model wrote them."""
+    from accelpass.ir.attention import near_misses
+
+    for miss in (m for m in program.analysis(near_misses) if m.like):
+        into, place = measured.refused, miss.path or miss.node
+        into[place] = "; ".join(dict.fromkeys(filter(None, (into.get(place), miss.why))))

@@ -36,6 +36,7 @@ from accelpass.ir.graph import placeholders
 from accelpass.ir.verify import signature, verify
 from accelpass.models_zoo import tiny
 from tests.attention_truth import count_attentions
+from tests.marked_section import replace_section
 
 Row = dict[str, Any]
 TOLERANCE = 1e-3  # relative; two compilations of one model may order sums differently
@@ -272,8 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(table(measured))
     console.print(summary(measured), soft_wrap=True)
     if given.write:
-        given.write.parent.mkdir(parents=True, exist_ok=True)
-        given.write.write_text(markdown(measured))
+        replace_section(given.write, "architecture families", markdown(measured))
     if not chosen:
         PARTIAL.unlink(missing_ok=True)
     wrong = (r for r in measured if not is_right(r) and not r["note"].startswith("not built"))

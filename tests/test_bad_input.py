@@ -143,7 +143,8 @@ def test_width_that_no_group_divides():
     (graph,) = graphs_of(model)
     (record,) = (r for r in graph.report.records if r.name == "int4_weights")
     assert record.skipped["gate_proj"] == (
-        "72 input channels are not a multiple of group_size=64; no group size divides it"
+        "72 input channels are not a multiple of group_size=64; 8, 24 and 72 divide it, but groups are of 32, 64 or 128; "
+        "int8_weights takes any width"
     )
     assert record.skipped["down_proj"].endswith("group_size=32 would fit")
 
@@ -260,6 +261,54 @@ def test_save_and_load(tmp_path, monkeypatch):
         monkeypatch.setattr("accelpass.ir.derived.DerivedTensors._store", _only_seeds())
         again = load(tiny_lm(5), tmp_path / "packed", lowering="eager")
         assert torch.equal(again(IDS), want)
+
+
+def test_what_was_saved_comes_with_its_options(tmp_path):
+    from accelpass.lookup import find
+    from accelpass.packed import load, save
+
+    given = {"lowering": "aten", "regions": False, "skip_sites": {"int8_weights": ["lm_head"]}, "free_weights": True}
+    fast = compiled(tiny_lm(0), **{"passes": ["int8_weights"], **given, "inductor": {"max_fusion_size": 8}})
+    with torch.no_grad():
+        want = fast(IDS)
+        save(fast, tmp_path / "packed")
+        again = load(tiny_lm(5), tmp_path / "packed")
+        assert torch.equal(again(IDS), want)
+        options, there = (find(f).graphs[-1].options for f in (fast, again))
+        for name in ("passes", "lowering", "regions", "skip_sites", "free_weights", "mode", "inductor"):
+            assert getattr(there, name) == getattr(options, name)
+        other = load(tiny_lm(6), tmp_path / "packed", lowering="eager")
+        other(IDS)
+        assert find(other).graphs[-1].options.lowering == "eager"
+
+
+def test_saving_says_why_nothing_is_packed(tmp_path):
+    from accelpass.packed import save
+
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 100), nn.Linear(100, 8)).eval()
+    for passes, said in (
+        (
+            ["int4_weights"],
+            r"int4_weights took no layer \({0..1}: 24 input channels .*; 8 and 24 divide it.*; 2: 100 input",
+        ),
+        ([{"name": "int8_weights", "exclude": ["*"]}], r"int8_weights took no layer \({0..2}: named in exclude"),
+        ([], "compile the model with int8_weights or int4_weights"),
+    ):
+        fast = compiled(model, passes=passes)
+        with torch.no_grad():
+            fast(torch.ones(2, 24))
+        with pytest.raises(AccelpassError, match=f"nothing is packed: {said}"):
+            save(fast, tmp_path / "packed")
+
+
+def test_an_option_that_cannot_be_saved_is_named(tmp_path):
+    from accelpass.packed import save
+
+    fast = compiled(tiny_lm(0), passes=["int8_weights"], inductor={"post_grad_custom_post_pass": print})
+    with torch.no_grad():
+        fast(IDS)
+    with pytest.raises(AccelpassError, match=r"'post_grad_custom_post_pass': ...}} holds a builtin_function_or_method"):
+        save(fast, tmp_path / "packed")
 
 
 def _only_seeds():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import accelpass
 from accelpass.backends import graphs_of
+from accelpass.ir.derived import Snapshot
 from accelpass.ir.weight_only_ops import dequantize_int4, dequantize_int8
 from accelpass.passes.quantization.packing import pack_int4, pack_int8
 from tests.small_models import TinyLm, relative_error, tiny_lm
@@ -59,8 +60,8 @@ def compiled(model: nn.Module, which: str, **options):
     return torch.compile(model, backend="accelpass", options=options)
 
 
-def check(got: Tensor, model: TinyLm, which: str) -> None:
-    assert relative_error(got, expected(model, which)) < TOLERANCE
+def check(got: Tensor, model: TinyLm, which: str, ids: Tensor = IDS) -> None:
+    assert relative_error(got, expected(model, which, ids)) < TOLERANCE
 
 
 def test_two_instances_share_a_graph(which):
@@ -133,6 +134,38 @@ def test_write_through_data_needs_refresh(which):
         model.layers[0].down_proj.weight.data.mul_(3)
         accelpass.refresh(fast)
         check(fast(IDS), model, which)
+
+
+def test_write_through_data_is_seen(which):
+    """As PEFT merges and unmerges an adapter. A long call compares values of all weights, single tokens those of some each time."""
+    model, ids = tiny_lm(0), torch.arange(40).reshape(2, 20)
+    fast = compiled(model, which)
+    with torch.no_grad():
+        fast(ids)
+        model.layers[0].down_proj.weight.data.mul_(3)
+        check(fast(ids), model, which, ids)
+        one = IDS[:1, :1]
+        fast(one)
+        model.layers[1].up_proj.weight.data += 1
+        weights = sum(1 for _ in model.parameters())
+        for _ in range(weights // Snapshot.TURNS + 1):
+            last = fast(one)
+        check(last, model, which, one)
+
+
+def test_weights_repointed_to_the_same_address(which):
+    """Merged in float64 as careful people do: new memory, which may well be where the old was."""
+    model = tiny_lm(0)
+    fast = compiled(model, which)
+    one = IDS[:1, :1]
+    with torch.no_grad():
+        fast(one)
+        for _ in range(4):
+            model.double()
+            for weight in model.parameters():
+                weight.data = weight.data + torch.randn_like(weight) * 0.01
+            model.float()
+            check(fast(one), model, which, one)
 
 
 def test_tied_weight_is_packed_once(which):

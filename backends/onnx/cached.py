@@ -21,6 +21,21 @@ _OF_TOKENS = ("input_ids", "inputs_embeds", "position_ids")
 """Arguments whose second dimension are the tokens of a call."""
 
 
+def _is_cache(held: Any) -> bool:
+    return type(held).__module__ == "accelpass.kv_cache" and type(held).__name__ == "KVCache"
+
+
+def refuse_kept(model: torch.nn.Module) -> None:
+    """Raise :class:`ExportError` for a KVCache that a module keeps as an attribute: a file's state goes in and comes out."""
+    for path, module in model.named_modules():
+        for name, held in vars(module).items():
+            if _is_cache(held):
+                raise ExportError(
+                    f"the model keeps a KVCache as its attribute {f'{path}.{name}'.strip('.')}, and a file's state has to go in and "
+                    "come out: let forward take it as an argument (past_key_values=cache), and give an empty one"
+                )
+
+
 def cache_of(given: Mapping[str, Any]) -> tuple[str, KVCache] | None:
     """The KVCache among the arguments and its name.
 
@@ -28,7 +43,7 @@ def cache_of(given: Mapping[str, Any]) -> tuple[str, KVCache] | None:
         ExportError: it holds tokens already.
     """
     for name, held in given.items():
-        if type(held).__module__ == "accelpass.kv_cache" and type(held).__name__ == "KVCache":
+        if _is_cache(held):
             if held.seen:
                 raise ExportError(f"the KVCache holds {held.seen} tokens; give an empty one: {name}.reset()")
             return name, held
@@ -56,9 +71,9 @@ def decoding(given: Mapping[str, Any], place: str, decode: Mapping[str, Any] | N
 
 
 def started(made: Functional) -> Functional:
-    """The prompt's graph starts from empty state by itself: it has no past as inputs."""
+    """The prompt's graph starts from empty state by itself: it has no past of the sequence as inputs."""
     gm, graph = made.gm, made.gm.graph
-    starts = {state.past: state for state in made.states}
+    starts = {state.past: state for state in made.states if state.lifetime == "sequence"}
     for name, node in list(zip(made.inputs, placeholders(gm), strict=True)):
         if name not in starts:
             continue
@@ -97,6 +112,23 @@ def manifest(graphs: Mapping[str, Graph], names: Mapping[str, str], data: str | 
         "outputs": [name for name in prompt.made.outputs if not name.startswith("present.")],
         "state": [{"past": s.past, "present": s.present, **mine[s.name]} for s in prompt.made.states],
         "passes": [{"name": r.name, "sites": len(r.took)} for r in decode.records],
+    }
+
+
+def stateful(graph: Graph, file: str, data: str | None) -> dict[str, Any]:
+    """The same of one graph without a cache, in which passes remember something."""
+    states = graph.made.states
+    return {
+        "format": FORMAT,
+        "files": {"model": file},
+        "data": data,
+        "inputs": {"model": _inputs(graph)},
+        "outputs": [name for name in graph.made.outputs if not name.startswith("present.")],
+        "state": [
+            {"past": s.past, "present": s.present, **_described(s.start, s.fill), "lifetime": s.lifetime}
+            for s in states
+        ],
+        "passes": [{"name": r.name, "sites": len(r.took)} for r in graph.records],
     }
 
 

@@ -113,6 +113,10 @@ def captured(
         outputs[:], leaves = _named_outputs(made)
         return leaves
 
+    # Copies: of one tensor given twice the trace would read the first alone, and of a weight given as an input the weight.
+    tensors = {
+        name: tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, v) for name, v in tensors.items()
+    }
     twin = copy.copy(model)  # its modules and parameters are the model's own
     if "forward" in model.__dict__:
         raise ExportError(
@@ -126,7 +130,9 @@ def captured(
             )
     except Exception as cause:  # torch.export raises some twenty types; each is about the model and these arguments
         raise ExportError(_untraced(model, cause, wishes)) from cause
-    found = _named(exported, _leaf_names(tensors), outputs, wishes, counts)
+    names = _leaf_names(tensors)
+    outputs = [f"output.{name}" if name in names else name for name in outputs]  # a file has no two values of one name
+    found = _named(exported, names, outputs, wishes, counts)
     program = found.program
     written = written_inputs(program.graph).difference(found.counters)
     if written:

@@ -16,9 +16,10 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from accelpass.backends.onnx import files, runtime, stepped
 from accelpass.backends.onnx.activations import StaticRanges
-from accelpass.backends.onnx.cached import cache_of, decoding, manifest, started
+from accelpass.backends.onnx.cached import cache_of, decoding, manifest, refuse_kept, started, stateful
 from accelpass.backends.onnx.capture import Captured, bound, captured, tensors_by_name
 from accelpass.backends.onnx.errors import ExportError
+from accelpass.backends.onnx.examples import others
 from accelpass.backends.onnx.functional import Functional, fixed, functional
 from accelpass.backends.onnx.masked_attention import lowerings
 from accelpass.backends.onnx.refusals import refuse_left_out, refuse_unexportable
@@ -70,6 +71,8 @@ class Graph:
     model: ir.Model
     weights_before: int
     notes: list[str]
+    dtype: torch.dtype = torch.float32
+    """The shortest that the model computes in."""
 
 
 def wanted(
@@ -123,6 +126,8 @@ def export(
     elif calibration:
         raise ExportError("calibration calls are for activations='qdq'; type it, or leave them out")
     cache = cache_of(given)
+    if cache is None:
+        refuse_kept(model)
     refuse_left_out(want.passes, cache)
     graphs: dict[str, Graph] = {}
     by, steps = step_pass(want.passes), None
@@ -163,6 +168,9 @@ def export(
         if cache is not None:
             write_json(folder / f"{target.stem}.json", manifest(graphs, names, data if has_data else None, cache[1]))
             report.manifest = target.absolute().parent / f"{target.stem}.json"
+        elif steps is None and (only := graphs[target.name]).made.states:
+            write_json(folder / f"{target.stem}.json", stateful(only, target.name, data if has_data else None))
+            report.manifest = target.absolute().parent / f"{target.stem}.json"
         if steps is not None:
             steps.write(folder / f"{target.stem}.json", data if has_data else None)
             report.manifest = target.absolute().parent / f"{target.stem}.json"
@@ -171,11 +179,21 @@ def export(
             )
         if verify:
             update("Comparing ONNX Runtime with torch")
-            checked = partial(compared, folder, graphs) if steps is None else partial(stepped.compared, folder, steps)
-            tolerance = math.inf if want.form.rounded and want.form.contrib else runtime.TOLERANCE
+            inputs = {}
+            for name, graph in graphs.items():
+                own = {} if steps is None else steps.sources[name]
+                inputs[name], note = others(graph.made, {**own, **{s.past: s for s in graph.made.states}})
+                report.notes += [f"{name}: {note}"] if note else []
+            checked = (
+                partial(compared, folder, graphs, inputs)
+                if steps is None
+                else partial(stepped.compared, folder, steps, inputs)
+            )
+            allowed = max(runtime.tolerance_of(graph.dtype) for graph in graphs.values())
+            tolerance = math.inf if want.form.rounded and want.form.contrib else allowed
             if want.ranges is not None:
                 # A number on the edge of two codes may fall to either side: no further than rounding goes by itself.
-                tolerance = max(runtime.TOLERANCE, want.ranges.effect)
+                tolerance = max(allowed, want.ranges.effect)
             report.difference = checked(tolerance)
             if want.form.rounded:
                 far = checked(math.inf, optimised=True)
@@ -214,6 +232,7 @@ def _finished(
 ) -> Graph:
     """Rewrite and translate one graph; ``edit`` changes it after the passes, ``starts``: its state starts empty."""
     before, theirs = weight_bytes(found.program), own_operators(found.program.graph)
+    dtype = runtime.coarsest(found.program.graph)  # of the model: what passes store in less is computed in more
     update(f"Rewriting{kind}")
     records, after, masked = rewritten(found, want)
     edit()
@@ -224,7 +243,7 @@ def _finished(
     update(f"Translating{kind}")
     translation, notes = translated(made, found.wishes, want.form, after, want.who, theirs)
     notes += [note for note in (found.note, about, *masked) if note]
-    return Graph(made, records, translation, before, notes)
+    return Graph(made, records, translation, before, notes, dtype)
 
 
 def with_plan(want: Wanted, by: StepPass) -> tuple[Wanted, StepPass]:
@@ -297,20 +316,27 @@ def _refuse_fixed(found: Captured, who: str) -> None:
             raise fixed(name, dim, size, who)
 
 
-def compared(folder: Path, graphs: Mapping[str, Graph], tolerance: float, optimised: bool = False) -> float:
-    """Run the files on the example inputs, and of a decoder several steps after the prompt; see :func:`runtime.difference`.
+def compared(
+    folder: Path,
+    graphs: Mapping[str, Graph],
+    inputs: Mapping[str, Mapping[str, Tensor]],
+    tolerance: float,
+    optimised: bool = False,
+) -> float:
+    """Run the files on inputs, and of a decoder several steps after the prompt; see :func:`runtime.difference`.
 
     Each side goes on from its own state, whose rows may lie in another order where scores are equal. What was stored wrongly
     shows in the model's outputs.
     """
     *before, last = graphs
+    several = before or graphs[last].made.states
     worst, states = 0.0, (dict[str, Tensor](), dict[str, Tensor]())
-    for name in [*before, *[last] * (STEPS if before else 1)]:
+    for name in [*before, *[last] * (STEPS if several else 1)]:
         made, loaded = graphs[name].made, runtime.session(folder / name, optimised)
-        inputs = [{**made.inputs, **{k: v for k, v in state.items() if k in made.inputs}} for state in states]
+        mine, its = ({**inputs[name], **{k: v for k, v in state.items() if k in made.inputs}} for state in states)
         with torch.no_grad():
-            expected = made.gm(*(t.clone() for t in inputs[0].values()))
-        got = runtime.run(loaded, inputs[1])
+            expected = made.gm(*(t.clone() for t in mine.values()))
+        got = runtime.run(loaded, its)
         results = [name for name in made.outputs if not name.startswith("present.")]
         worst = max(worst, runtime.difference(results, got, expected, tolerance))
         states = (_carried(made, expected), _carried(made, got))

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from accelpass.backends.onnx.capture import Captured
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.ir.derived import StateSpec
-from accelpass.ir.graph import aten, known, placeholders, value
+from accelpass.ir.graph import argument_name, aten, known, placeholders, value
 from accelpass.ir.tensors import FromModule
 
 
@@ -26,11 +26,13 @@ class State:
 
     Attributes:
         start: what goes in first.
+        lifetime: see :class:`~accelpass.ir.derived.StateSpec`.
     """
 
     name: str
     start: Tensor
     fill: float
+    lifetime: str = "sequence"
 
     @property
     def past(self) -> str:
@@ -69,7 +71,7 @@ def functional(captured: Captured) -> Functional:
     gm, graph = program.gm, program.graph
     _clean(graph)
     (output,) = graph.find_nodes(op="output")
-    results: list[Any] = list(tree_leaves(output.args[0]))
+    results = _apart(graph, output, list(tree_leaves(output.args[0])))
     inputs = dict(captured.inputs)
     states: list[State] = []
     held: list[fx.Node] = []
@@ -78,13 +80,12 @@ def functional(captured: Captured) -> Functional:
         held.append(node)
     last = placeholders(gm)[-1]
     for node, (anchor, spec) in tensors.states.items():
-        layer = captured.counters.index(anchor)
         with graph.inserting_after(last):
             made = graph.placeholder(node.name)
         made.meta["val"] = value(node)
         node.replace_all_uses_with(made)
         start = getattr(gm, str(node.target)).clone()
-        states.append(State(_state_name(layer, spec), start, spec.fill))
+        states.append(State(_state_name(captured, anchor, spec), start, spec.fill, spec.lifetime))
         held.append(made)
         graph.erase_node(node)
         last = made
@@ -105,8 +106,24 @@ def functional(captured: Captured) -> Functional:
     return Functional(plain, inputs, [*captured.outputs, *(s.present for s in states)], states)
 
 
-def _state_name(layer: int, spec: StateSpec) -> str:
-    return f"{layer}.{spec.name.removeprefix('kv.')}"
+def _state_name(captured: Captured, anchor: fx.Node, spec: StateSpec) -> str:
+    """After the cache layer that the state belongs to, or else the tensor of the model that it lives with."""
+    if anchor in captured.counters:
+        return f"{captured.counters.index(anchor)}.{spec.name.removeprefix('kv.')}"
+    return f"{captured.program.tensors.path(anchor) or argument_name(anchor)}.{spec.name}"
+
+
+def _apart(graph: fx.Graph, output: fx.Node, results: list[Any]) -> list[Any]:
+    """A copy of each result that is an input, a weight, or an earlier result: in a file one value has one name."""
+    found: list[Any] = []
+    for result in results:
+        if isinstance(result, fx.Node) and (result.op in ("placeholder", "get_attr") or result in found):
+            with graph.inserting_before(output):
+                copied = graph.call_function(aten.clone.default, (result,))
+            copied.meta["val"] = value(result)
+            result = copied
+        found.append(result)
+    return found
 
 
 def _clean(graph: fx.Graph) -> None:

@@ -11,9 +11,24 @@ import torch
 from torch import Tensor
 
 from accelpass.backends.onnx.errors import ExportError
+from accelpass.ir.graph import value
 
 TOLERANCE = 1e-4
-"""Largest difference over the largest magnitude of an output."""
+"""Largest difference over the largest magnitude of an output, of a model that computes in float32."""
+_STEPS = 8
+"""The same of a shorter dtype, in steps of its rounding: sums are rounded in another order, several times on the way."""
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far an output may be off, over its largest value, where the model computes in ``dtype``."""
+    return max(TOLERANCE, _STEPS * torch.finfo(dtype).eps)
+
+
+def coarsest(graph: torch.fx.Graph) -> torch.dtype:
+    """The shortest float dtype among a graph's values."""
+    held = (value(node) for node in graph.nodes)
+    found = {t.dtype for t in held if isinstance(t, Tensor) and t.is_floating_point()}
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def check(path: Path) -> None:
@@ -42,17 +57,48 @@ def session(path: Path, optimised: bool = True) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as cause:  # its errors have a common base that is not exported
-        raise ExportError(f"ONNX Runtime does not load {path.name}: {' '.join(str(cause).split())[:400]}") from cause
+        raise ExportError(f"ONNX Runtime does not load {path.name}: {_whole(cause)} {_remedy(path)}") from cause
+
+
+def _whole(cause: Exception) -> str:
+    """A message on one line, not shortened: what is missing may stand at its end."""
+    return " ".join(str(cause).split()).rstrip(".") + "."
+
+
+def _remedy(path: Path) -> str:
+    """What to type where ONNX Runtime has no kernel for what a file holds."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    opset = next(i.version for i in model.opset_import if i.domain in ("", "ai.onnx"))
+    wide = onnx.TensorProto.BFLOAT16
+    if any(v.type.tensor_type.elem_type == wide for v in [*model.graph.input, *model.graph.output]) or any(
+        t.data_type == wide for t in model.graph.initializer
+    ):
+        return (
+            "Few of its kernels on the CPU know bfloat16: export model.float() or model.half(), or type verify=False."
+        )
+    other = 21 if opset > 21 else 23
+    return f"Try another opset than {opset} (opset={other}, say), or verify=False if the file is for another runtime."
 
 
 def run(loaded: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """The outputs of a session, for those of ``inputs`` that it takes."""
     wanted = {i.name for i in loaded.get_inputs()}
+    odd = [name for name, tensor in inputs.items() if name in wanted and tensor.dtype == torch.bfloat16]
+    if odd:
+        raise ExportError(
+            f"ONNX Runtime is given numpy arrays, which have no bfloat16 ({', '.join(odd)}); export model.float() or model.half(), or "
+            "type verify=False"
+        )
     feed = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items() if name in wanted}
     try:
         return [torch.from_numpy(np.asarray(made)) for made in loaded.run(None, feed)]
     except Exception as cause:  # see session()
-        raise ExportError(f"ONNX Runtime fails on the example inputs: {' '.join(str(cause).split())[:400]}") from cause
+        raise ExportError(
+            f"ONNX Runtime fails on inputs like the example's: {_whole(cause)} Try another opset (opset=21, say), "
+            "or verify=False if the file is for another runtime."
+        ) from cause
 
 
 def difference(names: Sequence[str], got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> float:
@@ -62,7 +108,7 @@ def difference(names: Sequence[str], got: Sequence[Tensor], want: Sequence[Tenso
         ExportError: an output differs by more; names it.
     """
     worst = 0.0
-    for name, mine, its in zip(names, got, want, strict=False):
+    for name, mine, its in zip(names, got, (t.detach() for t in want), strict=False):
         if mine.shape != its.shape or mine.dtype != its.dtype:
             raise ExportError(
                 f"{name} is {tuple(mine.shape)} {mine.dtype} in ONNX Runtime, {tuple(its.shape)} {its.dtype} in torch"
@@ -78,7 +124,10 @@ def difference(names: Sequence[str], got: Sequence[Tensor], want: Sequence[Tenso
                 float((mine[both].double() - its[both].double()).abs().max()) / max(scale, 1e-6) if both.any() else 0.0
             )
             if far > tolerance:
-                raise ExportError(f"{name} differs by {far:.1e} of its largest value between ONNX Runtime and torch")
+                raise ExportError(
+                    f"{name} differs by {far:.1e} of its largest value between ONNX Runtime and torch, and {tolerance:.1e} is "
+                    "allowed; try another opset, or verify=False and measure the answers yourself"
+                )
             worst = max(worst, far)
         elif not torch.equal(mine, its):
             share = float((mine != its).float().mean())

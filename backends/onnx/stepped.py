@@ -6,7 +6,7 @@ under torch.compile. Tensors that a plan holds for each step (``plan.NAME``) are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,8 +194,14 @@ def with_state(captured: Captured, by: StepPass) -> None:
         captured.inputs[called] = torch.zeros([int(n) for n in fake.shape], dtype=fake.dtype)
 
 
-def compared(folder: Path, steps: Steps, tolerance: float, optimised: bool = False) -> float:
-    """Run the whole schedule on the example inputs; see :func:`accelpass.backends.onnx.runtime.difference`.
+def compared(
+    folder: Path,
+    steps: Steps,
+    examples: Mapping[str, Mapping[str, Tensor]],
+    tolerance: float,
+    optimised: bool = False,
+) -> float:
+    """Run the whole schedule on ``examples``, inputs by file; see :func:`accelpass.backends.onnx.runtime.difference`.
 
     Their floats shrink from step to step, as a run's latents change: between equal steps a slope would be rounding alone.
     """
@@ -206,7 +212,7 @@ def compared(folder: Path, steps: Steps, tolerance: float, optimised: bool = Fal
         for call, file in enumerate(files):
             made = steps.graphs[file].made
             left = 1 - step / (2 * len(steps.calls))
-            inputs = {n: t * left if t.is_floating_point() else t for n, t in made.inputs.items()}
+            inputs = {n: t * left if t.is_floating_point() else t for n, t in examples[file].items()}
             for name, source in steps.sources[file].items():
                 found = steps.by.operand(source.name, step) if source.kind == "plan" else None
                 inputs[name] = kept[0 if source.first else call, source.name] if found is None else found

@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -99,6 +99,7 @@ def translated(
     expansion = Expansion(model, form.contrib, form.rounded)
     expansion.run()
     notes = list(expansion.notes)
+    _name_outputs(model, made.outputs)
     _name_dimensions(model, wishes)
     model.producer_name, model.producer_version = "accelpass", _version()
     model.metadata_props.clear()
@@ -148,6 +149,23 @@ def _refuse_growth(model: ir.Model, weight_bytes: int, who: str) -> None:
         f"turned back into floats. The largest: {shown}. Leave the pass out, or let its operator keep the activation inside "
         "and register a translation (accelpass.backends.onnx.register_translation)."
     )
+
+
+def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
+    """Give each output its name and a value of its own, where the optimiser took two for one or an input for an output."""
+    graph = model.graph
+    assert len(graph.outputs) == len(names)
+    taken: set[int] = set()
+    for position, (held, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
+        if held.producer() is None or id(held) in taken:
+            same = ir.node("Identity", [held])
+            same.outputs[0].type, same.outputs[0].shape = held.type, held.shape
+            graph.append(same)
+            if held.name == name:  # a constant that took the output's name
+                held.name = f"{name}.constant"
+            graph.outputs[position] = held = same.outputs[0]
+        held.name = name
+        taken.add(id(held))
 
 
 def _name_dimensions(model: ir.Model, wishes: Mapping[str, Wishes]) -> None:

@@ -179,7 +179,7 @@ def int8_linear(
     outputs, inputs = q.shape
     flat = x.reshape(-1, inputs).contiguous()
     rows, count = flat.shape[0], _row_count(flat.shape[0])
-    if not flat.numel():
+    if isinstance(rows, int) and not rows:  # of a number known at run time alone, none launch no program
         return x.new_zeros((*x.shape[:-1], outputs))
     gemv = _use_gemv(path, rows)
     kernel = _int8_kernel(gemv, count)
@@ -217,7 +217,7 @@ def int4_linear(
     outputs, inputs = q.shape[0], x.shape[-1]
     flat = x.reshape(-1, inputs).contiguous()
     rows, count = flat.shape[0], _row_count(flat.shape[0])
-    if not flat.numel():
+    if isinstance(rows, int) and not rows:  # of a number known at run time alone, none launch no program
         return x.new_zeros((*x.shape[:-1], outputs))
     gemv = _use_gemv(path, rows)
     kernel = _int4_kernel(gemv, count)

@@ -141,7 +141,7 @@ def _linear(program: Program, node: fx.Node) -> Linear | None:
 def _site(
     program: Program, node: fx.Node, x: fx.Node, w: Any, bias: fx.Node | None, stored_out_in: bool
 ) -> Linear | None:
-    """A site if ``w`` is a constant matrix, looking through transposes, casts to its own dtype and expert slices."""
+    """A site if ``w`` is a constant matrix, looking through transposes, casts (autocast's) and expert slices."""
     if not isinstance(w, fx.Node) or not isinstance(value(w), Tensor) or value(w).dim() != 2:
         return None
     kind = "linear" if is_call(node, aten.linear) else "conv1d" if is_call(node, aten.addmm) else "matmul"
@@ -149,7 +149,7 @@ def _site(
     while True:
         if is_call(w, *_TRANSPOSES) and value(w).dim() == 2:
             w, stored_out_in = w.args[0], not stored_out_in
-        elif is_call(w, *_CASTS) and value(w).dtype == value(w.args[0]).dtype:
+        elif is_call(w, *_CASTS) and value(w).dtype.is_floating_point:
             w = w.args[0]
         elif select is None and is_call(w, aten.select) and w.args[1] == 0:
             select, w = w, w.args[0]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from accelpass.ir.attention.faults import WrongResult, shape_said
 from accelpass.ir.attention.spec import AttentionSpec, Select
 from accelpass.ir.graph import known
 
@@ -54,7 +55,22 @@ class BlockSelect(Select, ABC):
 
     def mask(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
         """The same as a boolean mask ``(batch or 1, heads or 1, n, m)``, True where a query attends; the reference."""
-        return listed_mask(self.blocks(q, k, spec), q.shape[1], q.shape[2], k.shape[2])
+        return listed_mask(self.listed(q, k, spec), q.shape[1], q.shape[2], k.shape[2])
+
+    def listed(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Blocks:
+        """What :meth:`blocks` gives.
+
+        Raises:
+            WrongResult: it is of another form than :class:`Blocks` says.
+        """
+        made = self.blocks(q, k, spec)
+        if not isinstance(made, Blocks) or not isinstance(made.blocks, Tensor) or not isinstance(made.counts, Tensor):
+            raise WrongResult(self, "blocks", f"it returned {type(made).__name__}, no Blocks of tensors")
+        for name, tensor, dims in (("blocks", made.blocks, 3), ("counts", made.counts, 2)):
+            if tensor.dim() != dims or tensor.dtype != torch.int32:
+                wanted = f"(tables, q_blocks{', most' if dims == 3 else ''}) int32"
+                raise WrongResult(self, "blocks", f"{name} is {shape_said(tensor)}, and {wanted} is needed")
+        return made
 
     def pairs(self, heads: int, rows: int, columns: int, causal: bool) -> int | None:
         """How many (query, key) pairs are attended to in all heads of one sequence; None if only the data tells."""

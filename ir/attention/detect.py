@@ -13,7 +13,7 @@ from accelpass.ir.attention.masks import bias_of
 from accelpass.ir.attention.match import SOFTMAX, match_sdpa, match_softmax
 from accelpass.ir.attention.op import is_attention, spec_of
 from accelpass.ir.attention.projections import kind_of, output_projection, source_of
-from accelpass.ir.attention.region import Match, NoMatch
+from accelpass.ir.attention.region import Match, NoAttention, NoMatch
 from accelpass.ir.attention.score_steps import aten
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.graph import is_call, module_path, value
@@ -67,11 +67,16 @@ class Attention:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A softmax (or an attention call) that is not taken for an attention, and why."""
+    """A softmax (or an attention call) that is not taken for an attention, and why.
+
+    Attributes:
+        like: it has the two products of an attention around it; a router's softmax has not.
+    """
 
     path: str
     node: str
     why: str
+    like: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def survey(program: Program) -> Survey:
             else:
                 continue
         except NoMatch as no:
-            misses.append(NearMiss(module_path(node), node.name, str(no)))
+            misses.append(NearMiss(module_path(node), node.name, str(no), not isinstance(no, NoAttention)))
             continue
         found.append(_described(program, match))
     return Survey(tuple(found), tuple(misses))

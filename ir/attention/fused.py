@@ -81,7 +81,7 @@ def _block_sparse(
     reach, order = -1, None
     if isinstance(select, BlockSelect):
         spec = causal_form(spec, rows, columns)
-        blocks, counts, size, order = select.blocks(q, k, spec)
+        blocks, counts, size, order = select.listed(q, k, spec)
     elif isinstance(select, BlockList):
         size = select.size
         blocks, counts = listed_blocks(select, rows, columns, q.device)

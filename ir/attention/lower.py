@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from accelpass.ir.attention.block_select import BlockSelect
+from accelpass.ir.attention.faults import named, shapes_said
 from accelpass.ir.attention.insert import base, inverse, shared
 from accelpass.ir.attention.op import ATTENTION, attend, is_attention, spec_of
 from accelpass.ir.attention.spec import All, AttentionSpec, Band, BlockList, Dense, SinksAndWindow
@@ -210,7 +211,9 @@ def _inline_traced(program: Program, node: fx.Node, lowering: Lowering) -> None:
         out, found = lowering.run(given[0], given[1], given[2], given[3:], spec)
         return [_in_order(out, order), *(found[name] for name in sorted(spec.statistics))]
 
-    results = splice(program, trace(program, run, operands), operands, node)
+    given = shapes_said({name: value(n) for name, n in zip("qkv", operands, strict=False)})
+    with named(spec, spec.site or module_path(node), f"blocks of keys for {given}"):
+        results = splice(program, trace(program, run, operands), operands, node)
     if many:
         for user in list(node.users):
             user.replace_all_uses_with(results[user.args[1]])

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.contraction import Product, permutation, product, same_sizes
 from accelpass.ir.attention.effects import Effects, writes
-from accelpass.ir.attention.region import Match, NoMatch, Operand, grow, is_size, peel_groups, unmerge
+from accelpass.ir.attention.region import Match, NoAttention, NoMatch, Operand, grow, is_size, peel_groups, unmerge
 from accelpass.ir.attention.score_steps import Raw, argument, aten, number, readings
 from accelpass.ir.attention.spec import Step
 from accelpass.ir.graph import is_call, value
@@ -43,18 +43,23 @@ def match_sdpa(node: fx.Node, effects: Effects) -> Match:
     return _checked(found, effects)
 
 
+_NO_SCORES = ("the input ", "aten.linear.", "aten.addmm.")
+"""Where the way back from a softmax ends that is a router's or a classifier's, and not of the scores of an attention."""
+
+
 def match_softmax(node: fx.Node, effects: Effects) -> Match:
     """The attention around a softmax, if it is one."""
     logits = node.args[0]
     if not isinstance(logits, fx.Node) or value(node).dim() < 2:
-        raise NoMatch("softmax over a vector")
+        raise NoAttention("softmax over a vector")
     blocked: list[str] = []
     ends = _products_after(node)
     if not ends:
-        raise NoMatch("no matrix product uses the probabilities")
+        raise NoAttention("no matrix product uses the probabilities")
     before = _walk(logits, node, effects, lambda n: product(n) is not None, blocked)
     if before is None:
-        raise NoMatch(f"no matrix product is behind the softmax ({'; '.join(dict.fromkeys(blocked[:3]))})")
+        kind = NoAttention if all(end.startswith(_NO_SCORES) for end in blocked) else NoMatch
+        raise kind(f"no matrix product is behind the softmax ({'; '.join(dict.fromkeys(blocked[:3]))})")
     reasons = []
     for end, side in ends:
         probabilities = end.lhs if side == "lhs" else end.rhs

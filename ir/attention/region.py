@@ -19,6 +19,10 @@ class NoMatch(Exception):
     """Not an attention, or one that the IR has no words for; the message is for the user."""
 
 
+class NoAttention(NoMatch):
+    """A softmax without the two products of an attention: a router's, a classifier's."""
+
+
 @dataclass(frozen=True)
 class Operand:
     """A region input: ``node`` permuted by ``order`` (None: as it is) has the op's layout."""

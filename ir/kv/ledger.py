@@ -13,6 +13,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from accelpass.ir.derived import DERIVED
 from accelpass.ir.errors import CacheError
+from accelpass.ir.torch_private import has_stopped_compiling
+
+_LIMIT = (
+    " Dynamo has compiled some function as often as it may and runs it uncompiled now, without the passes: raise "
+    "torch._dynamo.config.recompile_limit before the first call."
+)
+
+
+def room_for(capacity: int) -> int:
+    """The rows that a cache layer of this capacity has: rounded up to a sixteenth of the power of two above it, at least to 8.
+
+    Rows are part of a graph, so a server whose requests all ask for another capacity would have a graph for each. With sixteen
+    sizes an octave there are few, and the rows that are never used, which attention reads all the same, stay below 7 %.
+    """
+    step = max(8, 1 << max((capacity - 1).bit_length() - 5, 0))
+    return -(-capacity // step) * step
 
 
 @dataclass
@@ -20,15 +36,16 @@ class Holding:
     """One layer of one cache.
 
     Attributes:
-        capacity: tokens that it can hold.
+        capacity: tokens that it may hold; ``room``, the rows that it has for them.
         tokens: how many it has seen.
-        form: how they are stored: what tells one compiled set of passes from another; None while it is empty.
+        form: how they are stored, in which dtype, for how many heads of which widths; None while it is empty.
         model: a tensor of the model that filled it.
         dropped: tokens of the prompt that were left out; ``kept`` are the first ones that are held, if any were left out.
         empty: puts the layer's owner back to its start.
     """
 
     capacity: int
+    room: int
     tokens: int = 0
     form: Any = None
     model: weakref.ref[Tensor] | None = None
@@ -56,6 +73,7 @@ class Holding:
             raise CacheError(
                 f"this KVCache holds {self.tokens} tokens as {_shown(self.form)}; this call stores {_shown(form)}. Use one "
                 "model, dtype and set of KV passes for all calls on a cache, or call cache.reset() in between."
+                + (_LIMIT if has_stopped_compiling() else "")
             )
         before = self.model() if self.model is not None else None
         if model is not None and before is not None and before is not model:
@@ -81,7 +99,7 @@ _HOLDINGS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def register(count: Tensor, capacity: int, empty: Callable[[], None] | None = None) -> Holding:
     """Make ``count`` (int64, one number a sequence) the counter of a cache layer."""
-    _HOLDINGS[count] = holding = Holding(capacity, empty=empty)
+    _HOLDINGS[count] = holding = Holding(capacity, room_for(capacity), empty=empty)
     return holding
 
 

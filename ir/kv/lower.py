@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.ir.attention.block_select import MASKS, BlockSelect
+from accelpass.ir.attention.faults import WrongResult, checked, named, shape_said, shapes_said
 from accelpass.ir.attention.lower import like_in_memory
 from accelpass.ir.attention.masks import shows_all_held
 from accelpass.ir.attention.op import set_spec, spec_of, want
 from accelpass.ir.attention.spec import All, AttentionSpec, Dense, Native, Step
+from accelpass.ir.derived import StateSpec
 from accelpass.ir.errors import GraphError, SpecConflict
 from accelpass.ir.graph import value
 from accelpass.ir.kv.banks import RowFormat, row_format
-from accelpass.ir.kv.ops import dense_form
+from accelpass.ir.kv.ops import form as form_of
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.kv.storage import Layout, New, Positions, Query, RowSelect, Storage
 from accelpass.ir.program import Program
@@ -116,13 +118,13 @@ class _Lowering:
         self.leaders: dict[Storage, fx.Node] = {}
 
     def site(self, site: KVSite) -> CacheUse:
-        layer, k = self.layer(site), value(site.new[0])
+        layer, (k, v) = self.layer(site), map(value, site.new)
         if site.is_prompt or (layer.is_dense and isinstance(layer.spec.select, All)):
             self._fill(layer)
         else:
             self._extend(layer)
-        form = dense_form(k) if layer.is_dense else (repr(layer.store), repr(layer.spec.format), str(k.dtype))
-        return CacheUse(site.count, k.shape[2], form, site.is_prompt)
+        how = () if layer.is_dense else (repr(layer.store), repr(layer.spec.format))
+        return CacheUse(site.count, k.shape[2], form_of(k, v, *how), site.is_prompt)
 
     def layer(self, site: KVSite) -> _Layer:
         """What is to be done at a site, and its buffers."""
@@ -135,8 +137,9 @@ class _Lowering:
         leader = self.leaders.setdefault(store, site.count)
         tensors = self.program.tensors
         format = row_format(spec.format)
-        own = [(site.count, state) for state in store.states(layout, format)]
-        common = [(leader, state) for state in store.shared(layout)]
+        with named(spec, site.path, f"a list of StateSpec for {layout}"):
+            own = [(site.count, state) for state in _states(store, "states", store.states(layout, format))]
+            common = [(leader, state) for state in _states(store, "shared", store.shared(layout))]
         buffers = {s.name.removeprefix("kv."): tensors.state(anchor, s) for anchor, s in (*own, *common)}
         return _Layer(site, spec, store, format, layout, buffers, leader is site.count)
 
@@ -156,10 +159,11 @@ class _Lowering:
             buffers, given = layer.named(more)
             new = New(q, k, v, count, statistics, given, layer.functions, layer.leads)
             store.fill(buffers, new, layer.layout, layer.format)
-            count.add_(store.advance(new))
+            count.add_(_advance(store, new))
             return []
 
-        self.run(("fill", *layer.key), run, [q, k, v, site.count, *found, *layer.operands], before)
+        with named(layer.spec, site.path, f"to store {_operands(layer)}"):
+            self.run(("fill", *layer.key), run, [q, k, v, site.count, *found, *layer.operands], before)
         if site.read is not None:
             for item in list(site.read.users):
                 item.replace_all_uses_with(layer.buffers[("keys", "values")[item.args[1]]])
@@ -215,14 +219,20 @@ class _Lowering:
                 made = [store.extend(buffers, new, query, layer.layout, layer.format)]
             else:
                 store.fill(buffers, new, layer.layout, layer.format)
-                out, on = select.attend(buffers, new, query, layer.layout, layer.format, rows[0] if rows else None)
-                made = [out] if on is None else [out, on]
-            made[0] = like_in_memory(made[0], wanted)
-            count.add_(store.advance(new))
+                both = select.attend(buffers, new, query, layer.layout, layer.format, rows[0] if rows else None)
+                if not isinstance(both, tuple) or len(both) != 2:
+                    raise WrongResult(
+                        select, "attend", f"it returned {type(both).__name__}, not (attention, rows or None)"
+                    )
+                made = [tensor for tensor in both if tensor is not None]
+            part, method = (store, "extend") if select is None else (select, "attend")
+            made[0] = like_in_memory(checked(part, method, made[0], wanted), wanted)
+            count.add_(_advance(store, new))
             return made
 
         key = ("extend", replace(spec, site=""), *layer.key, str(wanted.stride()))
-        out, *rows = self.run(key, run, [q, k, v, site.count, *extras, *takes, *layer.operands], node)
+        with named(spec, site.path, f"shape {shape_said(wanted)} of the attention of {_operands(layer, q)}"):
+            out, *rows = self.run(key, run, [q, k, v, site.count, *extras, *takes, *layer.operands], node)
         if rows and select is not None and select.gives:
             self.rows[select.gives] = rows[0]
         node.replace_all_uses_with(out)
@@ -235,6 +245,27 @@ class _Lowering:
                 graph.erase_node(item)
         graph.erase_node(site.read)
         graph.erase_node(site.append)
+
+
+def _states(store: Storage, method: str, made: Any) -> list[StateSpec]:
+    if not isinstance(made, list) or not all(isinstance(one, StateSpec) for one in made):
+        raise WrongResult(store, method, f"it returned {made!r}")
+    return made
+
+
+def _advance(store: Storage, new: New) -> Tensor | int:
+    moved = store.advance(new)
+    if not isinstance(moved, Tensor | int | torch.SymInt):
+        raise WrongResult(store, "advance", f"it returned {type(moved).__name__}, no number of tokens")
+    return moved
+
+
+def _operands(layer: _Layer, q: fx.Node | None = None) -> str:
+    """What a storage's methods are given at a site, in words."""
+    keys = dict(zip(("k", "v"), map(value, layer.site.new), strict=True))
+    given = shapes_said(({} if q is None else {"q": value(q)}) | keys)
+    buffers = shapes_said({name: value(node) for name, node in layer.buffers.items()})
+    return f"{given} in the buffers {buffers or 'none'}"
 
 
 def _statistics(attention: fx.Node, wants: Sequence[str]) -> list[fx.Node]:

@@ -6,6 +6,7 @@ library, the ops become state of whatever form the passes chose.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from accelpass.ir.derived import DERIVED, StateSpec
 from accelpass.ir.errors import CacheError
 from accelpass.ir.kv.ledger import holding_of
+from accelpass.ir.torch_private import has_stopped_compiling
 
 DENSE = "dense"
 
@@ -27,9 +29,21 @@ def dense_state(k: Tensor, v: Tensor, capacity: int) -> tuple[StateSpec, StateSp
     return spec("keys", k), spec("values", v)
 
 
-def dense_form(k: Tensor) -> tuple[str, str]:
-    """What tells the dense form of one dtype from another (see :class:`~accelpass.ir.kv.ledger.Holding`)."""
-    return (DENSE, str(k.dtype))
+def form(k: Tensor, v: Tensor, *how: str) -> tuple[str, ...]:
+    """What tells one way of storing tokens from another (see :class:`~accelpass.ir.kv.ledger.Holding`).
+
+    Args:
+        how: the storage and the format of its rows; none for all tokens as they are.
+    """
+    return (*(how or (DENSE,)), str(k.dtype), f"{k.shape[1]} heads of {k.shape[3]} and {v.shape[3]}")
+
+
+def _tell_uncompiled() -> None:
+    warnings.warn(
+        "a KVCache is filled by code that runs uncompiled, because Dynamo has compiled some function as often as it may: "
+        "everything is kept, and no pass applies. Raise torch._dynamo.config.recompile_limit before the first call.",
+        stacklevel=2,
+    )
 
 
 @torch.library.custom_op("accelpass::kv_append", mutates_args=("count",))
@@ -47,12 +61,14 @@ def kv_append(k: Tensor, v: Tensor, count: Tensor, capacity: int, window: int, g
         CacheError: the tokens do not fit.
     """
     holding, tokens = holding_of(count), k.shape[2]
-    holding.check(tokens, dense_form(k), None, False)
+    if has_stopped_compiling():
+        _tell_uncompiled()
+    holding.check(tokens, form(k, v), None, False)
     start = holding.tokens
     for spec, new in zip(dense_state(k, v, capacity), (k, v), strict=True):
         DERIVED.get([count], spec.recipe()).tensors[0][:, :, start : start + tokens] = new
     count.add_(tokens)
-    holding.add(tokens, dense_form(k), None)
+    holding.add(tokens, form(k, v), None)
 
 
 @kv_append.register_fake
@@ -67,7 +83,7 @@ def kv_read(count: Tensor, k: Tensor, v: Tensor, capacity: int) -> tuple[Tensor,
     Args:
         k, v: tensors of the layer's dtype and heads (the newest ones).
     """
-    if holding_of(count).form not in (None, dense_form(k)):
+    if holding_of(count).form not in (None, form(k, v)):
         raise CacheError("this cache is compressed; read it with the compiled model that filled it, or cache.reset()")
     keys, values = (DERIVED.get([count], s.recipe()).tensors[0] for s in dense_state(k, v, capacity))
     return keys.clone(), values.clone()

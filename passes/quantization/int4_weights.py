@@ -18,6 +18,19 @@ from accelpass.passes.quantization.weight_only import WeightOnly
 GROUP_SIZES = (32, 64, 128)
 
 
+def _fitting(in_features: int) -> str:
+    """Which group sizes would divide a width, of those that there are kernels for or else of all that pay."""
+    fitting = [g for g in GROUP_SIZES if in_features % g == 0]
+    if fitting:
+        return f"group_size={fitting[-1]} would fit"
+    others = [str(g) for g in range(8, GROUP_SIZES[-1] + 1, 8) if in_features % g == 0]
+    known = f"groups are of {GROUP_SIZES[0]}, {GROUP_SIZES[1]} or {GROUP_SIZES[2]}"
+    if not others:
+        return f"{known}; int8_weights takes any width"
+    named = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
+    return f"{named} {'divide' if len(others) > 1 else 'divides'} it, but {known}; int8_weights takes any width"
+
+
 @dataclass(frozen=True)
 class Int4Weights(WeightOnly):
     """Store the weights of linears, tied embeddings and experts as int4 with a float32 scale for each group.
@@ -49,9 +62,8 @@ class Int4Weights(WeightOnly):
 
     def check(self, in_features: int) -> Verdict:
         if in_features % self.group_size:
-            fitting = [g for g in GROUP_SIZES if in_features % g == 0]
-            hint = f"; group_size={fitting[-1]} would fit" if fitting else "; no group size divides it"
-            return Skip(f"{in_features} input channels are not a multiple of group_size={self.group_size}{hint}")
+            said = f"{in_features} input channels are not a multiple of group_size={self.group_size}"
+            return Skip(f"{said}; {_fitting(in_features)}")
         return Take()
 
     def linear(

@@ -11,7 +11,7 @@ from torch import fx
 
 from accelpass.ir.analyses.linear import Embedding, ExpertStack, Linear, embeddings, expert_stacks, linears
 from accelpass.ir.derived import Recipe, is_released
-from accelpass.ir.graph import aten, call, shape, value
+from accelpass.ir.graph import aten, call, shape, through, value
 from accelpass.ir.program import Program
 from accelpass.passes.base import Done, Record, SitePatterns, Skip, Take, Verdict
 
@@ -128,7 +128,12 @@ class WeightOnly(SitePatterns):
                     mine = packed
                     if site.select is not None:
                         mine = [call(graph, site.node, aten.select.int, p, 0, site.select.args[2]) for p in packed]
-                    new = self.linear(graph, site.node, site.operand(), mine, site.bias)
+                    bias = (
+                        through(site.bias, aten.to)
+                        if program.tensors.is_constant(through(site.bias, aten.to))
+                        else site.bias
+                    )
+                    new = self.linear(graph, site.node, site.operand(), mine, bias)
             site.node.replace_all_uses_with(new)
             graph.erase_node(site.node)
         return done

@@ -40,8 +40,8 @@ class CpuGemv(Pass):
                 record.skip(site.path, wanted.why)
             elif x.device.type != "cpu":
                 record.skip(site.path, f"the input is on {x.device.type}")
-            elif rows(site.x) != 1:
-                record.skip(site.path, f"{rows(site.x) or 'a symbolic number of'} rows; a GEMV has one")
+            elif (count := rows(site.x)) != 1:
+                record.skip(site.path, f"{'a symbolic number of' if count is None else count} rows; a GEMV has one")
             elif dtype != torch.float32 or value(site.weight).dtype != dtype:
                 record.skip(site.path, f"{dtype}: measured for float32 alone")
             else:

@@ -16,15 +16,14 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 import accelpass.backends.triton.block_sparse_ops  # noqa: F401  # registers the op
 from accelpass.backends.block_sparse import block_sparse_with_kernel
 from accelpass.backends.triton import block_sparse as kernels
 from accelpass.ir.attention import AttentionSpec, Band, BlockList, fused
+from tests.gpu_kernels.sources import prompt_source
 
 OP = torch.ops.accelpass.block_sparse_attention_triton
-NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32, device: str = "meta") -> Tensor:
@@ -102,31 +101,10 @@ def test_the_lowering_of_cuda_operands_is_the_kernel(select):
 
 
 @functools.cache
-def hopper(
-    config: triton.Config, width: int = 128, dtype: torch.dtype = torch.bfloat16, size: int = 128, **constants: Any
-) -> Any:
+def hopper(config: triton.Config, *shape: Any, **constants: bool) -> Any:
     """`_block_sparse` compiled to machine code for compute capability 9.0."""
-    names = [p.name for p in kernels.block_sparse.fn.params]
-    padded = max(16, triton.next_power_of_2(width))
-    values = {
-        **dict.fromkeys(("RAGGED", "HAS_ORDER", "HAS_REACH", "CAUSAL", "WIDEN"), False),
-        **dict.fromkeys(("D", "DV"), width),
-        **dict.fromkeys(("D_P2", "DV_P2"), padded),
-        "G": 4,
-        "SIZE": size,
-        **constants,
-        **config.kwargs,
-    }
-    fixed = {name: values[name] for name in names if name.isupper() and name not in "NM"}
-    kinds = {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), NAMES[dtype]), "lse_ptr": "*fp32", "scale": "fp32"}
-    kinds |= dict.fromkeys(("blocks_ptr", "counts_ptr", "order_ptr"), "*i32")
-    signature = {name: "constexpr" if name in fixed else kinds.get(name, "i32") for name in names}
-    strided = [name for name in names if name.endswith(("_ptr", "_sb", "_sh", "_sn"))]
-    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in strided}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(
-        ASTSource(kernels.block_sparse.fn, signature, fixed, divisible), GPUTarget("cuda", 90, 32), options
-    )
+    return triton.compile(prompt_source(config, *shape, **constants), GPUTarget("cuda", 90, 32), options)
 
 
 FIRST, *_ = kernels.block_sparse.configs

@@ -17,12 +17,12 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from accelpass.backends.triton import kv_attention as kernels
 from accelpass.backends.triton import kv_attention_ops as ops
 from accelpass.ir.kv.decode import PackedRows
 from accelpass.ir.kv.rows import BITS, row_bytes
+from tests.gpu_kernels.sources import decode_source, helper_source
 
 OP = torch.ops.accelpass.kv_decode_triton
 
@@ -144,54 +144,11 @@ def test_a_symbolic_length_is_traced_without_guards(slots):
     assert not env.guards
 
 
-POINTERS = {
-    **dict.fromkeys(("k_step_ptr", "k_low_ptr", "v_step_ptr", "v_low_ptr"), "*fp16"),
-    **dict.fromkeys(("bias_ptr", "out_ptr", "lse_ptr", "scores_ptr", "logits_ptr"), "*fp32"),
-    "rows_ptr": "*i64",
-    "valid_ptr": "*i1",
-    "scale": "fp32",
-}
-PLAIN = ("scale", "kv_heads", "N", "R", "splits")  # everything else is divisible by 16
-NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-
-
 @functools.cache
-def hopper(
-    config: triton.Config,
-    bits: int = 0,
-    width: int = 128,
-    dtype: torch.dtype = torch.bfloat16,
-    group: int = 4,
-    **constants: Any,
-) -> Any:
+def hopper(config: triton.Config, *format: Any, **constants: Any) -> Any:
     """`_kv_split` compiled to machine code for compute capability 9.0, keys and values both in this format."""
-    names = [p.name for p in kernels.kv_split.fn.params]
-    rows = packed(bits, width) if bits else meta(2, 2, 10, width)
-    dot = dtype != torch.float32
-    values = {
-        **dict.fromkeys((name for name in names if re.match("(HAS|WANT)_", name)), False),
-        **ops._layout("k", rows),
-        **ops._layout("v", rows),
-        "G": group,
-        "G_P2": 16 if dot else 4,
-        "D": width,
-        "DV": width,
-        "DOT_K": dot,
-        "DOT_V": dot,
-        "WIDEN": False,
-        **constants,
-        **config.kwargs,
-    }
-    fixed = {name: values[name] for name in names if name.isupper() and name not in PLAIN}
-    stored = dict.fromkeys(("k_ptr", "v_ptr"), "*u8" if bits else NAMES[dtype])
-    kinds = {**POINTERS, **stored, "q_ptr": NAMES[dtype]}
-    signature = {name: "constexpr" if name in fixed else kinds.get(name, "i32") for name in names}
-    skipped = {*fixed, *PLAIN}
-    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in skipped}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(
-        ASTSource(kernels.kv_split.fn, signature, fixed, divisible), GPUTarget("cuda", 90, 32), options
-    )
+    return triton.compile(decode_source(config, *format, **constants), GPUTarget("cuda", 90, 32), options)
 
 
 MIDDLE = kernels.kv_split.configs[2]
@@ -233,11 +190,8 @@ def test_every_option_compiles(bits, width, dtype):
 
 
 def test_merge_and_mass_compile():
-    for kernel, fixed in ((kernels._kv_merge, {"DV": 96, "DV_P2": 128}), (kernels._kv_mass, {"G": 4, "BLOCK": 1024})):
-        names = [p.name for p in kernel.params]
-        kinds = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
-        signature = kinds | dict.fromkeys(fixed, "constexpr")
-        assert triton.compile(ASTSource(kernel, signature, fixed), GPUTarget("cuda", 90, 32)).asm["cubin"]
+    for name in ("_kv_merge", "_kv_mass"):
+        assert triton.compile(helper_source(name), GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 
 @pytest.mark.slow

@@ -16,10 +16,10 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from accelpass.backends.triton import weight_only as kernels
 from accelpass.backends.triton import weight_only_ops as ops
+from tests.gpu_kernels.sources import WEIGHT_ONLY, weight_only_source
 
 OP8 = torch.ops.accelpass.int8_linear_triton
 OP4 = torch.ops.accelpass.int4_linear_triton
@@ -153,26 +153,16 @@ def test_one_row_takes_gemv_when_traced():
     assert re.search(r"'ROWS': 1\b", graph.code)
 
 
-POINTERS = {"x_ptr": "*bf16", "scale_ptr": "*fp32", "zero_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-CONSTANTS = {"HAS_BIAS": True, "HAS_ZERO": True, "WIDEN": False, "HALF": 64, "ROWS": 1, "ROWS_P2": 1}
-
-
-def hopper(tuned: Any, config: triton.Config, **constants: Any) -> Any:
+def hopper(name: str, config: triton.Config, half: int = 64) -> Any:
     """The kernel compiled to machine code for compute capability 9.0, with sizes divisible by 16."""
-    names = [p.name for p in tuned.fn.params]
-    values = {**CONSTANTS, **constants, **config.kwargs}
-    fixed = {name: values[name] for name in names if name in values}
-    pointers = {**POINTERS, "q_ptr": "*u8" if "groups" in names else "*i8"}
-    signature = {name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in names}
-    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in fixed and name != "M"}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(ASTSource(tuned.fn, signature, fixed, divisible), GPUTarget("cuda", 90, 32), options)
+    return triton.compile(weight_only_source(name, config, half), GPUTarget("cuda", 90, 32), options)
 
 
 @pytest.mark.parametrize("name", ["int4_gemv", "int8_gemm_narrow"])
 def test_compiles_for_hopper(name):
     tuned = getattr(kernels, name)
-    built = hopper(tuned, tuned.configs[0])
+    built = hopper(name, tuned.configs[0])
     ptx = built.asm["ptx"]
     assert built.asm["cubin"]
     if "gemv" in name:  # a thread reads 16 bytes of the weight at once
@@ -183,10 +173,10 @@ def test_compiles_for_hopper(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in vars(kernels) if re.match(r"int[48]_(gemv|gemm_)", n)])
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_every_config_fits_hopper(name):
     tuned = getattr(kernels, name)
     for config in tuned.configs:
         for half in (16, 64) if "int4" in name else (64,):
-            built = hopper(tuned, config, HALF=half)
+            built = hopper(name, config, half)
             assert built.metadata.shared <= 227 * 1024

@@ -8,8 +8,11 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 import accelpass
+from accelpass.backends import compiled_graphs
 from accelpass.ir.capture import from_dynamo, from_export
 from accelpass.ir.graph import placeholders
 from accelpass.ir.program import Program
@@ -153,3 +156,136 @@ def test_what_cannot_be_retraced_is_compiled_as_it_is():
     fast = torch.compile(model, backend="accelpass", options={"lowering": "aten"})
     with torch.no_grad():
         assert torch.allclose(fast(x), model(x), atol=1e-6)
+
+
+class TestAliases:
+    """``detach()`` and ``x[...]`` are tensors of their own: what is done to one's shape stays with it."""
+
+    @staticmethod
+    def _returned(x):
+        return x.detach(), x[...], x
+
+    @staticmethod
+    def _transposed(x):
+        y = x.detach()
+        y.t_()
+        return y + 1, y, x * 2
+
+    @staticmethod
+    def _in_place_and_viewed(x):
+        y = x.clone()
+        z = y.add_(1)
+        z.unsqueeze_(0)
+        z.mul_(2)
+        return y.sum(0), z, x + 1
+
+    @staticmethod
+    def _swapped(x):
+        y = x.T
+        y.swapaxes_(0, 1).squeeze_()
+        return y @ y.mT
+
+    @staticmethod
+    def _own_shape(x):
+        x.t_()
+        return x + 1
+
+    @pytest.mark.parametrize("name", ["_returned", "_transposed", "_in_place_and_viewed", "_swapped", "_own_shape"])
+    @pytest.mark.parametrize("lowering", ["eager", "aten"])
+    def test_like_eager(self, name, lowering):
+        fn, inputs = getattr(self, name), [torch.arange(6.0).reshape(2, 3) for _ in range(2)]
+        fast = torch.compile(fn, backend="accelpass", options={"lowering": lowering})
+        with torch.no_grad():
+            want, got = fn(inputs[0]), fast(inputs[1])
+        for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+            torch.testing.assert_close(a, b)
+            assert (a is inputs[1]) == (b is inputs[0])
+            assert (a.data_ptr() == inputs[1].data_ptr()) == (b.data_ptr() == inputs[0].data_ptr())
+        assert inputs[0].shape == inputs[1].shape
+
+    def test_a_returned_alias_has_its_own_gradient_flag(self):
+        fast = torch.compile(lambda x: x.detach(), backend="accelpass", options={"lowering": "eager"})
+        x = torch.ones(2, requires_grad=True)
+        with torch.no_grad():
+            made = fast(x)
+        assert made is not x and not made.requires_grad
+
+
+class TestNotCanonical:
+    """What a retrace would lose is compiled as it is, with a note."""
+
+    @pytest.mark.parametrize("lowering", ["eager", "inductor"])
+    def test_assertions_on_values(self, lowering):
+        def fn(x, y):
+            z = y.item()
+            torch._check(z == 3)
+            return x + z
+
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            fast = torch.compile(fn, backend="accelpass", options={"lowering": lowering}, fullgraph=True)
+            torch.testing.assert_close(fast(torch.zeros(4), torch.tensor([3])), torch.full((4,), 3.0))
+            with pytest.raises(RuntimeError):
+                fast(torch.zeros(4), torch.tensor([4]))
+        assert "only a call shows" in compiled_graphs()[-1].report.note
+
+    def test_assertions_on_tensors_stay(self):
+        def fn(x):
+            torch._assert_async((x > 0).all(), "positive")
+            return x + 1
+
+        fast = torch.compile(fn, backend="accelpass", options={"lowering": "eager"})
+        fast(torch.ones(3))
+        with pytest.raises(RuntimeError, match="positive"):
+            fast(-torch.ones(3))
+        assert compiled_graphs()[-1].report.note == ""
+
+    def test_forward_gradients(self):
+        def fn(x, t):
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(forward_ad.make_dual(x, t).sin())[1]
+
+        x, t = torch.randn(3), torch.ones(3)
+        fast = torch.compile(fn, backend="accelpass", options={"lowering": "eager"})
+        torch.testing.assert_close(fast(x, t), fn(x, t))
+        assert "forward-mode gradients" in compiled_graphs()[-1].report.note
+
+
+def _detached(x):
+    return x.detach()
+
+
+def _turned(x):
+    y = x.detach()
+    y.t_()
+    return y + 1, x * 2
+
+
+def _unsqueezed_through_another_alias(x):
+    y = x[...].detach()
+    y.unsqueeze_(0)
+    return y.sum(0), x * 2
+
+
+def _written_and_returned(x):
+    y = x.detach()
+    y *= 0.5
+    return y
+
+
+def _source_turned(x):
+    made = x + 1
+    y = made[...]
+    made.t_()
+    return y * 2, made
+
+
+@pytest.mark.parametrize(
+    "fn", [_detached, _turned, _unsqueezed_through_another_alias, _written_and_returned, _source_turned]
+)
+def test_an_alias_whose_metadata_is_its_own_stays(fn):
+    x, y = (torch.arange(6.0).reshape(2, 3).requires_grad_(fn is _detached) for _ in range(2))
+    with torch.no_grad():
+        want, got = fn(x), torch.compile(fn, backend="accelpass", options={"lowering": "eager"})(y)
+    want, got = (v if isinstance(v, tuple) else (v,) for v in (want, got))
+    assert [(v.shape, v.requires_grad, v is x) for v in want] == [(v.shape, v.requires_grad, v is y) for v in got]
+    assert all(map(torch.equal, want, got)) and y.shape == x.shape == (2, 3)

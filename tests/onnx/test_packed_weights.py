@@ -107,7 +107,9 @@ def test_onnx_runtime_rounds_activations_if_it_may(tmp_path: Path, contrib: bool
     report = accelpass.export_onnx(model, (x,), tmp_path / "m.onnx", INT8, contrib=contrib, activations="int8")
     off = far(ran(report.path, {"x": x}, optimised=True)[0], want)
     assert 1e-4 < off < 0.05
-    assert f"rounds activations, and differs by {off:.1e}" in report.notes[0]
+    # Of other values than x, which the rounding moves by about as much.
+    said, _, far_off = report.notes[0].rpartition(" and differs by ")
+    assert said == "ONNX Runtime at its default settings rounds activations," and off / 3 < float(far_off) < off * 3
 
 
 class Experts(nn.Module):

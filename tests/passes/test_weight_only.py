@@ -289,3 +289,41 @@ def test_a_large_matrix_is_expanded_in_parts(bits, monkeypatch):
             x = torch.randn(count, 96)
             assert relative_error(fast(x), nn.functional.linear(x, read, model.bias)) < 0.01
             assert lowered[-1].count("aten.linear") == parts
+
+
+@pytest.mark.parametrize("lowering", ["eager", "aten"])
+@pytest.mark.parametrize(
+    "passes", [["int8_weights"], ["int4_weights"], ["int8_weights", "horizontal_fusion"], ["cpu_gemv"]]
+)
+def test_no_rows(passes, lowering):
+    """A batch of nothing, as the first call and as a later one of sizes that are symbolic by then."""
+    torch.manual_seed(0)
+    model = Gated().eval()
+    for first in ((5, 64), (0, 64), (2, 0, 64), (0, 3, 64)):
+        torch._dynamo.reset()
+        fast = compiled(model, *passes, lowering=lowering)
+        for size in (first, (0, 64), (3, 64), (9, 64), (0, 64)):
+            x = torch.randn(size)
+            with torch.no_grad():
+                got, want = fast(x), model(x)
+            assert got.shape == want.shape and (not want.numel() or relative_error(got, want) < 0.2)
+
+
+class Gated(nn.Module):
+    """Two linears of one input, which are fused."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_no_rows_compiled(bits):
+    model, x = nn.Linear(64, 32).eval(), torch.randn(0, 64)
+    fast = compiled(model, f"int{bits}_weights", lowering="inductor")
+    with torch.no_grad():
+        assert fast(x).shape == (0, 32)
+        assert relative_error(fast(torch.ones(3, 64)), model(torch.ones(3, 64))) < 0.2

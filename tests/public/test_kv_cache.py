@@ -22,8 +22,9 @@ from transformers import (
 )
 
 import accelpass
-from accelpass import CacheError, KVCache
+from accelpass import CacheError, KVCache, ReleasedWeightError
 from accelpass.backends import compiled_graphs, graphs_of
+from accelpass.ir.kv import ledger
 from accelpass.ir.weight_only_ops import dequantize_int4, dequantize_int8
 from accelpass.models_zoo import tiny
 from accelpass.passes.quantization.packing import pack_int4, pack_int8
@@ -346,3 +347,56 @@ def test_with_packed_weights(kv, weights):
     # cskv's own factors are packed too, and a rounded code may fall to the other side.
     most = 0.5 if kv == "cskv" else 5e-2 if kv == "mikv" else 1e-4
     assert float((got - want).abs().max() / want.abs().max()) < most
+
+
+def test_room_for_a_capacity():
+    rooms = [ledger.room_for(c) for c in range(1, 20000)]
+    assert all(c <= room < c * 17 / 16 + 8 for c, room in enumerate(rooms, 1))
+    assert rooms == sorted(rooms)
+    assert [ledger.room_for(room) for room in rooms] == rooms, "a room has itself for room"
+    assert ledger.room_for(4096) == 4096 and ledger.room_for(4160) == 4352
+    assert len(set(rooms[:8192])) < 130
+
+
+def test_capacities_and_batches_share_graphs():
+    """Seven capacities, prompts of several lengths: two graphs, or three where a length became symbolic."""
+    model, capacities = settled(llama()), range(17, 24)
+    model.compile(backend="accelpass", options={"lowering": "eager", "passes": [{"name": "h2o", "tokens": 8}]})
+    ids = torch.randint(0, 60, (1, 9))
+    answers = [
+        model.generate(ids, past_key_values=accelpass.KVCache(model, capacity), max_new_tokens=6, do_sample=False)
+        for capacity in capacities
+    ]
+    assert all(torch.equal(answers[0], answer) for answer in answers)
+    assert len(graphs_of(model)) == 2
+    with pytest.raises(CacheError, match="do not fit into a KVCache of capacity 17"):
+        model.generate(
+            torch.ones(1, 18, dtype=torch.int64), past_key_values=accelpass.KVCache(model, 17), max_new_tokens=2
+        )
+
+
+def test_each_layer_keeps_its_form():
+    """A prompt by a model that compresses one layer cannot be gone on with by one that compresses none."""
+    model = settled(llama())
+    compressing = {"name": "h2o", "tokens": 8, "include": ["*layers.1*"]}
+    ids, cache = torch.randint(0, 60, (1, 12)), accelpass.KVCache(model, 32)
+    first = torch.compile(model, backend="accelpass", options={"lowering": "eager", "passes": [compressing]})
+    other = torch.compile(model, backend="accelpass", options={"lowering": "eager", "passes": []})
+    with torch.no_grad():
+        first(ids, past_key_values=cache)
+        with pytest.raises(CacheError, match="holds 12 tokens as HeavyHitters"):
+            other(ids[:, :1], past_key_values=cache)
+        first(ids[:, :1], past_key_values=cache)
+
+
+def test_a_released_weight_run_uncompiled_is_a_named_error():
+    model = settled(llama())
+    fast = torch.compile(
+        model, backend="accelpass", options={"lowering": "eager", "passes": ["int8_weights"], "free_weights": True}
+    )
+    ids = torch.randint(0, 60, (1, 4))
+    with torch.no_grad():
+        want = fast(ids).logits
+        with pytest.raises(ReleasedWeightError, match="runs uncompiled, and free_weights released"):
+            model(ids)
+        torch.testing.assert_close(fast(ids).logits, want)

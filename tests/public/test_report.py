@@ -200,3 +200,28 @@ def test_refresh_sees_a_write_through_data() -> None:
         model.weight.data.mul_(-3)
         assert accelpass.refresh(fast) == 2
         torch.testing.assert_close(fast(x), model(x), atol=0.05, rtol=0)
+
+
+class Odd(torch.nn.Module):
+    """An attention whose output product adds a bias, and a router's softmax, which is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.router = torch.nn.Parameter(torch.ones(4, 8)), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        probabilities = torch.softmax(x @ x.transpose(-1, -2), -1)
+        return torch.baddbmm(self.bias, probabilities, x) * torch.softmax(self.router(x), -1)
+
+
+def test_attention_that_is_not_taken_is_listed_with_its_reason(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(Odd(), Odd()).eval()
+    fast = accelpass.compile(model, [], lowering="eager")
+    with torch.no_grad():
+        fast(torch.randn(2, 4, 8))
+    report = accelpass.explain(fast)
+    assert set(report.refused) == {"0", "1"} and set(report.refused.values()) == {"the output product adds a bias"}
+    assert "attention" not in report.found and report.to_dict()["refused"] == report.refused
+    assert "attention left as the model wrote it  2, which no pass sees" in str(report)
+    assert "- {0..1} ×2  the output product adds a bias" in str(report)
+    assert "the output product adds a bias" in report.to_html(tmp_path / "report.html").read_text()
