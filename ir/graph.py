@@ -91,6 +91,39 @@ def refresh(node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)
 
 
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Let ``new``, which comes right before or after ``old``, be read in its place; ``old`` is erased.
+
+    What looks at the result through views is told where it lies now: a part of a fused product has other strides than the
+    product that it replaces, and lowerings read strides from the graph.
+    """
+    moved = _layout(old) != _layout(new)
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+    if moved:
+        _lay_out_anew(new)
+
+
+def _lay_out_anew(first: fx.Node) -> None:
+    """Compute the fake values of what reads ``first``, and of what reads that, as far as they change."""
+    moved, node = {first}, first.next
+    while node.op != "output":
+        if node.op == "call_function" and moved.intersection(node.all_input_nodes):
+            before = _layout(node)
+            if is_call(node, aten.view):
+                node.target = aten.reshape.default  # a view of what lies in one piece copies what does not
+            refresh(node)
+            if _layout(node) != before:
+                moved.add(node)
+        node = node.next
+
+
+def _layout(node: fx.Node) -> list[Any]:
+    """Shape, strides and offset of each tensor that a node gives; symbolic ones by name, so that none is guarded on."""
+    tensors = [t for t in _flat(node.meta.get("val")) if isinstance(t, Tensor) and t.layout is torch.strided]
+    return [str((t.shape, t.stride(), t.storage_offset())) for t in tensors]
+
+
 def stored(x: fx.Node) -> fx.Node:
     """``x`` in memory before it is read, for a reader that reads it many times over.
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from accelpass.ir.analyses.linear import Embedding, ExpertStack, Linear, embeddings, expert_stacks, linears
 from accelpass.ir.derived import Recipe, is_released
-from accelpass.ir.graph import aten, call, shape, through, value
+from accelpass.ir.graph import aten, call, replace, shape, through, value
 from accelpass.ir.program import Program
 from accelpass.passes.base import Done, Record, SitePatterns, Skip, Take, Verdict
 
@@ -134,8 +134,7 @@ class WeightOnly(SitePatterns):
                         else site.bias
                     )
                     new = self.linear(graph, site.node, site.operand(), mine, bias)
-            site.node.replace_all_uses_with(new)
-            graph.erase_node(site.node)
+            replace(site.node, new)
         return done
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from accelpass.ir.analyses.linear import linears
 from accelpass.ir.derived import Recipe
-from accelpass.ir.graph import aten, call, is_call, module_path, shape, value
+from accelpass.ir.graph import aten, call, is_call, module_path, replace, shape, value
 from accelpass.ir.program import Program
 from accelpass.ir.weight_only_ops import int4_linear, int8_linear
 from accelpass.passes.base import Done, Pass, Record, Skip
@@ -97,8 +97,7 @@ class HorizontalFusion(Pass):
                 start += width
         site = self._site(program, nodes)
         for node, part in zip(nodes, parts, strict=True):
-            node.replace_all_uses_with(part)
-            program.graph.erase_node(node)
+            replace(node, part)
         record.take(site, Done(f"{len(nodes)} linears of {'+'.join(map(str, widths))} rows as one"))
 
     @staticmethod
