@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: F401
 from torch.utils._pytree import tree_flatten
 
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -25,7 +26,8 @@ class Model(nn.Module):
         v28 = torch.matmul(v10, self.w27) + self.w26
         return (v28, v3)
 
-OPTIONS = {'lowering': 'aten', 'passes': ['int8_weights']}
+
+OPTIONS = {"lowering": "aten", "passes": ["int8_weights"]}
 CALLS = [(3, 1, 2)]  # batch, tokens, tokens of a context
 
 
