@@ -16,7 +16,8 @@ from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
 from accelpass.ir.program import Program
-from accelpass.passes.kv_cache.base import EVICTS, KVPass, refuse
+from accelpass.passes.base import Skip
+from accelpass.passes.kv_cache.base import KVPass
 from accelpass.passes.kv_cache.slots import Slots, check_budget, check_recent, share
 
 PRIME = 2**31 - 1
@@ -86,7 +87,6 @@ class RandomEviction(KVPass):
 
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
-    ) -> tuple[AttentionSpec, str] | str:
-        refuse(spec, "select", self.name, EVICTS)
+    ) -> tuple[AttentionSpec, str] | Skip:
         store = Lots(self.budget, self.recent, number % self.lots)
         return spec.edited(by=self.name, store=store), f"{store.most(site.capacity)} of {site.capacity} tokens a head"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -106,16 +107,19 @@ def replace(old: fx.Node, new: fx.Node) -> None:
 
 def _lay_out_anew(first: fx.Node) -> None:
     """Compute the fake values of what reads ``first``, and of what reads that, as far as they change."""
-    moved, node = {first}, first.next
-    while node.op != "output":
-        if node.op == "call_function" and moved.intersection(node.all_input_nodes):
-            before = _layout(node)
-            if is_call(node, aten.view):
-                node.target = aten.reshape.default  # a view of what lies in one piece copies what does not
-            refresh(node)
-            if _layout(node) != before:
-                moved.add(node)
-        node = node.next
+    readers = [*first.users]
+    heapq.heapify(readers)
+    while readers:
+        node = heapq.heappop(readers)
+        if node.op != "call_function" or (readers and readers[0] is node):
+            continue
+        before = _layout(node)
+        if is_call(node, aten.view):
+            node.target = aten.reshape.default  # a view of what lies in one piece copies what does not
+        refresh(node)
+        if _layout(node) != before:
+            for user in node.users:
+                heapq.heappush(readers, user)
 
 
 def _layout(node: fx.Node) -> list[Any]:

@@ -2,5 +2,20 @@
 
 from accelpass.passes.base import Done, Pass, Record, SitePatterns, Skip, Take, Verdict
 from accelpass.passes.registry import make, registered
+from accelpass.passes.site_pass import ASPECTS, Edits, Site, SitePass
 
-__all__ = ["Done", "Pass", "Record", "SitePatterns", "Skip", "Take", "Verdict", "make", "registered"]
+__all__ = [
+    "ASPECTS",
+    "Done",
+    "Edits",
+    "Pass",
+    "Record",
+    "Site",
+    "SitePass",
+    "SitePatterns",
+    "Skip",
+    "Take",
+    "Verdict",
+    "make",
+    "registered",
+]

@@ -91,6 +91,9 @@ class Pass:
             conformance kit holds each pass to them.
         after, before: names of passes of the same phase that must run earlier or later.
         excludes: names of passes that this one cannot be combined with, and why.
+        edits, reads: aspects of sites; see :class:`accelpass.passes.SitePass`. Who reads runs after who edits.
+        claims: what the pass assumes of the model as a whole, by aspect, in words that a user reads: two passes that say different
+            things of one aspect cannot be combined.
     """
 
     name: ClassVar[str]
@@ -102,6 +105,9 @@ class Pass:
     after: ClassVar[tuple[str, ...]] = ()
     before: ClassVar[tuple[str, ...]] = ()
     excludes: ClassVar[dict[str, str]] = {}
+    edits: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
+    claims: ClassVar[dict[str, str]] = {}
 
     def apply(self, program: Program, record: Record) -> None:
         """Rewrite ``program.graph``; put every site into ``record`` as taken, or skipped with a reason."""

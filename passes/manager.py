@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,11 +20,12 @@ from accelpass.passes.registry import origin
 
 
 def ordered(passes: Sequence[Pass]) -> list[Pass]:
-    """Passes in running order: by phase, then by the declared constraints, then by name.
+    """Passes in running order: by phase, then who reads an aspect after who edits it, then by name.
 
     Raises:
         OptionError: two passes exclude each other, or their constraints form a circle; names them.
     """
+    _refuse_claims(passes)
     by_name = {p.name: p for p in passes}
     graph = nx.DiGraph()
     graph.add_nodes_from(by_name)
@@ -33,6 +35,10 @@ def ordered(passes: Sequence[Pass]) -> list[Pass]:
                 raise OptionError(f"{p.name} cannot be used with {other}: {why}")
         graph.add_edges_from((other, p.name) for other in p.after if other in by_name)
         graph.add_edges_from((p.name, other) for other in p.before if other in by_name)
+    for a, b in itertools.permutations(passes, 2):
+        # Two that edit and read the same aspect are in no order.
+        if a.phase == b.phase and a.edits & b.reads and not b.edits & a.reads:
+            graph.add_edge(a.name, b.name)
     for a in passes:
         graph.add_edges_from((a.name, b.name) for b in passes if PHASES.index(a.phase) < PHASES.index(b.phase))
     try:
@@ -40,6 +46,17 @@ def ordered(passes: Sequence[Pass]) -> list[Pass]:
     except nx.NetworkXUnfeasible:
         circle = " -> ".join(a for a, _ in nx.find_cycle(graph))
         raise OptionError(f"these passes each ask to run before the other: {circle}") from None
+
+
+def _refuse_claims(passes: Sequence[Pass]) -> None:
+    """Refuse two passes that assume different things of the model; the one that assumes more is named first."""
+    for one, second in itertools.combinations(sorted(passes, key=lambda p: (-len(p.claims), p.name)), 2):
+        for aspect in sorted(one.claims.keys() & second.claims.keys()):
+            if one.claims[aspect] != second.claims[aspect]:
+                raise OptionError(
+                    f"{one.name} cannot be used with {second.name}: of the first, {one.claims[aspect]}; of the second, "
+                    f"{second.claims[aspect]}"
+                )
 
 
 @dataclass(frozen=True)

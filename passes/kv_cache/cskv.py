@@ -19,7 +19,7 @@ from accelpass.ir.kv.lower import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.program import Program
 from accelpass.passes.base import Calibrated, Run, Skip
-from accelpass.passes.kv_cache.base import KVPass, cannot_store, refuse
+from accelpass.passes.kv_cache.base import KVPass, cannot_store
 from accelpass.passes.kv_cache.key_path import Projected, keys_and_values, replays
 from accelpass.passes.kv_cache.low_rank import BLOCK, LowRank
 
@@ -53,7 +53,7 @@ class CSKV(KVPass, Calibrated):
     summary: ClassVar[str] = "few channels of older tokens' keys and values in a KVCache, all of the newest"
     paper: ClassVar[str] = "CSKV, arXiv 2409.10593"
     identity: ClassVar[dict[str, Any] | None] = {"keep_k": 1.0, "keep_v": 1.0}
-    after: ClassVar[tuple[str, ...]] = ("h2o", "kv_quant", "kv_window", "mikv")
+    edits: ClassVar[frozenset[str]] = frozenset({"attention.rows", "attention.format"})
     keep_k: float = 0.2
     keep_v: float = 0.2
     window: int = 32
@@ -111,17 +111,15 @@ class CSKV(KVPass, Calibrated):
 
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
-    ) -> tuple[AttentionSpec, str] | str:
+    ) -> tuple[AttentionSpec, str] | Skip:
         found = keys_and_values(program, site)
         if isinstance(found, str):
-            return found
+            return Skip(found)
         k, v = found
         heads, width = value(site.new[0]).shape[1], value(site.new[0]).shape[3]
         why = replays(k, heads, width, site.capacity)
         if why is not None:
-            return why
-        refuse(spec, "select", self.name, "one chooses rows by position in a full cache, the other stores no rows")
-        refuse(spec, "format", self.name, "its latents are rounded in a way of their own (bits=4)")
+            return Skip(why)
         sides = {"k": (k, self.keep_k), "v": (v, self.keep_v)}
         given: dict[str, fx.Node] = {}
         ranks = []

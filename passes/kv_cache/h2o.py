@@ -12,7 +12,8 @@ from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
 from accelpass.ir.program import Program
-from accelpass.passes.kv_cache.base import EVICTS, KVPass, refuse
+from accelpass.passes.base import Skip
+from accelpass.passes.kv_cache.base import KVPass
 from accelpass.passes.kv_cache.slots import Amount, Slots, check_budget, check_recent, divided, said, share
 
 
@@ -90,8 +91,7 @@ class H2O(KVPass):
 
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
-    ) -> tuple[AttentionSpec, str] | str:
-        refuse(spec, "select", self.name, EVICTS)
+    ) -> tuple[AttentionSpec, str] | Skip:
         store = HeavyHitters(*divided(self.budget, self.recent, self.tokens), mean=self.score == "mean")
         slots = store.most(site.capacity)
         what = f"{slots} of {site.capacity} tokens a head at most, {said(self.budget, self.tokens)}"

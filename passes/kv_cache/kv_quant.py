@@ -11,7 +11,8 @@ from accelpass.ir.kv.banks import Quantized
 from accelpass.ir.kv.rows import BITS
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.program import Program
-from accelpass.passes.kv_cache.base import KVPass, refuse
+from accelpass.passes.base import Skip
+from accelpass.passes.kv_cache.base import KVPass
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class KVQuant(KVPass):
     name: ClassVar[str] = "kv_quant"
     summary: ClassVar[str] = "keys and values of a KVCache in 8, 4, 3 or 2 bits, rounded by token and group of channels"
     paper: ClassVar[str] = "the rounding of MiKV, arXiv 2402.18096"
+    edits: ClassVar[frozenset[str]] = frozenset({"attention.format"})
     bits: int = 4
     groups: int = 2
 
@@ -44,11 +46,10 @@ class KVQuant(KVPass):
 
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
-    ) -> tuple[AttentionSpec, str] | str:
+    ) -> tuple[AttentionSpec, str] | Skip:
         why = cannot_pack(site, self.groups)
         if why is not None:
-            return why
-        refuse(spec, "format", self.name, "each says how rows are written")
+            return Skip(why)
         return spec.edited(by=self.name, format=Quantized(self.bits, self.groups)), f"rows in {self.bits} bits"
 
 

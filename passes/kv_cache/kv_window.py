@@ -12,7 +12,8 @@ from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
 from accelpass.ir.program import Program
-from accelpass.passes.kv_cache.base import EVICTS, KVPass, refuse
+from accelpass.passes.base import Skip
+from accelpass.passes.kv_cache.base import KVPass
 from accelpass.passes.kv_cache.slots import Amount, Slots, check_budget, share
 
 
@@ -78,8 +79,7 @@ class KVWindow(KVPass):
 
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
-    ) -> tuple[AttentionSpec, str] | str:
-        refuse(spec, "select", self.name, EVICTS)
+    ) -> tuple[AttentionSpec, str] | Skip:
         store = SinksAndNewest(self.sinks, float(self.budget) if self.tokens is None else self.tokens)
         return spec.edited(
             by=self.name, store=store

@@ -14,7 +14,8 @@ from accelpass.ir.kv.banks import Quantized, RowFormat, buffer, put_rows
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, bank
 from accelpass.ir.program import Program
-from accelpass.passes.kv_cache.base import KVPass, refuse
+from accelpass.passes.base import Skip
+from accelpass.passes.kv_cache.base import KVPass
 from accelpass.passes.kv_cache.h2o import HeavyHitters
 from accelpass.passes.kv_cache.kv_quant import cannot_pack
 from accelpass.passes.kv_cache.slots import check_budget, check_recent, divided
@@ -108,7 +109,7 @@ class MiKV(KVPass):
     summary: ClassVar[str] = "important tokens of a KVCache as they are, all others in 2, 3 or 4 bits"
     paper: ClassVar[str] = "MiKV, arXiv 2402.18096"
     identity: ClassVar[dict[str, Any] | None] = {"budget": 1.0}
-    after: ClassVar[tuple[str, ...]] = ("kv_quant",)
+    reads: ClassVar[frozenset[str]] = frozenset({"attention.format"})
     budget: float = 0.2
     recent: float = 0.5
     bits: int = 2
@@ -123,13 +124,10 @@ class MiKV(KVPass):
 
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
-    ) -> tuple[AttentionSpec, str] | str:
+    ) -> tuple[AttentionSpec, str] | Skip:
         why = cannot_pack(site, 2)
         if why is not None:
-            return why
-        refuse(
-            spec, "select", self.name, "one chooses rows by position in a full cache, the other moves rows between two"
-        )
+            return Skip(why)
         store = Tiers(*divided(self.budget, self.recent, self.tokens), self.bits)
         what = f"{store.most(site.capacity)} of {site.capacity} tokens a head at most, the others in {self.bits} bits"
         return spec.edited(by=self.name, store=store), what

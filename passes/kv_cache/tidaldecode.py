@@ -17,8 +17,8 @@ from accelpass.ir.kv.banks import RowFormat
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Held, Layout, New, Positions, Query, RowSelect, Segment, bank
 from accelpass.ir.program import Program
-from accelpass.passes.base import CalibratedOnLoss, Study
-from accelpass.passes.kv_cache.base import KVPass, refuse
+from accelpass.passes.base import CalibratedOnLoss, Skip, Study
+from accelpass.passes.kv_cache.base import KVPass
 
 By = Literal["layer", "kv_head"]
 RESELECT = "tidaldecode/reselect"
@@ -95,7 +95,7 @@ class TidalDecode(KVPass, CalibratedOnLoss):
     summary: ClassVar[str] = "two layers choose tokens of a KVCache, the layers after them read only those"
     paper: ClassVar[str] = "TidalDecode, arXiv 2410.05076"
     identity: ClassVar[dict[str, Any] | None] = {"budget": 1 << 20}
-    after: ClassVar[tuple[str, ...]] = ("h2o", "kv_window", "mikv", "cskv")
+    reads: ClassVar[frozenset[str]] = frozenset({"attention.rows"})
     budget: int = 256
     first: int = 2
     reselect: int | tuple[int, ...] = 13
@@ -110,8 +110,7 @@ class TidalDecode(KVPass, CalibratedOnLoss):
 
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
-    ) -> tuple[AttentionSpec, str] | str:
-        refuse(spec, "store", self.name, "one chooses rows by position in a full cache, the other moves or drops rows")
+    ) -> tuple[AttentionSpec, str] | Skip:
         role: Literal["full", "select", "sparse"] = "sparse"
         if number < self.first:
             role = "full"

@@ -46,7 +46,7 @@ class Int4Weights(WeightOnly):
     name: ClassVar[str] = "int4_weights"
     summary: ClassVar[str] = "weights as int4 in groups, two per byte"
     paper: ClassVar[str] = "round to nearest with group scales, as the baseline of GPTQ, arXiv 2210.17323, section 5"
-    after: ClassVar[tuple[str, ...]] = ("int8_weights",)
+    reads: ClassVar[frozenset[str]] = frozenset({"linear.weight"})
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUP_SIZES:
@@ -60,7 +60,7 @@ class Int4Weights(WeightOnly):
         key = ("int4_weights", FORMAT, self.group_size, self.symmetric, transposed)
         return Recipe(key, pack), ("q", "scale") if self.symmetric else ("q", "scale", "zero")
 
-    def check(self, in_features: int) -> Verdict:
+    def fits(self, in_features: int) -> Verdict:
         if in_features % self.group_size:
             said = f"{in_features} input channels are not a multiple of group_size={self.group_size}"
             return Skip(f"{said}; {_fitting(in_features)}")

@@ -28,7 +28,7 @@ class Int8Weights(WeightOnly):
         pack = (lambda w: pack_int8(w.transpose(-1, -2).contiguous())) if transposed else pack_int8
         return Recipe(("int8_weights", FORMAT, transposed), pack), ("q", "scale")
 
-    def check(self, in_features: int) -> Verdict:
+    def fits(self, in_features: int) -> Verdict:
         return Take()
 
     def linear(

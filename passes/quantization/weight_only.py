@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,11 +14,34 @@ from accelpass.ir.analyses.linear import Embedding, ExpertStack, Linear, embeddi
 from accelpass.ir.derived import Recipe, is_released
 from accelpass.ir.graph import aten, call, replace, shape, through, value
 from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Record, SitePatterns, Skip, Take, Verdict
+from accelpass.passes.base import Done, Skip, Take, Verdict
+from accelpass.passes.site_pass import Edits, SitePass
+
+Use = Linear | Embedding | ExpertStack
 
 
 @dataclass(frozen=True)
-class WeightOnly(SitePatterns):
+class SharedWeight:
+    """A weight, and all that read it in this graph, in the order in which they run."""
+
+    weight: fx.Node
+    uses: tuple[Use, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(use.path for use in self.uses)
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+    @property
+    def is_multiplied(self) -> bool:
+        return any(isinstance(use, Linear | ExpertStack) for use in self.uses)
+
+
+@dataclass(frozen=True)
+class WeightOnly(SitePass):
     """Base of weight-only quantization; a method says how a weight is packed and which ops read it.
 
     A weight is packed only if every use of it can read the packed form: a second float copy would make the model larger,
@@ -25,16 +49,16 @@ class WeightOnly(SitePatterns):
     """
 
     phase: ClassVar[str] = "weights"
-
-    def __post_init__(self) -> None:
-        self.check_sites()
+    edits: ClassVar[frozenset[str]] = frozenset({"linear.weight"})
+    model: ClassVar[str] = "(model)"
+    nothing: ClassVar[str] = "no linear layer with a constant weight was found in this graph"
 
     @abstractmethod
     def recipe(self, transposed: bool) -> tuple[Recipe, tuple[str, ...]]:
         """How to pack a weight (stored as (in, out) if ``transposed``), and the names of the packed tensors."""
 
     @abstractmethod
-    def check(self, in_features: int) -> Verdict:
+    def fits(self, in_features: int) -> Verdict:
         """Whether the form can hold rows of this length."""
 
     @abstractmethod
@@ -51,39 +75,26 @@ class WeightOnly(SitePatterns):
     def matrix(self, graph: fx.Graph, like: fx.Node, packed: list[fx.Node], dtype: torch.dtype) -> fx.Node:
         """Emit the weight itself in ``dtype``, for batched and grouped expert products."""
 
-    def apply(self, program: Program, record: Record) -> None:
-        sites: dict[fx.Node, list[Linear | Embedding | ExpertStack]] = {}
+    def find(self, program: Program) -> list[SharedWeight]:
+        found: dict[fx.Node, list[Use]] = {}
         for analysis in (linears, embeddings, expert_stacks):
-            for site in program.analysis(analysis):
-                sites.setdefault(site.weight, []).append(site)
-        if not any(isinstance(s, Linear | ExpertStack) for group in sites.values() for s in group):
-            record.skip("(model)", "no linear layer with a constant weight was found in this graph")
+            for use in program.analysis(analysis):
+                found.setdefault(use.weight, []).append(use)
         order = {n: i for i, n in enumerate(program.graph.nodes)}
-        for weight, group in sites.items():
-            group.sort(key=lambda s: order[s.node])
-            here = self.at([s.path for s in group])
-            verdict = here._judge(program, weight, group, record)
-            done = here._rewrite(program, weight, group) if isinstance(verdict, Take) else None
-            for number, site in enumerate(group):
-                if isinstance(verdict, Skip):
-                    record.skip(site.path, verdict.why)
-                elif number == 0 and done is not None:
-                    record.take(site.path, done)
-                else:
-                    record.take(site.path, Done(f"shares the packed weight of {group[0].path}"))
+        return [SharedWeight(w, tuple(sorted(uses, key=lambda u: order[u.node]))) for w, uses in found.items()]
 
-    def _judge(self, program: Program, weight: fx.Node, group: list[Any], record: Record) -> Verdict:
-        for site in group:
-            wanted = self.wanted(site.path, record)
-            if isinstance(wanted, Skip):
-                return wanted if len(group) == 1 else Skip(f"{site.path} shares this weight and is {wanted.why}")
-        if not any(isinstance(s, Linear | ExpertStack) for s in group):
+    def whole(self, program: Program, sites: Sequence[SharedWeight]) -> str | None:
+        return None if any(site.is_multiplied for site in sites) else self.nothing
+
+    def check(self, site: SharedWeight, program: Program) -> Verdict:
+        weight, group = site.weight, site.uses
+        if not site.is_multiplied:
             return Skip(
                 "an embedding alone: rows are looked up, not multiplied, so packing would save bytes but no time"
             )
-        for site in group:
-            if isinstance(site, Linear) and site.kind.endswith("_conv"):
-                return Skip(f"a {site.kind} keeps its float weight")
+        for use in group:
+            if isinstance(use, Linear) and use.kind.endswith("_conv"):
+                return Skip(f"a {use.kind} keeps its float weight")
         transposed = {s.transposed for s in group if not isinstance(s, Embedding)}
         if len(transposed) > 1:
             return Skip("the weight is used both as (out, in) and as (in, out)")
@@ -92,7 +103,7 @@ class WeightOnly(SitePatterns):
             return Skip(f"{len(weight.users) - readers} other use(s) of the weight need its float form")
         if value(weight).dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Skip(f"the weight is {value(weight).dtype}; float32, bfloat16 and float16 are packed")
-        verdict = self.check(next(s.in_features for s in group if not isinstance(s, Embedding)))
+        verdict = self.fits(next(s.in_features for s in group if not isinstance(s, Embedding)))
         real = program.tensors.value(weight)
         if isinstance(verdict, Take) and real is not None and not is_released(real) and not _finite(real):
             return Skip("the weight holds NaN or infinity")
@@ -103,38 +114,39 @@ class WeightOnly(SitePatterns):
         """The direct users of ``weight`` through which ``site`` reads it."""
         return [u for u in weight.users if u is site.node or _leads_to(u, site.node)]
 
-    def _rewrite(self, program: Program, weight: fx.Node, group: list[Any]) -> Done:
-        """Let every site read the packed weight; returns what that did to its bytes."""
+    def rewrite(self, site: SharedWeight, edit: Edits) -> Done:
+        """Let every use read the packed weight; returns what that did to its bytes."""
+        program, weight, group = edit.program, site.weight, site.uses
         graph = program.graph
         recipe, suffixes = self.recipe(_transposed(group))
         names = [f"{weight.name}_{s}" for s in suffixes]
         packed = program.tensors.derive([weight], recipe, names)
         form = f"{'x'.join(str(int(s)) for s in shape(weight))} {self.name.split('_')[0]}"
         done = Done(form, _bytes(weight), sum(map(_bytes, packed)))
-        for site in group:
-            with graph.inserting_before(site.node):
-                if isinstance(site, Embedding):
-                    new = self.embedding(graph, site.node, site.node.args[1], packed)
-                elif isinstance(site, ExpertStack):
-                    entry = self._entry_users(weight, site)
+        for use in group:
+            with graph.inserting_before(use.node):
+                if isinstance(use, Embedding):
+                    new = self.embedding(graph, use.node, use.node.args[1], packed)
+                elif isinstance(use, ExpertStack):
+                    entry = self._entry_users(weight, use)
                     for user in entry:
                         with graph.inserting_before(user):
                             w = self.matrix(graph, user, packed, value(weight).dtype)
-                            if site.transposed:
+                            if use.transposed:
                                 w = call(graph, user, aten.transpose.int, w, -1, -2)
                         user.replace_input_with(weight, w)
                     continue
                 else:
                     mine = packed
-                    if site.select is not None:
-                        mine = [call(graph, site.node, aten.select.int, p, 0, site.select.args[2]) for p in packed]
+                    if use.select is not None:
+                        mine = [call(graph, use.node, aten.select.int, p, 0, use.select.args[2]) for p in packed]
                     bias = (
-                        through(site.bias, aten.to)
-                        if program.tensors.is_constant(through(site.bias, aten.to))
-                        else site.bias
+                        through(use.bias, aten.to)
+                        if program.tensors.is_constant(through(use.bias, aten.to))
+                        else use.bias
                     )
-                    new = self.linear(graph, site.node, site.operand(), mine, bias)
-            replace(site.node, new)
+                    new = self.linear(graph, use.node, use.operand(), mine, bias)
+            replace(use.node, new)
         return done
 
 
@@ -142,7 +154,7 @@ def _bytes(node: fx.Node) -> int:
     return int(value(node).numel() * value(node).element_size())
 
 
-def _transposed(group: list[Any]) -> bool:
+def _transposed(group: Sequence[Use]) -> bool:
     return any(s.transposed for s in group if not isinstance(s, Embedding))
 
 

@@ -14,7 +14,8 @@ from accelpass.ir.attention.fused import block_sparse_why_not
 from accelpass.ir.attention.op import set_spec, spec_of
 from accelpass.ir.graph import known, value
 from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Record, SitePatterns, Skip
+from accelpass.passes.base import Done, Skip, Take, Verdict
+from accelpass.passes.site_pass import Edits, SitePass
 
 _KINDS = {
     "cross": "queries and keys come from two sequences (cross attention); the method is for self-attention",
@@ -24,7 +25,7 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class SparseAttention(SitePatterns):
+class SparseAttention(SitePass):
     """Gives each causal self-attention of a prompt a selection of key blocks; sites are chosen by module path.
 
     Only where there are as many queries as keys: one token at a time reads the whole cache, which keeps all tokens in
@@ -33,38 +34,37 @@ class SparseAttention(SitePatterns):
     """
 
     phase: ClassVar[str] = "attention"
+    edits: ClassVar[frozenset[str]] = frozenset({"attention.blocks"})
+    nothing: ClassVar[str] = "no attention was recognised"
 
     @abstractmethod
-    def selection(self, attention: Attention, tokens: Any) -> tuple[BlockSelect, str] | str:
+    def selection(self, attention: Attention, tokens: Any) -> tuple[BlockSelect, str] | Skip:
         """What the queries of a site read and how a user is told, or why the site is left alone.
 
         Args:
             tokens: queries and keys, an int or symbolic.
         """
 
-    def apply(self, program: Program, record: Record) -> None:
-        found = program.analysis(detect)
-        if not found:
-            record.skip("model", "no attention was recognised")
-        for attention in found:
-            wanted = self.wanted(attention.path, record)
-            why = wanted.why if isinstance(wanted, Skip) else cannot_select(attention)
-            if why is not None:
-                record.skip(attention.path, why)
-                continue
-            assert attention.node is not None
-            made = self.at([attention.path]).selection(attention, value(attention.node.args[0]).shape[2])
-            if isinstance(made, str):
-                record.skip(attention.path, made)
-                continue
-            select, what = made
-            spec = spec_of(attention.node).edited(by=self.name, select=select)
-            why = block_sparse_why_not(spec, attention.node)
-            if why is not None:
-                record.skip(attention.path, f"the block-sparse kernel cannot compute it: {why}")
-                continue
-            set_spec(attention.node, spec)
-            record.take(attention.path, Done(what))
+    def find(self, program: Program) -> list[Attention]:
+        found: list[Attention] = program.analysis(detect)
+        return found
+
+    def check(self, site: Attention, program: Program) -> Verdict:
+        why = cannot_select(site)
+        return Take() if why is None else Skip(why)
+
+    def rewrite(self, site: Attention, edit: Edits) -> Done | Skip:
+        assert site.node is not None
+        made = self.selection(site, value(site.node.args[0]).shape[2])
+        if isinstance(made, Skip):
+            return made
+        select, what = made
+        spec = spec_of(site.node).edited(by=self.name, select=select)
+        why = block_sparse_why_not(spec, site.node)
+        if why is not None:
+            return Skip(f"the block-sparse kernel cannot compute it: {why}")
+        set_spec(site.node, spec)
+        return Done(what)
 
 
 def cannot_select(attention: Attention) -> str | None:

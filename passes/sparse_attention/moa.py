@@ -78,13 +78,13 @@ class MoA(SpanPass, CalibratedOnLoss):
                 raise self.fail(name, "1 or more")
         super().__post_init__()
 
-    def rules(self, program: Program, path: str, kv_heads: int) -> Sequence[Rule] | str:
+    def rules(self, program: Program, path: str, kv_heads: int) -> Sequence[Rule] | Skip:
         if self.alpha is not None and self.beta is not None:
             return [(self.alpha, self.beta)]
         found = program.artefacts.get(artefact(path))
         if found is None:
             if any(name.startswith("moa/rules/") for name in program.artefacts):
-                return "the plan has no spans for it"
+                return Skip("the plan has no spans for it")
             raise OptionError(
                 "moa needs a span for each head, and there is neither a plan nor alpha and beta. Calibrate once with plan = "
                 "accelpass.calibrate(model, batches, passes=['moa']), and compile with options={'plan': plan}; or give "

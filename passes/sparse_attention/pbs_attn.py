@@ -10,6 +10,7 @@ from torch import Tensor
 
 from accelpass.ir.attention import Attention, AttentionSpec
 from accelpass.ir.attention.block_select import Blocks, BlockSelect
+from accelpass.passes.base import Skip
 from accelpass.passes.sparse_attention.base import SparseAttention
 
 
@@ -134,8 +135,8 @@ class PBSAttn(SparseAttention):
             raise self.fail("threshold", "a share above 0, up to 1, which reads all")
         self.check_sites()
 
-    def selection(self, attention: Attention, tokens: Any) -> tuple[BlockSelect, str] | str:
+    def selection(self, attention: Attention, tokens: Any) -> tuple[BlockSelect, str] | Skip:
         if isinstance(tokens, int) and tokens <= self.segment:
-            return f"its {tokens} tokens are no more than one segment of {self.segment}, which is read whole"
+            return Skip(f"its {tokens} tokens are no more than one segment of {self.segment}, which is read whole")
         select = PermutedBlocks(self.block, self.segment, self.threshold)
         return select, f"blocks of {self.block} sorted keys up to {self.threshold:.0%} of the estimated attention"

@@ -13,15 +13,25 @@ from accelpass.ir.attention.spec import Dense, Native
 from accelpass.ir.graph import hint, value
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Record, SitePatterns, Skip
-from accelpass.passes.kv_cache.base import EVICTS, cannot_store, refuse
+from accelpass.passes.base import Done, Skip, Take, Verdict
+from accelpass.passes.kv_cache.base import cannot_store
+from accelpass.passes.site_pass import Edits, SitePass
 from accelpass.passes.sparse_attention.base import cannot_select
 from accelpass.passes.sparse_attention.span_cache import SpanRings
 from accelpass.passes.sparse_attention.spans import HeadSpans, Rule, density, shown
 
 
 @dataclass(frozen=True)
-class SpanPass(SitePatterns):
+class SpanSite:
+    """An attention, and where it reads a KVCache; None where no attention was recognised, or none reads the cache."""
+
+    path: str
+    attention: Attention | None
+    cached: KVSite | None
+
+
+@dataclass(frozen=True)
+class SpanPass(SitePass):
     """A method says which rule each key/value head of a site has; the query heads of a group share it.
 
     Attributes:
@@ -31,6 +41,8 @@ class SpanPass(SitePatterns):
     """
 
     phase: ClassVar[str] = "cache"
+    edits: ClassVar[frozenset[str]] = frozenset({"attention.rows", "attention.blocks"})
+    nothing: ClassVar[str] = "no attention was recognised"
     sinks: int = 64
     block: int = 64
     reserve: int = 1024
@@ -45,57 +57,56 @@ class SpanPass(SitePatterns):
         self.check_sites()
 
     @abstractmethod
-    def rules(self, program: Program, path: str, kv_heads: int) -> Sequence[Rule] | str:
+    def rules(self, program: Program, path: str, kv_heads: int) -> Sequence[Rule] | Skip:
         """A rule for each key/value head of a site, or one for all; or why it is left alone."""
 
-    def apply(self, program: Program, record: Record) -> None:
-        sites = kv_sites(program)
-        cached = {site.attention: site for site in sites if site.attention is not None}
-        for site in sites:
-            if site.attention is None:
-                record.skip(site.path, site.why)
-        for attention in program.analysis(detect):
-            wanted = self.wanted(attention.path, record)
-            made = (
-                wanted.why if isinstance(wanted, Skip) else self._edit(program, attention, cached.get(attention.node))
-            )
-            if isinstance(made, str):
-                record.skip(attention.path, made)
-            else:
-                record.take(attention.path, made)
+    def find(self, program: Program) -> list[SpanSite]:
+        cached = {site.attention: site for site in program.analysis(kv_sites)}
+        lost = [SpanSite(s.path, None, s) for s in program.analysis(kv_sites) if s.attention is None]
+        return [*lost, *(SpanSite(a.path, a, cached.get(a.node)) for a in program.analysis(detect))]
 
-    def _edit(self, program: Program, attention: Attention, site: KVSite | None) -> Done | str:
-        node, chosen = attention.node, self.at([attention.path])
-        assert node is not None
+    def aspects(self, site: SpanSite) -> frozenset[str]:
+        cached, prompt = site.cached is not None, site.cached is None or site.cached.is_prompt
+        return frozenset({"attention.rows"} if cached else ()) | frozenset({"attention.blocks"} if prompt else ())
+
+    def check(self, site: SpanSite, program: Program) -> Verdict:
+        if site.cached is not None:
+            why = cannot_store(site.cached)
+        else:
+            assert site.attention is not None
+            why = cannot_select(site.attention)
+        return Take() if why is None else Skip(why)
+
+    def rewrite(self, site: SpanSite, edit: Edits) -> Done | Skip:
+        attention, cached = site.attention, site.cached
+        assert attention is not None and attention.node is not None
+        node = attention.node
         spec, (q, k) = spec_of(node), (value(n) for n in node.args[:2])
-        dense = cannot_select(attention) if site is None or site.is_prompt else None
-        why = cannot_store(site) if site is not None else dense
-        if why is not None:
-            return why
-        rules = chosen.rules(program, attention.path, k.shape[1])
-        if isinstance(rules, str):
+        rules = self.rules(edit.program, site.path, k.shape[1])
+        if isinstance(rules, Skip):
             return rules
         of_heads = rules if len(rules) > 1 else [*rules] * k.shape[1]
         each = [rule for rule in of_heads for _ in range(q.shape[1] // k.shape[1])]  # of query heads
         said, tokens = [shown(rules)], hint(k.shape[2])
-        if site is None or site.is_prompt:
-            select = HeadSpans(tuple(each if len(rules) > 1 else rules), chosen.sinks, chosen.block)
+        is_prompt = cached is None or cached.is_prompt
+        dense = cannot_select(attention) if is_prompt else None
+        if is_prompt:
+            select = HeadSpans(tuple(each if len(rules) > 1 else rules), self.sinks, self.block)
             selected = spec.edited(by=self.name, select=select)
             # A prompt attends to what it has just computed, however that is stored.
             dense = dense or block_sparse_why_not(replace(selected, store=Dense(), format=Native()), node)
             if dense is None:
                 spec = selected
-            elif site is None:
-                return dense
+            elif cached is None:
+                return Skip(dense)
             else:
                 said.append(f"its prompt is dense: {dense}")
-        if site is not None:
-            refuse(spec, "select", self.name, EVICTS)
-            store = SpanRings(tuple(rules), chosen.sinks, chosen.block, chosen.reserve)
+        if cached is not None:
+            store = SpanRings(tuple(rules), self.sinks, self.block, self.reserve)
             spec = spec.edited(by=self.name, store=store)
-            slots = sum(store.most(rule, site.capacity) for rule in each) / len(each)
-            said.append(f"at most {slots:.0f} of {site.capacity} tokens a head are kept")
+            slots = sum(store.most(rule, cached.capacity) for rule in each) / len(each)
+            said.append(f"at most {slots:.0f} of {cached.capacity} tokens a head are kept")
         set_spec(node, spec)
-        densities = [density(rule, tokens, chosen.sinks, chosen.block) for rule in each]
-        is_masked = (site is None or site.is_prompt) and dense is None
+        densities = [density(rule, tokens, self.sinks, self.block) for rule in each]
+        is_masked = is_prompt and dense is None
         return Done("; ".join(said), densities=tuple(densities), tokens=tokens) if is_masked else Done("; ".join(said))

@@ -37,7 +37,8 @@ from accelpass.ir.steps import (
     step_blocks,
     user_input,
 )
-from accelpass.passes.base import Done, Record, SitePatterns, Skip
+from accelpass.passes.base import Done, Record, Skip
+from accelpass.passes.site_pass import Edits, SitePass
 
 FULL = "full"
 FIRST = "first call: "
@@ -67,7 +68,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class StepPass(SitePatterns):
+class StepPass(SitePass):
     """Chooses, for each step and site, one of a few actions; :data:`FULL` is the model's own computation.
 
     Attributes:
@@ -81,6 +82,8 @@ class StepPass(SitePatterns):
     scheduler: str = field(default="", kw_only=True)
 
     phase: ClassVar[str] = "attention"
+    edits: ClassVar[frozenset[str]] = frozenset({"block.steps"})
+    claims: ClassVar[dict[str, str]] = {"calls": "denoising steps follow one another"}
     searching: ClassVar[bool] = False
     """Every combination of actions may be asked for."""
 
@@ -147,48 +150,45 @@ class StepPass(SitePatterns):
         return (FULL,)
 
     @abstractmethod
-    def rewrite(self, program: Program, site: Site, action: str) -> str:
+    def acted(self, program: Program, site: Site, action: str) -> str:
         """Do it; returns what was done, for the report.
 
         Raises:
             CannotResize, SpecConflict: it cannot be done there; nothing that the graph returns has changed.
         """
 
-    def why_not(self, program: Program, site: Site) -> str | None:
-        """Why no action but :data:`FULL` is possible at a site, or None."""
-        return None
-
     def check_call(self, latents: Tensor) -> None:
         """Raise :class:`StepError` if the first call of a run is not what the schedule assumes."""
 
+    def find(self, program: Program) -> list[Site]:
+        # From the last to the first: what a site reads is then still the node that the analyses know.
+        return self.places(program.analysis(step_blocks))[::-1]
+
+    def whole(self, program: Program, sites: Sequence[Site]) -> str | None:
+        # Nothing is dropped either where there is no site: a decoder's graph writes to a cache that nothing here knows.
+        if sites:
+            return None
+        return cut_said(program) or (NO_SITES if program.analysis(step_blocks) else NO_BLOCKS)
+
+    def rewrite(self, site: Site, edit: Edits) -> Done | Skip | None:
+        action = edit.program.actions.get(self.name, {}).get(site.path, FULL)
+        if action == FULL:
+            return None
+        try:
+            return Done(self.acted(edit.program, site, action))
+        except CannotResize as cause:
+            return Skip(f"{action}: {cause}")
+
     def apply(self, program: Program, record: Record) -> None:
-        found = program.analysis(step_blocks)
-        sites = self.places(found)
-        if not sites:
-            # Nor is anything dropped: a decoder's graph writes to a cache that nothing here knows.
-            record.skip("model", cut_said(program) or (NO_SITES if found else NO_BLOCKS))
-            return
         seen = tuple(int(n) for n in value(latents).shape[1:]) if (latents := user_input(program, *LATENTS)) else ()
-        if self.latents and seen and seen != self.latents:
+        if self.latents and seen and seen != self.latents and self.find(program):
             raise StepError(
                 f"the plan of {self.name} is for latents of {list(self.latents)}, and these are {list(seen)}; "
                 "make a plan for this size (accelpass.search_steps)"
             )
-        # From the last to the first: what a site reads is then still the node that the analyses know.
-        for site in reversed(sites):
-            wanted = self.wanted(site.path, record)
-            why = wanted.why if isinstance(wanted, Skip) else self.why_not(program, site)
-            if why is not None:
-                record.skip(site.path, why)
-                continue
-            action = program.actions.get(self.name, {}).get(site.path, FULL)
-            if action == FULL:
-                continue
-            try:
-                record.take(site.path, Done(self.rewrite(program, site, action)))
-            except CannotResize as cause:
-                record.skip(site.path, f"{action}: {cause}")
-        drop_dead_writes(program.graph)
+        super().apply(program, record)
+        if self.find(program):
+            drop_dead_writes(program.graph)
 
 
 def keep(program: Program, site: Site, what: str, nodes: Sequence[fx.Node], like: Sequence[fx.Node]) -> None:

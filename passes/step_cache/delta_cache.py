@@ -75,7 +75,7 @@ class DeltaCache(StepPass):
             return None
         return torch.tensor(float((step - self.start) % self.interval))
 
-    def rewrite(self, program: Program, site: Site, action: str) -> str:
+    def acted(self, program: Program, site: Site, action: str) -> str:
         streams, results = site.streams, site.results
         if action in (_KEEP, _KEEP_SLOPE):
             with appending(max(results)) as build:

@@ -134,7 +134,7 @@ class DiTFastAttn(StepPass, Searched):
         spec = site.module.attention.spec
         return "the model's own mask is not combined with a window" if spec.bias != "none" or spec.before else None
 
-    def rewrite(self, program: Program, site: Site, action: str) -> str:
+    def acted(self, program: Program, site: Site, action: str) -> str:
         method, output, residual = parsed(action)
         assert site.module is not None and site.module.attention.node is not None
         like, attention = site.results, site.module.attention.node

@@ -56,11 +56,11 @@ class InSearch(DiTFastAttn):
     def action(self, step: int, site: str, branch: int = 0) -> str:
         return _KEEPS[FULL]
 
-    def rewrite(self, program: Program, site: Site, action: str) -> str:
+    def acted(self, program: Program, site: Site, action: str) -> str:
         # A module that no window is possible at keeps no residual either, and can still be shared.
         if "residual" in action and self.windowed(program, site) is not None:
             action = action.replace("+residual", "")
-        return super().rewrite(program, site, action)
+        return super().acted(program, site, action)
 
 
 class DiTFastAttnSearch(StepSearch):

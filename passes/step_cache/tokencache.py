@@ -104,7 +104,7 @@ class TokenCache(StepPass, Searched):
     def horizon(self) -> int:
         return len(self.timesteps)
 
-    def rewrite(self, program: Program, site: Site, action: str) -> str:
+    def acted(self, program: Program, site: Site, action: str) -> str:
         graph, outputs = program.graph, site.block.outputs
         last = max(outputs)
         if action == KEEP:

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention import Attention, SdpaCall, sdpa_call
+from accelpass.ir.attention import Attention, SdpaCall
 from accelpass.ir.attention.one_row import fence, powers, row_scores, row_sum
 from accelpass.ir.graph import value
-from accelpass.ir.splice import Tracer
-from accelpass.passes.base import Done
+from accelpass.passes.base import Done, Skip, Take, Verdict
+from accelpass.passes.site_pass import Edits
 from accelpass.passes.structure.sdpa_rewrite import SdpaRewrite
 
 
@@ -28,33 +28,29 @@ class CpuDecodeAttention(SdpaRewrite):
 
     name: ClassVar[str] = "cpu_decode_attention"
     summary: ClassVar[str] = "attention of one new token on CPU as loops in place of a library call"
-    before: ClassVar[tuple[str, ...]] = ("grouped_query",)
 
-    def suitable(self, attention: Attention) -> SdpaCall | str:
-        sdpa = sdpa_call(attention)
-        if isinstance(sdpa, str):
-            return sdpa
+    def suitable(self, attention: Attention, sdpa: SdpaCall) -> Verdict:
         q, v = value(sdpa.q), value(sdpa.v)
         if q.device.type != "cpu":
-            return f"queries are on {q.device.type}"
+            return Skip(f"queries are on {q.device.type}")
         if not isinstance(q.shape[-2], int) or q.shape[-2] != 1:
-            return f"{q.shape[-2]} query rows; decoding has one"
+            return Skip(f"{q.shape[-2]} query rows; decoding has one")
         if not all(isinstance(n, int) for n in (*q.shape, v.shape[-3], v.shape[-1])):
-            return "the number of sequences or heads is symbolic"
+            return Skip("the number of sequences or heads is symbolic")
         if sdpa.causal:
-            return "is_causal lets a single row see the first key alone, which is left as it is"
+            return Skip("is_causal lets a single row see the first key alone, which is left as it is")
         if sdpa.mask is not None and value(sdpa.mask).dim() not in (2, 4):
-            return f"a mask of {value(sdpa.mask).dim()} dimensions"
-        return sdpa
+            return Skip(f"a mask of {value(sdpa.mask).dim()} dimensions")
+        return Take()
 
-    def rewrite(self, attention: Attention, sdpa: SdpaCall, tracer: Tracer) -> Done:
+    def written(self, attention: Attention, sdpa: SdpaCall, edit: Edits) -> Done:
         groups, scale = attention.spec.groups, sdpa.scale
 
         def run(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> list[Tensor]:
             return [one_row(q, k, v, mask[0] if mask else None, groups, scale)]
 
         operands = [sdpa.q, sdpa.k, sdpa.v, *([] if sdpa.mask is None else [sdpa.mask])]
-        (new,) = tracer.run((groups, scale), run, operands, sdpa.node)
+        (new,) = edit.run((groups, scale), run, operands, sdpa.node)
         sdpa.replace(new)
         return Done(f"one row over {value(sdpa.k).shape[-2]} keys as loops")
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from accelpass.ir.attention import Attention, SdpaCall, sdpa_call
+from accelpass.ir.attention import Attention, SdpaCall
 from accelpass.ir.graph import hint, value
-from accelpass.ir.splice import Tracer
-from accelpass.passes.base import Done
+from accelpass.passes.base import Done, Skip, Take, Verdict
+from accelpass.passes.site_pass import Edits
 from accelpass.passes.structure.sdpa_rewrite import SdpaRewrite
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -26,25 +26,23 @@ class GroupedQuery(SdpaRewrite):
     """
 
     name: ClassVar[str] = "grouped_query"
+    reads: ClassVar[frozenset[str]] = frozenset({"attention.kernel"})
     summary: ClassVar[str] = "keys and values shared by query heads are read, not copied for each head"
 
-    def suitable(self, attention: Attention) -> SdpaCall | str:
+    def suitable(self, attention: Attention, sdpa: SdpaCall) -> Verdict:
         if attention.spec.groups == 1:
-            return "every query head has keys and values of its own"
-        sdpa = sdpa_call(attention)
-        if isinstance(sdpa, str):
-            return sdpa
+            return Skip("every query head has keys and values of its own")
         key, values = (sdpa.argument(name) for name in ("key", "value"))
         if key is sdpa.k:
-            return "the model groups its heads already"
+            return Skip("the model groups its heads already")
         if key is values or value(sdpa.q).shape[-1] != value(sdpa.v).shape[-1]:
-            return "keys and values are one tensor, or of different width"
+            return Skip("keys and values are one tensor, or of different width")
         q = value(sdpa.q)
         if q.device.type != "cpu" and (sdpa.mask is not None or q.dtype not in _HALF):
-            return f"on {q.device.type} the fast kernels group heads in half precision and without a mask alone"
-        return sdpa
+            return Skip(f"on {q.device.type} the fast kernels group heads in half precision and without a mask alone")
+        return Take()
 
-    def rewrite(self, attention: Attention, sdpa: SdpaCall, tracer: Tracer) -> Done:
+    def written(self, attention: Attention, sdpa: SdpaCall, edit: Edits) -> Done:
         copied = sum(_bytes(sdpa.argument(name)) for name in ("key", "value"))
         sdpa.node.args = (sdpa.q, sdpa.k, sdpa.v, *sdpa.node.args[3:])
         sdpa.node.kwargs = {**sdpa.node.kwargs, "enable_gqa": True}

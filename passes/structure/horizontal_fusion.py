@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,17 +11,36 @@ from torch import fx
 
 from accelpass.ir.analyses.linear import linears
 from accelpass.ir.derived import Recipe
-from accelpass.ir.graph import aten, call, is_call, module_path, replace, shape, value
+from accelpass.ir.graph import aten, call, is_call, module_path, shape, value
 from accelpass.ir.program import Program
 from accelpass.ir.weight_only_ops import int4_linear, int8_linear
-from accelpass.passes.base import Done, Pass, Record, Skip
+from accelpass.passes.base import Done, Skip, Take, Verdict
+from accelpass.passes.site_pass import Edits, SitePass
 
 _PACKED = {int8_linear._opoverload: (1, 2), int4_linear._opoverload: (1, 2, 3)}
 """Op -> positions of the operands whose rows are output channels."""
 
 
+_BIAS = {aten.linear.default: 2, int8_linear._opoverload: 3, int4_linear._opoverload: 4}
+"""Op -> position of the bias."""
+
+
 @dataclass(frozen=True)
-class HorizontalFusion(Pass):
+class Siblings:
+    """Linears that read one input, each with a weight of the same form."""
+
+    nodes: tuple[fx.Node, ...]
+
+    @property
+    def path(self) -> str:
+        """``layers.0.attn.{q,k,v}``."""
+        paths = [module_path(n) or n.name for n in self.nodes]
+        parent, _, last = paths[0].rpartition(".")
+        return f"{parent}.{{{','.join([last, *(p.rpartition('.')[2] for p in paths[1:])])}}}".lstrip(".")
+
+
+@dataclass(frozen=True)
+class HorizontalFusion(SitePass):
     """Concatenate the rows of linears that read one input, multiply once, split the result.
 
     Each output is the same dot product as before, so results change at most by the order of float additions. Packed
@@ -37,8 +57,10 @@ class HorizontalFusion(Pass):
     phase: ClassVar[str] = "fusion"
     summary: ClassVar[str] = "q/k/v and gate/up as one linear"
     exact: ClassVar[bool] = True
+    reads: ClassVar[frozenset[str]] = frozenset({"linear.weight"})
+    nothing: ClassVar[str] = "no linears that read one input were found in this graph"
 
-    def apply(self, program: Program, record: Record) -> None:
+    def find(self, program: Program) -> list[Siblings]:
         groups: dict[tuple[Any, ...], list[fx.Node]] = {}
         float_sites = {
             s.node: s for s in program.analysis(linears) if s.kind == "linear" and is_call(s.node, aten.linear)
@@ -52,31 +74,28 @@ class HorizontalFusion(Pass):
             elif node in float_sites and node.args[1] is float_sites[node].weight:
                 key = (node.target, node.args[0], len(node.args) < 3 or node.args[2] is None, value(node.args[1]).dtype)
                 groups.setdefault(key, []).append(node)
-        for (target, *_), nodes in groups.items():
-            if len(nodes) < 2:
-                continue
-            if isinstance(wanted := record.wants(self._site(program, nodes)), Skip):
-                record.skip(self._site(program, nodes), wanted.why)
-            elif len({n.args[1] for n in nodes}) < len(nodes):
-                record.skip(self._site(program, nodes), "two of the linears share one weight")
-            elif target is aten.linear.default and not self.copy_weights:
-                size = sum(value(n.args[1]).numel() * value(n.args[1]).element_size() for n in nodes)
-                record.skip(
-                    self._site(program, nodes),
-                    f"float weights would exist twice ({size / 1e6:.1f} MB); "
-                    "{'name': 'horizontal_fusion', 'copy_weights': True} does it all the same",
-                )
-            else:
-                self._fuse(program, record, nodes)
+        return [Siblings(tuple(nodes)) for nodes in groups.values() if len(nodes) > 1]
 
-    def _fuse(self, program: Program, record: Record, nodes: list[fx.Node]) -> None:
+    def check(self, site: Siblings, program: Program) -> Verdict:
+        nodes = site.nodes
+        if len({n.args[1] for n in nodes}) < len(nodes):
+            return Skip("two of the linears share one weight")
+        if nodes[0].target is aten.linear.default and not self.copy_weights:
+            size = sum(value(n.args[1]).numel() * value(n.args[1]).element_size() for n in nodes)
+            return Skip(
+                f"float weights would exist twice ({size / 1e6:.1f} MB); "
+                "{'name': 'horizontal_fusion', 'copy_weights': True} does it all the same"
+            )
+        bias = _BIAS[nodes[0].target]
+        if _is_given(nodes[0].args, bias) and not all(program.tensors.is_constant(n.args[bias]) for n in nodes):
+            return Skip("a bias is not a constant")
+        return Take()
+
+    def rewrite(self, site: Siblings, edit: Edits) -> Done:
+        nodes, program = site.nodes, edit.program
         first = nodes[0]
         operands: list[Any] = list(first.args)
-        bias_position = {aten.linear.default: 2, int8_linear._opoverload: 3, int4_linear._opoverload: 4}[first.target]
-        positions = [p for p in (*_PACKED.get(first.target, (1,)), bias_position) if _is_given(operands, p)]
-        if bias_position in positions and not all(program.tensors.is_constant(n.args[bias_position]) for n in nodes):
-            record.skip(self._site(program, nodes), "a bias is not a constant")
-            return
+        positions = [p for p in (*_PACKED.get(first.target, (1,)), _BIAS[first.target]) if _is_given(operands, p)]
         # One derivation for all operands, so that each weight is packed once and not once for each of q, scale, ...
         count = len(nodes)
         recipe = Recipe(
@@ -95,17 +114,10 @@ class HorizontalFusion(Pass):
             for width in widths:
                 parts.append(call(program.graph, first, aten.slice.Tensor, fused, -1, start, start + width))
                 start += width
-        site = self._site(program, nodes)
         for node, part in zip(nodes, parts, strict=True):
-            replace(node, part)
-        record.take(site, Done(f"{len(nodes)} linears of {'+'.join(map(str, widths))} rows as one"))
-
-    @staticmethod
-    def _site(program: Program, nodes: list[fx.Node]) -> str:
-        paths = [module_path(n) or n.name for n in nodes]
-        parent, _, last = paths[0].rpartition(".")
-        return f"{parent}.{{{','.join([last, *(p.rpartition('.')[2] for p in paths[1:])])}}}".lstrip(".")
+            edit.replace(node, part)
+        return Done(f"{len(nodes)} linears of {'+'.join(map(str, widths))} rows as one")
 
 
-def _is_given(operands: list[Any], position: int) -> bool:
+def _is_given(operands: Sequence[Any], position: int) -> bool:
     return position < len(operands) and operands[position] is not None

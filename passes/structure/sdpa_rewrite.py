@@ -6,33 +6,38 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from accelpass.ir.attention import Attention, SdpaCall, detect
+from accelpass.ir.attention import Attention, SdpaCall, detect, sdpa_call
 from accelpass.ir.program import Program
-from accelpass.ir.splice import Tracer
-from accelpass.passes.base import Done, Pass, Record, Skip
+from accelpass.passes.base import Done, Skip, Verdict
+from accelpass.passes.site_pass import Edits, SitePass
 
 
 @dataclass(frozen=True)
-class SdpaRewrite(Pass):
+class SdpaRewrite(SitePass):
     """Finds the calls; a pass says which it takes and what it puts in their place."""
 
     phase: ClassVar[str] = "kernels"
     exact: ClassVar[bool] = True
+    edits: ClassVar[frozenset[str]] = frozenset({"attention.kernel"})
+    nothing: ClassVar[str] = "no attention was recognised"
 
     @abstractmethod
-    def suitable(self, attention: Attention) -> SdpaCall | str:
-        """The call to rewrite, or why this attention is left alone."""
+    def suitable(self, attention: Attention, sdpa: SdpaCall) -> Verdict:
+        """Whether a call is one to rewrite."""
 
     @abstractmethod
-    def rewrite(self, attention: Attention, sdpa: SdpaCall, tracer: Tracer) -> Done:
-        """Rewrite the call, with what ``tracer`` traces if need be; says what was done."""
+    def written(self, attention: Attention, sdpa: SdpaCall, edit: Edits) -> Done:
+        """Rewrite the call; says what was done."""
 
-    def apply(self, program: Program, record: Record) -> None:
-        tracer = Tracer(program)
-        for attention in program.analysis(detect):
-            wanted = record.wants(attention.path)
-            sdpa = wanted.why if isinstance(wanted, Skip) else self.suitable(attention)
-            if isinstance(sdpa, str):
-                record.skip(attention.path, sdpa)
-            else:
-                record.take(attention.path, self.rewrite(attention, sdpa, tracer))
+    def find(self, program: Program) -> list[Attention]:
+        found: list[Attention] = program.analysis(detect)
+        return found
+
+    def check(self, site: Attention, program: Program) -> Verdict:
+        sdpa = sdpa_call(site)
+        return Skip(sdpa) if isinstance(sdpa, str) else self.suitable(site, sdpa)
+
+    def rewrite(self, site: Attention, edit: Edits) -> Done:
+        sdpa = sdpa_call(site)
+        assert not isinstance(sdpa, str)
+        return self.written(site, sdpa, edit)

@@ -21,7 +21,8 @@ from accelpass.ir.splice import splice, trace
 from accelpass.ir.steps import recall_new, remember
 from accelpass.ir.tokens import CannotCut, Cut, decoder_blocks
 from accelpass.passes.base import Done, Pass, Record
-from accelpass.passes.kv_cache.base import NO_CACHE, cannot_store, refuse
+from accelpass.passes.kv_cache.base import NO_CACHE, cannot_store
+from accelpass.passes.site_pass import claim
 from accelpass.passes.token_pruning.rows_at_positions import RowsAtPositions
 
 CUT = "token_cut"
@@ -33,6 +34,9 @@ class TokenPruning(Pass):
     """Drops tokens after some blocks of a decoder, by a score of each token for the last one."""
 
     phase: ClassVar[str] = "attention"
+    edits: ClassVar[frozenset[str]] = frozenset({"attention.rows"})
+    reads: ClassVar[frozenset[str]] = frozenset({"attention.blocks"})
+    claims: ClassVar[dict[str, str]] = {"tokens": "each layer chooses the tokens that the next one reads"}
 
     @abstractmethod
     def prunes(self, layers: int) -> dict[int, float]:
@@ -101,9 +105,7 @@ class TokenPruning(Pass):
         node = site.attention
         assert node is not None
         spec = spec_of(node)
-        refuse(spec, "store", self.name, "one keeps a layer's rows at the positions of the tokens, the other elsewhere")
-        if not site.is_prompt:  # of a prompt, tokens may leave and those that stay read some of each other alone
-            refuse(spec, "select", self.name, "both choose the tokens that a layer's attention reads")
+        claim(program, self.name, self.edits, [site.path])
         set_spec(node, spec.edited(by=self.name, store=RowsAtPositions(scored)))
         if site.is_prompt and scored:
             remember(program, importance_name(number), _importance(program, node))

@@ -18,8 +18,6 @@ from accelpass.ir.steps import drop_dead_writes
 from accelpass.passes.base import Done, Pass, Record
 from accelpass.passes.token_pruning.look import chosen, operands_of
 
-_STEPS = "its prompt is read once, and no denoising step is"
-
 
 @dataclass(frozen=True)
 class PromptFilter(Pass):
@@ -35,7 +33,10 @@ class PromptFilter(Pass):
     keep: int = 1024
 
     phase: ClassVar[str] = "structure"
-    excludes: ClassVar[dict[str, str]] = dict.fromkeys(("delta_cache", "tokencache", "ditfastattn"), _STEPS)
+    claims: ClassVar[dict[str, str]] = {
+        "calls": "a prompt is read once",
+        "tokens": "the tokens of a prompt are chosen once, for all layers",
+    }
 
     @abstractmethod
     def layer_of(self, found: Prompt) -> int:

@@ -44,7 +44,6 @@ class GemFilter(PromptFilter):
     summary: ClassVar[str] = "an early layer chooses the tokens of a long prompt that the model reads"
     paper: ClassVar[str] = "arXiv:2409.17422"
     identity: ClassVar[dict[str, Any] | None] = {"keep": 1 << 20}
-    excludes: ClassVar[dict[str, str]] = {**PromptFilter.excludes, "lazyllm": "both choose which tokens a layer reads"}
 
     def __post_init__(self) -> None:
         if self.keep < 1:

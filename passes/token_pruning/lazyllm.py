@@ -37,7 +37,6 @@ class LazyLLM(TokenPruning):
     )
     paper: ClassVar[str] = "LazyLLM, arXiv 2407.14057"
     identity: ClassVar[dict[str, Any] | None] = {"keep": (1.0, 1.0)}
-    after: ClassVar[tuple[str, ...]] = ("pbs_attn",)
     keep: tuple[float, ...] = (0.5, 0.5, 0.5)
     layers: tuple[int, ...] = ()
 

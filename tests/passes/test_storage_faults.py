@@ -22,7 +22,7 @@ from accelpass.ir.kv.banks import Floats
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Positions, RowSelect
 from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Pass, Record
+from accelpass.passes.base import Done, Pass, Record, Skip
 from accelpass.passes.kv_cache.base import KVPass
 from tests.passes.test_kv_methods import llama, tokens
 
@@ -84,7 +84,7 @@ class Acme(KVPass):
 
     def edited(self, program: Program, site: KVSite, spec: AttentionSpec, number: int) -> Any:
         if site.path == "model.layers.0.self_attn":
-            return "the first"
+            return Skip("the first")
         kind = {Broken: "store", Unreadable: "format", Forgetful: "select"}[type(self.given)]
         return spec.edited(by=self.name, **{kind: self.given}), "broken"
 
