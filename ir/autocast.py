@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.graph import aten, call, refresh, value
+from accelpass.ir.graph import aten, call, fake_mode, placeholders, refresh, value
 
 ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 AROUND = "accelpass_autocast"
@@ -130,7 +131,7 @@ def _resolve(gm: fx.GraphModule, node: fx.Node, state: State) -> None:
     try:
         outside, plain = _run(node, twins, {})
     except RuntimeError:  # dtypes that do not go together: what autocast casts is made inside the operator
-        return _inline(gm, node, trial, inside, made)
+        return _inline(gm, node, state)
     if _steps(inside, {id(trial[n]) for n in casts}) == _steps(outside, set()) and _dtypes(made) == _dtypes(plain):
         for operand, dtype in casts.items():
             with gm.graph.inserting_before(node):
@@ -138,7 +139,7 @@ def _resolve(gm: fx.GraphModule, node: fx.Node, state: State) -> None:
         if casts:
             refresh(node)
         return None
-    return _inline(gm, node, trial, inside, made)
+    return _inline(gm, node, state)
 
 
 def _trial(found: Any) -> Tensor | None:
@@ -183,24 +184,40 @@ def _dtypes(made: Any) -> list[Any]:
     return [t.dtype for t in tree_leaves(made) if isinstance(t, Tensor)]
 
 
-def _inline(gm: fx.GraphModule, node: fx.Node, trial: Mapping[fx.Node, Tensor], seen: _Seen, made: Any) -> None:
-    """The operators that were seen, in place of the one that contains them."""
-    nodes: dict[int, fx.Node] = {id(t): n for n, t in trial.items()}
-    swap = lambda t: nodes[id(t)] if isinstance(t, Tensor) else t  # noqa: E731
+def _inline(gm: fx.GraphModule, node: fx.Node, state: State) -> None:
+    """What runs below autocast, in place of the operator that contains it."""
+    assert callable(node.target)
+    given, target = list(node.all_input_nodes), node.target
+
+    def run(*operands: Any) -> Any:
+        swap = dict(zip(given, operands, strict=True)).__getitem__
+        with switched(state):
+            return target(*fx.map_arg(node.args, swap), **fx.map_arg(node.kwargs, swap))
+
+    mode = fake_mode(gm)
+    assert mode is not None
+    with mode, torch.no_grad():
+        # Sizes that the operator computes from those of its operands become nodes, too.
+        traced = make_fx(run)(*(_trial(value(n)) if isinstance(value(n), Tensor) else value(n) for n in given))
+    env: dict[fx.Node, Any] = dict(zip(placeholders(traced), given, strict=True))
+    made: Any = None
     with gm.graph.inserting_before(node):
-        for func, args, kwargs, results in seen.calls:
-            if func is aten._to_copy.default and set(kwargs) == {"dtype"}:
-                func, args, kwargs = aten.to.dtype, (args[0], kwargs["dtype"]), {}
-            new = call(gm.graph, node, func, *tree_map(swap, args), **tree_map(swap, kwargs))
-            for index, part in enumerate([results] if isinstance(results, Tensor) else results):
-                if isinstance(part, Tensor):
-                    whole = isinstance(results, Tensor)
-                    nodes[id(part)] = new if whole else call(gm.graph, node, operator.getitem, new, index)
-    if isinstance(made, Tensor):
-        node.replace_all_uses_with(nodes[id(made)])
+        for inner in traced.graph.nodes:
+            args, kwargs = fx.map_arg((inner.args, dict(inner.kwargs)), env.__getitem__)
+            if inner.op == "output":
+                made = args[0]
+            elif inner.op == "call_function":
+                function = inner.target
+                if function is aten._to_copy.default and set(kwargs) == {"dtype"}:
+                    function, args, kwargs = aten.to.dtype, (args[0], kwargs["dtype"]), {}
+                env[inner] = call(gm.graph, node, function, *args, **kwargs)
+            elif inner.op == "get_attr":
+                raise Unresolved(f"{node.target}, which makes a tensor of its own, inside an autocast region")
+    if isinstance(made, fx.Node):
+        node.replace_all_uses_with(made)
     else:
         for user in list(node.users):
             assert user.target is operator.getitem
-            user.replace_all_uses_with(nodes[id(made[user.args[1]])])
+            user.replace_all_uses_with(made[user.args[1]])
             gm.graph.erase_node(user)
     gm.graph.erase_node(node)
