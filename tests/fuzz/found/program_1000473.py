@@ -17,7 +17,7 @@ class Model(nn.Module):
         self.w25 = nn.Parameter(torch.randn(8, 32) * 0.3)
 
     def forward(self, x):
-        q, k, v = x.split([16, 8, 8], dim=-1)
+        q, _, _ = x.split([16, 8, 8], dim=-1)
         v19 = self.a18(q.transpose(1, 2)).transpose(1, 2)
         v26 = torch.einsum("...i,oi->...o", v19, self.w25) + self.w24
         return v26
