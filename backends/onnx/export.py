@@ -34,6 +34,7 @@ from accelpass.ir.attention.op import spec_of
 from accelpass.ir.attention.spec import All
 from accelpass.ir.graph import value
 from accelpass.ir.kv import lower as kv
+from accelpass.ir.linear.lower import make_plain
 from accelpass.ir.program import Program
 from accelpass.passes.base import Pass, Record
 from accelpass.passes.manager import Observer, run
@@ -280,6 +281,7 @@ def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[st
         notes = _masked(program)
         # Kernels of torch's are no operators of ONNX.
         attention.lower(program, lowerings(want.form.opset))
+        make_plain(program)
     program.graph.eliminate_dead_code()
     program.changed()
     _refuse_fixed(found, want.who)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from accelpass.ir.analyses.linear import Embedding, ExpertStack, Linear, embeddings, expert_stacks, linears
-from accelpass.ir.derived import Recipe, is_released
+from accelpass.ir.derived import is_released
 from accelpass.ir.graph import aten, call, shape, through, value
+from accelpass.ir.linear.op import EMBEDDING, LINEAR, MATRIX
+from accelpass.ir.linear.spec import Expert, LinearSpec
 from accelpass.ir.program import Program
 from accelpass.passes.base import Done, Record, SitePatterns, Skip, Take, Verdict
 
@@ -29,27 +31,14 @@ class WeightOnly(SitePatterns):
     def __post_init__(self) -> None:
         self.check_sites()
 
+    @property
     @abstractmethod
-    def recipe(self, transposed: bool) -> tuple[Recipe, tuple[str, ...]]:
-        """How to pack a weight (stored as (in, out) if ``transposed``), and the names of the packed tensors."""
+    def spec(self) -> LinearSpec:
+        """What a linear that the pass takes computes."""
 
-    @abstractmethod
-    def check(self, in_features: int) -> Verdict:
-        """Whether the form can hold rows of this length."""
-
-    @abstractmethod
-    def linear(
-        self, graph: fx.Graph, like: fx.Node, x: fx.Node, packed: list[fx.Node], bias: fx.Node | None
-    ) -> fx.Node:
-        """Emit the packed linear."""
-
-    @abstractmethod
-    def embedding(self, graph: fx.Graph, like: fx.Node, indices: fx.Node, packed: list[fx.Node]) -> fx.Node:
-        """Emit the packed look-up, in the dtype of ``like``."""
-
-    @abstractmethod
-    def matrix(self, graph: fx.Graph, like: fx.Node, packed: list[fx.Node], dtype: torch.dtype) -> fx.Node:
-        """Emit the weight itself in ``dtype``, for batched and grouped expert products."""
+    def check(self, site: Linear | ExpertStack) -> Verdict:
+        """Whether the spec can take a site; a weight is packed if all sites that read it are taken."""
+        return self.spec.weight.check(site.in_features)
 
     def apply(self, program: Program, record: Record) -> None:
         sites: dict[fx.Node, list[Linear | Embedding | ExpertStack]] = {}
@@ -92,7 +81,8 @@ class WeightOnly(SitePatterns):
             return Skip(f"{len(weight.users) - readers} other use(s) of the weight need its float form")
         if value(weight).dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Skip(f"the weight is {value(weight).dtype}; float32, bfloat16 and float16 are packed")
-        verdict = self.check(next(s.in_features for s in group if not isinstance(s, Embedding)))
+        verdicts = (self.check(s) for s in group if not isinstance(s, Embedding))
+        verdict = next((v for v in verdicts if isinstance(v, Skip)), Take())
         real = program.tensors.value(weight)
         if isinstance(verdict, Take) and real is not None and not is_released(real) and not _finite(real):
             return Skip("the weight holds NaN or infinity")
@@ -106,34 +96,34 @@ class WeightOnly(SitePatterns):
     def _rewrite(self, program: Program, weight: fx.Node, group: list[Any]) -> Done:
         """Let every site read the packed weight; returns what that did to its bytes."""
         graph = program.graph
-        recipe, suffixes = self.recipe(_transposed(group))
-        names = [f"{weight.name}_{s}" for s in suffixes]
-        packed = program.tensors.derive([weight], recipe, names)
-        form = f"{'x'.join(str(int(s)) for s in shape(weight))} {self.name.split('_')[0]}"
+        spec = self.spec
+        names = [f"{weight.name}_{operand}" for operand in spec.weight.operands]
+        packed = program.tensors.derive([weight], spec.weight.recipe(_transposed(group)), names)
+        form = f"{'x'.join(str(int(s)) for s in shape(weight))} {spec.weight.part}"
         done = Done(form, _bytes(weight), sum(map(_bytes, packed)))
         for site in group:
             with graph.inserting_before(site.node):
                 if isinstance(site, Embedding):
-                    new = self.embedding(graph, site.node, site.node.args[1], packed)
+                    dtype = value(site.node).dtype
+                    new = call(graph, site.node, EMBEDDING, site.node.args[1], packed, spec.to_json(), dtype)
                 elif isinstance(site, ExpertStack):
                     entry = self._entry_users(weight, site)
                     for user in entry:
                         with graph.inserting_before(user):
-                            w = self.matrix(graph, user, packed, value(weight).dtype)
+                            w = call(graph, user, MATRIX, packed, spec.to_json(), value(weight).dtype)
                             if site.transposed:
                                 w = call(graph, user, aten.transpose.int, w, -1, -2)
                         user.replace_input_with(weight, w)
                     continue
                 else:
-                    mine = packed
-                    if site.select is not None:
-                        mine = [call(graph, site.node, aten.select.int, p, 0, site.select.args[2]) for p in packed]
+                    by = None if site.select is None else Expert(int(site.select.args[2]))
                     bias = (
                         through(site.bias, aten.to)
                         if program.tensors.is_constant(through(site.bias, aten.to))
                         else site.bias
                     )
-                    new = self.linear(graph, site.node, site.operand(), mine, bias)
+                    read = replace(spec, by=by).to_json()
+                    new = call(graph, site.node, LINEAR, site.operand(), packed, bias, read)
             site.node.replace_all_uses_with(new)
             graph.erase_node(site.node)
         return done

@@ -11,12 +11,9 @@ from torch import fx
 from accelpass.ir.analyses.linear import linears
 from accelpass.ir.derived import Recipe
 from accelpass.ir.graph import aten, call, is_call, module_path, shape, value
+from accelpass.ir.linear.op import is_linear, linear_spec, operands_of
 from accelpass.ir.program import Program
-from accelpass.ir.weight_only_ops import int4_linear, int8_linear
 from accelpass.passes.base import Done, Pass, Record, Skip
-
-_PACKED = {int8_linear._opoverload: (1, 2), int4_linear._opoverload: (1, 2, 3)}
-"""Op -> positions of the operands whose rows are output channels."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,12 @@ class HorizontalFusion(Pass):
             s.node: s for s in program.analysis(linears) if s.kind == "linear" and is_call(s.node, aten.linear)
         }
         for node in program.graph.nodes:
-            if node.target in _PACKED and program.tensors.is_constant(node.args[1]):
-                q, bias = node.args[1], node.args[-2] if node.target is int4_linear._opoverload else node.args[3]
-                same = (node.args[-1], node.args[3] is None) if node.target is int4_linear._opoverload else ()
-                key = (node.target, node.args[0], bias is None, value(q).shape[1], *same)
-                groups.setdefault(key, []).append(node)
+            if is_linear(node):
+                spec, (x, operands, bias, text) = linear_spec(node), node.args
+                # Of several weights in one stack, and of a residual, rows are not the only thing that differs.
+                if spec.by is None and not spec.low_rank and all(map(program.tensors.is_constant, operands)):
+                    key = (node.target, x, bias is None, text, spec.weight.width([value(o) for o in operands]))
+                    groups.setdefault(key, []).append(node)
             elif node in float_sites and node.args[1] is float_sites[node].weight:
                 key = (node.target, node.args[0], len(node.args) < 3 or node.args[2] is None, value(node.args[1]).dtype)
                 groups.setdefault(key, []).append(node)
@@ -57,7 +55,7 @@ class HorizontalFusion(Pass):
                 continue
             if isinstance(wanted := record.wants(self._site(program, nodes)), Skip):
                 record.skip(self._site(program, nodes), wanted.why)
-            elif len({n.args[1] for n in nodes}) < len(nodes):
+            elif len({_rows_of(n)[0] for n in nodes}) < len(nodes):
                 record.skip(self._site(program, nodes), "two of the linears share one weight")
             elif target is aten.linear.default and not self.copy_weights:
                 size = sum(value(n.args[1]).numel() * value(n.args[1]).element_size() for n in nodes)
@@ -71,32 +69,31 @@ class HorizontalFusion(Pass):
 
     def _fuse(self, program: Program, record: Record, nodes: list[fx.Node]) -> None:
         first = nodes[0]
-        operands: list[Any] = list(first.args)
-        bias_position = {aten.linear.default: 2, int8_linear._opoverload: 3, int4_linear._opoverload: 4}[first.target]
-        positions = [p for p in (*_PACKED.get(first.target, (1,)), bias_position) if _is_given(operands, p)]
-        if bias_position in positions and not all(program.tensors.is_constant(n.args[bias_position]) for n in nodes):
+        if (
+            first.args[2:]
+            and first.args[2] is not None
+            and not all(map(program.tensors.is_constant, (n.args[2] for n in nodes)))
+        ):
             record.skip(self._site(program, nodes), "a bias is not a constant")
             return
         # One derivation for all operands, so that each weight is packed once and not once for each of q, scale, ...
-        count = len(nodes)
+        count, parts = len(nodes), [_rows_of(n) for n in nodes]
         recipe = Recipe(
-            ("horizontal_fusion", count, len(positions)),
+            ("horizontal_fusion", count, len(parts[0])),
             lambda *ts: tuple(torch.cat(ts[i : i + count]) for i in range(0, len(ts), count)),
         )
-        rows = [n.args[p] for p in positions for n in nodes]
-        names = [f"{operands[p].name}_fused" for p in positions]
-        for position, fused in zip(positions, program.tensors.derive(rows, recipe, names), strict=True):
-            operands[position] = fused
-        widths = [int(shape(n.args[1])[0]) for n in nodes]
+        rows = [part[i] for i in range(len(parts[0])) for part in parts]
+        joined = program.tensors.derive(rows, recipe, [f"{p.name}_fused" for p in parts[0]])
+        widths = [int(shape(part[0])[0]) for part in parts]
         with program.graph.inserting_before(first):
-            fused = call(program.graph, first, first.target, *operands)
+            fused = call(program.graph, first, first.target, *_with_rows(first, joined))
             start = 0
-            parts = []
+            outputs = []
             for width in widths:
-                parts.append(call(program.graph, first, aten.slice.Tensor, fused, -1, start, start + width))
+                outputs.append(call(program.graph, first, aten.slice.Tensor, fused, -1, start, start + width))
                 start += width
         site = self._site(program, nodes)
-        for node, part in zip(nodes, parts, strict=True):
+        for node, part in zip(nodes, outputs, strict=True):
             node.replace_all_uses_with(part)
             program.graph.erase_node(node)
         record.take(site, Done(f"{len(nodes)} linears of {'+'.join(map(str, widths))} rows as one"))
@@ -108,5 +105,15 @@ class HorizontalFusion(Pass):
         return f"{parent}.{{{','.join([last, *(p.rpartition('.')[2] for p in paths[1:])])}}}".lstrip(".")
 
 
-def _is_given(operands: list[Any], position: int) -> bool:
-    return position < len(operands) and operands[position] is not None
+def _rows_of(node: fx.Node) -> list[Any]:
+    """The operands of a linear that have a row for each output: what its weight is made of, and its bias."""
+    weight = operands_of(node) if is_linear(node) else [node.args[1]]
+    return [*weight, *(a for a in node.args[2:3] if a is not None)]
+
+
+def _with_rows(node: fx.Node, rows: list[fx.Node]) -> tuple[Any, ...]:
+    """The arguments of a linear with other rows: the reverse of :func:`_rows_of`."""
+    x, weight, *rest = node.args
+    count = len(weight) if isinstance(weight, list | tuple) else 1
+    bias = [rows[count] if len(rows) > count else None] if rest else []
+    return (x, rows[:count] if is_linear(node) else rows[0], *bias, *rest[1:])

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from accelpass.backends import backend, graphs_of
-from accelpass.passes.quantization.packing import pack_int8
 from accelpass.testing.trial import cause, is_refusal, told
 from tests.fuzz.program import NAMES, Program
 from tests.fuzz.settings import Options, rounds
+from tests.packing import pack_int8
 
 Status = Literal["same", "refused", "incomparable", "wrong"]
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
