@@ -122,8 +122,8 @@ def make_plain(program: Program) -> Tracer:
 
 
 def _plain(e: Emit, spec: LinearSpec, rounded: dict[Any, list[fx.Node]]) -> fx.Node:
-    x, _, bias, _ = e.like.args
-    assert isinstance(x, fx.Node)
+    x: Any = e.like.args[0]
+    bias: Any = e.like.args[2]
     packed, text = spec.of_weight(operands_of(e.like)), LinearSpec(spec.weight).to_json()
     if (by := spec.by) is not None:
         packed = e.traced(by, lambda *packed: by.select(packed), *packed)
@@ -139,7 +139,7 @@ def _plain(e: Emit, spec: LinearSpec, rounded: dict[Any, list[fx.Node]]) -> fx.N
     if spec.low_rank:
         (residual,) = e.traced("residual", _residual, x, *spec.of_residual(operands_of(e.like)))
         y = e(aten.add.Tensor, y, residual)
-    return e.cast(e.plus(y, bias), value(e.like).dtype)  # type: ignore[arg-type]
+    return e.cast(e.plus(y, bias), value(e.like).dtype)
 
 
 def _residual(x: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:

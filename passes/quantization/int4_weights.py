@@ -25,7 +25,7 @@ class Int4Weights(WeightOnly):
     name: ClassVar[str] = "int4_weights"
     summary: ClassVar[str] = "weights as int4 in groups, two per byte"
     paper: ClassVar[str] = "round to nearest with group scales, as the baseline of GPTQ, arXiv 2210.17323, section 5"
-    after: ClassVar[tuple[str, ...]] = ("int8_weights",)
+    after: ClassVar[tuple[str, ...]] = ("int8_dynamic", "int8_weights")
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUP_SIZES:

@@ -45,11 +45,11 @@ class HorizontalFusion(Pass):
                 spec, (x, operands, bias, text) = linear_spec(node), node.args
                 # Of several weights in one stack, and of a residual, rows are not the only thing that differs.
                 if spec.by is None and not spec.low_rank and all(map(program.tensors.is_constant, operands)):
-                    key = (node.target, x, bias is None, text, spec.weight.width([value(o) for o in operands]))
-                    groups.setdefault(key, []).append(node)
+                    width = spec.weight.width([value(o) for o in operands])
+                    groups.setdefault((node.target, x, bias is None, text, width), []).append(node)
             elif node in float_sites and node.args[1] is float_sites[node].weight:
-                key = (node.target, node.args[0], len(node.args) < 3 or node.args[2] is None, value(node.args[1]).dtype)
-                groups.setdefault(key, []).append(node)
+                plain = len(node.args) < 3 or node.args[2] is None
+                groups.setdefault((node.target, node.args[0], plain, value(node.args[1]).dtype), []).append(node)
         for (target, *_), nodes in groups.items():
             if len(nodes) < 2:
                 continue
