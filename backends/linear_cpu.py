@@ -80,7 +80,10 @@ class Int8Forms(Lowering):
 
 def _integers(codes: Tensor, q: Tensor) -> list[Tensor]:
     """Summed as int32, by the CPU's instructions for eight bits where it has them."""
-    return [torch._int_mm(codes.reshape(-1, q.shape[1]), q.t()).float().reshape(*codes.shape[:-1], q.shape[0])]
+    flat = codes.reshape(-1, q.shape[1])
+    # Of one channel torch 2.13 gives numbers that are in no memory of ours.
+    sums = flat.int() * q.t().int() if q.shape[1] == 1 else torch._int_mm(flat, q.t())
+    return [sums.float().reshape(*codes.shape[:-1], q.shape[0])]
 
 
 class Int4Forms(Lowering):
