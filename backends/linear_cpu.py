@@ -27,9 +27,12 @@ used again: beyond 32 MB the allocator maps new pages each time, and touching th
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
-    """What many-row products run in: bfloat16 (float32 sums) where the CPU multiplies it in hardware, else float32."""
-    if x.is_floating_point() and x.dtype != torch.float32:
-        return x.dtype
+    """What many-row products run in: bfloat16 (float32 sums) where the CPU multiplies it in hardware, else float32.
+
+    Products of integers are not rounded to bfloat16 at the end.
+    """
+    if x.dtype != torch.float32:
+        return x.dtype if x.is_floating_point() else torch.float32
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _fast_bf16() else torch.float32
 
 
@@ -52,7 +55,7 @@ class Int8Forms(Lowering):
                 parts.append(e(aten.mul.Tensor, e(aten.sum.dim_IntList, e(aten.mul.Tensor, wide, one), [-1]), scale))
             y = parts[0] if count == 1 else e(aten.stack.default, parts, 0)
             return e.plus(y, bias)
-        if not value(x).is_floating_point():
+        if not value(x).is_floating_point() and multiplies_integers():
             (y,) = e.traced("int8 product", _integers, x, q)
             return e.plus(e(aten.mul.Tensor, y, scale), bias)
         dtype = matmul_dtype(value(x))
@@ -76,6 +79,14 @@ class Int8Forms(Lowering):
         q, scale = packed
         wide = e.cast(q, torch.float32)
         return e.cast(e(aten.mul.Tensor, wide, e(aten.unsqueeze.default, scale, -1)), dtype)
+
+
+def multiplies_integers() -> bool:
+    """Whether this CPU adds products of eight bits exactly: without VNNI oneDNN adds two of them in sixteen, which overflow.
+
+    Elsewhere codes are multiplied as floats, as those of a weight are.
+    """
+    return torch.cpu._is_vnni_supported()
 
 
 def _integers(codes: Tensor, q: Tensor) -> list[Tensor]:
