@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -122,7 +122,7 @@ class WeightOnly(SitePatterns):
                         if program.tensors.is_constant(through(site.bias, aten.to))
                         else site.bias
                     )
-                    read = replace(spec, by=by).to_json()
+                    read = LinearSpec(spec.weight, spec.activation, by).to_json()
                     new = call(graph, site.node, LINEAR, site.operand(), packed, bias, read)
             site.node.replace_all_uses_with(new)
             graph.erase_node(site.node)

@@ -276,7 +276,7 @@ def rounded(model: nn.Module) -> nn.Module:
 
 def _packed(key: tuple[Any, ...], positions: Sequence[int]) -> list[tuple[int, bool]]:
     """Which sources of a derivation are packed as int8, and whether each is transposed first."""
-    if key[0] == "int8_weights":
+    if key[0] == "int8":
         return [(p, key[2]) for p in positions]
     if not isinstance(key[0], tuple):
         return []
