@@ -20,7 +20,7 @@ from accelpass.passes.base import Done, Record, SitePatterns, Skip, Take, Verdic
 
 @dataclass(frozen=True)
 class WeightOnly(SitePatterns):
-    """Base of weight-only quantization; a method says how a weight is packed and which ops read it.
+    """Base of passes that pack weights; a method says in which format, and how inputs are rounded if they are.
 
     A weight is packed only if every use of it can read the packed form: a second float copy would make the model larger,
     not smaller. A tied embedding is therefore packed together with the output head, or not at all.
