@@ -18,7 +18,7 @@ from accelpass.passes.options import Options
 from accelpass.passes.plan import describe, fingerprint, read_json, read_tensors, refuse_difference, write_json
 from accelpass.stateful import named_tensors
 
-FORMAT = 1
+FORMAT = 2
 KEPT = ("lowering", "free_weights", "mode", "inductor", "regions", "skip_sites")
 """Options that are saved besides the passes. ``debug`` is about one session."""
 MANIFEST, TENSORS = "accelpass.json", "accelpass.safetensors"

@@ -17,6 +17,7 @@ from accelpass.ir.attention.op import is_attention, spec_of
 from accelpass.ir.attention.spec import All as Everything
 from accelpass.ir.attention.spec import AttentionSpec, Dense, Native, Part
 from accelpass.ir.graph import argument_name, module_path, placeholders, value
+from accelpass.ir.linear.op import is_packed, linear_spec
 from accelpass.ir.program import Program
 from accelpass.ir.tensors import FromInputs
 
@@ -194,6 +195,8 @@ class _Writer:
                     break
             if is_attention(node):
                 given[-1] = "spec=..."
+            if is_packed(node):
+                given = [f"spec={linear_spec(node).shown()}" if g.startswith("spec=") else g for g in given]
         given += [f"{k}={self._argument(v)}" for k, v in node.kwargs.items()]
         return f"{_name(target)}({', '.join(given)})"
 

@@ -1,87 +1,38 @@
-"""Semantic ops become ATen for Inductor, or Triton kernels on CUDA."""
+"""What computes the library's own formats of weights: ATen for Inductor on a CPU, Triton kernels for linears on CUDA."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import fx
 
-from accelpass.backends import weight_only_cpu
-from accelpass.ir.graph import aten, call, value
-from accelpass.ir.program import Program
-from accelpass.ir.weight_only_ops import (
-    int4_embedding,
-    int4_linear,
-    int4_matrix,
-    int8_embedding,
-    int8_linear,
-    int8_matrix,
-)
-
-Lowering = Callable[[fx.Graph, fx.Node], fx.Node]
+from accelpass.backends.linear_cpu import Int4Forms, Int8Forms
+from accelpass.ir.graph import value
+from accelpass.ir.linear.formats import Int4, Int8
+from accelpass.ir.linear.lower import Emit, Nodes, register_lowering
+from accelpass.ir.linear.lower import lower as lower
+from accelpass.ir.linear.spec import WeightFormat
 
 
-def _int8_embedding(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    indices, q, scale, dtype = node.args
-    e = weight_only_cpu.Emit(graph, node)
-    rows = e.cast(e(aten.embedding.default, q, indices), torch.float32)
-    scales = e(aten.unsqueeze.default, e(aten.index.Tensor, scale, [indices]), -1)
-    return e.cast(e(aten.mul.Tensor, rows, scales), dtype)
+class _Int8Kernel(Int8Forms):
+    def linear(self, e: Emit, weight: WeightFormat, x: fx.Node, packed: Nodes, bias: fx.Node | None) -> fx.Node:
+        return _kernel(e, "int8_linear_triton", x, *packed, bias)
 
 
-def _int4_embedding(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    indices, q, scale, zero, group, dtype = node.args
-    e = weight_only_cpu.Emit(graph, node)
-    taken = [None if t is None else e(aten.index.Tensor, t, [indices]) for t in (q, scale, zero)]
-    return weight_only_cpu.unpacked(e, taken[0], taken[1], taken[2], group, dtype)
+class _Int4Kernel(Int4Forms):
+    def linear(self, e: Emit, weight: WeightFormat, x: fx.Node, packed: Nodes, bias: fx.Node | None) -> fx.Node:
+        assert isinstance(weight, Int4)
+        q, scale, zero = (*packed, None)[:3]
+        return _kernel(e, "int4_linear_triton", x, q, scale, zero, bias, weight.group_size)
 
 
-def _int8_matrix(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    q, scale, dtype = node.args
-    e = weight_only_cpu.Emit(graph, node)
-    wide = e.cast(q, torch.float32)
-    return e.cast(e(aten.mul.Tensor, wide, e(aten.unsqueeze.default, scale, -1)), dtype)
+def _kernel(e: Emit, name: str, x: fx.Node, *args: fx.Node | int | None) -> fx.Node:
+    import accelpass.backends.triton.weight_only_ops  # noqa: F401  # registers the op; asks for triton if it is missing
+
+    floats = x if value(x).is_floating_point() else e.cast(x, torch.float32)  # integers: their sums come in x's dtype
+    return e(getattr(torch.ops.accelpass, name).default, floats, *args)
 
 
-def _int4_matrix(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    q, scale, zero, group, dtype = node.args
-    return weight_only_cpu.unpacked(weight_only_cpu.Emit(graph, node), q, scale, zero, group, dtype)
-
-
-def _on_cuda(op_name: str, cpu: Lowering) -> Lowering:
-    """The Triton op for CUDA inputs, ``cpu`` for the rest; chosen here because Inductor traces Triton bodies anywhere."""
-
-    def lower(graph: fx.Graph, node: fx.Node) -> fx.Node:
-        if value(node).device.type != "cuda":
-            return cpu(graph, node)
-        import accelpass.backends.triton.weight_only_ops  # noqa: F401  # registers the op; asks for triton if it is missing
-
-        target = getattr(torch.ops.accelpass, op_name).default
-        return call(graph, node, target, *node.args)
-
-    return lower
-
-
-LOWERINGS: dict[torch._ops.OpOverload, Lowering] = {
-    int8_linear._opoverload: _on_cuda("int8_linear_triton", weight_only_cpu.int8),
-    int4_linear._opoverload: _on_cuda("int4_linear_triton", weight_only_cpu.int4),
-    int8_embedding._opoverload: _int8_embedding,
-    int4_embedding._opoverload: _int4_embedding,
-    int8_matrix._opoverload: _int8_matrix,
-    int4_matrix._opoverload: _int4_matrix,
-}
-
-
-def lower(program: Program) -> None:
-    """Replace every semantic op that has a lowering; others keep their eager reference."""
-    for node in list(program.graph.nodes):
-        lowering = LOWERINGS.get(node.target)
-        if lowering is None:
-            continue
-        with program.graph.inserting_before(node), torch.no_grad():
-            new = lowering(program.graph, node)
-        node.replace_all_uses_with(new)
-        program.graph.erase_node(node)
-    program.graph.eliminate_dead_code()
-    program.gm.recompile()
+register_lowering(Int8, "cpu", Int8Forms())
+register_lowering(Int4, "cpu", Int4Forms())
+register_lowering(Int8, "cuda", _Int8Kernel())
+register_lowering(Int4, "cuda", _Int4Kernel())

@@ -60,6 +60,7 @@ ABOUT = {
 QUALITY = {
     "dense": None,
     "int8_weights": ["int8_weights"],
+    "int8_dynamic": ["int8_dynamic"],
     "int4_weights, groups of 64": ["int4_weights"],
     "int4_weights, groups of 32": [{"name": "int4_weights", "group_size": 32}],
     "int4_weights, groups of 64, asymmetric": [{"name": "int4_weights", "symmetric": False}],

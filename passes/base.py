@@ -14,23 +14,11 @@ from torch import Tensor
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.errors import OptionError
 from accelpass.ir.program import Program
+from accelpass.ir.verdict import Skip as Skip
+from accelpass.ir.verdict import Take as Take
+from accelpass.ir.verdict import Verdict as Verdict
 
 PHASES = ("structure", "attention", "cache", "weights", "fusion", "kernels", "schedule")
-
-
-@dataclass(frozen=True)
-class Take:
-    """This site is taken."""
-
-
-@dataclass(frozen=True)
-class Skip:
-    """This site is left alone; ``why`` is read by a user: what was seen and what was needed."""
-
-    why: str
-
-
-Verdict = Take | Skip
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ SETTINGS: dict[str, Setting] = {
     "grouped_query": Setting({}, ("prompt",)),
     "cpu_gemv": Setting({}),
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),
+    "int8_dynamic": Setting({}, ("mlp", "prompt", "encoder")),
     "int4_weights": Setting({"group_size": 32}, ("mlp", "prompt")),
     "h2o": Setting({"budget": 0.5}),
     "mikv": Setting({"budget": 0.5}),

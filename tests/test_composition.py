@@ -12,7 +12,7 @@ from tests.pass_settings import names
 HELD, PAIRS = from_json(PAGE.with_suffix(".json").read_text())
 BY_NAME = {(p.first, p.second): p for p in PAIRS}
 PROMPT = ("gemfilter", "lazyllm", "moa", "pbs_attn", "sink_window")
-WEIGHTS = ("int8_weights", "int4_weights")
+WEIGHTS = ("int8_weights", "int8_dynamic", "int4_weights")
 STORES = ("cskv", "h2o", "kv_window", "mikv")
 TOGETHER = {
     *((p, w) for p in (*PROMPT, *STORES, "kv_quant", "tidaldecode") for w in WEIGHTS),

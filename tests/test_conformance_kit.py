@@ -16,9 +16,9 @@ from accelpass.ir.derived import StateSpec
 from accelpass.ir.errors import OptionError
 from accelpass.ir.graph import aten, call, value
 from accelpass.passes.base import Done, Pass
-from accelpass.passes.quantization.packing import pack_int8
 from accelpass.passes.registry import registered
 from accelpass.testing import NotConforming, check_pass
+from tests.packing import pack_int8
 from tests.pass_settings import SETTINGS, names, setting
 
 

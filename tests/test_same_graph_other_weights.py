@@ -16,8 +16,7 @@ from torch import Tensor, nn
 import accelpass
 from accelpass.backends import graphs_of
 from accelpass.ir.derived import Snapshot
-from accelpass.ir.weight_only_ops import dequantize_int4, dequantize_int8
-from accelpass.passes.quantization.packing import pack_int4, pack_int8
+from tests.packing import dequantize_int4, dequantize_int8, pack_int4, pack_int8
 from tests.small_models import TinyLm, relative_error, tiny_lm
 
 IDS = torch.arange(12).reshape(2, 6)

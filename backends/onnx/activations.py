@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.backends.onnx.functional import Functional
 from accelpass.ir.graph import value
-from accelpass.ir.weight_only_ops import int4_linear, int8_linear
+from accelpass.ir.linear.formats import Int8
+from accelpass.ir.linear.op import is_linear, linear_spec, operands_of
 
 _LEVELS = 255
 _ROUND = torch.ops.quantized_decomposed
@@ -45,11 +46,13 @@ class StaticRanges:
             ExportError: there is no int8 linear, a weight is int4, or a call does not fit the graph.
         """
         graph = made.gm.graph
-        if any(n.target is int4_linear._opoverload for n in graph.nodes):
+        nodes = [n for n in graph.nodes if is_linear(n)]
+        if any(not value(n.args[0]).is_floating_point() for n in nodes):
+            raise ExportError("activations='qdq' rounds what int8_dynamic rounds already; leave out one of the two")
+        if any(not isinstance(linear_spec(n).weight, Int8) for n in nodes):
             raise ExportError(
                 "activations='qdq' is for int8 weights, and int4_weights packed some; leave it out, or leave out the option"
             )
-        nodes = [n for n in graph.nodes if n.target is int8_linear._opoverload]
         if not nodes and self.found:
             return ""  # a step that computes none of them
         if not nodes:
@@ -102,7 +105,7 @@ class _Watching(fx.Interpreter):
         self.found = found
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target is int8_linear._opoverload:
+        if is_linear(n):
             least, most = (float(f) for f in self.env[n.args[0]].float().aminmax())
             low, high = self.found.get(_weight(n), (0.0, 0.0))
             self.found[_weight(n)] = min(low, least), max(high, most)
@@ -119,7 +122,7 @@ def _run(
 
 
 def _weight(node: fx.Node) -> str:
-    q = node.args[1]
+    q = operands_of(node)[0]
     return str(q.target) if isinstance(q, fx.Node) else str(q)
 
 

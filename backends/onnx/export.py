@@ -34,6 +34,7 @@ from accelpass.ir.attention.op import spec_of
 from accelpass.ir.attention.spec import All
 from accelpass.ir.graph import value
 from accelpass.ir.kv import lower as kv
+from accelpass.ir.linear.lower import make_plain
 from accelpass.ir.program import Program
 from accelpass.passes.base import Pass, Record
 from accelpass.passes.manager import Observer, run
@@ -71,8 +72,8 @@ class Graph:
     model: ir.Model
     weights_before: int
     notes: list[str]
-    dtype: torch.dtype = torch.float32
-    """The shortest that the model computes in."""
+    tolerance: float = runtime.TOLERANCE
+    """How far its outputs may be off; see :func:`runtime.tolerance_of`."""
 
 
 def wanted(
@@ -189,7 +190,7 @@ def export(
                 if steps is None
                 else partial(stepped.compared, folder, steps, inputs)
             )
-            allowed = max(runtime.tolerance_of(graph.dtype) for graph in graphs.values())
+            allowed = max(graph.tolerance for graph in graphs.values())
             tolerance = math.inf if want.form.rounded and want.form.contrib else allowed
             if want.ranges is not None:
                 # A number on the edge of two codes may fall to either side: no further than rounding goes by itself.
@@ -243,7 +244,8 @@ def _finished(
     update(f"Translating{kind}")
     translation, notes = translated(made, found.wishes, want.form, after, want.who, theirs)
     notes += [note for note in (found.note, about, *masked) if note]
-    return Graph(made, records, translation, before, notes, dtype)
+    tolerance = runtime.tolerance_of(dtype, runtime.rounds_inputs(found.program.graph))
+    return Graph(made, records, translation, before, notes, tolerance)
 
 
 def with_plan(want: Wanted, by: StepPass) -> tuple[Wanted, StepPass]:
@@ -280,6 +282,7 @@ def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[st
         notes = _masked(program)
         # Kernels of torch's are no operators of ONNX.
         attention.lower(program, lowerings(want.form.opset))
+        make_plain(program)
     program.graph.eliminate_dead_code()
     program.changed()
     _refuse_fixed(found, want.who)

@@ -18,7 +18,7 @@ up rows of an INT4 tensor, so int4 codes are stored once for each use then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ import onnx_ir as ir
 
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.backends.onnx.translations import DOMAIN
+from accelpass.ir.linear.formats import Int4, Int8
+from accelpass.ir.linear.spec import LinearSpec
 
 MICROSOFT = "com.microsoft"
 OPSET = 21
@@ -58,12 +60,21 @@ class Expansion:
         nodes = [n for n in self.model.graph.all_nodes() if n.domain == DOMAIN]
         if not nodes:
             return
-        multiplied = {_name(n.inputs[1]) for n in nodes if n.op_type.endswith("Linear")}
-        looked_up = {_name(n.inputs[1]) for n in nodes if n.op_type == "Int4Embedding"}
+        multiplied, looked_up = set(), set()
         # Look-ups last: they read the form that a product of the same weight has.
-        for node in sorted(nodes, key=lambda n: not n.op_type.endswith("Linear")):
-            emit = Emit(node)
-            self._functions()[node.op_type](emit, node)
+        for node in sorted(nodes, key=lambda n: n.op_type != "Linear"):
+            weight = LinearSpec.from_json(node.attributes["spec"].as_string()).weight
+            at, count = int(node.op_type != "Matrix"), len(weight.operands)
+            first, packed, rest = node.inputs[:at], node.inputs[at : at + count], node.inputs[at + count :]
+            if (node.op_type, weight.part) not in self._functions():
+                raise ExportError(
+                    f"there is no ONNX form of weights in the format {weight.shown()}; leave out its pass"
+                )
+            self._functions()[node.op_type, weight.part](Emit(node), weight, *first, *packed, *rest)
+            if node.op_type == "Linear":
+                multiplied.add(_name(packed[0]))
+            elif node.op_type == "Embedding" and isinstance(weight, Int4):
+                looked_up.add(_name(packed[0]))
         for name in sorted(multiplied & looked_up if not self.contrib else ()):
             size = self._forms[name, "rows"].const_value
             assert size is not None
@@ -78,19 +89,21 @@ class Expansion:
             if not self.model.graph.initializers[name].is_graph_output():
                 del self.model.graph.initializers[name]
 
-    def _functions(self) -> dict[str, Callable[[Emit, ir.Node], None]]:
+    def _functions(self) -> dict[tuple[str, str], Callable[..., None]]:
         return {
-            "Int8Linear": self._int8_linear,
-            "Int8Embedding": self._int8_embedding,
-            "Int8Matrix": self._int8_matrix,
-            "Int4Linear": self._int4_linear,
-            "Int4Embedding": self._int4_embedding,
-            "Int4Matrix": self._int4_matrix,
+            ("Linear", Int8.part): self._int8_linear,
+            ("Embedding", Int8.part): self._int8_embedding,
+            ("Matrix", Int8.part): self._int8_matrix,
+            ("Linear", Int4.part): self._int4_linear,
+            ("Embedding", Int4.part): self._int4_embedding,
+            ("Matrix", Int4.part): self._int4_matrix,
         }
 
-    def _int8_linear(self, e: Emit, node: ir.Node) -> None:
-        x, q, scale, bias = _four(node.inputs)
-        if self.contrib and self.rounded:
+    def _int8_linear(self, e: Emit, weight: Int8, x: Any, q: Any, scale: Any, bias: Any = None) -> None:
+        if x.dtype == ir.DataType.INT8:
+            columns = self._form(q, "columns", lambda codes: codes.T)
+            y = e("Mul", e.float(e("MatMulInteger", x, columns), known=False), scale)
+        elif self.contrib and self.rounded:
             y = self._n_bits(e, x, q, 8, _block_of(q), self._block_scales(q, scale), None)
         elif self.contrib:
             y = self._two_planes(e, x, q, scale)
@@ -105,8 +118,7 @@ class Expansion:
             y = self._product(e, x, w)
         e.finish(y, bias, x)
 
-    def _int8_embedding(self, e: Emit, node: ir.Node) -> None:
-        indices, q, scale = node.inputs[:3]
+    def _int8_embedding(self, e: Emit, weight: Int8, indices: Any, q: Any, scale: Any) -> None:
         width = _array(q).shape[1]
         if (_name(q), "n bits") in self._forms:
             rows = self._gathered(e, self._forms[_name(q), "n bits"], indices, width)
@@ -120,16 +132,15 @@ class Expansion:
         else:
             codes = e.float(e("Gather", q, indices, axis=0), known=False)
         scales = e("Unsqueeze", e("Gather", scale, indices, axis=0), e.ints(-1))
-        e.finish_as(e("Mul", codes, scales), node)
+        e.finish_as(e("Mul", codes, scales))
 
-    def _int8_matrix(self, e: Emit, node: ir.Node) -> None:
-        q, scale = node.inputs[:2]
+    def _int8_matrix(self, e: Emit, weight: Int8, q: Any, scale: Any) -> None:
         scales = self._form(scale, "stacked", lambda s: s[..., None])
-        e.finish_as(e("DequantizeLinear", q, scales, axis=-1, block_size=int(_array(q).shape[-1])), node)
+        e.finish_as(e("DequantizeLinear", q, scales, axis=-1, block_size=int(_array(q).shape[-1])))
 
-    def _int4_linear(self, e: Emit, node: ir.Node) -> None:
-        x, q, scale, zero, bias = _five(node.inputs)
-        group = int(node.attributes["group_size"].as_int())
+    def _int4_linear(self, e: Emit, weight: Int4, x: Any, q: Any, scale: Any, *more: Any) -> None:
+        zero, bias = (*([] if not weight.symmetric else [None]), *more, None)[:2]
+        group = weight.group_size
         if self.contrib:
             points = None if zero is None else self._form(zero, "packed", lambda z: _packed(z.astype(np.uint8)))
             y = self._n_bits(e, x, q, 4, group, scale, points, group)
@@ -148,9 +159,8 @@ class Expansion:
             y = self._product(e, x, e("DequantizeLinear", codes, scales, *points, axis=axis, block_size=group))
         e.finish(y, bias, x)
 
-    def _int4_embedding(self, e: Emit, node: ir.Node) -> None:
-        indices, q, scale, zero, _ = _five(node.inputs)
-        group, width = int(node.attributes["group_size"].as_int()), 2 * _array(q).shape[1]
+    def _int4_embedding(self, e: Emit, weight: Int4, indices: Any, q: Any, scale: Any, zero: Any = None) -> None:
+        group, width = weight.group_size, 2 * _array(q).shape[1]
         form = "n bits" if (_name(q), "n bits") in self._forms else "rows"
         packed = self._form(q, form, lambda codes: _packed(_nibbles(codes, group)))
         flat = self._looked_up(e, packed, indices, width)
@@ -161,15 +171,13 @@ class Expansion:
 
         offset = e.scalar(8.0) if zero is None else of_groups(zero)
         wide = e("Mul", e("Sub", codes, offset), of_groups(scale))
-        e.finish_as(e("Reshape", wide, e("Concat", e("Shape", indices), e.ints(width), axis=0)), node)
+        e.finish_as(e("Reshape", wide, e("Concat", e("Shape", indices), e.ints(width), axis=0)))
 
-    def _int4_matrix(self, e: Emit, node: ir.Node) -> None:
-        q, scale, zero = (*node.inputs, None)[:3]
-        assert q is not None and scale is not None
-        group, symmetric = int(node.attributes["group_size"].as_int()), zero is None
+    def _int4_matrix(self, e: Emit, weight: Int4, q: Any, scale: Any, zero: Any = None) -> None:
+        group, symmetric = weight.group_size, zero is None
         codes = self._form(q, "stacked", lambda codes: _int4(_nibbles(codes, group), symmetric))
         points = [] if zero is None else [self._form(zero, "stacked", lambda z: _int4(z.astype(np.uint8), False))]
-        e.finish_as(e("DequantizeLinear", codes, scale, *points, axis=-1, block_size=group), node)
+        e.finish_as(e("DequantizeLinear", codes, scale, *points, axis=-1, block_size=group))
 
     def _product(self, e: Emit, x: ir.Value, w: ir.Value) -> ir.Value:
         """``x`` times the weight, which is (in, out) if ONNX Runtime may round, else (out, in)."""
@@ -283,11 +291,13 @@ class Emit:
     def finish(self, y: ir.Value, bias: ir.Value | None, x: ir.Value) -> None:
         """``y + bias``, in the dtype of ``x``, in the node's place."""
         y = y if bias is None else self("Add", y, self.float(bias))
-        self._replace(y if x.dtype in (None, ir.DataType.FLOAT) else self("Cast", y, to=x.dtype.value))
+        self._replace(
+            y if x.dtype in (None, ir.DataType.FLOAT, ir.DataType.INT8) else self("Cast", y, to=x.dtype.value)
+        )
 
-    def finish_as(self, y: ir.Value, node: ir.Node) -> None:
+    def finish_as(self, y: ir.Value) -> None:
         """``y`` in the dtype that the node asks for."""
-        dtype = node.attributes["dtype"].as_int()
+        dtype = self.node.attributes["dtype"].as_int()
         self._replace(y if dtype == ir.DataType.FLOAT.value else self("Cast", y, to=dtype))
 
     def _replace(self, y: ir.Value) -> None:
@@ -329,7 +339,7 @@ def _block_of(q: ir.Value) -> int:
 
 
 def _nibbles(codes: np.ndarray, group: int) -> np.ndarray:
-    """One code a byte, (..., out, in), from the pass's form: see ``accelpass.ir.weight_only_ops``."""
+    """One code a byte, (..., out, in), from the form of :class:`Int4`."""
     grouped = codes.reshape(*codes.shape[:-1], -1, group // 2)
     return np.concatenate([grouped & 15, grouped >> 4], -1).reshape(*codes.shape[:-1], -1)
 
@@ -348,11 +358,3 @@ def _packed(codes: np.ndarray) -> np.ndarray:
 def _int4(codes: np.ndarray, symmetric: bool) -> np.ndarray:
     """Codes 0 to 15 as UINT4; with a zero point of 8 throughout, as INT4 around 0."""
     return (codes.astype(np.int8) - 8).astype(ml_dtypes.int4) if symmetric else codes.astype(ml_dtypes.uint4)
-
-
-def _four(inputs: Sequence[ir.Value | None]) -> tuple[Any, ...]:
-    return (*inputs, None, None)[:4]
-
-
-def _five(inputs: Sequence[ir.Value | None]) -> tuple[Any, ...]:
-    return (*inputs, None, None, None)[:5]

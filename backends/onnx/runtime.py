@@ -12,6 +12,7 @@ from torch import Tensor
 
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.ir.graph import value
+from accelpass.ir.linear.op import is_linear
 
 TOLERANCE = 1e-4
 """Largest difference over the largest magnitude of an output, of a model that computes in float32."""
@@ -19,9 +20,19 @@ _STEPS = 8
 """The same of a shorter dtype, in steps of its rounding: sums are rounded in another order, several times on the way."""
 
 
-def tolerance_of(dtype: torch.dtype) -> float:
-    """How far an output may be off, over its largest value, where the model computes in ``dtype``."""
-    return max(TOLERANCE, _STEPS * torch.finfo(dtype).eps)
+_CODE = 1 / 127
+"""The same of a model whose inputs of products are rounded to eight bits, the largest of which is 127: what lies near a half may
+be rounded to either side of it."""
+
+
+def tolerance_of(dtype: torch.dtype, rounds: bool = False) -> float:
+    """How far an output may be off, over its largest value, where the model computes in ``dtype``; see :func:`rounds_inputs`."""
+    return max(TOLERANCE, _STEPS * torch.finfo(dtype).eps, _CODE if rounds else 0.0)
+
+
+def rounds_inputs(graph: torch.fx.Graph) -> bool:
+    """Whether a pass rounds what is multiplied with a weight."""
+    return any(is_linear(node) and not value(node.args[0]).is_floating_point() for node in graph.nodes)
 
 
 def coarsest(graph: torch.fx.Graph) -> torch.dtype:

@@ -13,18 +13,11 @@ from typing import Any
 import torch
 
 from accelpass.backends.onnx.torch_gaps import gaps
-from accelpass.ir.weight_only_ops import (
-    int4_embedding,
-    int4_linear,
-    int4_matrix,
-    int8_embedding,
-    int8_linear,
-    int8_matrix,
-)
+from accelpass.ir.linear.op import EMBEDDING, LINEAR, MATRIX
 
 DOMAIN = "accelpass"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-_CODES = ["tensor(int8)", "tensor(uint8)"]
+_INTEGERS = ["tensor(int8)", "tensor(uint8)", "tensor(int32)", "tensor(int64)"]
 _REGISTERED: dict[Any, Callable[..., Any]] = {}
 
 
@@ -51,50 +44,32 @@ def table() -> Mapping[Any, Callable[..., Any]]:
 
 
 def _own() -> dict[Any, Callable[..., Any]]:
-    linear = {"x": _FLOATS, "q": _CODES, "scale": _FLOATS}
-    lookup = {"indices": ["tensor(int64)", "tensor(int32)"], "q": _CODES, "scale": _FLOATS}
-    matrix = {"q": _CODES, "scale": _FLOATS}
-    zero, bias = {"zero?": _FLOATS}, {"bias?": _FLOATS}
-    int8_l = _node("Int8Linear", linear | bias, [])
-    int8_e = _node("Int8Embedding", lookup, ["dtype"])
-    int8_m = _node("Int8Matrix", matrix, ["dtype"])
-    int4_l = _node("Int4Linear", linear | zero | bias, ["group_size"])
-    int4_e = _node("Int4Embedding", lookup | zero, ["group_size", "dtype"])
-    int4_m = _node("Int4Matrix", matrix | zero, ["group_size", "dtype"])
+    """A node for each op, whose inputs are x or the indices, the packed weight, and the bias if there is one."""
+    linear, lookup = _node("Linear", {"spec": "STRING"}), _node("Embedding", {"spec": "STRING", "dtype": "INT"})
+    matrix = _node("Matrix", {"spec": "STRING", "dtype": "INT"})
     return {
-        int8_linear._opoverload: lambda x, q, scale, bias: int8_l(x, q, scale, bias),
-        int8_embedding._opoverload: lambda indices, q, scale, dtype: int8_e(indices, q, scale, dtype=dtype),
-        int8_matrix._opoverload: lambda q, scale, dtype: int8_m(q, scale, dtype=dtype),
-        int4_linear._opoverload: lambda x, q, scale, zero, bias, group: int4_l(
-            x, q, scale, zero, bias, group_size=group
-        ),
-        int4_embedding._opoverload: lambda indices, q, scale, zero, group, dtype: int4_e(
-            indices, q, scale, zero, group_size=group, dtype=dtype
-        ),
-        int4_matrix._opoverload: lambda q, scale, zero, group, dtype: int4_m(
-            q, scale, zero, group_size=group, dtype=dtype
-        ),
+        LINEAR: lambda x, operands, bias, spec: linear(x, *operands, *([] if bias is None else [bias]), spec=spec),
+        EMBEDDING: lambda indices, operands, spec, dtype: lookup(indices, *operands, spec=spec, dtype=dtype),
+        MATRIX: lambda operands, spec, dtype: matrix(*operands, spec=spec, dtype=dtype),
     }
 
 
-def _node(name: str, inputs: Mapping[str, list[str]], attributes: list[str]) -> Any:
+def _node(name: str, attributes: Mapping[str, str]) -> Any:
     """An operator of our domain that onnxscript can record: it wants a schema of each."""
     import onnxscript
     from onnx.defs import OpSchema
 
-    parameters = []
-    for index, (key, types) in enumerate(inputs.items()):
-        optional = key.endswith("?")
-        option = OpSchema.FormalParameterOption.Optional if optional else OpSchema.FormalParameterOption.Single
-        parameters.append((OpSchema.FormalParameter(key.rstrip("?"), f"T{index}", param_option=option), types))
+    read = OpSchema.FormalParameter(
+        "inputs", "TX", param_option=OpSchema.FormalParameterOption.Variadic, is_homogeneous=False
+    )
     schema = OpSchema(
         name,
         DOMAIN,
         1,
-        inputs=[p for p, _ in parameters],
+        inputs=[read],
         outputs=[OpSchema.FormalParameter("y", "TY")],
-        type_constraints=[*((f"T{i}", types, "") for i, (_, types) in enumerate(parameters)), ("TY", _FLOATS, "")],
-        attributes=[OpSchema.Attribute(a, OpSchema.AttrType.INT, required=True) for a in attributes],
+        type_constraints=[("TX", [*_FLOATS, *_INTEGERS], ""), ("TY", _FLOATS, "")],
+        attributes=[OpSchema.Attribute(a, getattr(OpSchema.AttrType, t), required=True) for a, t in attributes.items()],
     )
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), name, schema)
 

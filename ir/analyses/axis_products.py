@@ -13,19 +13,39 @@ from accelpass.ir.analyses.axis_flow import Dims, Flow, is_one, rule
 from accelpass.ir.attention.op import ATTENTION_STATS, is_attention, spec_of
 from accelpass.ir.attention.score_steps import argument
 from accelpass.ir.graph import known, shape, value
+from accelpass.ir.linear.op import is_linear, linear_spec, operands_of
 
 
-@rule("linear", "int8_linear", "int4_linear")
+@rule("linear")
 def _linear(flow: Flow, node: fx.Node) -> Dims:
+    if is_linear(node):
+        return _packed_linear(flow, node)
     x, weight = node.args[:2]
     rows, *columns = flow.of(weight)
-    if same_size(shape(x)[-1], shape(weight)[1]):  # int4 packs two columns in a byte
-        flow.together(flow.of(x)[-1], columns[0])
-    for name in ("bias", "scale", "zero"):
-        other = argument(node, name)
-        if isinstance(other, fx.Node):
-            flow.together(rows, flow.of(other)[0])
+    flow.together(flow.of(x)[-1], columns[0])
+    if isinstance(bias := argument(node, "bias"), fx.Node):
+        flow.together(rows, flow.of(bias)[0])
     return [*flow.of(x)[:-1], rows]
+
+
+def _packed_linear(flow: Flow, node: fx.Node) -> Dims:
+    """The rows of every operand are outputs; of its columns those that are channels one for one are known."""
+    x, spec = node.args[0], linear_spec(node)
+    lead = 0 if spec.by is None else 1
+    packed = spec.of_weight(operands_of(node))
+    codes = flow.of(packed[0])
+    if same_size(shape(x)[-1], shape(packed[0])[-1]):  # int4 packs two columns in a byte
+        flow.together(flow.of(x)[-1], codes[-1])
+    others = [flow.of(p)[lead] for p in packed[1:]]
+    if isinstance(node.args[2], fx.Node):
+        others.append(flow.of(node.args[2])[0])
+    for other in others:
+        flow.together(codes[lead], other)
+    if spec.low_rank:
+        a, b = (flow.of(n) for n in spec.of_residual(operands_of(node)))
+        for left, right in ((flow.of(x)[-1], a[1]), (a[0], b[1]), (codes[lead], b[0])):
+            flow.together(left, right)
+    return [*flow.of(x)[:-1], codes[lead]]
 
 
 @rule("matmul", "mm", "bmm", "mv", "dot")

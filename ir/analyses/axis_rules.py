@@ -11,6 +11,7 @@ from accelpass.ir.analyses.axis_factors import Factors, divided, fresh, reshape,
 from accelpass.ir.analyses.axis_flow import Dims, Flow, Piece, is_one, rule
 from accelpass.ir.attention.score_steps import argument
 from accelpass.ir.graph import aten, is_call, known, shape, value
+from accelpass.ir.linear.op import is_packed, operands_of
 
 _REDUCTIONS = (
     "sum mean amax amin prod any all argmax argmin std var logsumexp norm linalg_vector_norm nansum median var_mean "
@@ -269,14 +270,18 @@ def _unbind(flow: Flow, node: fx.Node) -> list[Dims]:
 
 @rule("embedding")
 def _embedding(flow: Flow, node: fx.Node) -> Dims:
+    if is_packed(node):
+        columns = flow.of(operands_of(node)[0])[1]
+        same = same_size(shape(node)[-1], shape(operands_of(node)[0])[1])
+        return [*flow.of(node.args[0]), columns if same else fresh(shape(node)[-1], node.name)]
     return [*flow.of(node.args[1]), flow.of(node.args[0])[1]]
 
 
-@rule("int8_embedding", "int4_embedding")
-def _packed_embedding(flow: Flow, node: fx.Node) -> Dims:
-    columns = flow.of(node.args[1])[1]
-    same = same_size(shape(node)[-1], shape(node.args[1])[1])
-    return [*flow.of(node.args[0]), columns if same else fresh(shape(node)[-1], node.name)]
+@rule("matrix")
+def _matrix(flow: Flow, node: fx.Node) -> Dims:
+    codes = operands_of(node)[0]
+    dims, same = flow.of(codes), same_size(shape(node)[-1], shape(codes)[-1])
+    return dims if same else [*dims[:-1], fresh(shape(node)[-1], node.name)]
 
 
 @rule("index")

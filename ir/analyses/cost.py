@@ -16,8 +16,8 @@ from accelpass.ir.attention.op import is_attention, spec_of
 from accelpass.ir.attention.selected import selected_pairs
 from accelpass.ir.attention.spec import All
 from accelpass.ir.graph import aten, value
+from accelpass.ir.linear.op import LINEAR
 from accelpass.ir.program import Program
-from accelpass.ir.weight_only_ops import int4_linear, int8_linear
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _bytes(tensor: Tensor) -> sympy.Expr:
 
 
 def _linear(node: fx.Node) -> sympy.Expr:
-    return 2 * _numel(value(node.args[0])) * _size(value(node.args[1]).shape[0])
+    return 2 * _numel(value(node.args[0])) * _size(value(node).shape[-1])
 
 
 def _product(first: int) -> Callable[[fx.Node], sympy.Expr]:
@@ -144,8 +144,7 @@ def _selected(node: fx.Node, pairs: sympy.Expr) -> sympy.Expr:
 
 _RULES: dict[Any, Callable[[fx.Node], sympy.Expr]] = {
     aten.linear.default: _linear,
-    int8_linear._opoverload: _linear,
-    int4_linear._opoverload: _linear,
+    LINEAR: _linear,
     aten.mm.default: _product(0),
     aten.matmul.default: _product(0),
     aten.bmm.default: _product(0),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
 
 from accelpass.ir.errors import SpecConflict
+from accelpass.ir.parts import Part, tuples
 
 KINDS = ("self", "cross", "joint", "channel", "unknown")
 BIAS_KINDS = ("none", "causal", "sliding_window", "alibi", "tensor")
@@ -39,29 +40,7 @@ class Step:
         return f"{self.kind}({', '.join(parts)})" if parts else self.kind
 
 
-_PARTS: dict[str, type[Part]] = {}
 _EDITABLE = ("store", "format", "select")
-
-
-@dataclass(frozen=True)
-class Part:
-    """An editable part of a spec. A pass adds its own by subclassing with a ``part`` name; fields are JSON values."""
-
-    part: ClassVar[str] = ""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if cls.part:
-            _PARTS[cls.part] = cls
-
-    def to_json(self) -> dict[str, Any]:
-        return {"part": self.part, **asdict(self)}
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Any:
-        given = dict(data)
-        cls = _PARTS[given.pop("part")]
-        return cls(**{k: _tuples(v) for k, v in given.items()})
 
 
 class Store(Part):
@@ -266,15 +245,10 @@ class AttentionSpec:
     @staticmethod
     def from_json(text: str) -> AttentionSpec:
         data = json.loads(text)
-        data["steps"] = tuple(Step(k, e, o, _tuples(v)) for k, e, o, v in data["steps"])
+        data["steps"] = tuple(Step(k, e, o, tuples(v)) for k, e, o, v in data["steps"])
         for name in _EDITABLE:
             if name in data:
                 data[name] = Part.from_json(data[name])
         data["statistics"] = frozenset(data.get("statistics", ()))
         data["edits"] = tuple((a, b) for a, b in data.get("edits", ()))
         return AttentionSpec(**data)
-
-
-def _tuples(found: Any) -> Any:
-    """JSON has no tuples; a frozen spec holds nothing else."""
-    return tuple(_tuples(v) for v in found) if isinstance(found, list) else found

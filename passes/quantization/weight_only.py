@@ -11,8 +11,10 @@ import torch
 from torch import fx
 
 from accelpass.ir.analyses.linear import Embedding, ExpertStack, Linear, embeddings, expert_stacks, linears
-from accelpass.ir.derived import Recipe, is_released
+from accelpass.ir.derived import is_released
 from accelpass.ir.graph import aten, call, replace, shape, through, value
+from accelpass.ir.linear.op import EMBEDDING, LINEAR, MATRIX
+from accelpass.ir.linear.spec import Expert, LinearSpec
 from accelpass.ir.program import Program
 from accelpass.passes.base import Done, Skip, Take, Verdict
 from accelpass.passes.site_pass import Edits, SitePass
@@ -42,7 +44,7 @@ class SharedWeight:
 
 @dataclass(frozen=True)
 class WeightOnly(SitePass):
-    """Base of weight-only quantization; a method says how a weight is packed and which ops read it.
+    """Base of passes that pack weights; a method says in which format, and how inputs are rounded if they are.
 
     A weight is packed only if every use of it can read the packed form: a second float copy would make the model larger,
     not smaller. A tied embedding is therefore packed together with the output head, or not at all.
@@ -53,27 +55,14 @@ class WeightOnly(SitePass):
     model: ClassVar[str] = "(model)"
     nothing: ClassVar[str] = "no linear layer with a constant weight was found in this graph"
 
+    @property
     @abstractmethod
-    def recipe(self, transposed: bool) -> tuple[Recipe, tuple[str, ...]]:
-        """How to pack a weight (stored as (in, out) if ``transposed``), and the names of the packed tensors."""
+    def spec(self) -> LinearSpec:
+        """What a linear that the pass takes computes."""
 
-    @abstractmethod
-    def fits(self, in_features: int) -> Verdict:
-        """Whether the form can hold rows of this length."""
-
-    @abstractmethod
-    def linear(
-        self, graph: fx.Graph, like: fx.Node, x: fx.Node, packed: list[fx.Node], bias: fx.Node | None
-    ) -> fx.Node:
-        """Emit the packed linear."""
-
-    @abstractmethod
-    def embedding(self, graph: fx.Graph, like: fx.Node, indices: fx.Node, packed: list[fx.Node]) -> fx.Node:
-        """Emit the packed look-up, in the dtype of ``like``."""
-
-    @abstractmethod
-    def matrix(self, graph: fx.Graph, like: fx.Node, packed: list[fx.Node], dtype: torch.dtype) -> fx.Node:
-        """Emit the weight itself in ``dtype``, for batched and grouped expert products."""
+    def fits(self, use: Linear | ExpertStack) -> Verdict:
+        """Whether the spec can take a use of a weight, which is packed if all its uses can be taken."""
+        return self.spec.weight.check(use.in_features)
 
     def find(self, program: Program) -> list[SharedWeight]:
         found: dict[fx.Node, list[Use]] = {}
@@ -103,7 +92,8 @@ class WeightOnly(SitePass):
             return Skip(f"{len(weight.users) - readers} other use(s) of the weight need its float form")
         if value(weight).dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Skip(f"the weight is {value(weight).dtype}; float32, bfloat16 and float16 are packed")
-        verdict = self.fits(next(s.in_features for s in group if not isinstance(s, Embedding)))
+        verdicts = (self.fits(s) for s in group if not isinstance(s, Embedding))
+        verdict = next((v for v in verdicts if isinstance(v, Skip)), Take())
         real = program.tensors.value(weight)
         if isinstance(verdict, Take) and real is not None and not is_released(real) and not _finite(real):
             return Skip("the weight holds NaN or infinity")
@@ -118,34 +108,34 @@ class WeightOnly(SitePass):
         """Let every use read the packed weight; returns what that did to its bytes."""
         program, weight, group = edit.program, site.weight, site.uses
         graph = program.graph
-        recipe, suffixes = self.recipe(_transposed(group))
-        names = [f"{weight.name}_{s}" for s in suffixes]
-        packed = program.tensors.derive([weight], recipe, names)
-        form = f"{'x'.join(str(int(s)) for s in shape(weight))} {self.name.split('_')[0]}"
+        spec = self.spec
+        names = [f"{weight.name}_{operand}" for operand in spec.weight.operands]
+        packed = program.tensors.derive([weight], spec.weight.recipe(_transposed(group)), names)
+        form = f"{'x'.join(str(int(s)) for s in shape(weight))} {spec.weight.part}"
         done = Done(form, _bytes(weight), sum(map(_bytes, packed)))
         for use in group:
             with graph.inserting_before(use.node):
                 if isinstance(use, Embedding):
-                    new = self.embedding(graph, use.node, use.node.args[1], packed)
+                    dtype = value(use.node).dtype
+                    new = call(graph, use.node, EMBEDDING, use.node.args[1], packed, spec.to_json(), dtype)
                 elif isinstance(use, ExpertStack):
                     entry = self._entry_users(weight, use)
                     for user in entry:
                         with graph.inserting_before(user):
-                            w = self.matrix(graph, user, packed, value(weight).dtype)
+                            w = call(graph, user, MATRIX, packed, spec.to_json(), value(weight).dtype)
                             if use.transposed:
                                 w = call(graph, user, aten.transpose.int, w, -1, -2)
                         user.replace_input_with(weight, w)
                     continue
                 else:
-                    mine = packed
-                    if use.select is not None:
-                        mine = [call(graph, use.node, aten.select.int, p, 0, use.select.args[2]) for p in packed]
+                    by = None if use.select is None else Expert(int(use.select.args[2]))
                     bias = (
                         through(use.bias, aten.to)
                         if program.tensors.is_constant(through(use.bias, aten.to))
                         else use.bias
                     )
-                    new = self.linear(graph, use.node, use.operand(), mine, bias)
+                    read = LinearSpec(spec.weight, spec.activation, by).to_json()
+                    new = call(graph, use.node, LINEAR, use.operand(), packed, bias, read)
             replace(use.node, new)
         return done
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,17 +11,10 @@ from torch import fx
 from accelpass.ir.analyses.linear import linears
 from accelpass.ir.derived import Recipe
 from accelpass.ir.graph import aten, call, is_call, module_path, shape, value
+from accelpass.ir.linear.op import is_linear, linear_spec, operands_of
 from accelpass.ir.program import Program
-from accelpass.ir.weight_only_ops import int4_linear, int8_linear
 from accelpass.passes.base import Done, Skip, Take, Verdict
 from accelpass.passes.site_pass import Edits, SitePass
-
-_PACKED = {int8_linear._opoverload: (1, 2), int4_linear._opoverload: (1, 2, 3)}
-"""Op -> positions of the operands whose rows are output channels."""
-
-
-_BIAS = {aten.linear.default: 2, int8_linear._opoverload: 3, int4_linear._opoverload: 4}
-"""Op -> position of the bias."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +58,20 @@ class HorizontalFusion(SitePass):
             s.node: s for s in program.analysis(linears) if s.kind == "linear" and is_call(s.node, aten.linear)
         }
         for node in program.graph.nodes:
-            if node.target in _PACKED and program.tensors.is_constant(node.args[1]):
-                q, bias = node.args[1], node.args[-2] if node.target is int4_linear._opoverload else node.args[3]
-                same = (node.args[-1], node.args[3] is None) if node.target is int4_linear._opoverload else ()
-                key = (node.target, node.args[0], bias is None, value(q).shape[1], *same)
-                groups.setdefault(key, []).append(node)
+            if is_linear(node):
+                spec, (x, operands, bias, text) = linear_spec(node), node.args
+                # Of several weights in one stack, and of a residual, rows are not the only thing that differs.
+                if spec.by is None and not spec.low_rank and all(map(program.tensors.is_constant, operands)):
+                    width = spec.weight.width([value(o) for o in operands])
+                    groups.setdefault((node.target, x, bias is None, text, width), []).append(node)
             elif node in float_sites and node.args[1] is float_sites[node].weight:
-                key = (node.target, node.args[0], len(node.args) < 3 or node.args[2] is None, value(node.args[1]).dtype)
-                groups.setdefault(key, []).append(node)
+                plain = len(node.args) < 3 or node.args[2] is None
+                groups.setdefault((node.target, node.args[0], plain, value(node.args[1]).dtype), []).append(node)
         return [Siblings(tuple(nodes)) for nodes in groups.values() if len(nodes) > 1]
 
     def check(self, site: Siblings, program: Program) -> Verdict:
         nodes = site.nodes
-        if len({n.args[1] for n in nodes}) < len(nodes):
+        if len({_rows_of(n)[0] for n in nodes}) < len(nodes):
             return Skip("two of the linears share one weight")
         if nodes[0].target is aten.linear.default and not self.copy_weights:
             size = sum(value(n.args[1]).numel() * value(n.args[1]).element_size() for n in nodes)
@@ -86,38 +79,44 @@ class HorizontalFusion(SitePass):
                 f"float weights would exist twice ({size / 1e6:.1f} MB); "
                 "{'name': 'horizontal_fusion', 'copy_weights': True} does it all the same"
             )
-        bias = _BIAS[nodes[0].target]
-        if _is_given(nodes[0].args, bias) and not all(program.tensors.is_constant(n.args[bias]) for n in nodes):
+        biases = [n.args[2] for n in nodes if len(n.args) > 2 and n.args[2] is not None]
+        if not all(map(program.tensors.is_constant, biases)):
             return Skip("a bias is not a constant")
         return Take()
 
     def rewrite(self, site: Siblings, edit: Edits) -> Done:
         nodes, program = site.nodes, edit.program
         first = nodes[0]
-        operands: list[Any] = list(first.args)
-        positions = [p for p in (*_PACKED.get(first.target, (1,)), _BIAS[first.target]) if _is_given(operands, p)]
         # One derivation for all operands, so that each weight is packed once and not once for each of q, scale, ...
-        count = len(nodes)
+        count, parts = len(nodes), [_rows_of(n) for n in nodes]
         recipe = Recipe(
-            ("horizontal_fusion", count, len(positions)),
+            ("horizontal_fusion", count, len(parts[0])),
             lambda *ts: tuple(torch.cat(ts[i : i + count]) for i in range(0, len(ts), count)),
         )
-        rows = [n.args[p] for p in positions for n in nodes]
-        names = [f"{operands[p].name}_fused" for p in positions]
-        for position, fused in zip(positions, program.tensors.derive(rows, recipe, names), strict=True):
-            operands[position] = fused
-        widths = [int(shape(n.args[1])[0]) for n in nodes]
+        rows = [part[i] for i in range(len(parts[0])) for part in parts]
+        joined = program.tensors.derive(rows, recipe, [f"{p.name}_fused" for p in parts[0]])
+        widths = [int(shape(part[0])[0]) for part in parts]
         with program.graph.inserting_before(first):
-            fused = call(program.graph, first, first.target, *operands)
+            fused = call(program.graph, first, first.target, *_with_rows(first, joined))
             start = 0
-            parts = []
+            outputs = []
             for width in widths:
-                parts.append(call(program.graph, first, aten.slice.Tensor, fused, -1, start, start + width))
+                outputs.append(call(program.graph, first, aten.slice.Tensor, fused, -1, start, start + width))
                 start += width
-        for node, part in zip(nodes, parts, strict=True):
-            edit.replace(node, part)
+        for node, output in zip(nodes, outputs, strict=True):
+            edit.replace(node, output)
         return Done(f"{len(nodes)} linears of {'+'.join(map(str, widths))} rows as one")
 
 
-def _is_given(operands: Sequence[Any], position: int) -> bool:
-    return position < len(operands) and operands[position] is not None
+def _rows_of(node: fx.Node) -> list[Any]:
+    """The operands of a linear that have a row for each output: what its weight is made of, and its bias."""
+    weight = operands_of(node) if is_linear(node) else [node.args[1]]
+    return [*weight, *(a for a in node.args[2:3] if a is not None)]
+
+
+def _with_rows(node: fx.Node, rows: list[fx.Node]) -> tuple[Any, ...]:
+    """The arguments of a linear with other rows: the reverse of :func:`_rows_of`."""
+    x, weight, *rest = node.args
+    count = len(weight) if isinstance(weight, list | tuple) else 1
+    bias = [rows[count] if len(rows) > count else None] if rest else []
+    return (x, rows[:count] if is_linear(node) else rows[0], *bias, *rest[1:])

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from accelpass.backends import backend, graphs_of
-from accelpass.passes.quantization.packing import pack_int8
 from accelpass.testing.trial import cause, is_refusal, told
 from tests.fuzz.program import NAMES, Program
 from tests.fuzz.settings import Options, rounds
+from tests.packing import pack_int8
 
 Status = Literal["same", "refused", "incomparable", "wrong"]
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -276,7 +276,7 @@ def rounded(model: nn.Module) -> nn.Module:
 
 def _packed(key: tuple[Any, ...], positions: Sequence[int]) -> list[tuple[int, bool]]:
     """Which sources of a derivation are packed as int8, and whether each is transposed first."""
-    if key[0] == "int8_weights":
+    if key[0] == "int8":
         return [(p, key[2]) for p in positions]
     if not isinstance(key[0], tuple):
         return []

@@ -14,8 +14,8 @@ from torch import nn
 
 import accelpass
 from accelpass.backends.onnx.errors import ExportError
-from accelpass.passes.quantization.packing import pack_int8
 from tests.onnx.files import ran
+from tests.packing import pack_int8
 from tests.small_models import tiny_lm
 
 

@@ -13,9 +13,8 @@ from torch import nn
 
 import accelpass
 from accelpass.backends.onnx.packed_weights import _nibbles
-from accelpass.ir.weight_only_ops import dequantize_int4
-from accelpass.passes.quantization.packing import pack_int4, pack_int8
 from tests.onnx.files import dtypes, eager, far, ran, stored
+from tests.packing import dequantize_int4, pack_int4, pack_int8
 from tests.small_models import tiny_lm
 
 INT8: list[Any] = ["int8_weights"]

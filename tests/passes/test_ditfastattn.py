@@ -18,13 +18,12 @@ from accelpass.ir.attention.spec import Band
 from accelpass.ir.errors import OptionError
 from accelpass.ir.graph import aten, is_call
 from accelpass.ir.steps import StepError
-from accelpass.ir.weight_only_ops import int4_matrix
 from accelpass.lookup import find
 from accelpass.models_zoo import tiny_diffusers
 from accelpass.passes.base import Done, Pass
-from accelpass.passes.quantization.packing import pack_int4, pack_int8
 from accelpass.passes.step_cache.ditfastattn import DiTFastAttn
 from accelpass.passes.step_cache.ditfastattn_search import DiTFastAttnSearch, InSearch, relative_difference
+from tests.packing import dequantize_int4, pack_int4, pack_int8
 from tests.passes.step_truth import Greedy, denoise, denoise_by_calls, fast_attention
 
 TIMES = [9, 7, 5, 4, 2, 1]
@@ -287,7 +286,7 @@ def packed(model: nn.Module) -> nn.Module:
             w = module.weight.data
             if ".ff." in path:
                 q, scale = pack_int4(w, 32, True)
-                module.weight.data = int4_matrix(q, scale, None, 32, w.dtype)
+                module.weight.data = dequantize_int4(q, scale, None, 32, w.dtype)
             else:
                 q, scale = pack_int8(w)
                 module.weight.data = q * scale[:, None]

@@ -8,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from accelpass.backends import graphs_of, rewriting, weight_only_cpu
+from accelpass.backends import graphs_of, linear_cpu, rewriting
 from accelpass.backends.lowering import lower
-from accelpass.ir import weight_only_ops as ops
 from accelpass.ir.errors import OptionError
+from accelpass.ir.linear import op as ops
+from accelpass.ir.linear.formats import Int4, Int8
+from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.base import Record
 from accelpass.passes.options import parse
-from accelpass.passes.quantization.packing import pack_int4, pack_int8
+from tests.packing import dequantize_int4, dequantize_int8, pack_int4, pack_int8
 from tests.small_models import Mlp, relative_error, tiny_lm
 
 
@@ -32,7 +34,7 @@ def test_int8_packing_is_within_half_a_step(out, width, seed):
     w = torch.randn(out, width, generator=torch.Generator().manual_seed(seed))
     q, scale = pack_int8(w)
     assert q.dtype == torch.int8
-    error = (ops.dequantize_int8(q, scale, torch.float32) - w).abs()
+    error = (dequantize_int8(q, scale, torch.float32) - w).abs()
     assert (error <= scale[:, None] * 0.5001).all()
     assert (q.abs().amax(1) == 127).all(), "the largest weight of a row takes the whole range"
 
@@ -53,7 +55,7 @@ def test_int4_packing_against_a_loop(out, groups, size, symmetric, seed):
                 offset = 8 if zero is None else float(zero[row, group])
                 unpacked[row, group * size + j] = ((byte & 15) - offset) * scale[row, group]
                 unpacked[row, group * size + j + half] = ((byte >> 4) - offset) * scale[row, group]
-    assert torch.allclose(ops.dequantize_int4(q, scale, zero, size, torch.float32), unpacked)
+    assert torch.allclose(dequantize_int4(q, scale, zero, size, torch.float32), unpacked)
     # Symmetric: 16 levels around the signed extreme; the far end of the other sign may be clipped by one step.
     steps = 1.001 if symmetric else 0.501
     assert ((unpacked - w).abs() <= scale.abs().repeat_interleave(size, 1) * steps + 1e-6).all()
@@ -71,26 +73,27 @@ def test_identity_settings_equal_the_dense_model():
         assert relative_error(got, model(x)) < 1e-6
 
 
-@pytest.mark.parametrize("op", [ops.int8_linear, ops.int8_embedding, ops.int8_matrix])
+@pytest.mark.parametrize("op", [ops.linear, ops.embedding, ops.matrix])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_ops_pass_opcheck(op, dtype):
-    q, scale = pack_int8(torch.randn(6, 32))
+    packed, spec = Int8().pack(torch.randn(6, 32)), LinearSpec(Int8()).to_json()
     args = {
-        ops.int8_linear: (torch.randn(2, 3, 32, dtype=dtype), q, scale, torch.randn(6)),
-        ops.int8_embedding: (torch.tensor([[1, 5]]), q, scale, dtype),
-        ops.int8_matrix: (q, scale, dtype),
+        ops.linear: (torch.randn(2, 3, 32, dtype=dtype), packed, torch.randn(6), spec),
+        ops.embedding: (torch.tensor([[1, 5]]), packed, spec, dtype),
+        ops.matrix: (packed, spec, dtype),
     }[op]
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("op", [ops.int4_linear, ops.int4_embedding, ops.int4_matrix])
+@pytest.mark.parametrize("op", [ops.linear, ops.embedding, ops.matrix])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_int4_ops_pass_opcheck(op, symmetric):
-    q, scale, zero = (*pack_int4(torch.randn(6, 64), 32, symmetric), None)[:3]
+    weight = Int4(32, symmetric)
+    packed, spec = weight.pack(torch.randn(6, 64)), LinearSpec(weight).to_json()
     args = {
-        ops.int4_linear: (torch.randn(2, 3, 64), q, scale, zero, None, 32),
-        ops.int4_embedding: (torch.tensor([[1, 5]]), q, scale, zero, 32, torch.float32),
-        ops.int4_matrix: (q, scale, zero, 32, torch.float32),
+        ops.linear: (torch.randn(2, 3, 64), packed, None, spec),
+        ops.embedding: (torch.tensor([[1, 5]]), packed, spec, torch.float32),
+        ops.matrix: (packed, spec, torch.float32),
     }[op]
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -273,16 +276,16 @@ def test_linears_in_a_row(passes):
 def test_a_large_matrix_is_expanded_in_parts(bits, monkeypatch):
     """Many rows, three parts of 64 outputs and one of 8; with one row fewer the matrix is streamed."""
     torch.manual_seed(0)
-    monkeypatch.setattr(weight_only_cpu, "PART", 64 * 96 * weight_only_cpu.matmul_dtype(torch.zeros(1)).itemsize)
+    monkeypatch.setattr(linear_cpu, "PART", 64 * 96 * linear_cpu.matmul_dtype(torch.zeros(1)).itemsize)
     lowered = []
     monkeypatch.setattr(rewriting, "lower", lambda program: (lower(program), lowered.append(str(program.graph))))
     model = nn.Linear(96, 200).eval()
-    weight, rows = model.weight.detach(), weight_only_cpu.GEMV_ROWS[bits] + 1
+    weight, rows = model.weight.detach(), linear_cpu.GEMV_ROWS[bits] + 1
     if bits == 8:
-        packed, read = {"name": "int8_weights"}, ops.dequantize_int8(*pack_int8(weight), torch.float32)
+        packed, read = {"name": "int8_weights"}, dequantize_int8(*pack_int8(weight), torch.float32)
     else:
         packed = {"name": "int4_weights", "group_size": 32, "symmetric": False}
-        read = ops.dequantize_int4(*pack_int4(weight, 32, False), 32, torch.float32)
+        read = dequantize_int4(*pack_int4(weight, 32, False), 32, torch.float32)
     fast = torch.compile(model, backend="accelpass", options={"passes": [packed]}, dynamic=False)
     with torch.no_grad():
         for count, parts in ((rows, 4), (rows - 1, 0)):

@@ -25,9 +25,8 @@ import accelpass
 from accelpass import CacheError, KVCache, ReleasedWeightError
 from accelpass.backends import compiled_graphs, graphs_of
 from accelpass.ir.kv import ledger
-from accelpass.ir.weight_only_ops import dequantize_int4, dequantize_int8
 from accelpass.models_zoo import tiny
-from accelpass.passes.quantization.packing import pack_int4, pack_int8
+from tests.packing import dequantize_int4, dequantize_int8, pack_int4, pack_int8
 from tests.passes.kv_truth import fed
 from tests.passes.test_kv_methods import compiled, llama, tokens
 
