@@ -24,7 +24,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 -m "not slow" tests
 
 # Files of properties that are tried on few examples in `make test`.
-PROPERTIES = tests/backends/test_triton_*.py $(shell grep -rl --include="test_*.py" "=examples(" tests)
+PROPERTIES = tests/backends/test_triton_*.py $(shell grep -rl --include="test_*.py" "=examples.[0-9]" tests)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 -m slow tests
