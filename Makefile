@@ -23,9 +23,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 -m "not slow" tests
 
+# Files of properties that are tried on few examples in `make test`.
+PROPERTIES = tests/backends/test_triton_*.py $(shell grep -rl --include="test_*.py" "=examples.[0-9]" tests)
+
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 -m slow tests
-	ACCELPASS_EXAMPLES=100 $(BIN)/python -m pytest tests/backends/test_triton_weight_only.py tests/backends/test_triton_kv_attention.py tests/backends/test_triton_block_sparse.py
+	ACCELPASS_EXAMPLES=100 $(BIN)/python -m pytest -n 2 --dist worksteal $(PROPERTIES)
 
 # mypy needs the import layout as real folders; pip's editable install maps it in memory.
 build/layout: $(STAMP)

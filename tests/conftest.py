@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-import weakref
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,23 +13,41 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish():
-    """What was imported lives to the end; collections between tests need not look at those half million objects."""
+_newest = 0
+"""The number of the newest graph that had been compiled at the last collection."""
+
+
+def _settle() -> None:
+    """What lives now lives to the end; collections between tests need not look at those half million objects."""
     gc.collect()
     gc.freeze()
 
 
-_KEPT: "weakref.WeakSet[object]" = weakref.WeakSet()
-"""Compiled graphs that something holds for good: a module's fixture, a program that was executed as a module."""
+def _collect_graphs() -> None:
+    """Compiled graphs of earlier tests are in reference cycles; one that something holds is not looked for twice."""
+    global _newest
+    backends = sys.modules.get("accelpass.backends")
+    numbers = [graph.report.number for graph in backends.compiled_graphs()] if backends is not None else []
+    if numbers and numbers[-1] > _newest:
+        _newest = numbers[-1]
+        gc.collect()
+
+
+def pytest_collection_finish():
+    _settle()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    result = yield
+    if nextitem is not None and nextitem.path != item.path:  # fixtures of the file are gone, and its imports stay
+        _settle()
+    return result
 
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     torch._dynamo.reset()
-    backends = sys.modules.get("accelpass.backends")
-    if backends is not None and not _KEPT.issuperset(backends.compiled_graphs()):
-        gc.collect()  # compiled graphs of earlier tests are in reference cycles
-        _KEPT.update(backends.compiled_graphs())
-        gc.freeze()  # what is left stays: with a heap of a million objects a collection takes seconds
+    _collect_graphs()
     yield
     torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """Dynamo shares one compiled graph among instances and does not recompile on a reload: every pass must follow.
 
-Each test runs for each pass set. The reference is the same packing done eagerly on the weights that the call uses, so
+Each test runs for each pass set, in the fast suite for the one that packs most (`test_every_pass.py` follows weights with
+every pass there). The reference is the same packing done eagerly on the weights that the call uses, so
 a stale or foreign packed weight shows as an error of order one against a tolerance of 1e-4.
 """
 
@@ -18,6 +19,7 @@ from accelpass.backends import graphs_of
 from accelpass.ir.derived import Snapshot
 from tests.packing import dequantize_int4, dequantize_int8, pack_int4, pack_int8
 from tests.small_models import TinyLm, relative_error, tiny_lm
+from tests.sweep import quick, sweep
 
 IDS = torch.arange(12).reshape(2, 6)
 PASSES = {
@@ -47,7 +49,7 @@ def expected(model: TinyLm, which: str, ids: Tensor = IDS) -> Tensor:
         return twin(ids)
 
 
-@pytest.fixture(params=list(PASSES))
+@pytest.fixture(params=quick(list(PASSES), "int4_weights asymmetric"))
 def which(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -197,6 +199,7 @@ def test_compiler_reset(which):
         check(fast(IDS), model, which)
 
 
+@pytest.mark.parametrize("which", sweep(*PASSES))
 def test_grad_modes_in_one_process(which):
     model = tiny_lm(0)
     fast = compiled(model, which)
@@ -259,12 +262,12 @@ def test_lowered(which, rows):
 
 
 @pytest.mark.parametrize("rows", [1, 12])
-@pytest.mark.parametrize("which", ["default", "int8_weights", "int4_weights"])
+@pytest.mark.parametrize("which", sweep("int8_weights", "int4_weights", "default"))
 def test_compiled_by_inductor(which, rows):
     hold_lowering("inductor", which, rows)
 
 
-@pytest.mark.parametrize("which", ["int8_weights", "int4_weights"])
+@pytest.mark.parametrize("which", sweep("int4_weights", "int8_weights"))
 def test_packed_weights_have_no_symbolic_sizes(which, monkeypatch):
     """No guard could name them: they are not among the arguments that Dynamo sees."""
     from torch.fx.experimental.symbolic_shapes import ShapeEnv

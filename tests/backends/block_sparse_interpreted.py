@@ -7,7 +7,6 @@ float32 roundings of exp2, log2 and the running sum, of which there are a few pe
 """
 
 import math
-import os
 
 import pytest
 import torch
@@ -21,11 +20,11 @@ from accelpass.ir.attention import AttentionSpec, BlockList, Blocks, Step, atten
 from accelpass.ir.attention.block_select import listed_mask
 from accelpass.ir.attention.block_sparse import band_blocks, listed_blocks
 from tests.backends.tolerance import within
+from tests.sweep import examples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (16, 24, 64, 72, 80, 96, 128, 256)
-EXAMPLES = int(os.environ.get("ACCELPASS_EXAMPLES", "3"))
-quick = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=examples(3), deadline=None, derandomize=True, database=None)
 U = 2.0**-24
 
 

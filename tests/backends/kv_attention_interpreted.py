@@ -8,7 +8,6 @@ the float32 roundings of exp, log, the running sum and the merge, of which there
 """
 
 import math
-import os
 from typing import Any
 
 import pytest
@@ -23,12 +22,12 @@ from accelpass.ir.kv.decode import WANT, Decoded, PackedRows, Store, merge
 from accelpass.ir.kv.decode_reference import decode_reference
 from accelpass.ir.kv.rows import dequantize_rows, quantize_rows
 from tests.backends.tolerance import within
+from tests.sweep import examples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (64, 80, 96, 128, 256)
 BITS = (0, 2, 3, 4, 8)  # 0: float
-EXAMPLES = int(os.environ.get("ACCELPASS_EXAMPLES", "5"))
-quick = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=examples(5), deadline=None, derandomize=True, database=None)
 HALF_EPS = 2.0**-11  # of float16
 U = 2.0**-24
 

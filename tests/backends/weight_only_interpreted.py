@@ -6,8 +6,6 @@ once to x's dtype: half an eps of |y| where the rounding is to nearest, a whole 
 bf16. W itself is never rounded, so no term grows with the eps of x's dtype and K together.
 """
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,10 +14,10 @@ from torch import Tensor
 
 from accelpass.backends.triton import weight_only_ops as ops
 from accelpass.backends.triton.weight_only import INTERPRETED
+from tests.sweep import examples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EXAMPLES = int(os.environ.get("ACCELPASS_EXAMPLES", "6"))
-quick = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=examples(6), deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from(DTYPES)
 splits = st.sampled_from((None, 2, 3))

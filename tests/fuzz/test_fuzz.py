@@ -1,4 +1,4 @@
-"""A hundred random programs; those that failed once; and that the comparison sees what it is there to see."""
+"""Random programs, a hundred in the whole sweep; those that failed once; and that the comparison sees what it is there to see."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.fuzz.grammar import program
 from tests.fuzz.judge import difference, judge, run
 from tests.fuzz.program import Class, Line, Program, Region
 from tests.fuzz.shrink import shrunk
+from tests.sweep import sweep
 
 SEED = 7_000_000
 PARTS = 10
@@ -30,7 +31,7 @@ def _collections() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", sweep(*range(PARTS), fast=3))
 def test_random_programs(part: int) -> None:
     first = SEED + part * 100 // PARTS
     tally = measure(range(first, first + 100 // PARTS), frozenset())

@@ -12,6 +12,7 @@ import accelpass
 from accelpass.backends import compiled_graphs
 from accelpass.ir.analyses.linear import linears
 from accelpass.ir.capture import from_export
+from tests.sweep import examples
 
 EAGER = {"lowering": "eager"}
 OPERATIONS = {
@@ -61,7 +62,7 @@ def same(got, want):
 region = st.tuples(st.just("cpu"), st.sampled_from([torch.bfloat16, torch.float16]), st.booleans())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(st.sampled_from(sorted(OPERATIONS)), st.lists(region, max_size=3), st.booleans(), st.integers(0, 2**16))
 def test_regions(operation, regions, around, seed):
     torch._dynamo.reset()

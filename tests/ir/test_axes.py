@@ -17,6 +17,7 @@ from accelpass.ir.capture import from_export
 from accelpass.ir.graph import aten, fake_mode, is_call, placeholders, value
 from accelpass.ir.program import Program
 from tests.ir.axis_variants import built, captured, growth, matched, pair
+from tests.sweep import sweep
 
 TOKENS = ("token", "frame", "height", "width")
 QUICK = ("causal_lm/llama", "image/vit")
@@ -49,7 +50,7 @@ def only(found: Axes, node: fx.Node, dim: int) -> Axis:
 # --- what changes with the batch and with the tokens
 
 
-@pytest.mark.parametrize("key", [*QUICK, *(pytest.param(k, marks=pytest.mark.slow) for k in SWEEP)])
+@pytest.mark.parametrize("key", sweep(*QUICK, *SWEEP, fast=len(QUICK)))
 def test_what_grows_has_the_axis_that_grew(key: str):
     """The second capture knows which dimensions grow; the analysis sees the first one alone."""
     one, two = pair(key)

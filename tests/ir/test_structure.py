@@ -19,6 +19,7 @@ from accelpass.ir.analyses.output_head import output_heads
 from accelpass.ir.capture import from_dynamo
 from accelpass.ir.graph import is_call
 from accelpass.models_zoo import tiny
+from tests.sweep import sweep
 
 ANALYSES = (norms, mlps, moes, kv_caches, blocks, output_heads)
 
@@ -116,7 +117,7 @@ def check(key, truth):
     return program
 
 
-@pytest.mark.parametrize("key", [*TRUTH, *(pytest.param(key, marks=pytest.mark.slow) for key in MORE)])
+@pytest.mark.parametrize("key", sweep(*TRUTH, *MORE, fast=len(TRUTH)))
 def test_counts_are_the_modules_called(key):
     program = check(key, {**TRUTH, **MORE}[key])
     facts = FACTS.get(key)

@@ -16,6 +16,7 @@ from accelpass.backends.onnx.packed_weights import _nibbles
 from tests.onnx.files import dtypes, eager, far, ran, stored
 from tests.packing import dequantize_int4, pack_int4, pack_int8
 from tests.small_models import tiny_lm
+from tests.sweep import sweep
 
 INT8: list[Any] = ["int8_weights"]
 INT4: list[Any] = [{"name": "int4_weights", "group_size": 32}]
@@ -96,7 +97,7 @@ def test_the_integers_are_those_of_the_pass(tmp_path: Path) -> None:
     assert far(got, want.detach()) < 1e-5
 
 
-@pytest.mark.parametrize("contrib", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("contrib", sweep(False, True))
 def test_onnx_runtime_rounds_activations_if_it_may(tmp_path: Path, contrib: bool) -> None:
     """At its default settings ONNX Runtime computes what the file says, unless the caller lets it round."""
     model, x = Wide().eval(), torch.randn(4, 96)
@@ -123,9 +124,7 @@ class Experts(nn.Module):
         return torch.bmm(x, self.up.transpose(1, 2))
 
 
-@pytest.mark.parametrize(
-    "passes", [INT8, pytest.param(INT4, marks=pytest.mark.slow), pytest.param(ZERO, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("passes", sweep(INT8, INT4, ZERO))
 def test_experts(tmp_path: Path, passes: list) -> None:
     report = accelpass.export_onnx(Experts().eval(), (torch.randn(3, 4, 64),), tmp_path / "m.onnx", passes)
     assert sum(report.took().values()) == 1

@@ -24,6 +24,7 @@ from accelpass.ir.program import Program
 from accelpass.passes.base import Done, Pass, Record
 from tests.passes.test_kv_methods import llama
 from tests.small_models import tiny_lm
+from tests.sweep import sweep
 
 IDS = torch.arange(10).view(2, 5)
 
@@ -237,7 +238,7 @@ def test_a_weight_that_would_grow_back(tmp_path: Path, monkeypatch: pytest.Monke
     )
 
 
-@pytest.mark.parametrize("external", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("external", sweep(True, False))
 def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool) -> None:
     (tmp_path / "m.onnx").write_text("an older file")
     real = ir.save

@@ -14,6 +14,7 @@ from accelpass.models_zoo import digits
 from accelpass.passes.step_cache.ditfastattn import DiTFastAttn
 from examples.onnx_denoise import Denoiser, sample
 from tests.passes.test_ditfastattn import PATHS, TIMES, model_of
+from tests.sweep import quick
 
 onnxruntime = pytest.importorskip("onnxruntime")
 EXPORT_ERROR = accelpass.AccelpassError
@@ -56,9 +57,7 @@ PASSES: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "which", [w if w == "delta_cache" else pytest.param(w, marks=pytest.mark.slow) for w in PASSES]
-)
+@pytest.mark.parametrize("which", quick(list(PASSES), "delta_cache"))
 def test_the_files_follow_the_schedule(which, tmp_path):
     model, call = model_of("dit")
     report = accelpass.export_onnx(

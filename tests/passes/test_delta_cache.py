@@ -10,11 +10,12 @@ from accelpass.backends import graphs_of
 from accelpass.backends.steps import Piece
 from accelpass.models_zoo import digits, tiny_diffusers
 from tests.passes.step_truth import DeltaBlock, denoise
+from tests.sweep import examples, sweep
 
 TIMES = [9, 8, 7, 6, 5, 4, 3, 2, 1]
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(5), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(["dit", "pixart"]),
     start=st.integers(0, 3),
@@ -66,7 +67,7 @@ def test_blocks_hand_on_what_the_next_one_was_compiled_for(monkeypatch: pytest.M
     assert len(seen) > 9 and all(a == b for a, b in seen)
 
 
-@pytest.mark.parametrize("name", ["sd3", "wan", "flux"])
+@pytest.mark.parametrize("name", sweep("wan", "sd3", "flux"))
 def test_a_cached_block_is_gone(name: str) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ from accelpass.passes.step_cache.ditfastattn import DiTFastAttn
 from accelpass.passes.step_cache.ditfastattn_search import DiTFastAttnSearch, InSearch, relative_difference
 from tests.packing import dequantize_int4, pack_int4, pack_int8
 from tests.passes.step_truth import Greedy, denoise, denoise_by_calls, fast_attention
+from tests.sweep import examples, sweep
 
 TIMES = [9, 7, 5, 4, 2, 1]
 PATHS = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
@@ -85,16 +86,14 @@ def report_of(fast: Any) -> Any:
 # --- plans
 
 
-@pytest.mark.parametrize(
-    ("name", "window", "first"), [("dit", 3, True), pytest.param("pixart", 0, False, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("name", "window", "first"), sweep(("dit", 3, True), ("pixart", 0, False)))
 def test_follows_the_oracle(name: str, window: int, first: bool) -> None:
     model, call = model_of(name)
     every = EveryWay(window=window, cond_first=first)
     fast = torch.compile(model, backend="accelpass", options={"passes": [every], "lowering": "eager"})
     denoise(fast, call, TIMES[:1])
 
-    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(8), deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(letters=LETTERS)
     def plans(letters: tuple[str, str]) -> None:
         methods = dict(zip(PATHS, letters, strict=True))
@@ -105,7 +104,7 @@ def test_follows_the_oracle(name: str, window: int, first: bool) -> None:
 
     plans()
 
-    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(8), deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(letters=LETTERS)
     def plans_by_calls(letters: tuple[str, str]) -> None:
         methods = dict(zip(PATHS, letters, strict=True))
@@ -229,7 +228,7 @@ def searched(
     return plan.settings[0], made
 
 
-@pytest.mark.parametrize(("guided", "candidates"), [(True, "AXWC"), (False, "AW")])
+@pytest.mark.parametrize(("guided", "candidates"), sweep((True, "AXWC"), (False, "AW")))
 def test_search_is_the_cards(guided: bool, candidates: str) -> None:
     """Letter for letter, at thresholds that give mixed plans; and what the search shows its caller is the decided output."""
     model, call = model_of("dit")

@@ -31,6 +31,7 @@ from tests.passes.gemfilter_truth import (
     said,
     steps,
 )  # fmt: skip
+from tests.sweep import quick, sweep
 
 # --- the choice
 
@@ -90,7 +91,7 @@ def test_the_first_graph_ends_at_the_layer_and_reads_nothing_behind_it():
 # --- whole models
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(list(FAMILIES), "llama", "gpt2"))
 @pytest.mark.parametrize("tokens", [(20, 17, 40)], ids=str)
 def test_generates_as_the_dense_model_does_from_the_chosen_tokens(family, tokens):
     model = built(family)
@@ -112,8 +113,8 @@ def test_generates_as_the_dense_model_does_from_the_chosen_tokens(family, tokens
         assert cache.seen == KEEP + NEW - 1
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
-@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "phi3"))])
+@pytest.mark.parametrize("lowering", sweep("eager", "inductor"))
+@pytest.mark.parametrize("family", sweep("llama", "gpt2", "phi3"))
 def test_a_plain_loop(family, lowering):
     model = built(family)
     fast, cache = compiled(model, lowering=lowering), KVCache(model, 40)
@@ -126,8 +127,8 @@ def test_a_plain_loop(family, lowering):
         torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("pads", [3, pytest.param(14, marks=pytest.mark.slow)], ids=lambda p: f"{p} of 20 padded")
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pads", sweep(3, 14), ids=lambda p: f"{p} of 20 padded")
+@pytest.mark.parametrize("family", sweep("llama", "gpt2"))
 def test_a_batch_with_left_padding_over_two_turns(family, pads):
     model = built(family)
     dense = copy.deepcopy(model)
@@ -168,7 +169,7 @@ def test_padding_in_a_loop_without_positions():
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dynamic", sweep(None, True))
 def test_a_prompt_of_at_most_keep_tokens_is_dense(dynamic):
     model = built()
     fast = compiled(model, dynamic=dynamic)
@@ -192,7 +193,7 @@ def test_a_short_prompt_after_a_long_one():
         assert bool(accelpass.surviving_tokens(fast)) == (n > KEEP)
 
 
-@pytest.mark.parametrize(("dynamic", "graphs"), [(None, 3), pytest.param(True, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("dynamic", "graphs"), sweep((None, 3), (True, 2)))
 def test_lengths_share_graphs(dynamic, graphs):
     model = built()
     fast, cache = compiled(model, dynamic=dynamic), KVCache(model, 40)
@@ -248,13 +249,13 @@ def test_the_default_layer_is_the_papers_share_of_the_depth():
 
 @pytest.mark.parametrize(
     "other",
-    [
-        {"name": "int8_weights"},
-        pytest.param({"name": "int4_weights", "group_size": 32}, marks=pytest.mark.slow),
+    sweep(
         {"name": "h2o", "budget": 0.3},
-        pytest.param({"name": "mikv", "budget": 0.4, "bits": 4}, marks=pytest.mark.slow),
-        pytest.param({"name": "kv_quant", "bits": 8}, marks=pytest.mark.slow),
-    ],
+        {"name": "int8_weights"},
+        {"name": "int4_weights", "group_size": 32},
+        {"name": "mikv", "budget": 0.4, "bits": 4},
+        {"name": "kv_quant", "bits": 8},
+    ),
     ids=lambda p: p["name"],
 )
 def test_other_passes_rewrite_both_graphs(other):

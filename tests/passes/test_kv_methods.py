@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from accelpass import KVCache
 from tests.passes import kv_truth
 from tests.passes.kv_truth import attending, fed
+from tests.sweep import quick, sweep
 
 VOCABULARY, LAYERS = 96, 2
 CAPACITY = 48
@@ -68,23 +69,23 @@ DENSE: list[list[Any]] = [
     [],
     [{"name": "h2o", "budget": 1.0}],
     [{"name": "kv_window", "budget": 1.0}],
+    [{"name": "cskv", "keep_k": 1.0, "keep_v": 1.0, "window": 3}],
+    [{"name": "tidaldecode", "budget": CAPACITY}],
     [{"name": "mikv", "budget": 1.0}],
     [{"name": "h2o", "tokens": CAPACITY}],
     [{"name": "kv_window", "tokens": 2 * CAPACITY}],
-    [{"name": "cskv", "keep_k": 1.0, "keep_v": 1.0, "window": 3}],
     [{"name": "cskv", "window": CAPACITY}],
-    [{"name": "tidaldecode", "budget": CAPACITY}],
     [{"name": "tidaldecode", "budget": 2, "first": 50, "reselect": 51}],
 ]
 
 
-@pytest.mark.parametrize("which", [pytest.param(m, marks=pytest.mark.slow) if m == "mikv 3" else m for m in METHODS])
+@pytest.mark.parametrize("which", quick(list(METHODS), "h2o", "mikv 2", "tidaldecode, by heads"))
 def test_equals_the_oracle_over_two_turns(which):
     passes, oracle = METHODS[which]
     assert error(llama(), oracle(), passes, tokens(2, 20, *[1] * 6, 9, 1, 1, 1)) < 1e-5
 
 
-@pytest.mark.parametrize("which", ["h2o", "mikv 4", "tidaldecode"])
+@pytest.mark.parametrize("which", sweep("h2o", "mikv 4", "tidaldecode"))
 def test_left_padding(which):
     passes, oracle = METHODS[which]
     padding = torch.ones(2, 16, dtype=torch.long)
@@ -92,13 +93,13 @@ def test_left_padding(which):
     assert error(llama(), oracle(), passes, tokens(2, 16, *[1] * 6), padding=padding) < 1e-5
 
 
-@pytest.mark.parametrize("lowering", ["eager", pytest.param("aten", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("passes", DENSE, ids=str)
+@pytest.mark.parametrize("lowering", sweep("eager", "aten"))
+@pytest.mark.parametrize("passes", sweep(*DENSE, fast=5), ids=str)
 def test_equals_dense_where_it_must(passes, lowering):
     assert error(llama(), kv_truth.Dense(), passes, tokens(2, 15, 1, 1, 8, 1, 1), lowering) < 1e-5
 
 
-@pytest.mark.parametrize("which", ["h2o", "tidaldecode", pytest.param("mikv 2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", sweep("h2o", "tidaldecode", "mikv 2"))
 def test_compiled_by_inductor(which):
     passes, oracle = METHODS[which]
     # Sums in another order may let a code of few bits fall to the other side.
@@ -106,7 +107,7 @@ def test_compiled_by_inductor(which):
     assert error(llama(), oracle(), passes, tokens(1, 20, *[1] * 5), "inductor") < most
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", sweep(3, 2, 4, 8))
 def test_kv_quant(bits):
     """Every stored row is rounded; the prompt's own attention is exact."""
 
@@ -120,7 +121,7 @@ def test_kv_quant(bits):
     assert error(llama(), Rounded(), [{"name": "kv_quant", "bits": bits}], tokens(2, 17, *[1] * 6)) < 1e-5
 
 
-@pytest.mark.parametrize("window", [3, 32])
+@pytest.mark.parametrize("window", sweep(3, 32))
 def test_cskv(window):
     model = llama(head_dim=32)
     passes = [{"name": "cskv", "keep_k": 0.5, "keep_v": 0.5, "window": window}]
@@ -132,7 +133,7 @@ def test_cskv(window):
     assert float((got - want).abs().max() / want.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize(("bits", "most"), [(8, 0.05), (4, 0.6)])
+@pytest.mark.parametrize(("bits", "most"), sweep((8, 0.05), (4, 0.6)))
 def test_cskv_rounds_its_latents(bits, most):
     passes = [{"name": "cskv", "keep_k": 1.0, "keep_v": 1.0, "bits": bits}]
     assert 1e-6 < error(llama(head_dim=32), kv_truth.Dense(), passes, tokens(2, 44, 1, 1)) < most
@@ -144,7 +145,7 @@ def test_h2o_with_rounded_rows():
     assert error(llama(), oracle, passes, tokens(2, 20, *[1] * 8)) < 1e-5
 
 
-@pytest.mark.parametrize("reselect", [(3,), (3, 5)])
+@pytest.mark.parametrize("reselect", sweep((3, 5), pytest.param((3,))))
 def test_tidaldecode_reselects(reselect):
     passes = [{"name": "tidaldecode", "budget": 5, "first": 1, "reselect": reselect}]
     assert error(llama(layers=7), kv_truth.Tidal(5, 1, *reselect), passes, tokens(1, 20, 1, 1)) < 1e-5

@@ -33,6 +33,7 @@ from accelpass.ir.errors import CacheError, OptionError, SpecConflict
 from accelpass.passes.plan import Plan
 from accelpass.passes.token_pruning.lazyllm import LazyLLM
 from tests.passes.lazy_oracle import LazyOracle
+from tests.sweep import sweep
 
 VOCABULARY, CAPACITY = 64, 64
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -129,7 +130,7 @@ def test_survivors_are_those_of_the_oracle_nested_and_with_the_last_token():
             assert second <= first and piece.stop - 1 in second
 
 
-@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lowering", sweep("eager", "inductor"))
 def test_each_sequence_of_a_batch_has_its_own_choice(lowering):
     model, keep = llama(layers=4), {0: 0.5, 2: 0.6}
     given, cache = ids(22, 3), KVCache(model, CAPACITY, 3)
@@ -149,7 +150,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", ["gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("phi", "qwen3"))])
+@pytest.mark.parametrize("family", sweep("gpt2", "phi", "qwen3"))
 def test_equals_dense_where_it_must(family):
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
@@ -210,7 +211,7 @@ def test_no_later_token_changes_an_earlier_one():
 
 @pytest.mark.parametrize(
     "weights",
-    ["int8_weights", pytest.param({"name": "int4_weights", "group_size": 32}, marks=pytest.mark.slow)],
+    sweep("int8_weights", {"name": "int4_weights", "group_size": 32}),
     ids=str,
 )
 def test_packed_weights(weights):
@@ -281,7 +282,7 @@ def test_rows_in_few_bits():
     assert torch.allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("other", ["h2o", "mikv", "kv_window", "tidaldecode"])
+@pytest.mark.parametrize("other", sweep("h2o", "tidaldecode", "mikv", "kv_window", fast=2))
 def test_other_stores_are_refused_by_name(other):
     model = llama()
     with pytest.raises(Exception, match=f"(?s)lazyllm.*{other}|{other}.*lazyllm") as caught, torch.no_grad():

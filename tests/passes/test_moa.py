@@ -19,6 +19,7 @@ from tests.passes import kv_truth
 from tests.passes.kv_truth import attending, fed
 from tests.passes.span_truth import Spans, moa_mask
 from tests.passes.test_kv_methods import CAPACITY, compiled, llama, tokens
+from tests.sweep import sweep
 
 SMALL = {"block": 4, "sinks": 4, "reserve": 8}
 RULES = {0: [(0.0, 0.25), (-4.0, 0.5)], 1: [(8.0, 0.0), (0.0, 1.0)]}
@@ -45,7 +46,7 @@ def truth(rules: Any = RULES) -> Spans:
     return Spans(rules, 4, 4, 8, CAPACITY)
 
 
-@pytest.mark.parametrize("lowering", ["eager", pytest.param("aten", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lowering", sweep("eager", "aten"))
 def test_equals_the_oracle_over_two_turns(lowering):
     model = llama()
     pieces = tokens(2, *PIECES)
@@ -75,15 +76,16 @@ def test_compiled_by_inductor_for_prompts_of_any_length():
 
 @pytest.mark.parametrize(
     "passes",
-    [
+    sweep(
         [{"name": "moa", **SMALL, "alpha": 0, "beta": 1}],
         [{"name": "sink_window", **SMALL, "density": 1}],
-        pytest.param([{"name": "moa", **SMALL, "alpha": CAPACITY, "beta": 0}], marks=pytest.mark.slow),
-        pytest.param([{"name": "moa", "alpha": 0, "beta": 0.125}], marks=pytest.mark.slow),
-    ],
+        [{"name": "moa", **SMALL, "alpha": CAPACITY, "beta": 0}],
+        [{"name": "moa", "alpha": 0, "beta": 0.125}],
+        fast=2,
+    ),
     ids=["everything", "density 1", "longer than the cache", "prompts within a block"],
 )
-@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lowering", sweep("eager", "inductor"))
 def test_equals_dense_where_it_must(passes, lowering):
     assert far(llama(), kv_truth.Dense(), tokens(2, *PIECES), passes=passes, lowering=lowering) < 1e-5
 
@@ -133,7 +135,7 @@ def test_the_cache_takes_what_the_spans_need():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "weights",
-    [{"name": "int4_weights", "group_size": 32}, pytest.param({"name": "int8_weights"}, marks=pytest.mark.slow)],
+    sweep({"name": "int4_weights", "group_size": 32}, {"name": "int8_weights"}),
 )
 def test_with_packed_weights(weights):
     model, pieces = llama(hidden=64), tokens(1, *PIECES)
@@ -177,7 +179,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("other", sweep(*OTHERS, fast=3))
 def test_refused_beside_another_form_of_the_cache(other):
     name = other if isinstance(other, str) else other["name"]
     fast = compiled(llama(head_dim=32), other, {"name": "moa", **SMALL, "alpha": 0, "beta": 0.5})

@@ -25,6 +25,7 @@ from accelpass.passes.sparse_attention.pbs_attn import PBSAttn, PermutedBlocks
 from tests.passes import kv_truth
 from tests.passes.pbs_truth import PBSOracle, oracle
 from tests.passes.test_kv_methods import CAPACITY, compiled, error, llama, tokens
+from tests.sweep import sweep
 
 ATOL = 2e-5  # sums of at most 24 products of standard normals, in float32 and in another order
 PBS = {"name": "pbs_attn", "block": 4, "segment": 8, "threshold": 0.6}
@@ -154,7 +155,9 @@ def test_a_later_token_changes_no_earlier_output():
             assert not torch.allclose(after[:, :, token:], before[:, :, token:])
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.05), (torch.float16, 6e-3), (torch.float64, 1e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "atol"), sweep((torch.bfloat16, 0.05), (torch.float64, 1e-6), (torch.float16, 6e-3), fast=2)
+)
 def test_other_dtypes(dtype, atol):
     """Against exact attention over the same blocks: the estimate is computed from what the dtype holds."""
     q, k, v = operands(2, 2, 2, 90, dtype=dtype)
@@ -179,8 +182,8 @@ def test_rounding_does_not_empty_a_selection():
 # Whole models
 
 
-@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch", sweep(3, 1))
+@pytest.mark.parametrize("lowering", sweep("eager", "inductor"))
 def test_a_model_with_a_cache_equals_the_oracle(batch, lowering):
     """A prompt, single tokens, a further piece, which is dense."""
     pieces = tokens(batch, 29, 1, 1, 5, 1)
@@ -203,9 +206,7 @@ def oracle_forward(model: Any, ids: Tensor, oracle_: kv_truth.Oracle) -> Tensor:
         return forward(model, ids)
 
 
-@pytest.mark.parametrize(
-    "dynamic", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.slow), None]
-)
+@pytest.mark.parametrize("dynamic", sweep(None, False, True))
 def test_a_plain_forward_of_any_length(dynamic):
     """Lengths that are no multiples of a block, one graph for all of them once a second one was seen."""
     model = llama()
@@ -250,13 +251,13 @@ SITES = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 
 @pytest.mark.parametrize(
     "others",
-    [
-        [{"name": "int8_weights"}],
-        pytest.param([{"name": "int4_weights", "group_size": 32}], marks=pytest.mark.slow),
-        pytest.param([{"name": "kv_quant", "bits": 8}], marks=pytest.mark.slow),
-        pytest.param([{"name": "kv_window", "budget": 0.5}], marks=pytest.mark.slow),
+    sweep(
         [{"name": "tidaldecode", "budget": 6, "first": 0, "reselect": 5}],
-    ],
+        [{"name": "int8_weights"}],
+        [{"name": "int4_weights", "group_size": 32}],
+        [{"name": "kv_quant", "bits": 8}],
+        [{"name": "kv_window", "budget": 0.5}],
+    ),
     ids=lambda given_: given_[0]["name"],
 )
 def test_with_other_passes_the_prompt_is_that_of_the_oracle(others):
@@ -287,7 +288,7 @@ def test_the_two_passes_that_choose_tokens_decode_as_tidaldecode_says():
     assert error(llama(), PBSOracle(4, 8, 0.6), [PBS, tidal], tokens(2, 29, 1, 1, 1)) < 1e-5
 
 
-@pytest.mark.parametrize("other", ["h2o", "mikv"])
+@pytest.mark.parametrize("other", sweep("h2o", "mikv"))
 def test_a_pass_that_scores_the_prompt_is_refused_by_name(other):
     fast = compiled(llama(), PBS, other)
     with pytest.raises(
@@ -405,9 +406,7 @@ def test_is_registered():
     assert registered()["pbs_attn"] is PBSAttn
 
 
-@pytest.mark.parametrize(
-    "tokens_", [pytest.param(33, marks=pytest.mark.slow), 50, pytest.param(64, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("tokens_", sweep(50, 33, 64))
 def test_keys_after_the_last_whole_segment_keep_their_places_in_compiled_code(tokens_):
     """Inductor's own code for the sort once forgot them, or wrote past the end."""
     select, spec = PermutedBlocks(8, 16, 0.6), AttentionSpec(groups=2, scale=0.3, causal=True)

@@ -12,9 +12,9 @@ import accelpass
 from accelpass.lookup import find
 from accelpass.models_zoo import tiny_diffusers
 from tests.passes.step_truth import denoise
+from tests.sweep import quick
 
-QUICK = ("sd3", "wan")
-NAMES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in tiny_diffusers.NAMES if n != "dit"]
+NAMES = quick([name for name in tiny_diffusers.NAMES if name != "dit"], "sd3")
 TIMES = {"flux": [0.9, 0.6, 0.3]}
 WINDOWED = {"pixart", "wan", "ltx_video"}
 """Models whose attentions over the latents see no text; SD3 has such a one beside its joint attention."""

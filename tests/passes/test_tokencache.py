@@ -21,6 +21,7 @@ from accelpass.models_zoo import tiny_diffusers
 from accelpass.passes.plan import Plan
 from accelpass.passes.step_cache.tokencache import IMPORTANCE, TokenCache, Trained
 from tests.passes.step_truth import denoise, soft_block, token_cache, token_schedule
+from tests.sweep import examples, sweep
 
 TIMES = [9.0, 8.0, 7.0, 5.0, 4.0, 3.0, 2.0, 1.0]
 TOKENS = 16
@@ -103,7 +104,7 @@ def trained(table: Tensor, **options: Any) -> Trained:
 
 @pytest.mark.parametrize(
     ("name", "ratio"),
-    [("dit", 0.5), pytest.param("dit", 0.8, marks=pytest.mark.slow), ("dit", 1.0), ("pixart", 0.3)],
+    sweep(("dit", 0.5), ("pixart", 0.3), ("dit", 0.8), ("dit", 1.0), fast=2),
     ids=lambda v: str(v),
 )
 def test_follows_the_oracle(name: str, ratio: float) -> None:
@@ -113,7 +114,7 @@ def test_follows_the_oracle(name: str, ratio: float) -> None:
     fast = fast_of(model, table, ratio=ratio, **ALWAYS)
     same(denoise(fast, call, TIMES), truth_of(model, call, table, ratio=ratio, **ALWAYS))
 
-    @settings(max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(6), deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(seed=st.integers(1, 10**6), options=SCHEDULES)
     def other_plans(seed: int, options: dict[str, Any]) -> None:
         table = random_table(layers, seed)

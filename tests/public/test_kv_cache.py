@@ -29,6 +29,7 @@ from accelpass.models_zoo import tiny
 from tests.packing import dequantize_int4, dequantize_int8, pack_int4, pack_int8
 from tests.passes.kv_truth import fed
 from tests.passes.test_kv_methods import compiled, llama, tokens
+from tests.sweep import quick, sweep
 
 H2O = {"name": "h2o", "budget": 0.5}
 
@@ -94,10 +95,7 @@ QUICK = [("gpt2", "h2o"), ("bloom", "h2o"), ("gemma2", "h2o"), ("gpt_oss", "h2o"
 
 @pytest.mark.parametrize(
     ("family", "which"),
-    [
-        pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
-        for pair in itertools.product(FAMILIES, (*WIDE, "dense"))
-    ],
+    quick(list(itertools.product(FAMILIES, (*WIDE, "dense"))), *QUICK),
 )
 def test_families_equal_their_own_cache(family, which):
     """Absolute positions, ALiBi, sliding windows, soft caps, query norms, sinks, fused projections: right, or left alone."""
@@ -322,10 +320,10 @@ def test_what_cannot_be_combined_is_named(passes):
 
 @pytest.mark.parametrize(
     "weights",
-    ["int8_weights", pytest.param({"name": "int4_weights", "group_size": 32}, marks=pytest.mark.slow)],
+    sweep("int8_weights", {"name": "int4_weights", "group_size": 32}),
     ids=["int8", "int4"],
 )
-@pytest.mark.parametrize("kv", [H2O, "mikv", {"name": "tidaldecode", "first": 0}, "cskv"], ids=str)
+@pytest.mark.parametrize("kv", sweep("cskv", H2O, "mikv", {"name": "tidaldecode", "first": 0}, fast=2), ids=str)
 def test_with_packed_weights(kv, weights):
     """The same as the KV pass on a model whose weights have the packed values."""
     model = llama(head_dim=32, hidden=64)
