@@ -27,12 +27,13 @@ class KVLayer(CacheLayerMixin):
         fresh: nothing is held. A Python value, so that an empty layer is a graph of its own: the prompt then attends to
             itself alone.
         window: how many of the newest tokens the layer's attention sees, as the model's config says; 0 for all.
+        record_past: candidates can be taken back.
         token_bytes: what one token of one sequence takes as the model computes it; 0 before the first.
     """
 
     is_compileable = True
     is_sliding = False
-    is_croppable = False
+    is_croppable = True
 
     def __init__(self, capacity: int, batch_size: int, device: torch.device, window: int = 0) -> None:
         super().__init__()
@@ -41,6 +42,7 @@ class KVLayer(CacheLayerMixin):
         self._capacity, self._batch_size, self._window = str(ledger.room_for(capacity)), str(batch_size), str(window)
         self.count = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.fresh = True
+        self.record_past = False
         self.token_bytes = 0
         self.is_initialized = True
         ledger.register(self.count, capacity, _renewing(self))
@@ -84,7 +86,8 @@ class KVLayer(CacheLayerMixin):
                 f"this KVCache is for {self.batch_size} sequences, the call has {key_states.shape[0]}; "
                 f"make it with batch_size={key_states.shape[0]}"
             )
-        torch.ops.accelpass.kv_append(key_states, value_states, self.count, self.capacity, self.window, [])
+        records = key_states.shape[2] > 1 and self.record_past
+        torch.ops.accelpass.kv_append(key_states, value_states, self.count, self.capacity, self.window, records, [])
         if self.fresh:
             self.fresh = False
             row = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
@@ -112,30 +115,26 @@ class KVLayer(CacheLayerMixin):
         self.fresh = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        ledger.holding_of(self.count).tail = None
         for _, buffer in ledger.buffers_of(self.count):
             buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
 
+    def activate_past_recording(self) -> None:
+        """Store candidates so that they can be taken back: the tokens of a call whose logits are asked for, but the first."""
+        self.record_past = True
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens of a dense layer.
+        """Forget the newest tokens.
 
         Raises:
-            CacheError: the layer is compressed: what was evicted or rounded for these tokens cannot be taken back; or they
-                are of a prompt that was shortened.
+            CacheError: they are not held, are of a prompt that was shortened, or were no candidates of the last call and a pass
+                has evicted or rounded for them.
         """
-        holding = ledger.holding_of(self.count)
-        removed = abs(tokens_to_remove)
+        holding, removed = ledger.holding_of(self.count), abs(tokens_to_remove)
         if not removed or not holding.tokens:
             return
-        if holding.form is not None and holding.form[0] != _ops.DENSE:
-            raise CacheError("a compressed KVCache cannot be cropped; assisted generation needs one without KV passes")
-        if holding.tokens - removed < holding.kept:
-            raise CacheError(
-                f"{holding.dropped} tokens of the prompt were left out, so it cannot be cropped; cache.reset() empties the cache"
-            )
-        if removed > holding.tokens:
-            raise CacheError(f"cannot remove {removed} tokens: {holding.tokens} are held")
-        self.count.sub_(removed)
-        holding.tokens -= removed
+        holding.check_crop(removed)
+        holding.crop(self.count, removed)
         if not holding.tokens:
             self.reset()
 
@@ -219,6 +218,17 @@ class KVCache(Cache):
         self.number = next(_NUMBERS)
         _CACHES.add(self)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens of each sequence; all layers do, or none.
+
+        Raises:
+            CacheError: see :meth:`KVLayer.crop`.
+        """
+        for holding in (ledger.holding_of(layer.count) for layer in self.layers):
+            if holding.tokens:
+                holding.check_crop(abs(tokens_to_remove))
+        super().crop(tokens_to_remove)
+
     def counted(self, counts: Sequence[Tensor], fresh: bool) -> KVCache:
         """The same cache with other counters, for a graph that is traced: it is neither listed nor does it hold anything."""
         twin = copy.copy(self)
@@ -228,8 +238,10 @@ class KVCache(Cache):
         return twin
 
     def nbytes(self) -> int:
-        """Bytes of all that is stored, scales, scores and positions included."""
-        return sum(t.numel() * t.element_size() for _, _, t in self.buffers())
+        """Bytes of all that is stored: scales, scores and positions, and what candidates of the last call need, included."""
+        tails = (ledger.holding_of(layer.count).tail for layer in self.layers)
+        held = sum(t.numel() * t.element_size() for _, _, t in self.buffers())
+        return held + sum(tail.nbytes() for tail in tails if tail is not None)
 
     def dense_nbytes(self) -> int:
         """Bytes of a cache of this capacity and dtype that keeps everything; 0 before the first token."""

@@ -18,10 +18,15 @@ KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 def trace(program: Program, run: Callable[..., Sequence[Tensor]], operands: Sequence[fx.Node]) -> fx.GraphModule:
     """``run`` in pre-dispatch ATen, for operands of these shapes. It may write to its arguments in place."""
+    return trace_on(program, run, [value(n) for n in operands])
+
+
+def trace_on(program: Program, run: Callable[..., Sequence[Tensor]], fakes: Sequence[Tensor]) -> fx.GraphModule:
+    """As :func:`trace`, for fake tensors that no node may have."""
     mode = fake_mode(program.gm)
     assert mode is not None
     with mode, torch.no_grad():
-        return make_fx(run, pre_dispatch=True)(*(value(n) for n in operands))
+        return make_fx(run, pre_dispatch=True)(*fakes)
 
 
 class Tracer:

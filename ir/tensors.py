@@ -7,6 +7,7 @@ becomes one more graph input, found at every call by the identity of the weight 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from accelpass.ir.derived import DERIVED, Entry, Recipe, Snapshot, StateSpec, leave_file, owns_storage
 from accelpass.ir.graph import append_placeholder, placeholders, value, written_inputs
@@ -50,6 +52,16 @@ class TensorSource(ABC):
     def state(self, anchor: fx.Node, spec: StateSpec) -> fx.Node:
         """Declare state that lives with the graph input ``anchor``; write to the returned node with an in-place ATen op."""
 
+    def artefact(self, anchor: fx.Node, tensors: Sequence[Tensor], names: Sequence[str]) -> list[fx.Node]:
+        """Add nodes that hold tensors of a plan, on the device and in the dtype of the model state ``anchor``, with which they live."""
+
+        def made(weight: Tensor) -> tuple[Tensor, ...]:
+            if isinstance(weight, FakeTensor):
+                return tuple(weight.new_empty(t.shape) for t in tensors)
+            return tuple(t.to(weight.device, weight.dtype) for t in tensors)
+
+        return self.derive([anchor], Recipe(("artefact", tuple(names), *map(digest, tensors)), made), names)
+
     @abstractmethod
     def callers(self) -> list[fx.Node]:
         """The inputs that a caller passes, in order."""
@@ -70,6 +82,11 @@ class TensorSource(ABC):
     def is_constant(self, node: object) -> bool:
         """True for model state and for what is derived from it."""
         return isinstance(node, fx.Node) and bool(self.sources(node))
+
+
+def digest(tensor: Tensor) -> str:
+    """What tells a tensor's values from others."""
+    return hashlib.sha1(tensor.detach().float().cpu().numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from accelpass.ir.attention import steps
 from accelpass.ir.attention.lower import Lowering, register_lowering
 from accelpass.ir.attention.op import fake_statistics
-from accelpass.ir.attention.spec import All, AttentionSpec, Dense
+from accelpass.ir.attention.spec import All, AttentionSpec, Dense, Places
 from accelpass.ir.graph import value
 
 _ROWS = 384
@@ -31,8 +31,10 @@ def attention_blocks(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], 
     kv_heads, columns, groups = k.shape[1], k.shape[2], parsed.groups
     out = v.new_empty((batch, heads, rows, v.shape[-1]))
     lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
-    sums = q.new_zeros((batch, kv_heads, columns), dtype=torch.float32)
+    taps, places = parsed.taps, torch.arange(max(rows, columns), device=q.device)
+    sums = {name: q.new_zeros((batch, kv_heads, columns), dtype=torch.float32) for name in taps}
     causal = parsed.causal or (parsed.bias == "causal" and rows == columns)
+    first = 0 if causal else columns - rows
     block = max(1, _ROWS // groups)
     later = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1) if parsed.causal else None
     softmax = parsed.softmax
@@ -60,16 +62,21 @@ def attention_blocks(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], 
                     scores = steps.apply(scores, parsed.before, cut)
                 if "lse" in parsed.statistics:
                     lse[b, mine, low:high] = torch.logsumexp(scores.float(), -1)
+                for name, tap in taps.items():
+                    if name != "column_sums":
+                        at = Places(places[low:high] + first, places[:seen], columns)
+                        sums[name][b, h, :seen] += tap(scores.float()[None, None], at)[0, 0]
                 if plain:
                     probabilities = torch.softmax(flat, -1, out=other)
                 else:
                     probabilities = steps.apply(scores, (softmax, *parsed.after), cut).reshape(lines, seen)
-                if "column_sums" in parsed.statistics:
+                if "column_sums" in taps:
                     # A row without keys (padding) has no probabilities, and is in no sum.
-                    sums[b, h, :seen] += torch.nan_to_num(torch.mv(probabilities.t(), ones[:lines].to(probabilities)))
+                    got = torch.mv(probabilities.t(), ones[:lines].to(probabilities))
+                    sums["column_sums"][b, h, :seen] += torch.nan_to_num(got)
                 made = torch.mm(probabilities.to(v.dtype), v[b, h, :seen])
                 out[b, mine, low:high] = made.view(groups, high - low, -1)
-    found = {"lse": lse, "column_sums": sums}
+    found = {"lse": lse, **sums}
     return [out, *(found[name] for name in sorted(parsed.statistics))]
 
 

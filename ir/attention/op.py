@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention import steps
 from accelpass.ir.attention.block_select import BlockSelect, causal_form
-from accelpass.ir.attention.spec import All, AttentionSpec, Band, BlockList, Select, SinksAndWindow
+from accelpass.ir.attention.spec import All, AttentionSpec, Band, BlockList, Places, Select, SinksAndWindow
 from accelpass.ir.errors import GraphError
 from accelpass.ir.graph import call, is_call
 
@@ -61,6 +61,11 @@ def attend(
     found: dict[str, Tensor] = {}
     if "lse" in spec.statistics:
         found["lse"] = torch.logsumexp(scores.float(), -1).reshape(q.shape[:-1])
+    for name, tap in spec.taps.items():
+        if name != "column_sums":
+            masked = scores.float().reshape(*q.shape[:-1], columns).unflatten(-3, (-1, spec.groups))
+            query = torch.arange(rows, device=q.device) + (0 if spec.causal else columns - rows)
+            found[name] = tap(masked, Places(query, torch.arange(columns, device=q.device), columns))
     probabilities = steps.apply(scores, (spec.softmax, *spec.after), extras)
     probabilities = probabilities.reshape(*q.shape[:-1], columns)
     if "column_sums" in spec.statistics:
@@ -122,10 +127,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: str) -> l
 
 
 def fake_statistics(q: Tensor, k: Tensor, spec: AttentionSpec) -> list[Tensor]:
-    """Empty tensors of the statistics' shapes, sorted by name: ``lse`` ``(..., q_heads, q_tokens)``, ``column_sums``
+    """Empty tensors of the statistics' shapes, sorted by name: ``lse`` ``(..., q_heads, q_tokens)``, that of a tap
     ``(..., kv_heads, k_tokens)``; float32."""
-    shapes = {"lse": q.shape[:-1], "column_sums": k.shape[:-1]}
-    return [q.new_empty(shapes[name], dtype=torch.float32) for name in sorted(spec.statistics)]
+    shapes = ((q if name == "lse" else k).shape[:-1] for name in sorted(spec.statistics))
+    return [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
 ATTENTION = torch.ops.accelpass.attention.default

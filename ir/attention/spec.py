@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 from accelpass.ir.errors import SpecConflict
 from accelpass.ir.parts import Part, tuples
 
 KINDS = ("self", "cross", "joint", "channel", "unknown")
 BIAS_KINDS = ("none", "causal", "sliding_window", "alibi", "tensor")
-STATISTICS = ("lse", "column_sums")
-"""Of each query row the log-sum-exp of its scores; of each key the probability that it got, summed over queries and the
-query heads that share it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,76 @@ class Format(Part):
 
 class Select(Part):
     """Which keys each query attends to."""
+
+
+class Places(NamedTuple):
+    """Where a block of scores lies.
+
+    ``queries``: positions ``(rows,)``; ``keys``: positions, broadcastable to ``(batch, kv_heads, keys)``, below 0 where there is
+    no key; ``tokens``: how many there are once the call has ended, and ``step``: how many of them came after the prompt, each an
+    integer or a tensor ``(batch,)``.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    tokens: Any
+    step: Any = 0
+
+
+class ScoreTap(Part):
+    """What each key gets of the scores of a block of queries; the library sums it over blocks.
+
+    It is a function of masked scores alone, so that whatever computes them can give it: a prompt's attention in one piece or by
+    blocks of rows, and that of a single token. ``wants`` of a storage names it by :attr:`key`.
+    """
+
+    @property
+    def key(self) -> str:
+        """The name of the statistic."""
+        return json.dumps(self.to_json(), sort_keys=True)
+
+    def __call__(self, scores: Tensor, at: Places) -> Tensor:
+        """``(batch, kv_heads, keys)``, float32.
+
+        Args:
+            scores: as the softmax takes them, -inf where masked, ``(batch, kv_heads, groups, rows, keys)`` float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what a key gets of scores; define __call__")
+
+
+@dataclass(frozen=True)
+class AttentionMass(ScoreTap):
+    """The probability that each key got, summed over queries and the query heads that share it."""
+
+    part: ClassVar[str] = "attention_mass"
+
+    @property
+    def key(self) -> str:
+        return "column_sums"
+
+    def __call__(self, scores: Tensor, at: Places) -> Tensor:
+        # A row without keys (padding) is in no sum.
+        return torch.nan_to_num(scores.softmax(-1)).sum((2, 3))
+
+
+@functools.lru_cache(maxsize=256)
+def tap_of(statistic: str) -> ScoreTap | None:
+    """The tap that a statistic's name stands for; None for ``lse``, which is of queries: their scores' log-sum-exp.
+
+    Raises:
+        ValueError: it names neither.
+    """
+    if statistic == "lse":
+        return None
+    if statistic == AttentionMass().key:
+        return AttentionMass()
+    try:
+        found = Part.from_json(json.loads(statistic))
+    except (ValueError, KeyError):
+        found = None
+    if not isinstance(found, ScoreTap):
+        raise ValueError(f"statistics {[statistic]} are not known; known: lse, column_sums, and the key of a ScoreTap")
+    return found
 
 
 @dataclass(frozen=True)
@@ -156,9 +225,8 @@ class AttentionSpec:
             raise ValueError(f"kind={self.kind!r} is not one of {', '.join(KINDS)}")
         if self.bias not in BIAS_KINDS:
             raise ValueError(f"bias={self.bias!r} is not one of {', '.join(BIAS_KINDS)}")
-        unknown = self.statistics.difference(STATISTICS)
-        if unknown:
-            raise ValueError(f"statistics {sorted(unknown)} are not known; known: {', '.join(STATISTICS)}")
+        for statistic in self.statistics:
+            tap_of(statistic)
         if sum(s.kind in ("softmax", "safe_softmax") for s in self.steps) != 1:
             raise ValueError("an attention has exactly one softmax step")
 
@@ -190,6 +258,12 @@ class AttentionSpec:
     def after(self) -> tuple[Step, ...]:
         """Steps on the probabilities."""
         return self.steps[self.steps.index(self.softmax) + 1 :]
+
+    @property
+    def taps(self) -> dict[str, ScoreTap]:
+        """The statistics of keys that are wanted, by name."""
+        found = {name: tap_of(name) for name in sorted(self.statistics)}
+        return {name: tap for name, tap in found.items() if tap is not None}
 
     @property
     def is_edited(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from accelpass.ir.derived import DERIVED
 from accelpass.ir.errors import CacheError
+from accelpass.ir.kv.tail import Tail
 from accelpass.ir.torch_private import has_stopped_compiling
 
 _LIMIT = (
@@ -42,6 +43,9 @@ class Holding:
         model: a tensor of the model that filled it.
         dropped: tokens of the prompt that were left out; ``kept`` are the first ones that are held, if any were left out.
         empty: puts the layer's owner back to its start.
+        tail: the newest tokens, if the last call stored them so that they can be taken back; buffers: what they are stored in.
+        by_position: each token has a row of its own, so that any of the newest can be forgotten.
+        method, site: who keeps the tokens, and where, for messages.
     """
 
     capacity: int
@@ -52,6 +56,11 @@ class Holding:
     dropped: int = 0
     kept: int = 0
     empty: Callable[[], None] | None = field(default=None, repr=False)
+    tail: Tail | None = field(default=None, repr=False)
+    buffers: Sequence[Tensor] = field(default=(), repr=False)
+    by_position: bool = True
+    method: str = "the model"
+    site: str = ""
 
     def check(self, tokens: int, form: Any, model: Tensor | None, fresh: bool) -> None:
         """Refuse a call before it writes anything.
@@ -88,6 +97,39 @@ class Holding:
 
     def forget(self) -> None:
         self.tokens, self.form, self.model, self.dropped, self.kept = 0, None, None, 0, 0
+        self.tail, self.buffers, self.by_position = None, (), True
+
+    def check_crop(self, tokens: int) -> None:
+        """Refuse to take back so many of the newest tokens, before anything is changed.
+
+        Raises:
+            CacheError: they are not held, or what was evicted or rounded for them cannot be taken back.
+        """
+        if tokens > self.tokens:
+            raise CacheError(
+                f"cannot remove {tokens} tokens: {self.tokens} are held; take back fewer, or empty the cache with cache.reset()"
+            )
+        if self.tokens - tokens < self.kept:
+            raise CacheError(
+                f"{self.dropped} tokens of the prompt were left out, so it cannot be cropped; cache.reset() empties the cache"
+            )
+        left = 0 if self.tail is None else self.tail.left
+        if not self.by_position and tokens > left:
+            raise CacheError(
+                f"{self.method} at {self.site or 'a layer'} cannot be cropped by {tokens} tokens: what it evicted or rounded for "
+                f"them is gone. {f'The {left} candidates of the last call' if left else 'Only candidates of the last call'} can "
+                "be taken back: call cache.activate_past_recording() before the model, and ask for their logits in one call, as "
+                "assisted generation does; or copy.deepcopy(cache) before tokens that may be taken back."
+            )
+
+    def crop(self, count: Tensor, tokens: int) -> None:
+        """Take back so many of the newest tokens of the layer with this counter; see :meth:`check_crop`."""
+        self.tokens -= tokens
+        if self.by_position:
+            count.sub_(tokens)
+        else:
+            assert self.tail is not None
+            self.tail.take_back(count, self.buffers, tokens)
 
 
 def _shown(form: Any) -> str:
@@ -134,6 +176,7 @@ def copy(count: Tensor, other: Tensor) -> None:
     mine, its = holding_of(count), holding_of(other)
     its.tokens, its.form, its.model = mine.tokens, mine.form, mine.model
     its.dropped, its.kept = mine.dropped, mine.kept
+    its.by_position, its.method, its.site = mine.by_position, mine.method, mine.site
 
 
 def clear(count: Tensor) -> None:

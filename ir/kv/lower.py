@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,29 +11,25 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.ir.attention.block_select import MASKS, BlockSelect
-from accelpass.ir.attention.faults import WrongResult, checked, named, shape_said, shapes_said
+from accelpass.ir.attention.faults import WrongResult, named, shape_said
 from accelpass.ir.attention.lower import like_in_memory
 from accelpass.ir.attention.masks import shows_all_held
-from accelpass.ir.attention.op import set_spec, spec_of, want
+from accelpass.ir.attention.op import ATTENTION, set_spec, spec_of, want
 from accelpass.ir.attention.spec import All, AttentionSpec, Dense, Native, Step
 from accelpass.ir.derived import StateSpec
 from accelpass.ir.errors import GraphError, SpecConflict
-from accelpass.ir.graph import value
-from accelpass.ir.kv.banks import RowFormat, row_format
+from accelpass.ir.graph import aten, call, known, refresh, value
+from accelpass.ir.kv.banks import row_format
+from accelpass.ir.kv.layer import Extension, Layer, advance, operands_said
+from accelpass.ir.kv.ops import KV_APPEND
 from accelpass.ir.kv.ops import form as form_of
-from accelpass.ir.kv.sites import KVSite, kv_sites
-from accelpass.ir.kv.storage import Layout, New, Positions, Query, RowSelect, Storage
+from accelpass.ir.kv.sites import KVSite, candidates, kv_sites
+from accelpass.ir.kv.storage import Layout, New, Positions, RowSelect, Storage
+from accelpass.ir.kv.tail import KV_STEPS, Stepper
 from accelpass.ir.program import Program
-from accelpass.ir.splice import Tracer
+from accelpass.ir.splice import Tracer, trace_on
 
-_NAMES, _FUNCTIONS = "kv_given", "kv_functions"
-
-
-def give(append: fx.Node, nodes: Mapping[str, fx.Node], functions: Mapping[str, fx.GraphModule]) -> None:
-    """Hand further nodes and functions to the storage of a ``kv_append`` call, which finds them in its ``New``."""
-    append.args = (*append.args[:5], list(nodes.values()))
-    append.meta[_NAMES] = tuple(nodes)
-    append.meta[_FUNCTIONS] = dict(functions)
+_END = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -43,67 +40,21 @@ class CacheUse:
         count: the layer's counter among the graph's original inputs.
         tokens: how many tokens a call adds; a symbolic number names a size of an input.
         form: how they are stored.
+        method, site: who keeps them, and where.
+        by_position: each token has a row of its own.
+        buffers: where they are stored: inputs that states live with, and the states.
+        stepper: takes candidates one by one, if the call stores some so.
     """
 
     count: fx.Node
     tokens: int | torch.SymInt
     form: tuple[str, ...]
     is_prompt: bool
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A site, how its tokens are kept, and the nodes of its buffers by name; ``leads`` as in :class:`.storage.New`."""
-
-    site: KVSite
-    spec: AttentionSpec
-    store: Storage
-    format: RowFormat
-    layout: Layout
-    buffers: dict[str, fx.Node]
-    leads: bool
-
-    @property
-    def is_dense(self) -> bool:
-        """All tokens as they are; a selection may read fewer."""
-        return isinstance(self.spec.store, Dense) and isinstance(self.spec.format, Native)
-
-    @property
-    def given(self) -> dict[str, fx.Node]:
-        append = self.site.append
-        return dict(zip(append.meta.get(_NAMES, ()), append.args[5], strict=True))
-
-    @property
-    def functions(self) -> dict[str, Callable[..., Tensor]]:
-        made: dict[str, fx.GraphModule] = self.site.append.meta.get(_FUNCTIONS, {})
-        return {name: fx.Interpreter(gm).run for name, gm in made.items()}
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for layers whose tokens are kept by the same operations."""
-        functions = self.site.append.meta.get(_FUNCTIONS, {})
-        calls = tuple((name, _calls(gm)) for name, gm in functions.items())
-        return self.store, self.format, self.layout, tuple(self.given), calls, self.leads
-
-    @property
-    def operands(self) -> list[fx.Node]:
-        """What a traced function takes after its own operands; :meth:`named` gives it its names back."""
-        return [*self.given.values(), *self.buffers.values()]
-
-    def named(self, operands: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Buffers and given tensors by name."""
-        count = len(self.given)
-        buffers = dict(zip(self.buffers, operands[count:], strict=True))
-        return buffers, dict(zip(self.given, operands[:count], strict=True))
-
-
-def _calls(gm: fx.GraphModule) -> tuple[str, ...]:
-    """A function's operations, whatever its nodes are called."""
-    number = {n: f"%{i}" for i, n in enumerate(gm.graph.nodes)}
-    return tuple(
-        f"{n.op} {n.op == 'call_function' and n.target} {fx.map_arg((n.args, n.kwargs), number.__getitem__)}"
-        for n in number
-    )
+    method: str
+    site: str
+    by_position: bool
+    buffers: tuple[tuple[fx.Node, StateSpec], ...] = ()
+    stepper: Stepper | None = None
 
 
 class _Lowering:
@@ -116,17 +67,26 @@ class _Lowering:
         self.run = Tracer(program).run
         self.rows: dict[str, fx.Node] = {}
         self.leaders: dict[Storage, fx.Node] = {}
+        self.candidates = candidates(program) if any(site.records for site in sites) else 0
+        self.steppers: dict[Any, Stepper] = {}
 
     def site(self, site: KVSite) -> CacheUse:
         layer, (k, v) = self.layer(site), map(value, site.new)
-        if site.is_prompt or (layer.is_dense and isinstance(layer.spec.select, All)):
+        tokens, stepper = k.shape[2], None
+        if site.records and site.attention is not None and self.candidates and not layer.follows_positions:
+            stepper = self._first_candidates(layer) if site.is_prompt else self._later_candidates(layer)
+        elif site.is_prompt or (layer.is_dense and isinstance(layer.spec.select, All)):
             self._fill(layer)
         else:
             self._extend(layer)
         how = () if layer.is_dense else (repr(layer.store), repr(layer.spec.format))
-        return CacheUse(site.count, k.shape[2], form_of(k, v, *how), site.is_prompt)
+        method = {part: who for who, part in layer.spec.edits}.get("store", "the model")
+        return CacheUse(
+            site.count, tokens, form_of(k, v, *how), site.is_prompt, method, site.path, layer.store.by_position,
+            tuple(layer.states.values()), stepper,
+        )  # fmt: skip
 
-    def layer(self, site: KVSite) -> _Layer:
+    def layer(self, site: KVSite) -> Layer:
         """What is to be done at a site, and its buffers."""
         k, v = map(value, site.new)
         spec = spec_of(site.attention) if site.attention is not None else AttentionSpec()
@@ -140,10 +100,11 @@ class _Lowering:
         with named(spec, site.path, f"a list of StateSpec for {layout}"):
             own = [(site.count, state) for state in _states(store, "states", store.states(layout, format))]
             common = [(leader, state) for state in _states(store, "shared", store.shared(layout))]
-        buffers = {s.name.removeprefix("kv."): tensors.state(anchor, s) for anchor, s in (*own, *common)}
-        return _Layer(site, spec, store, format, layout, buffers, leader is site.count)
+        states = {s.name.removeprefix("kv."): (anchor, s) for anchor, s in (*own, *common)}
+        buffers = {name: tensors.state(*state) for name, state in states.items()}
+        return Layer(site, spec, store, format, layout, states, buffers, leader is site.count)
 
-    def _fill(self, layer: _Layer) -> None:
+    def _fill(self, layer: Layer) -> None:
         """Store tokens; the model's own attention runs on what it had, or on the buffers of a dense cache."""
         site, store = layer.site, layer.store
         graph, (k, v) = self.program.graph, site.new
@@ -159,10 +120,10 @@ class _Lowering:
             buffers, given = layer.named(more)
             new = New(q, k, v, count, statistics, given, layer.functions, layer.leads)
             store.fill(buffers, new, layer.layout, layer.format)
-            count.add_(_advance(store, new))
+            count.add_(advance(store, new))
             return []
 
-        with named(layer.spec, site.path, f"to store {_operands(layer)}"):
+        with named(layer.spec, site.path, f"to store {operands_said(layer)}"):
             self.run(("fill", *layer.key), run, [q, k, v, site.count, *found, *layer.operands], before)
         if site.read is not None:
             for item in list(site.read.users):
@@ -189,10 +150,10 @@ class _Lowering:
 
         return replace(spec, steps=tuple(s for s in spec.steps if not counts(s)))
 
-    def _extend(self, layer: _Layer) -> None:
+    def _extend(self, layer: Layer) -> None:
         """Store tokens and attend over what is stored."""
         site, spec, store = layer.site, layer.spec, layer.store
-        graph, node, (k, v) = self.program.graph, site.attention, site.new
+        node, (k, v) = site.attention, site.new
         assert node is not None and site.read is not None
         if node.target is not torch.ops.accelpass.attention.default:
             raise GraphError(
@@ -206,35 +167,25 @@ class _Lowering:
                 f"the selection {spec.select.part} at {site.path} is for prompts, and this one reads a cache"
             )
         # The selection is for single tokens; several at once (a further prompt) attend to all.
-        select = spec.select if isinstance(spec.select, RowSelect) and value(q).shape[2] == 1 else None
+        select = layer.select if value(q).shape[2] == 1 else None
         takes = [self.rows[select.takes]] if select is not None and select.takes else []
+        extension = Extension.of(layer, select, spec, len(extras), len(takes))
 
-        def run(q: Tensor, k: Tensor, v: Tensor, count: Tensor, *more: Tensor) -> list[Tensor]:
-            masks, more = more[: len(extras)], more[len(extras) :]
-            rows, more = more[: len(takes)], more[len(takes) :]
-            buffers, given = layer.named(more)
-            new = New(q, k, v, count, {}, given, layer.functions, layer.leads)
-            query = Query(q, masks, spec, layer.layout)
-            if select is None:
-                made = [store.extend(buffers, new, query, layer.layout, layer.format)]
-            else:
-                store.fill(buffers, new, layer.layout, layer.format)
-                both = select.attend(buffers, new, query, layer.layout, layer.format, rows[0] if rows else None)
-                if not isinstance(both, tuple) or len(both) != 2:
-                    raise WrongResult(
-                        select, "attend", f"it returned {type(both).__name__}, not (attention, rows or None)"
-                    )
-                made = [tensor for tensor in both if tensor is not None]
-            part, method = (store, "extend") if select is None else (select, "attend")
-            made[0] = like_in_memory(checked(part, method, made[0], wanted), wanted)
-            count.add_(_advance(store, new))
-            return made
+        def run(*operands: Tensor) -> list[Tensor]:
+            made = extension(*operands)
+            return [like_in_memory(made[0], wanted), *made[1:]]
 
         key = ("extend", replace(spec, site=""), *layer.key, str(wanted.stride()))
-        with named(spec, site.path, f"shape {shape_said(wanted)} of the attention of {_operands(layer, q)}"):
+        with named(spec, site.path, f"shape {shape_said(wanted)} of the attention of {operands_said(layer, q)}"):
             out, *rows = self.run(key, run, [q, k, v, site.count, *extras, *takes, *layer.operands], node)
         if rows and select is not None and select.gives:
             self.rows[select.gives] = rows[0]
+        self._replace(site, out)
+
+    def _replace(self, site: KVSite, out: fx.Node) -> None:
+        """Put ``out`` in the place of the attention, and drop what read the cache for it."""
+        graph, node = self.program.graph, site.attention
+        assert node is not None and site.read is not None
         node.replace_all_uses_with(out)
         graph.erase_node(node)
         for item in list(site.read.users):
@@ -246,26 +197,103 @@ class _Lowering:
         graph.erase_node(site.read)
         graph.erase_node(site.append)
 
+    def _first_candidates(self, layer: Layer) -> Stepper:
+        """A prompt, and candidates after it: its attention is the model's own, theirs is over what is stored of it."""
+        site, graph, less = layer.site, self.program.graph, self.candidates
+        node = site.attention
+        assert node is not None
+        q, extras, wanted, spec, along = node.args[0], list(node.args[3]), value(node), layer.spec, layer.along
+        with graph.inserting_before(node):
+            end = -less if isinstance(less, int) else call(graph, node, operator.neg, less)
+
+            def cut(x: fx.Node, dim: int, low: Any, high: Any) -> fx.Node:
+                return call(graph, node, aten.slice.Tensor, x, dim, low, high)
+
+            def of_prompt(mask: fx.Node) -> fx.Node:
+                for dim in (-1, -2):
+                    if known(value(mask).shape[dim] == value(q).shape[2]):
+                        mask = cut(mask, dim, 0, end)
+                return mask
+
+            def ends(low: Any, high: Any) -> tuple[list[fx.Node], list[fx.Node]]:
+                given = [cut(x, along[n], low, high) if n in along else x for n, x in layer.given.items()]
+                return [cut(x, 2, low, high) for x in (q, *site.new)], given
+
+            (mine, held), (last, given) = ends(0, end), ends(end, _END)
+            prompt = call(graph, node, ATTENTION, *mine, [of_prompt(e) for e in extras], spec.to_json())
+            prompt.meta["attention_spec"] = node.meta.get("attention_spec", spec.to_json())
+            append = call(graph, node, KV_APPEND, *mine[1:], *site.append.args[2:6], held)
+            append.meta |= {key: kept for key, kept in site.append.meta.items() if key.startswith("kv_")}
+            joined = call(graph, node, aten.cat.default, [prompt, prompt], 2)
+        self._fill(replace(layer, site=replace(site, append=append, attention=prompt)))
+        one = replace(spec, causal=False, select=layer.select or All())
+        out, stepper = self._stepped(layer, one, last, extras, given, joined)
+        joined.args = ([joined.args[0][0], out], 2)
+        refresh(joined)
+        (laid,) = self.run(("layout", str(wanted.stride())), _laid_out(wanted), [joined], node)
+        node.replace_all_uses_with(laid)
+        graph.erase_node(node)
+        graph.erase_node(site.append)
+        return stepper
+
+    def _later_candidates(self, layer: Layer) -> Stepper:
+        """Candidates after tokens that are stored."""
+        site, node = layer.site, layer.site.attention
+        assert node is not None
+        wanted, own = value(node), [node.args[0], *site.new]
+        out, stepper = self._stepped(layer, layer.spec, own, list(node.args[3]), list(layer.given.values()), node)
+        (laid,) = self.run(("layout", str(wanted.stride())), _laid_out(wanted), [out], node)
+        self._replace(site, laid)
+        return stepper
+
+    def _stepped(
+        self, layer: Layer, spec: AttentionSpec, own: Sequence[fx.Node], masks: Sequence[fx.Node],
+        given: Sequence[fx.Node], before: fx.Node,
+    ) -> tuple[fx.Node, Stepper]:  # fmt: skip
+        """The attention of tokens of which the last are stored one by one, in front of ``before``."""
+        site, graph, select = layer.site, self.program.graph, layer.select
+        takes = [self.rows[select.takes]] if select is not None and select.takes else []
+        dims = tuple(layer.along.get(name) for name in layer.given)
+        buffers = list(layer.buffers.values())
+        shapes = [[*value(x).shape[:2], 1, value(x).shape[3]] for x in own]
+        fakes = [value(own[0]).new_empty(shape, dtype=value(x).dtype) for x, shape in zip(own, shapes, strict=True)]
+        for x in masks:
+            *lead, rows, columns = value(x).shape
+            wide = 1 if known(columns == 1) else site.capacity
+            fakes.append(value(x).new_empty([*lead, 1, wide]))
+        fakes[3:3] = [value(site.count)]
+        fakes += [value(x)[0] for x in takes]
+        fakes += [
+            value(x) if d is None else value(x).narrow(d, 0, 1).contiguous() for x, d in zip(given, dims, strict=True)
+        ]
+        fakes += [value(x) for x in buffers]
+        key = (replace(spec, site=""), *layer.key, dims, *((str(t.shape), t.dtype) for t in fakes))
+        if key not in self.steppers:
+            counts = len(masks), len(takes)
+            one, several = (Extension.of(layer, by, spec, *counts) for by in (select, None))
+            with named(spec, site.path, f"a step of {operands_said(layer, own[0])}"):
+                traced = trace_on(self.program, one, fakes)
+            (output,) = traced.graph.find_nodes(op="output")
+            handed = [tuple(value(n).shape) for n in output.args[0][1:]]
+            self.steppers[key] = Stepper(traced, several, site.capacity, dims, handed[0] if handed else None)
+        stepper = self.steppers[key]
+        with graph.inserting_before(before):
+            operands = list(own), site.count, list(masks), takes, list(given), buffers
+            made = call(graph, before, KV_STEPS, stepper.number, self.candidates, *operands)
+            out, rows = (call(graph, before, operator.getitem, made, n) for n in range(2))
+        if select is not None and select.gives:
+            self.rows[select.gives] = rows
+        return out, stepper
+
+
+def _laid_out(wanted: Tensor) -> Callable[[Tensor], list[Tensor]]:
+    return lambda out: [like_in_memory(out, wanted)]
+
 
 def _states(store: Storage, method: str, made: Any) -> list[StateSpec]:
     if not isinstance(made, list) or not all(isinstance(one, StateSpec) for one in made):
         raise WrongResult(store, method, f"it returned {made!r}")
     return made
-
-
-def _advance(store: Storage, new: New) -> Tensor | int:
-    moved = store.advance(new)
-    if not isinstance(moved, Tensor | int | torch.SymInt):
-        raise WrongResult(store, "advance", f"it returned {type(moved).__name__}, no number of tokens")
-    return moved
-
-
-def _operands(layer: _Layer, q: fx.Node | None = None) -> str:
-    """What a storage's methods are given at a site, in words."""
-    keys = dict(zip(("k", "v"), map(value, layer.site.new), strict=True))
-    given = shapes_said(({} if q is None else {"q": value(q)}) | keys)
-    buffers = shapes_said({name: value(node) for name, node in layer.buffers.items()})
-    return f"{given} in the buffers {buffers or 'none'}"
 
 
 def _statistics(attention: fx.Node, wants: Sequence[str]) -> list[fx.Node]:

@@ -47,7 +47,9 @@ def _tell_uncompiled() -> None:
 
 
 @torch.library.custom_op("accelpass::kv_append", mutates_args=("count",))
-def kv_append(k: Tensor, v: Tensor, count: Tensor, capacity: int, window: int, given: Sequence[Tensor]) -> None:
+def kv_append(
+    k: Tensor, v: Tensor, count: Tensor, capacity: int, window: int, records: bool, given: Sequence[Tensor]
+) -> None:
     """Store new tokens after those that the layer holds.
 
     Args:
@@ -55,6 +57,7 @@ def kv_append(k: Tensor, v: Tensor, count: Tensor, capacity: int, window: int, g
         count: tokens held, int64 ``(batch,)``; raised by ``tokens``.
         capacity: tokens that the layer can hold.
         window: how many of the newest tokens the layer's attention sees; 0 for all.
+        records: the cache keeps what it needs to take the call's tokens back.
         given: what a pass hands to its storage besides; none in a model's own call.
 
     Raises:
@@ -72,7 +75,7 @@ def kv_append(k: Tensor, v: Tensor, count: Tensor, capacity: int, window: int, g
 
 
 @kv_append.register_fake
-def _(k: Tensor, v: Tensor, count: Tensor, capacity: int, window: int, given: Sequence[Tensor]) -> None:
+def _(k: Tensor, v: Tensor, count: Tensor, capacity: int, window: int, records: bool, given: Sequence[Tensor]) -> None:
     return None
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
+from accelpass.ir.analyses.output_head import output_heads
 from accelpass.ir.attention.insert import base
 from accelpass.ir.attention.op import is_attention
-from accelpass.ir.graph import module_path
+from accelpass.ir.graph import aten, call, known, module_path, placeholders, shape, size_among, value
 from accelpass.ir.kv.ops import KV_APPEND, KV_READ
 from accelpass.ir.program import Program
 
@@ -25,6 +27,7 @@ class KVSite:
         attention: the semantic node that attends; None if there is none, ``why`` says so.
         count: the graph input that counts the layer's tokens.
         window: how many of the newest tokens the attention sees; 0 for all.
+        records: tokens of the call may be taken back.
     """
 
     path: str
@@ -35,6 +38,7 @@ class KVSite:
     capacity: int
     window: int = 0
     why: str = ""
+    records: bool = False
 
     @property
     def new(self) -> tuple[Any, Any]:
@@ -53,7 +57,7 @@ def kv_sites(program: Program) -> list[KVSite]:
     reads = {n.args[0]: n for n in program.graph.find_nodes(op="call_function", target=KV_READ)}
     found: list[KVSite] = []
     for append in program.graph.find_nodes(op="call_function", target=KV_APPEND):
-        count, capacity, window = append.args[2:5]
+        count, capacity, window, records = append.args[2:6]
         read = reads.get(count)
         readers = [a for a in attentions if _reads(a, append, read)]
         why = ""
@@ -65,8 +69,32 @@ def kv_sites(program: Program) -> list[KVSite]:
             why = "something besides the attention reads this cache layer"
         node = readers[0] if not why else None
         path = module_path(readers[0] if readers else append) or append.name
-        found.append(KVSite(path, append, read, node, count, capacity, window, why))
+        found.append(KVSite(path, append, read, node, count, capacity, window, why, records))
     return found
+
+
+def candidates(program: Program) -> int | fx.Node:
+    """How many of a call's last tokens may be taken back: of those whose logits it returns, all but the first.
+
+    Nobody can reject a token without the logits of the one before. A prompt whose logits are all returned has none. A symbolic
+    number is a node, in front of all that is computed.
+    """
+    heads, sites = program.analysis(output_heads), program.analysis(kv_sites)
+    if not heads or not sites or len(shape(heads[0].node)) != 3:
+        return 0
+    asked, tokens = shape(heads[0].node)[1], value(sites[0].new[0]).shape[2]
+    if sites[0].is_prompt and known(asked == tokens):
+        return 0
+    if isinstance(asked, int):
+        return asked - 1
+    inputs = placeholders(program.gm)
+    found = size_among(inputs, asked)
+    if found is None:
+        return 0  # their number is computed inside: a crop of this call is refused, as nothing of it can be taken back
+    at, dim = found
+    with program.graph.inserting_before(inputs[-1].next):
+        size = inputs[at] if dim is None else call(program.graph, inputs[at], aten.sym_size.int, inputs[at], dim)
+        return call(program.graph, inputs[at], operator.sub, size, 1)
 
 
 def _reads(attention: fx.Node, append: fx.Node, read: fx.Node | None) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from accelpass.ir.attention import steps
 from accelpass.ir.attention.block_select import MASKS
 from accelpass.ir.attention.one_row import fence, powers
-from accelpass.ir.attention.spec import AttentionSpec, Select, Store
+from accelpass.ir.attention.spec import AttentionMass, AttentionSpec, Places, ScoreTap, Select, Store
 from accelpass.ir.derived import StateSpec
 from accelpass.ir.kv.banks import RowFormat, Rows, ValueFormat, taken_rows
 
@@ -78,11 +78,16 @@ class New:
 class Storage(Store, ABC):
     """How the tokens of a cache layer are kept. Subclasses are frozen dataclasses of JSON values with a ``part`` name."""
 
-    wants: ClassVar[frozenset[str]] = frozenset()
-    """Statistics of the prompt's attention that :meth:`fill` reads."""
+    @property
+    def wants(self) -> frozenset[str]:
+        """Statistics of the prompt's attention that :meth:`fill` reads: keys of score taps, or ``lse``."""
+        return frozenset()
 
     knows_held: ClassVar[bool] = False
     """From a single token, :meth:`extend` itself hides rows that hold none; then a mask that says no more is left out."""
+
+    by_position: ClassVar[bool] = False
+    """Each token has a row of its own, by its position: the newest are taken back by counting fewer."""
 
     @abstractmethod
     def states(self, layout: Layout, format: RowFormat) -> list[StateSpec]:
@@ -240,6 +245,16 @@ class Query:
             scores = scores.masked_fill(hidden if hidden.dim() == 5 else hidden.unsqueeze(3), float("-inf"))
         return scores
 
+    def tapped(self, tap: ScoreTap, new: New, step: Tensor, *segments: Segment) -> Attended:
+        """As :meth:`attend`, with what ``tap`` gives each row in the place of its probabilities, ``step`` tokens after the prompt."""
+        if isinstance(tap, AttentionMass):
+            return self.attend(*segments, want=("mass",))
+        logits = [self.logits(s) for s in segments]
+        own = (torch.arange(one.shape[-1], device=one.device).expand(*one.shape[:2], -1) for one in logits)
+        places = [s.at if s.at is not None else place for s, place in zip(segments, own, strict=True)]
+        got = tap(torch.cat(logits, -1), Places(new.positions[0, 0], torch.cat(places, -1), new.total, step))
+        return self.attend(*segments)._replace(mass=list(got.split([one.shape[-1] for one in logits], -1)))
+
     def attend(self, *segments: Segment, want: Sequence[str] = ()) -> Attended:
         """One softmax over all segments' rows.
 
@@ -309,6 +324,7 @@ class Positions(Storage):
 
     part: ClassVar[str] = "positions"
     knows_held: ClassVar[bool] = True
+    by_position: ClassVar[bool] = True
 
     def states(self, layout: Layout, format: RowFormat) -> list[StateSpec]:
         return [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.derived import Recipe
 from accelpass.ir.errors import OptionError, PassError
 from accelpass.ir.graph import aten, call, value
-from accelpass.ir.kv.lower import give
+from accelpass.ir.kv.layer import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.program import Program
 from accelpass.passes.base import Calibrated, Run, Skip
@@ -126,9 +125,7 @@ class CSKV(KVPass, Calibrated):
         for letter, (side, share) in sides.items():
             rank = self.rank(share, value(side.weight).shape[0])
             ranks.append(rank)
-            down, up = program.tensors.derive(
-                [side.weight], self._recipe(program, side, rank), [f"cskv_down_{letter}", f"cskv_up_{letter}"]
-            )
+            down, up = self._factors(program, side, rank, [f"cskv_down_{letter}", f"cskv_up_{letter}"])
             with program.graph.inserting_before(side.linear):
                 given[f"latent_{letter}"] = call(program.graph, side.linear, aten.linear.default, side.x, down)
             given[f"factor_{letter}"] = up
@@ -138,7 +135,8 @@ class CSKV(KVPass, Calibrated):
             (f"rotation{i}", value(t).shape[3], str(value(t).dtype).split(".")[1]) for i, t in enumerate(k.tables)
         ]
         given |= {name: node for (name, *_), node in zip(tables, k.tables, strict=True)}
-        give(site.append, given, {"rotate": k.function()})
+        along = {"latent_k": 1, "latent_v": 1} | {name: 2 for name, *_ in tables}
+        give(site.append, given, {"rotate": k.function()}, along)
         store = LowRank(ranks[0], ranks[1], self.window, self.bits, tuple(tables))
         channels = value(k.weight).shape[0] + value(v.weight).shape[0]
         rounded = "" if self.bits == 16 else f" in {self.bits} bits"
@@ -146,25 +144,19 @@ class CSKV(KVPass, Calibrated):
             by=self.name, store=store
         ), f"{sum(ranks)} of {channels} channels{rounded}, {self.window} tokens exact"
 
-    def _recipe(self, program: Program, side: Projected, rank: int) -> Recipe:
+    def _factors(self, program: Program, side: Projected, rank: int, names: list[str]) -> list[fx.Node]:
+        """``down`` and ``up`` of a projection: calibrated, or of its weight's decomposition."""
         path = program.tensors.path(side.weight)
         down, up = (program.artefacts.get(artefact(path, part)) for part in ("down", "up"))
-        if down is not None and up is not None:
-            if down.shape[0] != rank:
-                raise OptionError(
-                    f"cskv: {path} was calibrated for rank {down.shape[0]}, and these options mean {rank}; calibrate again "
-                    "with the options that you use"
-                )
-            digest = hashlib.sha1(down.float().cpu().numpy().tobytes()).hexdigest()
-            fitted = (down, up)
-
-            def calibrated(w: Tensor) -> tuple[Tensor, ...]:
-                if isinstance(w, FakeTensor):
-                    return tuple(w.new_empty(t.shape) for t in fitted)
-                return tuple(t.to(w.device, w.dtype) for t in fitted)
-
-            return Recipe(("cskv", FORMAT, "calibrated", rank, digest), calibrated)
-        return Recipe(("cskv", FORMAT, rank), lambda w: factorise(w, rank))
+        if down is None or up is None:
+            recipe = Recipe(("cskv", FORMAT, rank), lambda w: factorise(w, rank))
+            return program.tensors.derive([side.weight], recipe, names)
+        if down.shape[0] != rank:
+            raise OptionError(
+                f"cskv: {path} was calibrated for rank {down.shape[0]}, and these options mean {rank}; calibrate again "
+                "with the options that you use"
+            )
+        return program.tensors.artefact(side.weight, (down, up), names)
 
 
 class Moments:

@@ -26,7 +26,6 @@ class HeavyHitters(Slots):
     """
 
     part: ClassVar[str] = "h2o"
-    wants: ClassVar[frozenset[str]] = frozenset({"column_sums"})
     heavy: Amount
     recent: Amount
     mean: bool = field(default=False, kw_only=True)
@@ -41,8 +40,12 @@ class HeavyHitters(Slots):
             return newest.new_full(newest.shape, 1 << 30), newest
         return share(total, self.heavy) + newest, newest
 
+    @property
+    def wants(self) -> frozenset[str]:
+        return frozenset({self.tap.key})
+
     def prompt_score(self, new: New) -> Tensor:
-        return new.statistics["column_sums"]
+        return new.statistics[self.tap.key]
 
     def step_score(self, score: Tensor, mass: Tensor, positions: Tensor) -> Tensor:
         return score + mass

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from accelpass.ir.attention.spec import AttentionMass, ScoreTap
 from accelpass.ir.derived import StateSpec
 from accelpass.ir.kv.banks import EXACT, RowFormat, buffer, put_rows, taken_rows
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage, bank
@@ -37,13 +38,22 @@ class Slots(Storage):
     def quota(self, total: Tensor) -> tuple[Tensor, Tensor]:
         """How many tokens stay after a prompt that ends at ``total`` tokens, and how many of these are the newest."""
 
+    @property
+    def tap(self) -> ScoreTap:
+        """What tokens get of the scores of later queries."""
+        return AttentionMass()
+
+    def carried(self, score: Tensor, tokens: int) -> Tensor:
+        """What scores are worth once so many tokens have come."""
+        return score
+
     @abstractmethod
     def prompt_score(self, new: New) -> Tensor:
         """Scores of a prompt's tokens, float32 ``(batch, kv_heads, tokens)``."""
 
     @abstractmethod
     def step_score(self, score: Tensor, mass: Tensor, positions: Tensor) -> Tensor:
-        """Scores after a call in which each token got the attention ``mass``; a new token's score is 0 before it."""
+        """Scores after a call in which each token got ``mass`` by :attr:`tap`; a new token's score is 0 before it."""
 
     def rank(self, score: Tensor, positions: Tensor, total: Tensor) -> Tensor:
         """What tokens are compared by, after a call that ends at ``total`` tokens: their score."""
@@ -61,7 +71,7 @@ class Slots(Storage):
             buffer("positions", (heads, slots), torch.int32, -1),
             buffer("score", (heads, slots), torch.float32),
             buffer("free", (heads,), torch.int64),
-            buffer("quota", (2,), torch.int64),
+            buffer("quota", (3,), torch.int64),
         ]
 
     def fill(self, held: Held, new: New, layout: Layout, format: RowFormat) -> None:
@@ -70,26 +80,29 @@ class Slots(Storage):
 
     def extend(self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat) -> Tensor:
         keys, values, positions = bank(held, "keys"), bank(held, "values"), held["positions"]
+        step = new.total - held["quota"][:, 2]
         if query.one:
             slot = held["free"].unsqueeze(-1)
             put_rows([*keys, *values, positions], slot, [*format.encode(new.k), *format.encode(new.v), new.positions])
             slots = Segment(format, keys, values, positions.long(), positions >= 0)
-            done = query.attend(slots, *self.elsewhere(held, query), want=("mass",))
+            done = query.tapped(self.tap, new, step, slots, *self.elsewhere(held, query))
             here = torch.arange(positions.shape[-1], device=slot.device) == slot
-            before = held["score"].masked_fill(here, 0.0)
+            before = self.carried(held["score"].masked_fill(here, 0.0), 1)
             held["score"].copy_(self.step_score(before, done.mass[0], positions))
             self.leave(held, new, format)
             return done.out
         at = new.positions
         slots = Segment(format, keys, values, positions.long(), positions >= 0)
-        done = query.attend(slots, Segment(EXACT, [new.k], [new.v], at), *self.elsewhere(held, query), want=("mass",))
+        done = query.tapped(
+            self.tap, new, step, slots, Segment(EXACT, [new.k], [new.v], at), *self.elsewhere(held, query)
+        )
         rows = [
             torch.cat([old, made], 2)
             for old, made in zip([*keys, *values], [*format.encode(new.k), *format.encode(new.v)], strict=True)
         ]
         everywhere = torch.cat([positions, at.to(torch.int32)], -1)
         got = torch.cat(done.mass[:2], -1)
-        before = torch.cat([held["score"], torch.zeros_like(done.mass[1])], -1)
+        before = torch.cat([self.carried(held["score"], at.shape[-1]), torch.zeros_like(done.mass[1])], -1)
         self.keep(held, new, rows, everywhere, self.step_score(before, got, everywhere), format)
         return done.out
 
@@ -123,7 +136,7 @@ class Slots(Storage):
         held["positions"].copy_(where)
         held["score"].copy_(score.gather(-1, best))
         held["free"].copy_(where.argmin(-1))
-        held["quota"].copy_(torch.stack([limit, newest], -1))
+        held["quota"].copy_(torch.stack([limit, newest, new.total], -1))
 
     def leave(self, held: Held, new: New, format: RowFormat) -> None:
         """Free one slot: an empty one while there is room, else that of the token with the lowest score."""

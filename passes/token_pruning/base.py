@@ -14,7 +14,7 @@ from accelpass.ir.attention import steps
 from accelpass.ir.attention.op import attend, is_attention, set_spec, spec_of
 from accelpass.ir.attention.spec import All, AttentionSpec
 from accelpass.ir.graph import value, written_inputs
-from accelpass.ir.kv.lower import give
+from accelpass.ir.kv.layer import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.program import Program
 from accelpass.ir.splice import splice, trace

@@ -119,7 +119,7 @@ class H2O(Oracle):
         score = torch.cat([layer["score"], torch.zeros(batch, kv_heads, new)], -1)
         p = self.weights(layer, q, k, scale, mask, alive, first)
         out = self.output(layer, p, v, alive, first)
-        score = score + p.sum((2, 3))
+        score = self.scored(layer, score, p)
         if first or new > 1:
             heavy, recent = (p if isinstance(p, int) else int(p * n + 1e-9) for p in (self.heavy, self.recent))
             layer["recent"] = max(1, recent)
@@ -138,6 +138,10 @@ class H2O(Oracle):
         self.after(layer, q, k, v, kept, first, p)
         layer["alive"], layer["score"] = kept, score
         return out
+
+    def scored(self, layer: dict[str, Any], score: Tensor, p: Tensor) -> Tensor:
+        """Scores after new queries had the probabilities ``p``."""
+        return score + p.sum((2, 3))
 
     def weights(self, layer, q, k, scale, mask, alive, first):
         keys = k if first else self.transform(k)

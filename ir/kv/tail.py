@@ -1,0 +1,181 @@
+"""Tokens that may be taken back: several candidates in one call, each stored as if it had come alone.
+
+A call of a cache that records its past (``Cache.activate_past_recording``, as assisted generation does) may hold candidates:
+tokens whose logits are asked for, so that a caller can reject them. A form that evicts or rounds depends on the tokens before,
+and so such a call computes all but attention at once, and stores and attends token by token. What was held before the
+candidates, and their keys and values, are the layer's tail until the next call: ``crop`` puts the layer back and stores the accepted ones
+again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from accelpass.ir.graph import known
+
+Step = Callable[..., Sequence[Tensor]]
+"""Of queries, keys, values, the counter, masks, rows that are handed on, what a pass gives, and buffers, which it writes: the
+attention, and rows to hand on if there are any."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stepper:
+    """How layers that are alike take tokens one by one.
+
+    Attributes:
+        one: takes one token; several: takes tokens that are no candidates.
+        capacity: rows of the layer, for masks over positions.
+        along: of each tensor that a pass gives, the dimension of tokens; None if it has none.
+        rows: shape of the rows that one token hands on to later layers; None without.
+    """
+
+    one: Step
+    several: Step
+    capacity: int
+    along: tuple[int | None, ...]
+    rows: tuple[int, ...] | None
+    number: int = field(default_factory=itertools.count().__next__)
+
+    def __post_init__(self) -> None:
+        _STEPPERS[self.number] = self
+
+
+_STEPPERS: weakref.WeakValueDictionary[int, Stepper] = weakref.WeakValueDictionary()
+
+
+@dataclass
+class Tail:
+    """The newest tokens of a layer, which may be taken back.
+
+    Attributes:
+        before: counter and buffers before them.
+        tokens: of the call; first: how many of them are no candidates, and were stored in one piece.
+        left: how many have not been taken back.
+        operands: queries, keys, values; masks; rows from an earlier layer; what a pass gives.
+    """
+
+    stepper: Stepper
+    before: list[Tensor]
+    tokens: int
+    first: int
+    left: int
+    operands: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
+
+    def store(self, count: Tensor, buffers: Sequence[Tensor], tokens: int) -> list[list[Tensor]]:
+        """Store the first ``tokens`` of them; the results of each piece."""
+        ends = [n for n in (self.first, *range(self.first + 1, tokens + 1)) if n]
+        pieces = zip([0, *ends], [min(end, tokens) for end in ends], strict=False)
+        return [self._piece(count, buffers, low, high, turn) for turn, (low, high) in enumerate(pieces) if low < high]
+
+    def _piece(self, count: Tensor, buffers: Sequence[Tensor], low: int, high: int, turn: int) -> list[Tensor]:
+        own, masks, rows, given = self.operands
+        step = self.stepper
+        moved = [
+            t if d is None else t.narrow(d, low, high - low).contiguous()
+            for t, d in zip(given, step.along, strict=True)
+        ]
+        operands = [
+            *(t[:, :, low:high].contiguous() for t in own),
+            count,
+            *(self._mask(m, low, high).contiguous() for m in masks),
+            *(r[turn] for r in rows),
+            *moved,
+            *buffers,
+        ]
+        return list((step.one if high - low == 1 else step.several)(*operands))
+
+    def _mask(self, mask: Tensor, low: int, high: int) -> Tensor:
+        """A mask or bias of some tokens, over all positions; of an empty cache it is given over the call's own."""
+        rows, columns = mask.shape[-2:]
+        if 1 < columns < self.stepper.capacity:
+            mask = torch.nn.functional.pad(mask, (0, self.stepper.capacity - columns))
+        past = rows - self.tokens
+        return mask if rows == 1 and self.tokens > 1 else mask[..., past + low : past + high, :]
+
+    def nbytes(self) -> int:
+        """Bytes that are held so that tokens can be taken back."""
+        return sum(t.numel() * t.element_size() for some in (self.before, *self.operands) for t in some)
+
+    def take_back(self, count: Tensor, buffers: Sequence[Tensor], tokens: int) -> None:
+        """Put the layer back as it was before the last ``tokens`` of those that are left."""
+        self.left -= tokens
+        with torch.no_grad():
+            for held, was in zip([count, *buffers], self.before, strict=True):
+                held.copy_(was)
+            self.store(count, buffers, self.left)
+
+
+class _Made(threading.local):
+    """Tails of the call that this thread is running, in the order of layers."""
+
+    def __init__(self) -> None:
+        self.tails: list[Tail] = []
+
+
+_MADE = _Made()
+
+
+def made_tails() -> list[Tail]:
+    """The tails of the call that has just ended; they are handed out once."""
+    found, _MADE.tails = _MADE.tails, []
+    return found
+
+
+@torch.library.custom_op("accelpass::kv_steps", mutates_args=("count", "buffers"))
+def kv_steps(
+    stepper: int,
+    candidates: int,
+    own: Sequence[Tensor],
+    count: Tensor,
+    masks: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    given: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Store new tokens, the last ``candidates`` one by one; their attention, and the rows that each hands on (none: empty).
+
+    Args:
+        stepper: the number of a :class:`Stepper`.
+        own: queries, keys and values ``(batch, heads, tokens, d)``.
+        rows: what an earlier layer handed on, the first dimension is that of pieces.
+    """
+    found, tokens = _STEPPERS[stepper], own[1].shape[2]
+    # Copies: the tail outlives the call, whose memory a compiler uses again.
+    kept = tuple([t.clone() for t in some] for some in (own, masks, rows, given))
+    before = [t.clone() for t in (count, *buffers)]
+    tail = Tail(found, before, tokens, tokens - candidates, tokens, kept)  # type: ignore[arg-type]
+    results = tail.store(count, buffers, tokens)
+    _MADE.tails.append(tail)
+    out = torch.cat([one[0] for one in results], 2)
+    if found.rows is None:
+        return out, count.new_empty(0)
+    # Tokens that are no candidates attend to all, and hand nothing on.
+    return out, torch.stack([one[1] if len(one) > 1 else count.new_zeros(found.rows) for one in results])
+
+
+@kv_steps.register_fake
+def _(
+    stepper: int,
+    candidates: int,
+    own: Sequence[Tensor],
+    count: Tensor,
+    masks: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    given: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    q, k, v = own
+    out = v.new_empty((*q.shape[:-1], v.shape[-1]))
+    found = _STEPPERS[stepper].rows
+    pieces = candidates if known(k.shape[2] == candidates) else candidates + 1
+    return out, count.new_empty(0 if found is None else (pieces, *found))
+
+
+KV_STEPS = torch.ops.accelpass.kv_steps.default
