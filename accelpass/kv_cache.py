@@ -128,6 +128,8 @@ class KVLayer(CacheLayerMixin):
             return
         if holding.form is not None and holding.form[0] != _ops.DENSE:
             raise CacheError("a compressed KVCache cannot be cropped; assisted generation needs one without KV passes")
+        if _ops.UNEVEN in (holding.form or ()):
+            raise CacheError("a KVCache whose layers hold different numbers of tokens cannot be cropped (skip_layers)")
         if holding.tokens - removed < holding.kept:
             raise CacheError(
                 f"{holding.dropped} tokens of the prompt were left out, so it cannot be cropped; cache.reset() empties the cache"

@@ -23,7 +23,7 @@ from accelpass.backends.owners import Owners
 from accelpass.backends.prune_compiler import pruned_model, pruning_pass
 from accelpass.backends.rewriting import captured, code_for, rewritten
 from accelpass.backends.staged.by_step import SteppedGraph
-from accelpass.backends.staged.compiler import staged_graph
+from accelpass.backends.staged.compiler import marks, staged_graph
 from accelpass.ir import autocast
 from accelpass.ir.capture import NotCanonical, model_path
 from accelpass.ir.derived import refuse_uncompiled_calls
@@ -238,7 +238,7 @@ def _canonical(
     fn = code_for(program.gm, inputs, chosen, made.exact, report)
     report.seconds = time.perf_counter() - started
     report.derived_bytes = binder.derived_bytes()
-    caches = CacheCalls.of(made.uses, tensors, filters) if made.uses else None
+    caches = CacheCalls.of(made.uses, tensors, [*filters, *marks(chosen)]) if made.uses else None
     whole = WholePrompt(Part(fn, binder), tensors.model) if filters and not is_later else None
     return CompiledGraph(fn, binder, chosen, options, report, models, caches, prompt=whole)
 

@@ -27,6 +27,7 @@ class Program:
         pins: how many outputs of the graph, after the model's own, only keep a block's streams alive.
         remembered: names of the graph's last outputs, which later denoising steps read.
         cut: where a graph break made this graph a piece of the model; empty if it is the whole.
+        unwritten: names of inputs (counters of cache layers) that a pass has left unwritten on purpose.
         refused: why what a pass asks of the backend cannot be done for this graph, by the pass's name.
     """
 
@@ -39,6 +40,7 @@ class Program:
     remembered: list[str] = field(default_factory=list)
     cut: str = ""
     refused: dict[str, str] = field(default_factory=dict)
+    unwritten: set[str] = field(default_factory=set)
     _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def results(self) -> tuple[list[Any], list[fx.Node], list[fx.Node]]:

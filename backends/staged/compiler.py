@@ -25,6 +25,7 @@ from accelpass.backends.step_report import combined, describe, planned
 from accelpass.ir.capture import cut_said
 from accelpass.ir.errors import OptionError, PassError
 from accelpass.ir.graph import argument_name, hint, placeholders, value
+from accelpass.ir.kv.ops import UNEVEN
 from accelpass.ir.kv.sites import kv_sites
 from accelpass.ir.program import Program
 from accelpass.ir.steps import LATENTS, TIMESTEP, user_input
@@ -76,13 +77,19 @@ def staged_graph(
         if not symbolic:
             graph.model(inputs)
         return graph, None
-    sites = kv_sites(program)
+    sites = kv_sites(program)  # before the graph is used up
+    tokens = tokens_of(value(sites[0].new[0]).shape[2], tensors) if sites else None
     policy = PolicyGraph(build, choosing[0])
     made = policy.model([hint(a) if isinstance(a, torch.SymInt) else a for a in inputs])
-    if not sites:
+    if tokens is None:
         return policy, None
-    tokens = tokens_of(value(sites[0].new[0]).shape[2], tensors)
-    return policy, CacheCalls(made.caches, tokens, sites[0].is_prompt, tensors.model)
+    layers = tuple((at, (*form, *marks(chosen))) for at, form in made.caches)
+    return policy, CacheCalls(layers, tokens, sites[0].is_prompt, tensors.model)
+
+
+def marks(chosen: Options) -> list[str]:
+    """What tells a cache that policies have filled from others."""
+    return [UNEVEN for p in chosen.passes if isinstance(p, StagedPass) and p.uneven]
 
 
 def _builder(
