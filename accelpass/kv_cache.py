@@ -133,6 +133,8 @@ class KVLayer(CacheLayerMixin):
         holding, removed = ledger.holding_of(self.count), abs(tokens_to_remove)
         if not removed or not holding.tokens:
             return
+        if _ops.UNEVEN in (holding.form or ()):
+            raise CacheError("a KVCache whose layers hold different numbers of tokens cannot be cropped (skip_layers)")
         holding.check_crop(removed)
         holding.crop(self.count, removed)
         if not holding.tokens:

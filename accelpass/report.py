@@ -251,7 +251,7 @@ def _packed_bytes(graph: CompiledGraph, remembered: set[int]) -> int:
     """What was derived from weights; state is derived from its anchor in form alone."""
     binders = [graph.binder] if graph.binder else []
     if graph.steps is not None:
-        binders = [made.derived for made in graph.steps.compositions.values()]
+        binders = [made.derived for made in graph.steps.models.values()]
     made = [t for binder in binders for t in binder.tensors()]
     return sum(t.numel() * t.element_size() for t in made if id(t) not in remembered)
 

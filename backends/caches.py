@@ -70,7 +70,7 @@ class CacheCalls:
         """
         counts = tuple((tensors.position(u.count), (*u.form, *marks)) for u in uses)
         layers = tuple(Kept.of(use, tensors) for use in uses)
-        return CacheCalls(counts, _tokens(uses[0].tokens, tensors), uses[0].is_prompt, tensors.model, layers)
+        return CacheCalls(counts, tokens_of(uses[0].tokens, tensors), uses[0].is_prompt, tensors.model, layers)
 
     def check(self, args: Sequence[Any]) -> list[Holding]:
         """What the layers hold before the call.
@@ -103,7 +103,8 @@ class CacheCalls:
         return None if self.model is None else args[self.model]
 
 
-def _tokens(number: int | torch.SymInt, tensors: FromInputs) -> Tokens:
+def tokens_of(number: int | torch.SymInt, tensors: FromInputs) -> Tokens:
+    """How many tokens a call adds, told from its arguments."""
     if isinstance(number, int):
         return lambda args: number
     found = size_among(tensors.inputs_nodes, number)

@@ -22,20 +22,18 @@ from accelpass.backends.inductor import compile_whole
 from accelpass.backends.owners import Owners
 from accelpass.backends.prune_compiler import pruned_model, pruning_pass
 from accelpass.backends.rewriting import captured, code_for, rewritten
-from accelpass.backends.sampling import SteppedGraph
-from accelpass.backends.step_compiler import step_graph
+from accelpass.backends.staged.by_step import SteppedGraph
+from accelpass.backends.staged.compiler import marks, staged_graph
 from accelpass.ir import autocast
 from accelpass.ir.capture import NotCanonical, model_path
 from accelpass.ir.derived import refuse_uncompiled_calls
 from accelpass.ir.errors import AccelpassError, DefaultPassFailed, GraphError, PassError
 from accelpass.ir.graph import placeholders
 from accelpass.ir.kv.sites import kv_sites
-from accelpass.ir.steps import step_blocks
 from accelpass.ir.tensors import Binder, FromInputs
 from accelpass.ir.torch_private import allow_recompilations, frame_of
 from accelpass.passes.options import Options, parse
 from accelpass.passes.report import GraphReport, measure
-from accelpass.passes.step_cache.base import StepPass
 from accelpass.passes.token_pruning.filter import PromptFilter
 
 _COMPILED: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
@@ -212,10 +210,11 @@ def _canonical(
         report.add_note(*report.before.failed)
     places = [(tensors.position(n), path) for n, (path, _) in tensors.paths.items()]
     models = Owners(places, example_inputs, frame_of(gm))
-    if any(isinstance(p, StepPass) for p in chosen.passes) and step_blocks(program):
-        stepped = step_graph(gm, program, example_inputs, chosen, report)
+    if (staged := staged_graph(gm, program, example_inputs, chosen, report)) is not None:
+        graph, calls = staged
         report.seconds = time.perf_counter() - started
-        return CompiledGraph(stepped, None, chosen, options, report, models, steps=stepped)
+        steps = graph if isinstance(graph, SteppedGraph) else None
+        return CompiledGraph(graph, None, chosen, options, report, models, calls, steps=steps)
     pruning = pruning_pass(chosen)
     if pruning is not None:
         pruned = pruned_model(gm, program, example_inputs, chosen, pruning, report)
@@ -239,7 +238,7 @@ def _canonical(
     fn = code_for(program.gm, inputs, chosen, made.exact, report)
     report.seconds = time.perf_counter() - started
     report.derived_bytes = binder.derived_bytes()
-    caches = CacheCalls.of(made.uses, tensors, filters) if made.uses else None
+    caches = CacheCalls.of(made.uses, tensors, [*filters, *marks(chosen)]) if made.uses else None
     whole = WholePrompt(Part(fn, binder), tensors.model) if filters and not is_later else None
     return CompiledGraph(fn, binder, chosen, options, report, models, caches, prompt=whole)
 

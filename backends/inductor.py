@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 
-from accelpass.backends.regions import compile_regions
+from accelpass.backends.staged.repetition import compile_repeating
 from accelpass.ir.errors import CompilerMissingError
 from accelpass.ir.graph import placeholders, value
 from accelpass.passes.options import Options
@@ -30,7 +30,7 @@ def compile_graph(
     Args:
         inputs: real inputs, or fake ones.
         exact: results must equal the model's up to the order of float additions.
-        code: parts that other graphs compiled, which gets what is new; see :func:`compile_regions`.
+        code: parts that other graphs compiled, which gets what is new; see :func:`compile_repeating`.
     """
     if not exact:
         chosen = replace(chosen, inductor={**_fused_multiply_add(), **chosen.inductor})
@@ -39,9 +39,9 @@ def compile_graph(
     if chosen.regions and on_cpu:
         # What passes between parts was made by other parts; the graph's own inputs are checked by Dynamo's guards.
         settings = replace(chosen, inductor={"size_asserts": False, **chosen.inductor})
-        regions = compile_regions(gm, inputs, lambda part, given: compile_whole(part, given, settings), code)
-        if regions is not None:
-            return regions
+        stages = compile_repeating(gm, inputs, lambda part, given: compile_whole(part, given, settings), code)
+        if stages is not None:
+            return stages
     return compile_whole(gm, _with_known_sizes(gm, inputs), chosen)
 
 

@@ -15,9 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from accelpass.backends.caches import CacheCalls
 from accelpass.backends.pruned import PrunedModel, kept
 from accelpass.backends.pruned_graph import PrunedGraph, Stage
-from accelpass.backends.regions import Part, part_of
 from accelpass.backends.rewriting import Rewritten, captured, code_for, copied, rewritten
-from accelpass.backends.steps import Held, Ref
+from accelpass.backends.staged.stage import Held, Part, Ref, part_of
 from accelpass.ir.errors import OptionError
 from accelpass.ir.graph import fake_mode, placeholders, size_among, value
 from accelpass.ir.kv.lower import CacheUse

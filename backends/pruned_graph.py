@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from accelpass.backends.rows import rows_of
-from accelpass.backends.steps import Held, Ref
+from accelpass.backends.staged.stage import Held, Ref
 from accelpass.ir.tensors import Binder
 from accelpass.ir.tokens import Taken
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from accelpass.backends.inductor import compile_graph
 from accelpass.backends.lowering import lower
-from accelpass.backends.regions import Regions
+from accelpass.backends.staged.linker import LinkedGraph
 from accelpass.ir import attention
 from accelpass.ir.capture import from_dynamo
 from accelpass.ir.derived import is_released
@@ -161,15 +161,15 @@ def code_for(
     """What runs a lowered graph; the report gets the time that it took to compile, and its parts.
 
     Args:
-        code: see :func:`~accelpass.backends.regions.compile_regions`.
+        code: see :func:`~accelpass.backends.staged.repetition.compile_repeating`.
     """
     if chosen.lowering != "inductor":
         return gm
     started = time.perf_counter()
     fn = compile_graph(gm, inputs, chosen, exact, code)
     report.seconds_compiling += time.perf_counter() - started
-    if isinstance(fn, Regions):
-        report.parts += len(fn.steps)
+    if isinstance(fn, LinkedGraph):
+        report.parts += len(fn.stages)
         report.parts_compiled += fn.compiled
     return fn
 

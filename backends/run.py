@@ -17,7 +17,7 @@ from accelpass.backends.run_memory import RunMemory
 from accelpass.backends.step_clock import Clock, Tick
 
 if TYPE_CHECKING:
-    from accelpass.backends.steps import Composition
+    from accelpass.backends.staged.model import StagedModel
 
 _COPIED = 4 * 2**20
 """Bytes up to which an input is compared by its values; a larger one by identity."""
@@ -85,7 +85,7 @@ class Ran:
     row: Any
     flops: int
     attention: int
-    by: Composition
+    by: StagedModel
 
 
 @dataclass(eq=False)

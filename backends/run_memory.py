@@ -33,7 +33,7 @@ class RunMemory:
         self.held.update({(branch, name): Kept(t, step) for name, t in tensors.items()})
 
     def find(self, branch: int, name: str, like: Hashable, oldest: int, exact: bool = False) -> Tensor | None:
-        """What is remembered, laid out in memory as ``like`` says (:func:`accelpass.backends.regions.layout`).
+        """What is remembered, laid out in memory as ``like`` says (:func:`accelpass.backends.staged.stage.layout`).
 
         Args:
             oldest: the step that must have kept it, or a later one; with ``exact``, that very step.

@@ -28,6 +28,7 @@ class Program:
         remembered: names of the graph's last outputs, which later denoising steps read.
         cut: where a graph break made this graph a piece of the model; empty if it is the whole.
         edited: which pass edited an aspect of a site, by (aspect, path).
+        unwritten: names of inputs (counters of cache layers) that a pass has left unwritten on purpose.
         refused: why what a pass asks of the backend cannot be done for this graph, by the pass's name.
     """
 
@@ -41,6 +42,7 @@ class Program:
     cut: str = ""
     refused: dict[str, str] = field(default_factory=dict)
     edited: dict[tuple[str, str], str] = field(default_factory=dict)
+    unwritten: set[str] = field(default_factory=set)
     _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def results(self) -> tuple[list[Any], list[fx.Node], list[fx.Node]]:

@@ -8,7 +8,7 @@ earlier step a further input (:func:`recall`); who runs the graph hands one to t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from accelpass.ir.attention.detect import Attention
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.graph import argument_name, aten, fake_mode, is_call, mutates, placeholders, root, value
 from accelpass.ir.program import Program
+from accelpass.ir.tokens import decoder_blocks
 
 BLOCK = "step_block"
 """Key of ``meta``: the number of the block that a node is the end of; -1 for all nodes in front of the blocks."""
@@ -94,6 +95,20 @@ def step_blocks(program: Program) -> list[StepBlock]:
             modules = _modules(program, block)
             found.append(StepBlock(len(found), block.path, block.inputs, block.outputs, modules, inside))
     return _with_own_paths(found)
+
+
+def decoder_stack(program: Program) -> list[StepBlock]:
+    """The blocks that one stream of tokens passes through, in order. Changes nothing.
+
+    Raises:
+        CannotCut: there are none, or they are no chain.
+    """
+    found = decoder_blocks(program)
+    cut = (
+        StepBlock(n, b.path, b.inputs, b.outputs, (), _region(program, b.inputs, b.outputs))
+        for n, b in enumerate(found)
+    )
+    return _with_own_paths(list(cut))
 
 
 def _with_own_paths(found: list[StepBlock]) -> list[StepBlock]:
@@ -178,12 +193,15 @@ def drop_dead_writes(graph: fx.Graph) -> None:
             graph.eliminate_dead_code()
 
 
-def prepare(program: Program) -> list[StepBlock]:
+def prepare(program: Program, stack: Callable[[Program], Sequence[StepBlock]] = step_blocks) -> Sequence[StepBlock]:
     """Put what several blocks share in front of them, and mark where each block ends (``meta[BLOCK]``).
 
     Shared values (a rotary table, the embedding of the step) must not vanish with the block that first used them.
+
+    Args:
+        stack: finds the blocks that the graph is cut at.
     """
-    found = step_blocks(program)
+    found = stack(program)
     if not found:
         return []
     last = max(found[0].inputs)
@@ -203,7 +221,7 @@ def prepare(program: Program) -> list[StepBlock]:
         last = node
     if shared:
         program.changed()
-        found = step_blocks(program)
+        found = stack(program)
     for node in program.graph.nodes:
         node.meta[BLOCK] = -1
         if node is last:

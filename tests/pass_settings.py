@@ -59,6 +59,8 @@ SETTINGS: dict[str, Setting] = {
     "cpu_decode_attention": Setting({}),
     "grouped_query": Setting({}, ("prompt",)),
     "cpu_gemv": Setting({}),
+    "skip_layers": Setting({"least": 1, "start": 24, "horizon": 25}),
+    "early_exit": Setting({"threshold": 0.0}),
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),
     "int8_dynamic": Setting({}, ("mlp", "prompt", "encoder")),
     "int4_weights": Setting({"group_size": 32}, ("mlp", "prompt")),

@@ -141,7 +141,7 @@ def compiled_since(before: Sequence[CompiledGraph]) -> int:
     """How many graphs were compiled that are not in ``before``; one that is compiled anew for each size counts each time."""
     known = {g.report.number for g in before}
     new = [g for g in compiled_graphs() if g.report.number not in known]
-    return sum(max(1, len(g.steps.compositions)) if g.steps is not None else 1 for g in new)
+    return sum(max(1, len(g.steps.models)) if g.steps is not None else 1 for g in new)
 
 
 def cause(error: Exception) -> Exception:

@@ -18,6 +18,8 @@ from accelpass.ir.kv.ledger import holding_of
 from accelpass.ir.torch_private import has_stopped_compiling
 
 DENSE = "dense"
+UNEVEN = "in layers of different lengths"
+"""In the form of a cache of which some layers hold fewer tokens than others."""
 
 
 def dense_state(k: Tensor, v: Tensor, capacity: int) -> tuple[StateSpec, StateSpec]:

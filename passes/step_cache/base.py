@@ -1,34 +1,27 @@
 """The base of passes that compute a block in one way at one denoising step and in another way at the next.
 
 Such a pass says what is done where (``places``), when (``action``, on the host, from the step's number alone) and how
-(``rewrite``, once for each action that occurs). The backend compiles a block once for each action and puts a step's
-graph together from these.
+(``acted``, once for each action that occurs); the stages that a step runs are those that its actions name.
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.attention.insert import inverse
-from accelpass.ir.attention.lower import memory_order
 from accelpass.ir.attention.spec import AttentionSpec
 from accelpass.ir.capture import cut_said
 from accelpass.ir.errors import SpecConflict
-from accelpass.ir.graph import aten, call, value
+from accelpass.ir.graph import value
 from accelpass.ir.program import Program
-from accelpass.ir.resize import CannotResize
 from accelpass.ir.steps import (
-    BLOCK,
     LATENTS,
-    NAME,
-    Module,
     StepBlock,
     StepError,
     drop_dead_writes,
@@ -37,10 +30,9 @@ from accelpass.ir.steps import (
     step_blocks,
     user_input,
 )
-from accelpass.passes.base import Done, Record, Skip
-from accelpass.passes.site_pass import Edits, SitePass
+from accelpass.passes.base import Record
+from accelpass.passes.staged import FULL, Site, StagedPass, laid_out
 
-FULL = "full"
 FIRST = "first call: "
 NO_BLOCKS = (
     "no block of this graph reads the latents (an input named hidden_states, sample, latents or x), so there are no "
@@ -50,25 +42,8 @@ NO_BLOCKS = (
 NO_SITES = "the blocks that the latents pass through hold nothing for this pass: no attention over the latents"
 
 
-@dataclass(frozen=True, eq=False)
-class Site:
-    """Something that a step may compute in another way: a block, or one attention module of a block."""
-
-    path: str
-    block: StepBlock
-    module: Module | None = None
-
-    @property
-    def streams(self) -> tuple[fx.Node, ...]:
-        return self.block.inputs if self.module is None else self.module.streams
-
-    @property
-    def results(self) -> tuple[fx.Node, ...]:
-        return self.block.outputs if self.module is None else self.module.results
-
-
 @dataclass(frozen=True)
-class StepPass(SitePass):
+class StepPass(StagedPass):
     """Chooses, for each step and site, one of a few actions; :data:`FULL` is the model's own computation.
 
     Attributes:
@@ -81,11 +56,7 @@ class StepPass(SitePass):
     latents: tuple[int, ...] = field(default=(), kw_only=True)
     scheduler: str = field(default="", kw_only=True)
 
-    phase: ClassVar[str] = "attention"
-    edits: ClassVar[frozenset[str]] = frozenset({"block.steps"})
     claims: ClassVar[dict[str, str]] = {"calls": "denoising steps follow one another"}
-    searching: ClassVar[bool] = False
-    """Every combination of actions may be asked for."""
 
     def bound(self, artefacts: Mapping[str, Tensor], device: torch.device) -> StepPass:
         """The pass with the tensors of its plan.
@@ -95,9 +66,8 @@ class StepPass(SitePass):
         """
         return self
 
-    @abstractmethod
-    def places(self, blocks: Sequence[StepBlock]) -> list[Site]:
-        """The sites, in the order in which the model runs them."""
+    def stack(self, program: Program) -> Sequence[StepBlock]:
+        return program.analysis(step_blocks)
 
     @abstractmethod
     def action(self, step: int, site: str, branch: int = 0) -> str:
@@ -149,13 +119,11 @@ class StepPass(SitePass):
         """What a search may try at a site; asked for only if :attr:`searching`."""
         return (FULL,)
 
-    @abstractmethod
-    def acted(self, program: Program, site: Site, action: str) -> str:
-        """Do it; returns what was done, for the report.
-
-        Raises:
-            CannotResize, SpecConflict: it cannot be done there; nothing that the graph returns has changed.
-        """
+    def ways(self, paths: Sequence[str], can: Callable[[str], bool]) -> Iterable[tuple[str, ...]]:
+        if self.searching and any(map(can, paths)):
+            return itertools.product(*(self.actions(path) if can(path) else (FULL,) for path in paths))
+        calls = itertools.product(range(self.horizon()), range(self.branches))
+        return [tuple(self.action(step, path, n) if can(path) else FULL for path in paths) for step, n in calls]
 
     def check_call(self, latents: Tensor) -> None:
         """Raise :class:`StepError` if the first call of a run is not what the schedule assumes."""
@@ -169,15 +137,6 @@ class StepPass(SitePass):
         if sites:
             return None
         return cut_said(program) or (NO_SITES if program.analysis(step_blocks) else NO_BLOCKS)
-
-    def rewrite(self, site: Site, edit: Edits) -> Done | Skip | None:
-        action = edit.program.actions.get(self.name, {}).get(site.path, FULL)
-        if action == FULL:
-            return None
-        try:
-            return Done(self.acted(edit.program, site, action))
-        except CannotResize as cause:
-            return Skip(f"{action}: {cause}")
 
     def apply(self, program: Program, record: Record) -> None:
         seen = tuple(int(n) for n in value(latents).shape[1:]) if (latents := user_input(program, *LATENTS)) else ()
@@ -194,7 +153,7 @@ class StepPass(SitePass):
 def keep(program: Program, site: Site, what: str, nodes: Sequence[fx.Node], like: Sequence[fx.Node]) -> None:
     """Remember ``nodes`` of a site for later steps, in memory as ``like`` are, which is how :func:`kept` reads them."""
     for index, (node, known) in enumerate(zip(nodes, like, strict=True)):
-        remember(program, state_name(site.path, what, index), _laid_out(node, known))
+        remember(program, state_name(site.path, what, index), laid_out(node, known))
 
 
 def kept(program: Program, site: Site, what: str, like: Sequence[fx.Node]) -> list[fx.Node]:
@@ -210,63 +169,6 @@ def of_first_branch(name: str) -> str:
 def state_name(path: str, what: str, index: int = 0) -> str:
     """How remembered tensors are called: ``transformer_blocks.3.attn1:output``."""
     return f"{path}:{what}" if index == 0 else f"{path}:{what}{index + 1}"
-
-
-@contextmanager
-def appending(node: fx.Node) -> Iterator[Callable[..., fx.Node]]:
-    """Nodes made inside come after ``node``, in the order in which they are made; yields what calls an operator."""
-    graph = node.graph
-    with graph.inserting_after(node):
-        end = graph.call_function(aten.alias.default, (node,))
-    with graph.inserting_before(end):
-        yield lambda target, *args: call(graph, node, target, *args)
-    if BLOCK in node.meta and end.prev is not node:
-        end.prev.meta[BLOCK] = node.meta.pop(BLOCK)  # what was made belongs to the block that ended here
-    graph.erase_node(end)
-
-
-def _laid_out(node: fx.Node, like: fx.Node) -> fx.Node:
-    """``node`` in memory as ``like`` is: what reads it, in this block or the next, was captured for that."""
-    if value(node).stride() == value(like).stride():
-        return node
-    order = memory_order(value(like)) or tuple(range(value(like).dim()))
-    with appending(node) as build:
-        stored = build(aten.contiguous.default, build(aten.permute.default, node, order))
-        return build(aten.permute.default, stored, inverse(order))
-
-
-def put(site: Site, new: Sequence[fx.Node]) -> None:
-    """Let ``new`` be the site's results.
-
-    Raises:
-        CannotResize: something reads a result before the new one is there.
-    """
-    new = [_laid_out(node, old) for old, node in zip(site.results, new, strict=True)]
-    readers = [
-        [user for user in old.users if user not in _made_from(old, node)]
-        for old, node in zip(site.results, new, strict=True)
-    ]
-    for old, node, others in zip(site.results, new, readers, strict=True):
-        if node.op != "placeholder" and any(user < node for user in others):
-            raise CannotResize(f"{old.name} is read before the last of the site's results is there")
-    for old, node, others in zip(site.results, new, readers, strict=True):
-        old.replace_all_uses_with(node, delete_user_cb=others.__contains__)
-        if old is not node and NAME in old.meta:
-            node.meta[NAME] = old.meta.pop(NAME)
-    ends = [old.meta.pop(BLOCK) for old in site.results if BLOCK in old.meta]
-    if ends:
-        max(new).meta[BLOCK] = ends[0]
-
-
-def _made_from(old: fx.Node, new: fx.Node) -> set[fx.Node]:
-    """What ``new`` is computed with after ``old``, ``new`` included."""
-    made, front = {new}, [new]
-    while front:
-        for before in front.pop().all_input_nodes:
-            if old < before and before not in made:
-                made.add(before)
-                front.append(before)
-    return made
 
 
 def refuse_edited(spec: AttentionSpec, by: str) -> None:

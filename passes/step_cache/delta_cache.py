@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from accelpass.ir.graph import aten
 from accelpass.ir.program import Program
 from accelpass.ir.steps import StepBlock, recall_new
-from accelpass.passes.step_cache.base import FULL, Site, StepPass, appending, keep, kept, put
+from accelpass.passes.staged import FULL, Site, appending, put
+from accelpass.passes.step_cache.base import StepPass, keep, kept
 
 _KEEP, _KEEP_SLOPE, _USE, _USE_SLOPE = "full+delta", "full+delta+slope", "delta", "delta+slope"
 

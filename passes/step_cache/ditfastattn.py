@@ -16,17 +16,14 @@ from accelpass.ir.graph import aten, call, value
 from accelpass.ir.program import Program
 from accelpass.ir.resize import CannotResize, Resizer
 from accelpass.ir.steps import StepBlock, StepError, recall
+from accelpass.passes.staged import FULL, Site, appending, put
 from accelpass.passes.step_cache.base import (
-    FULL,
     Searched,
-    Site,
     StepPass,
     StepSearch,
-    appending,
     keep,
     kept,
     of_first_branch,
-    put,
     refuse_edited,
     state_name,
 )

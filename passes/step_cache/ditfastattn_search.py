@@ -12,7 +12,8 @@ from torch import Tensor
 
 from accelpass.ir.errors import PassError
 from accelpass.ir.program import Program
-from accelpass.passes.step_cache.base import FULL, Site, StepSearch, Trial
+from accelpass.passes.staged import FULL, Site
+from accelpass.passes.step_cache.base import StepSearch, Trial
 from accelpass.passes.step_cache.ditfastattn import (
     HALF,
     LETTERS,

@@ -16,16 +16,13 @@ from accelpass.ir.graph import aten, call, value
 from accelpass.ir.program import Program
 from accelpass.ir.resize import CannotResize, Resizer
 from accelpass.ir.steps import StepBlock, StepError, recall_new
+from accelpass.passes.staged import FULL, Site, appending, put
 from accelpass.passes.step_cache.base import (
-    FULL,
     Searched,
-    Site,
     StepPass,
     StepSearch,
-    appending,
     keep,
     kept,
-    put,
 )
 
 IMPORTANCE = "tokencache.importance"

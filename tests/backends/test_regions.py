@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import accelpass
-from accelpass.backends import graphs_of, inductor, regions
+from accelpass.backends import graphs_of, inductor
+from accelpass.backends.staged import repetition as regions
 from tests.small_models import Mlp, relative_error
 
 WIDTH = 32
@@ -120,8 +121,8 @@ def test_two_instances_and_inference_mode():
 @pytest.mark.parametrize("why", ["one tensor written twice", "random", "symbolic sizes"])
 def test_what_cannot_be_cut_stays_whole(why: str, monkeypatch: pytest.MonkeyPatch):
     seen: list[Any] = []
-    original = regions.compile_regions
-    monkeypatch.setattr(inductor, "compile_regions", lambda *a: seen.append(original(*a)) or seen[-1])
+    original = regions.compile_repeating
+    monkeypatch.setattr(inductor, "compile_repeating", lambda *a: seen.append(original(*a)) or seen[-1])
     torch.manual_seed(0)
     model = Stack(5, dropout=0.5 if why == "random" else 0.0).eval()
     base = torch.randn(8, WIDTH)

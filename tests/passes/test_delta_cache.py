@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from accelpass.backends import graphs_of
-from accelpass.backends.steps import Piece
+from accelpass.backends.staged.stage import Stage
 from accelpass.models_zoo import digits, tiny_diffusers
 from tests.passes.step_truth import DeltaBlock, denoise
 from tests.sweep import examples, sweep
@@ -52,17 +52,17 @@ def test_blocks_hand_on_what_the_next_one_was_compiled_for(monkeypatch: pytest.M
     denoise(fast, run, [9.0])
     (graph,) = graphs_of(model)
     assert graph.steps is not None
-    (composition,) = graph.steps.compositions.values()
+    (composition,) = graph.steps.models.values()
     seen: list[tuple[object, object]] = []
-    for key, piece in composition.pieces.items():
+    for key, piece in composition.stages.items():
 
-        def watched(*args: torch.Tensor, piece: Piece = piece) -> tuple[torch.Tensor, ...]:
+        def watched(*args: torch.Tensor, piece: Stage = piece) -> tuple[torch.Tensor, ...]:
             made = piece.fn(*args)
             seen.extend((t.stride(), piece.layouts[name][1]) for name, t in zip(piece.made, made, strict=True))
             return made
 
-        composition.pieces[key] = replace(piece, fn=watched)
-    composition._linked.clear()
+        composition.stages[key] = replace(piece, fn=watched)
+    del composition.linked  # is linked anew
     denoise(fast, run, [9.0, 7.0, 5.0])
     assert len(seen) > 9 and all(a == b for a, b in seen)
 

@@ -69,7 +69,7 @@ def follow(fast: Any, plan: DiTFastAttn) -> None:
     """Let a model that is compiled in every way follow a plan."""
     (graph,) = find(fast).graphs
     graph.steps.passes = (plan,)
-    for made in graph.steps.compositions.values():
+    for made in graph.steps.models.values():
         made.sites[:] = [[(plan, path) for _, path in block] for block in made.sites]
     accelpass.reset(fast)
 
@@ -177,13 +177,13 @@ def test_what_a_shared_module_saves() -> None:
     fast = fast_of(model, methods={PATHS[0]: "FACCWX", PATHS[1]: "FFFFFF"})
     denoise(fast, call, TIMES)
     (graph,) = find(fast).graphs
-    (made,) = graph.steps.compositions.values()
+    (made,) = graph.steps.models.values()
 
     def linears(action: str) -> int:
-        return sum(is_call(n, aten.linear) for n in made.pieces[0, (action,)].fn.__self__.graph.nodes)
+        return sum(is_call(n, aten.linear) for n in made.stages[0, (action,)].fn.__self__.graph.nodes)
 
     def attentions(action: str) -> int:
-        nodes = made.pieces[0, (action,)].fn.__self__.graph.nodes
+        nodes = made.stages[0, (action,)].fn.__self__.graph.nodes
         return sum(is_call(n, aten.scaled_dot_product_attention) or is_attention(n) for n in nodes)
 
     assert linears("share") == linears("full") - 4, "queries, keys, values and the out-projection"
@@ -303,7 +303,7 @@ def test_with_packed_weights() -> None:
     fast = fast_of(model, "eager", others, methods=methods)
     same(denoise(fast, call, TIMES), truth)
     (graph,) = find(fast).graphs
-    (made,) = graph.steps.compositions.values()
+    (made,) = graph.steps.models.values()
     total = sum(
         sum(
             t.numel() * t.element_size()

@@ -89,7 +89,7 @@ def follow(fast: Any, pruning: Trained) -> None:
     """Let a compiled model follow another plan whose ways to compute a block are compiled already."""
     (graph,) = find(fast).graphs
     graph.steps.passes = (pruning,)
-    for made in graph.steps.compositions.values():
+    for made in graph.steps.models.values():
         made.sites[:] = [[(pruning, path) for _, path in block] for block in made.sites]
     accelpass.reset(fast)
 
@@ -156,8 +156,8 @@ def test_pruned_blocks_compute_their_kept_tokens_alone() -> None:
     fast = fast_of(model, table, **options)
     denoise(fast, call, TIMES)
     (graph,) = find(fast).graphs
-    (made,) = graph.steps.compositions.values()
-    for (block, actions), piece in made.pieces.items():
+    (made,) = graph.steps.models.values()
+    for (block, actions), piece in made.stages.items():
         rows = {
             value(n.args[0]).shape[1] for n in piece.fn.__self__.graph.nodes if is_call(n, aten.linear)
             if value(n.args[0]).dim() == 3

@@ -1,27 +1,24 @@
 """Equal blocks of a model are compiled once and called as often as they occur.
 
-Inductor lowers, schedules and writes code for each of a model's thirty equal layers. Here the graph is cut where it
-repeats itself; a part that equals an earlier one takes that one's code, with its own weights as arguments.
+Inductor lowers, schedules and writes code for each of a model's thirty equal layers. Here the graph is cut into stages where
+it repeats itself; a stage that equals an earlier one takes that one's code, with its own weights as arguments.
 """
 
 from __future__ import annotations
 
 import itertools
-import operator
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import TracingContext, tracing
 
+from accelpass.backends.staged.linker import Key, LinkedGraph, link
+from accelpass.backends.staged.stage import Code, Compile, Fn, Held, Ref, Stage, attribute, layout, part_of
 from accelpass.ir.attention.score_steps import argument
 from accelpass.ir.graph import aten, fake_mode, is_call, placeholders, value, written_inputs
-
-Fn = Callable[..., Any]
-Compile = Callable[[fx.GraphModule, list[Any]], Fn]
 
 LEAST_NODES, LEAST_TIMES = 10, 3
 """A repetition of fewer nodes, or that occurs fewer times, stays where it is: each call of a part costs microseconds."""
@@ -41,68 +38,15 @@ class Repetition:
         return self.start + self.period * self.times
 
 
-@dataclass
-class Step:
-    """One call of a compiled part; slots are positions in the list of all values."""
-
-    fn: Fn
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    last_used: tuple[int, ...]
-
-
-@dataclass
-class Regions:
-    """The whole graph as calls of its parts, in order.
-
-    Attributes:
-        constants: tensors that the graph itself holds; their slots follow those of the arguments.
-        slots: how many values there are in all.
-        compiled: how many different parts were compiled for the steps; others had been compiled before.
-    """
-
-    steps: list[Step]
-    constants: list[Tensor]
-    slots: int
-    results: tuple[Any, ...]
-    compiled: int
-
-    def __call__(self, *args: Any) -> tuple[Any, ...]:
-        values = [*args, *self.constants]
-        values += [None] * (self.slots - len(values))
-        for step in self.steps:
-            made = step.fn(*[values[i] for i in step.inputs])
-            for slot, one in zip(step.outputs, made, strict=True):
-                values[slot] = one
-            del made
-            for slot in step.last_used:
-                values[slot] = None
-        return tuple(values[r.number] if isinstance(r, Slot) else r for r in self.results)
-
-
-@dataclass(frozen=True)
-class Slot:
-    number: int
-
-
-@dataclass
-class Part:
-    """A stretch of the graph as a module of its own, what it is given, and what it hands on."""
-
-    gm: fx.GraphModule
-    given: list[fx.Node]
-    made: list[fx.Node]
-
-
-def compile_regions(
+def compile_repeating(
     gm: fx.GraphModule, inputs: Sequence[Any], compile_part: Compile, code: dict[Hashable, Fn] | None = None
-) -> Regions | None:
-    """Compile ``gm`` part by part; None if it does not repeat itself or cannot be cut safely.
+) -> LinkedGraph | None:
+    """Compile ``gm`` stage by stage; None if it does not repeat itself or cannot be cut safely.
 
     Args:
         inputs: real inputs, or fake ones.
-        compile_part: compiles one part for fake inputs; called once for each different part.
-        code: parts that were compiled before, which gets what is new.
+        compile_part: compiles one stage for fake inputs; called once for each different one.
+        code: stages that were compiled before, which gets what is new.
     """
     mode = fake_mode(gm)
     if mode is None or not _can_cut(gm, inputs):
@@ -115,54 +59,19 @@ def compile_regions(
     parts = [part_of(calls[low:high]) for low, high in itertools.pairwise(cuts)]
     if not all(isinstance(value(n), Tensor) for part in parts for n in part.made):
         return None
+    refs: dict[Any, Ref] = {n: ("argument", i) for i, n in enumerate(placeholders(gm))}
+    given = list(refs.values())
+    refs |= {n: ("held", Held(attribute(gm, n))) for n in gm.graph.nodes if n.op == "get_attr"}
+    refs |= {n: ("value", n.name) for n in calls}
+    compiled = Code(compile_part, {} if code is None else code)
+    before = len(compiled.known)
+    stages: dict[Key, Stage] = {}
+    for number, part in enumerate(parts):
+        fn, taken, made = compiled.of(part, mode), tuple(refs[n] for n in part.given), tuple(n.name for n in part.made)
+        stages[number, ()] = Stage(fn, taken, made)
     (output,) = gm.graph.find_nodes(op="output")
-    held = [n for n in gm.graph.nodes if n.op == "get_attr"]
-    kept = {*output.all_input_nodes, *placeholders(gm), *held}
-    last = {n: i for i, part in enumerate(parts) for n in part.given if n not in kept}
-    slot: dict[fx.Node, int] = {}
-    for node in (*placeholders(gm), *held, *(n for part in parts for n in part.made)):
-        slot[node] = len(slot)
-    code = {} if code is None else code
-    before = len(code)
-    steps = []
-    for i, part in enumerate(parts):
-        key = key_of(part)
-        if key not in code:
-            with tracing(TracingContext(mode)):
-                code[key] = compile_part(part.gm, [value(n) for n in part.given])
-        groups = (part.given, part.made, [n for n in part.given if last.get(n) == i])
-        steps.append(Step(code[key], *(tuple(slot[n] for n in group) for group in groups)))
-    results = tuple(Slot(slot[r]) if isinstance(r, fx.Node) else r for r in output.args[0])
-    return Regions(steps, [_attribute(gm, n) for n in held], len(slot), results, len(code) - before)
-
-
-def part_of(nodes: Sequence[fx.Node], wanted: frozenset[str] = frozenset()) -> Part:
-    """A stretch of the graph by itself; ``wanted`` names nodes that it hands on though nothing here reads them."""
-    inside = set(nodes)
-    given = list(dict.fromkeys(p for n in nodes for p in n.all_input_nodes if p not in inside))
-    made = [n for n in nodes if n.name in wanted or any(u not in inside for u in n.users)]
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in given:
-        env[node] = graph.placeholder(node.name)
-        env[node].meta = {"val": value(node)}
-    for node in nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[n] for n in made))
-    return Part(fx.GraphModule(torch.nn.Module(), graph), given, made)
-
-
-def key_of(part: Part) -> Hashable:
-    """Equal for parts that the same code can run: the same calls on tensors that are laid out and overlap alike."""
-    nodes = list(part.gm.graph.nodes)
-    number = {n: f"%{i}" for i, n in enumerate(nodes)}
-    storages = [value(n).untyped_storage()._cdata if isinstance(value(n), Tensor) else n for n in part.given]
-    overlap = tuple(storages.index(s) for s in storages)
-    calls = tuple(
-        (n.op, n.target if n.op == "call_function" else "", str(fx.map_arg((n.args, n.kwargs), number.__getitem__)))
-        for n in nodes
-    )
-    return calls, overlap, tuple(layout(value(n)) for n in nodes if n.op != "output")
+    results = [refs[r] if isinstance(r, fx.Node) else ("literal", r) for r in output.args[0]]
+    return link(stages, results, given, len(compiled.known) - before)
 
 
 def repetitions(calls: Sequence[fx.Node]) -> list[Repetition]:
@@ -237,19 +146,11 @@ def _signature(node: fx.Node, place: dict[fx.Node, int]) -> Hashable:
     return str(node.op), str(node.target), str(literal), str(layout(value(node)))
 
 
-def layout(held: Any) -> Hashable:
-    if isinstance(held, Tensor):
-        return tuple(held.shape), held.stride(), held.dtype, held.device, held.storage_offset()
-    if isinstance(held, tuple | list):
-        return tuple(map(layout, held))
-    return type(held).__name__, held if isinstance(held, int | float | bool | str) else None
-
-
 def _can_cut(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     """Every size is a number, nothing is random, no graph inside the graph, and written inputs overlap no other."""
     for node in gm.graph.nodes:
         held = value(node)
-        if node.op == "get_attr" and not isinstance(_attribute(gm, node), Tensor):
+        if node.op == "get_attr" and not isinstance(attribute(gm, node), Tensor):
             return False
         if node.op in ("call_module", "call_method"):
             return False
@@ -265,10 +166,6 @@ def _can_cut(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
         for node, t in zip(placeholders(gm), inputs, strict=True)
         if node in written and isinstance(t, Tensor)
     )
-
-
-def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
-    return operator.attrgetter(str(node.target))(gm)
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -1,21 +1,21 @@
-"""What ``torch.compile`` calls for a model whose passes work across denoising steps: it finds the sampling run that a call
-belongs to, chooses the step's graph, and hands what one step keeps to the next."""
+"""The policy of denoising steps: finds the sampling run that a call belongs to, chooses the step's variants, and hands what one
+step keeps to the next."""
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from accelpass.backends.run import Call, Ran, Run
 from accelpass.backends.runs import RENEWED, RUNS, Runs, Turn
+from accelpass.backends.staged.graph import StagedGraph
+from accelpass.backends.staged.model import Actions, Row, StagedModel, all_full
 from accelpass.backends.step_clock import Clock, Tick
-from accelpass.backends.steps import Composition, Row
 from accelpass.ir.steps import StepError
 from accelpass.passes.step_cache.base import FIRST, StepPass
 
@@ -37,72 +37,67 @@ class Arguments:
 
 
 @dataclass(eq=False)
-class SteppedGraph:
+class SteppedGraph(StagedGraph):
     """The callable.
 
     Attributes:
         passes: those that choose actions by step.
-        build: compiles the model for the sizes of a call's arguments.
         key: what tells models apart that were compiled in different ways.
     """
 
     passes: tuple[StepPass, ...]
-    build: Callable[[Sequence[Any]], Composition]
     at: Arguments
     key: Any
-    compositions: dict[tuple[int, ...], Composition] = field(default_factory=dict)
     _runs: dict[int, tuple[weakref.ref[Tensor] | None, Runs]] = field(default_factory=dict)
-    _building: threading.RLock = field(default_factory=threading.RLock)
 
     def __call__(self, *args: Any) -> Any:
-        composition, runs, call = self.composition(args), self.runs_of(args), self._call(args)
+        model, runs, call = self.model(args), self.runs_of(args), self._call(args)
         searcher = next((p.decides for p in self.passes if p.decides is not None), None)
         with runs.turn(call, self._begin, searcher is not None) as turn:
             if turn.run is None:
-                return composition.evaluate(composition.full, args, _nothing)[0]
+                return model.evaluate(model.full, args, _nothing)[0]
             if turn.tick.fresh or turn.run.past[-1].latents.shape != call.latents.shape:
                 for p in self.passes:
                     p.check_call(call.latents)
-            recalled = self._recalled(composition, turn, call.latents.device)
+            recalled = self._recalled(model, turn, call.latents.device)
             if searcher is not None:
-                row: Row = searcher.choose(_Trial(composition, args, recalled, turn.tick, turn.time, call.latents))
+                row: Row = searcher.choose(_Trial(model, args, recalled, turn.tick, turn.time, call.latents))
             else:
-                row = self._row(composition, turn)
+                row = self._row(model, turn)
                 known = turn.branch in turn.run.branches  # else it is said already why it begins anew
-                if known and row != composition.row(turn.tick.step, turn.tick.branch):
+                if known and row != planned_row(model, turn.tick.step, turn.tick.branch):
                     runs.notes[RENEWED] += 1
-            made, kept = composition.evaluate(row, args, recalled)
-            graph = composition.linked(row)
-            ran = Ran(turn.tick, turn.time, row, graph.flops, graph.attention, composition)
+            made, kept = model.evaluate(row, args, recalled)
+            ran = Ran(turn.tick, turn.time, row, *model.flops(row), model)
             runs.done(call, turn, made, kept, ran)
             return made
 
-    def _row(self, composition: Composition, turn: Turn) -> Row:
+    def _row(self, model: StagedModel, turn: Turn) -> Row:
         def held(name: str, oldest: int) -> bool:
-            return self._found(composition, turn, name, oldest) is not None
+            return self._found(model, turn, name, oldest) is not None
 
-        return composition.possible(turn.tick.step, turn.tick.branch, held)
+        return possible_row(model, turn.tick.step, turn.tick.branch, held)
 
-    def _found(self, composition: Composition, turn: Turn, name: str, oldest: int) -> Tensor | None:
+    def _found(self, model: StagedModel, turn: Turn, name: str, oldest: int) -> Tensor | None:
         assert turn.run is not None
         if turn.tick.fresh:
             return None
         branch = turn.run.first if name.startswith(FIRST) else turn.branch.number
-        like: Hashable = composition.recalls[name]
+        like: Hashable = model.recalls[name]
         exact = any(p.exact_age for p in self.passes)
         return turn.run.memory.find(branch, name.removeprefix(FIRST), like, oldest, exact)
 
-    def _recalled(self, composition: Composition, turn: Turn, device: torch.device) -> Callable[[str], Tensor]:
+    def _recalled(self, model: StagedModel, turn: Turn, device: torch.device) -> Callable[[str], Tensor]:
         """Finds what a step reads: a tensor of the plan, or what an earlier step has kept."""
 
         def find(name: str) -> Tensor:
             step = turn.tick.step
-            planned = composition.planned(name, step)
+            planned = _operand(model, name, step)
             if planned is not None:
                 return planned.to(device)
             assert turn.run is not None
             branch = turn.run.first if name.startswith(FIRST) else turn.branch.number
-            found = turn.run.memory.find(branch, name.removeprefix(FIRST), composition.recalls[name], 0)
+            found = turn.run.memory.find(branch, name.removeprefix(FIRST), model.recalls[name], 0)
             if found is None or turn.tick.fresh:
                 raise StepError(
                     f"step {step} reads {name!r}, which no earlier step of this run has kept (call {turn.tick.branch + 1} "
@@ -111,15 +106,6 @@ class SteppedGraph:
             return found
 
         return find
-
-    def composition(self, args: Sequence[Any]) -> Composition:
-        """The compiled parts for a call's sizes, compiled if they are new."""
-        sizes = tuple(a for a in args if isinstance(a, int) and not isinstance(a, bool))
-        if sizes not in self.compositions:
-            with self._building, torch.no_grad():
-                if sizes not in self.compositions:
-                    self.compositions[sizes] = self.build(args)
-        return self.compositions[sizes]
 
     def runs_of(self, args: Sequence[Any]) -> Runs:
         """The runs of the model instance that a call is for."""
@@ -149,6 +135,53 @@ class SteppedGraph:
         return Run(Clock(timesteps, calls), next((p.ends for p in self.passes if p.ends), None))
 
 
+def planned_row(model: StagedModel, step: int, branch: int) -> Row:
+    """What the passes want at a step."""
+    return tuple(
+        model.chosen(n, lambda p, path: p.action(step, path, branch))  # type: ignore[attr-defined]
+        for n in range(len(model.sites))
+    )
+
+
+def possible_row(model: StagedModel, step: int, branch: int, held: Callable[[str, int], bool]) -> Row:
+    """What the passes want at a step, as far as what it reads was kept.
+
+    A block that reads what is missing does what the latest step before did that reads nothing missing, which is as a
+    rule the step that keeps it.
+
+    Args:
+        held: whether something is remembered under a name, by the given step or a later one.
+    """
+    rows: dict[int, Row] = {}
+
+    def actions(at: int, block: int) -> Actions:
+        if at not in rows:
+            rows[at] = planned_row(model, at, branch)
+        return rows[at][block]
+
+    def has_all(block: int, way: Actions) -> bool:
+        names = [what for kind, what in model.stages[block, way].reads if kind == "recalled"]
+        return all(held(n, kept_at(n, block)) for n in names if _operand(model, n, step) is None)
+
+    def kept_at(name: str, block: int) -> int:
+        if name.startswith(FIRST):
+            return step  # by the step's first call
+        keeps = (t for t in range(step - 1, -1, -1) if name in dict(model.stages[block, actions(t, block)].keeps))
+        return next(keeps, step)  # never: nothing is as new as this step
+
+    chosen = []
+    for block, wanted in enumerate(planned_row(model, step, branch)):
+        tried = (wanted, *(actions(t, block) for t in range(step - 1, -1, -1)))
+        chosen.append(next((way for way in tried if has_all(block, way)), all_full(model.sites[block])))
+    return tuple(chosen)
+
+
+def _operand(model: StagedModel, name: str, step: int) -> Tensor | None:
+    """A tensor that a step reads and that the plan holds, not an earlier step."""
+    steps = (p for p in model.passes if isinstance(p, StepPass))
+    return next((t for p in steps if (t := p.operand(name, step)) is not None), None)
+
+
 def _range(time: Any) -> tuple[float, float]:
     """The least and the largest timestep, which differ where each sample or token has its own."""
     if not isinstance(time, Tensor):
@@ -167,7 +200,7 @@ def _nothing(name: str) -> Tensor:
 class _Trial:
     """See :class:`accelpass.passes.step_cache.base.Trial`."""
 
-    composition: Composition
+    model: StagedModel
     args: Sequence[Any]
     recalled: Callable[[str], Tensor]
     tick: Tick
@@ -176,7 +209,7 @@ class _Trial:
 
     @property
     def sites(self) -> Sequence[Sequence[tuple[StepPass, str]]]:
-        return self.composition.sites
+        return cast(Sequence[Sequence[tuple[StepPass, str]]], self.model.sites)
 
     @property
     def step(self) -> int:
@@ -187,7 +220,7 @@ class _Trial:
         return self.tick.branch
 
     def can(self, block: int, actions: tuple[str, ...]) -> bool:
-        return (block, actions) in self.composition.pieces
+        return (block, actions) in self.model.stages
 
     def run(self, row: Sequence[tuple[str, ...]]) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
-        return self.composition.evaluate(tuple(row), self.args, self.recalled)
+        return self.model.evaluate(tuple(row), self.args, self.recalled)

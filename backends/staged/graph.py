@@ -1,0 +1,109 @@
+"""A compiled graph that runs in stages: its models by size, and the policy that chooses variants at each call."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from accelpass.backends.staged.linker import Execution
+from accelpass.backends.staged.model import StagedModel
+from accelpass.ir.errors import PassError
+from accelpass.ir.kv.ledger import holding_of
+from accelpass.passes.staged import StagedPass
+
+
+@dataclass(eq=False)
+class StagedGraph(ABC):
+    """What Dynamo calls.
+
+    Attributes:
+        build: compiles the model for the sizes of a call's arguments.
+        models: by these sizes.
+    """
+
+    build: Callable[[Sequence[Any]], StagedModel]
+    models: dict[tuple[int, ...], StagedModel] = field(default_factory=dict, init=False)
+    _building: threading.RLock = field(default_factory=threading.RLock, init=False)
+
+    @abstractmethod
+    def __call__(self, *args: Any) -> Any: ...
+
+    def model(self, args: Sequence[Any]) -> StagedModel:
+        """The stages for a call's sizes, compiled if they are new."""
+        sizes = tuple(a for a in args if isinstance(a, int) and not isinstance(a, bool))
+        if sizes not in self.models:
+            with self._building, torch.no_grad():
+                if sizes not in self.models:
+                    self.models[sizes] = self.build(args)
+        return self.models[sizes]
+
+
+@dataclass(eq=False)
+class PolicyGraph(StagedGraph):
+    """Runs the policy of a pass that needs nothing but the call itself."""
+
+    policy: StagedPass
+
+    def __call__(self, *args: Any) -> Any:
+        model = self.model(args)
+        call = Call(self.policy, model, model.begin(args), args)
+        call.begin()
+        return self.policy.run(call)
+
+
+@dataclass(eq=False)
+class Call:
+    """See :class:`accelpass.passes.staged.StagedCall`."""
+
+    policy: StagedPass
+    model: StagedModel
+    execution: Execution
+    args: Sequence[Any]
+
+    @property
+    def blocks(self) -> range:
+        return range(len(self.model.sites))
+
+    @property
+    def held(self) -> int:
+        return holding_of(self.args[self.model.caches[0][0]]).tokens if self.model.caches else 0
+
+    def path(self, number: int) -> str:
+        return self.model.paths[number]
+
+    def begin(self) -> None:
+        """Run what precedes the blocks."""
+        self._run(-1)
+
+    def run(self, number: int, action: str) -> None:
+        variant = self.model.chosen(number, lambda p, path: action)
+        stage = self.model.linked.stages.get((number, variant))
+        if stage is None:
+            known = sorted(
+                " and ".join(cast(tuple[str, ...], actions)) for at, actions in self.model.stages if at == number
+            )
+            raise PassError(
+                f"{self.policy.name}: {self.path(number)} was not compiled as {action!r}; name it in ways(), which gave "
+                f"{', '.join(known)}"
+            )
+        self.execution.run(stage)
+
+    def early(self, number: int) -> tuple[Any, ...]:
+        place, values = self.model.linked.place, self.execution.values
+        values[place[self.model.streams[-1]]] = values[place[self.model.streams[number]]]
+        self._run(len(self.model.sites), free=False)
+        return self.execution.results()
+
+    def results(self) -> tuple[Any, ...]:
+        self._run(len(self.model.sites))
+        return self.execution.results()
+
+    def _run(self, number: int, free: bool = True) -> None:
+        stage = self.model.linked.stages.get((number, ()))
+        if stage is not None:
+            self.execution.run(stage, free)

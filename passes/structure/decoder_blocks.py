@@ -1,0 +1,87 @@
+"""The base of passes that leave blocks of a decoder out, whatever the model, and what becomes of their keys and values."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from accelpass.ir.graph import aten, value
+from accelpass.ir.kv.ops import KV_APPEND
+from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.program import Program
+from accelpass.ir.steps import StepBlock, decoder_stack
+from accelpass.ir.tokens import CannotCut
+from accelpass.passes.kv_cache.base import NO_CACHE
+from accelpass.passes.staged import FULL, Site, StagedPass, appending, put
+
+OUT, COPY = "left out", "keys and values alone"
+_DONE = {OUT: "left out", COPY: "the stream passes by; its keys and values are kept"}
+
+
+@dataclass(frozen=True)
+class DecoderBlocks(StagedPass):
+    """Chooses which blocks of a decoder compute; a block that does not hands its stream on as it is."""
+
+    phase: ClassVar[str] = "structure"
+    instead: ClassVar[str] = OUT
+    """What a block does that does not compute."""
+
+    @abstractmethod
+    def spared(self, depth: int) -> Iterable[int]:
+        """Numbers of the blocks that some call may leave out, of ``depth``."""
+
+    def fixed(self, program: Program) -> bool:
+        """Whether every call leaves out the same blocks, so that there is nothing to choose."""
+        return False
+
+    def why_not(self, program: Program) -> str | None:
+        """Why all blocks of this graph compute, or None."""
+        try:
+            decoder_stack(program)
+        except CannotCut as cause:
+            return str(cause)
+        if self.fixed(program):
+            return None
+        sites = kv_sites(program)
+        if not sites:
+            return f"without a cache no token comes after others: {NO_CACHE}"
+        return "a prompt is computed in full" if any(s.is_prompt for s in sites) else None
+
+    def stack(self, program: Program) -> Sequence[StepBlock]:
+        return () if self.fixed(program) or self.why_not(program) else decoder_stack(program)
+
+    def places(self, blocks: Sequence[StepBlock]) -> list[Site]:
+        spared = set(self.spared(len(blocks)))
+        return [Site(block.path, block) for block in blocks if block.number in spared]
+
+    def ways(self, paths: Sequence[str], can: Callable[[str], bool]) -> Iterable[tuple[str, ...]]:
+        return [tuple(self.instead if can(path) else FULL for path in paths)]
+
+    def acted(self, program: Program, site: Site, action: str) -> str:
+        with appending(max(site.results)) as build:
+            passed = [build(aten.alias.default, stream) for stream in site.streams]
+        put(site, passed)
+        if action == OUT:
+            inside = set(site.block.region)
+            for append in program.graph.find_nodes(op="call_function", target=KV_APPEND):
+                if append.args[0] in inside:
+                    program.unwritten.add(append.args[2].name)
+                    program.graph.erase_node(append)
+        return _DONE[action]
+
+    def find(self, program: Program) -> list[Site]:
+        return [] if self.why_not(program) else self.places(decoder_stack(program))[::-1]
+
+    def whole(self, program: Program, sites: Sequence[Site]) -> str | None:
+        return self.why_not(program)
+
+    def asked(self, program: Program, site: Site) -> str:
+        return self.instead if self.fixed(program) else super().asked(program, site)
+
+
+def one_token(program: Program) -> bool:
+    """Whether each call of a graph brings one token of each sequence."""
+    tokens = value(kv_sites(program)[0].new[0]).shape[2]
+    return isinstance(tokens, int) and tokens == 1
