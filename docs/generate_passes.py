@@ -149,6 +149,13 @@ def _facts(cls: type[Pass]) -> str:
             excluded.setdefault(other.name, other.excludes[cls.name])
     for name, why in excluded.items():
         rows.append((f"not with {_link(name)}", why))
+    for word, aspects in (("edits", cls.edits), ("reads what others edit of", cls.reads)):
+        if aspects:
+            rows.append((word, ", ".join(f"`{a}`" for a in sorted(aspects))))
+    for other in registered().values():
+        for aspect in sorted(cls.claims.keys() & other.claims.keys()):
+            if cls.claims[aspect] != other.claims[aspect]:
+                rows.append((f"not with {_link(other.name)}", f"{cls.claims[aspect]}; there, {other.claims[aspect]}"))
     path = _source(cls)
     rows.append(("file", f"`{path}`"))
     guide = GUIDES.get(Path(path).parent.name)

@@ -189,7 +189,7 @@ def check_composition(trial: Trial, others: Sequence[Trial], subjects: Sequence[
                 "composition",
                 other.name,
                 f"{typed}: {worst.why}",
-                "after=, before= and excludes= of the pass; edits of one attention's spec are refused where they conflict",
+                "edits= and claims= of the pass: two that edit one aspect of one site are refused with both names",
                 worst.error,
             )
         elif one.status != two.status:
@@ -197,7 +197,7 @@ def check_composition(trial: Trial, others: Sequence[Trial], subjects: Sequence[
                 "composition",
                 other.name,
                 f"{typed}: {one.status}; typed the other way round: {two.status} ({two.why})",
-                "what depends on the order in which passes are typed: declare after= or before=",
+                "what depends on the order in which passes are typed: declare reads=, or after= and before=",
             )
         else:
             said = MEANING[one.status] + (f": {one.why[:200]}" if one.why else "")
