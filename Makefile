@@ -41,6 +41,10 @@ lint: $(STAMP) build/layout
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p accelpass
+	# Who may import whom. The tool follows no links.
+	rm -rf build/imports && mkdir -p build/imports && cp -R accelpass build/imports/accelpass
+	cp -R ir passes backends models_zoo build/imports/accelpass/
+	cd build/imports && $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-cache --no-logo
 
 conformance: $(STAMP)
 	$(BIN)/python -m tests.conformance --write docs/conformance.md

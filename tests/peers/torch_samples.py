@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import unittest
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,12 +21,7 @@ _KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int64": torch.i
 
 @cache
 def databases() -> tuple[list[Any], list[Any]]:
-    """torch's operators and modules with their samples. Importing them asks for ``expecttest``, whose assertions only torch's own
-    test cases use."""
-    if "expecttest" not in sys.modules:
-        stand_in: Any = ModuleType("expecttest")
-        stand_in.TestCase = unittest.TestCase
-        sys.modules["expecttest"] = stand_in
+    """torch's operators and modules with their samples."""
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
 
