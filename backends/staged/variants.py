@@ -17,7 +17,7 @@ from accelpass.backends.staged.model import Actions, StagedModel, all_full
 from accelpass.backends.staged.stage import Code, Held, Ref, Stage, attribute, layout, part_of
 from accelpass.ir.analyses.cost import at_compiled_sizes, costs
 from accelpass.ir.attention.op import is_attention
-from accelpass.ir.errors import PassError
+from accelpass.ir.errors import PassError, SpecConflict
 from accelpass.ir.graph import fake_mode, value
 from accelpass.ir.kv.lower import CacheUse
 from accelpass.ir.program import Program
@@ -128,7 +128,8 @@ class Variants:
         uses, tensors = self.lower(program), program.tensors
         assert isinstance(tensors, FromInputs)
         self._note_caches(
-            [(tensors.position(u.count), u.form, replace(Kept.of(u, tensors), stepper=None)) for u in uses]
+            [(tensors.position(u.count), u.form, replace(Kept.of(u, tensors), stepper=None)) for u in uses],
+            sorted({name for (aspect, _), name in program.edited.items() if aspect.startswith("attention.")}),
         )
         self._binders.append(tensors.binder(self.release))
         nodes, keeps = _cut(program, len(sites)), _keeps(program, owner)
@@ -168,18 +169,22 @@ class Variants:
         made = tuple(_called(n, where) for n in part.made)
         self._stages[key] = Stage(fn, given, made, kept, layouts, *flops[key[0]])
 
-    def _note_caches(self, uses: Sequence[tuple[int, tuple[str, ...], Kept]]) -> None:
+    def _note_caches(self, uses: Sequence[tuple[int, tuple[str, ...], Kept]], editors: Sequence[str]) -> None:
         """A cache layer is one thing to all variants.
 
+        Args:
+            editors: passes that edited attentions.
+
         Raises:
-            PassError: variants store its tokens in different ways.
+            SpecConflict: variants store its tokens in different ways.
         """
         for layer, form, kept in uses:
             known, _ = self._caches.setdefault(layer, (form, kept))
             if known != form:
-                raise PassError(
-                    f"{' and '.join(p.name for p in self.passes)}: variants of a block store its tokens as {' '.join(known)} and "
-                    f"as {' '.join(form)}; leave the pass out that changes how a KVCache is stored, or keep it from these layers"
+                raise SpecConflict(
+                    f"{' and '.join(map(repr, (*(p.name for p in self.passes), *editors)))} cannot both have these layers: variants of "
+                    f"a block store its tokens as {' '.join(known)} and as {' '.join(form)}. Use one of the two there (include=, "
+                    "exclude= choose sites)."
                 )
 
 

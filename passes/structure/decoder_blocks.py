@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from accelpass.ir.graph import aten, value
+from accelpass.ir.graph import aten, is_call, mutates, value
 from accelpass.ir.kv.ops import KV_APPEND
 from accelpass.ir.kv.sites import kv_sites
 from accelpass.ir.program import Program
@@ -44,6 +44,8 @@ class DecoderBlocks(StagedPass):
             return str(cause)
         if self.fixed(program):
             return None
+        if program.door == "export":
+            return "the host chooses at each call which layers compute, and an exported graph runs without it"
         sites = kv_sites(program)
         if not sites:
             return f"without a cache no token comes after others: {NO_CACHE}"
@@ -69,6 +71,12 @@ class DecoderBlocks(StagedPass):
                 if append.args[0] in inside:
                     program.unwritten.add(append.args[2].name)
                     program.graph.erase_node(append)
+        # Dead code elimination leaves an attention alone, as it may draw random numbers (dropout), and what asserts on values.
+        for node in sorted(site.block.region, reverse=True):
+            for user in [u for u in node.users if is_call(u, aten._assert_tensor_metadata)]:
+                program.graph.erase_node(user)
+            if not node.users and not mutates(node) and node.op == "call_function":
+                program.graph.erase_node(node)
         return _DONE[action]
 
     def find(self, program: Program) -> list[Site]:

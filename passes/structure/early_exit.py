@@ -36,6 +36,7 @@ class EarlyExit(DecoderBlocks):
     summary: ClassVar[str] = "tokens whose answer is clear skip the upper layers"
     paper: ClassVar[str] = "CALM, arXiv 2207.07061"
     identity: ClassVar[dict[str, Any] | None] = {"threshold": 1.0}
+    claims: ClassVar[dict[str, str]] = {"tokens": "every token is read by all layers up to its exit"}
     instead: ClassVar[str] = COPY
 
     def __post_init__(self) -> None:

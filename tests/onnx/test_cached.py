@@ -114,3 +114,22 @@ def test_the_same_tokens_as_torch(tmp_path: Path, example: ModuleType, name: str
     for length in (12, 21):
         prompt = tokens(1, length, seed=length)[0][0].tolist()
         assert example.generate(decoder, prompt, 8) == of_torch(model, PASSES[name], prompt, 8)
+
+
+@pytest.mark.parametrize("name", ["early_exit", "skip_layers"])
+def test_what_the_host_would_choose_is_left_out_and_said(name: str, tmp_path: Path) -> None:
+    given = {"name": name, "least": 1} if name == "skip_layers" else name
+    report = exported(llama(), tmp_path / "model.onnx", [given], dynamic=False)
+    for records in report.records.values():
+        (record,) = (r for r in records if r.name == name)
+        assert not record.took and "the host chooses at each call" in record.skipped["model"]
+
+
+def test_layers_left_out_for_good(tmp_path: Path, example: ModuleType) -> None:
+    model, passes = llama(hidden=64), [{"name": "skip_layers", "layers": [1]}]
+    report = exported(model, tmp_path / "m.onnx", passes)
+    assert report.took() == {"skip_layers": 1}
+    prompt = tokens(1, 9)[0][0].tolist()
+    assert example.generate(example.Decoder(report.manifest, unoptimised()), prompt, 8) == of_torch(
+        model, passes, prompt, 8
+    )
