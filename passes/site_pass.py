@@ -141,11 +141,11 @@ class SitePass(SitePatterns):
                 done = here.rewrite(site, edit)
                 if isinstance(done, Done):
                     claim(program, self.name, here.aspects(site), paths)
-            for path in paths:
+            for number, path in enumerate(paths):
                 if isinstance(done, Skip):
                     record.skip(path, done.why)
                 elif isinstance(done, Done):
-                    record.take(path, done if path == paths[0] else Done(f"shares the packed weight of {paths[0]}"))
+                    record.take(path, Done(f"shares the packed weight of {paths[0]}") if number else done)
 
     def _chosen(self, paths: Sequence[str], record: Record) -> Verdict:
         for path in paths:
