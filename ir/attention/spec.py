@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -68,7 +69,7 @@ class Places(NamedTuple):
     step: Any = 0
 
 
-class ScoreTap(Part):
+class ScoreTap(Part, ABC):
     """What each key gets of the scores of a block of queries; the library sums it over blocks.
 
     It is a function of masked scores alone, so that whatever computes them can give it: a prompt's attention in one piece or by
@@ -80,13 +81,13 @@ class ScoreTap(Part):
         """The name of the statistic."""
         return json.dumps(self.to_json(), sort_keys=True)
 
+    @abstractmethod
     def __call__(self, scores: Tensor, at: Places) -> Tensor:
         """``(batch, kv_heads, keys)``, float32.
 
         Args:
             scores: as the softmax takes them, -inf where masked, ``(batch, kv_heads, groups, rows, keys)`` float32.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what a key gets of scores; define __call__")
 
 
 @dataclass(frozen=True)

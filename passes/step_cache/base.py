@@ -139,15 +139,17 @@ class StepPass(StagedPass):
         return cut_said(program) or (NO_SITES if program.analysis(step_blocks) else NO_BLOCKS)
 
     def apply(self, program: Program, record: Record) -> None:
+        if not self.find(program):
+            super().apply(program, record)
+            return
         seen = tuple(int(n) for n in value(latents).shape[1:]) if (latents := user_input(program, *LATENTS)) else ()
-        if self.latents and seen and seen != self.latents and self.find(program):
+        if self.latents and seen and seen != self.latents:
             raise StepError(
                 f"the plan of {self.name} is for latents of {list(self.latents)}, and these are {list(seen)}; "
                 "make a plan for this size (accelpass.search_steps)"
             )
         super().apply(program, record)
-        if self.find(program):
-            drop_dead_writes(program.graph)
+        drop_dead_writes(program.graph)
 
 
 def keep(program: Program, site: Site, what: str, nodes: Sequence[fx.Node], like: Sequence[fx.Node]) -> None:

@@ -46,7 +46,7 @@ class DecoderBlocks(StagedPass):
             return None
         if program.door == "export":
             return "the host chooses at each call which layers compute, and an exported graph runs without it"
-        sites = kv_sites(program)
+        sites = program.analysis(kv_sites)
         if not sites:
             return f"without a cache no token comes after others: {NO_CACHE}"
         return "a prompt is computed in full" if any(s.is_prompt for s in sites) else None
@@ -91,5 +91,5 @@ class DecoderBlocks(StagedPass):
 
 def one_token(program: Program) -> bool:
     """Whether each call of a graph brings one token of each sequence."""
-    tokens = value(kv_sites(program)[0].new[0]).shape[2]
+    tokens = value(program.analysis(kv_sites)[0].new[0]).shape[2]
     return isinstance(tokens, int) and tokens == 1

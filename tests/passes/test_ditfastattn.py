@@ -43,9 +43,6 @@ class EveryWay(InSearch):
     def actions(self, site: str) -> list[str]:
         return EVERY
 
-    def why_not(self, program: Any, site: Any) -> None:
-        return None
-
 
 def model_of(name: str) -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
