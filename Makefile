@@ -30,20 +30,12 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 -m slow tests
 	ACCELPASS_EXAMPLES=100 $(BIN)/python -m pytest -n 2 --dist worksteal $(PROPERTIES)
 
-# mypy needs the import layout as real folders; pip's editable install maps it in memory.
-build/layout: $(STAMP)
-	rm -rf build/layout && mkdir -p build/layout/accelpass
-	ln -s $(CURDIR)/accelpass/* build/layout/accelpass/
-	for part in ir passes backends models_zoo; do ln -s $(CURDIR)/$$part build/layout/accelpass/$$part; done
-
-.PHONY: build/layout
-lint: $(STAMP) build/layout
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p accelpass
 	# Who may import whom. The tool follows no links.
-	rm -rf build/imports && mkdir -p build/imports && cp -R accelpass build/imports/accelpass
-	cp -R ir passes backends models_zoo build/imports/accelpass/
+	rm -rf build/imports && mkdir -p build/imports && cp -RL accelpass build/imports/accelpass
 	cd build/imports && $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-cache --no-logo
 
 conformance: $(STAMP)
@@ -74,13 +66,14 @@ bench: $(STAMP)
 docs/passes/index.md: $(STAMP) docs/generate_passes.py docs/pass_savings.py $(wildcard passes/*/*.py) docs/benchmarks.md
 	$(BIN)/python -m docs.generate_passes
 
-docs: build/layout docs/passes/index.md
+docs: docs/passes/index.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-docs-serve: build/layout docs/passes/index.md
+docs-serve: docs/passes/index.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 wheel: $(STAMP)
+	rm -rf build/lib  # what an earlier build left would be packed, too
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 # The wheel in an empty environment, with what it requires and nothing else.

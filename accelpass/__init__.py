@@ -11,9 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from accelpass.api.bisection import Bisection, bisect
+    from accelpass.api.calibration import calibrate
+    from accelpass.api.onnx_export import export_onnx
+    from accelpass.api.packed import load, save
+    from accelpass.api.stateful import reset, sampling_run, state
+    from accelpass.api.step_search import search_steps
     from accelpass.backends.onnx.errors import ExportError
-    from accelpass.bisection import Bisection, bisect
-    from accelpass.calibration import calibrate
+    from accelpass.caches.kv_cache import KVCache
     from accelpass.ir.errors import (
         AccelpassError,
         CacheError,
@@ -24,14 +29,9 @@ if TYPE_CHECKING:
         ReleasedWeightError,
         SpecConflict,
     )
-    from accelpass.ir.steps import StepError
-    from accelpass.kv_cache import KVCache
-    from accelpass.onnx_export import export_onnx
-    from accelpass.packed import load, save
-    from accelpass.report import Report
-    from accelpass.stateful import reset, sampling_run, state
-    from accelpass.step_search import search_steps
-    from accelpass.surviving import SurvivingTokens, surviving_tokens
+    from accelpass.ir.transform.steps import StepError
+    from accelpass.view.report import Report
+    from accelpass.view.surviving import SurvivingTokens, surviving_tokens
 
     __version__: str
 
@@ -77,21 +77,21 @@ _HOMES = {
     "PlanError": _ERRORS,
     "ReleasedWeightError": _ERRORS,
     "SpecConflict": _ERRORS,
-    "StepError": "accelpass.ir.steps",
-    "SurvivingTokens": "accelpass.surviving",
-    "surviving_tokens": "accelpass.surviving",
-    "Report": "accelpass.report",
-    "KVCache": "accelpass.kv_cache",
-    "Bisection": "accelpass.bisection",
-    "bisect": "accelpass.bisection",
-    "calibrate": "accelpass.calibration",
-    "export_onnx": "accelpass.onnx_export",
-    "load": "accelpass.packed",
-    "save": "accelpass.packed",
-    "search_steps": "accelpass.step_search",
-    "reset": "accelpass.stateful",
-    "sampling_run": "accelpass.stateful",
-    "state": "accelpass.stateful",
+    "StepError": "accelpass.ir.transform.steps",
+    "SurvivingTokens": "accelpass.view.surviving",
+    "surviving_tokens": "accelpass.view.surviving",
+    "Report": "accelpass.view.report",
+    "KVCache": "accelpass.caches.kv_cache",
+    "Bisection": "accelpass.api.bisection",
+    "bisect": "accelpass.api.bisection",
+    "calibrate": "accelpass.api.calibration",
+    "export_onnx": "accelpass.api.onnx_export",
+    "load": "accelpass.api.packed",
+    "save": "accelpass.api.packed",
+    "search_steps": "accelpass.api.step_search",
+    "reset": "accelpass.api.stateful",
+    "sampling_run": "accelpass.api.stateful",
+    "state": "accelpass.api.stateful",
 }
 
 
@@ -125,14 +125,14 @@ def compile(
         model: a module, which is returned wrapped and is not changed itself, or a function.
         passes: names, ``{"name": ..., option: value}`` or pass objects; None for the passes whose results are exact.
         fullgraph, dynamic: as in ``torch.compile``.
-        options: as in :class:`accelpass.passes.options.Options`, and ``preset``.
+        options: as in :class:`accelpass.passes.core.options.Options`, and ``preset``.
 
     Raises:
         OptionError: an option, a pass or a field that does not exist or is out of range; names the nearest one.
     """
     import torch
 
-    from accelpass.passes.options import parse
+    from accelpass.passes.core.options import parse
 
     if passes is not None:
         # Read once here and again at each compilation: an iterator would be empty by then.
@@ -152,8 +152,8 @@ def explain(fast: Any) -> Report:
     Raises:
         AccelpassError: nothing was compiled yet, or by another backend; says what to do.
     """
-    from accelpass.lookup import find
-    from accelpass.report import Report
+    from accelpass.api.lookup import find
+    from accelpass.view.report import Report
 
     return Report.of(find(fast))
 
@@ -164,8 +164,8 @@ def refresh(fast: Any) -> int:
     Weights whose floats were released cannot be packed anew and keep their packed form. Returns how many tensors of
     the model were looked at.
     """
-    from accelpass.ir.derived import DERIVED
-    from accelpass.lookup import tensors_of
+    from accelpass.api.lookup import tensors_of
+    from accelpass.ir.core.derived import DERIVED
 
     tensors = tensors_of(fast)
     DERIVED.forget(tensors)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from accelpass.generation import new_cache
+from accelpass.api.generation import new_cache
 from benchmarks.decode import own_call
 
 ROUNDS, WARM_UP_LAYERS = 2, 2

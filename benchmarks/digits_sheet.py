@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from accelpass.drawing import INK, SOFT, check_target, figure_class
 from accelpass.models_zoo import digits
+from accelpass.view.drawing import INK, SOFT, check_target, figure_class
 from benchmarks.digits_quality import labels_of, reals
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import accelpass
 from accelpass.backends import graphs_of
 from accelpass.models_zoo import digits
-from accelpass.passes.plan import Plan, describe
-from accelpass.passes.report import GraphReport
+from accelpass.passes.core.plan import Plan, describe
+from accelpass.passes.core.report import GraphReport
 from benchmarks import digits_quality
 
 Row = dict[str, Any]

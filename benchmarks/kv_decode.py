@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from accelpass import KVCache
-from accelpass.generation import new_cache
+from accelpass.api.generation import new_cache
 from benchmarks import decode
 from benchmarks.kv_quality import EXACT
 from benchmarks.kv_tasks import Row, prose

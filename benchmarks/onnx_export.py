@@ -43,9 +43,9 @@ FORMS: dict[str, tuple[list[Any], dict[str, Any]]] = {
 def measure(only: str | None = None) -> dict[str, Any]:
     """The machine, and a row for each pass."""
     import accelpass
-    from accelpass.compare import first_layers
+    from accelpass.api.compare import first_layers
     from accelpass.models_zoo import load
-    from accelpass.passes.registry import registered
+    from accelpass.passes.core.registry import registered
     from accelpass.passes.step_cache.base import StepPass
 
     model, _ = load("smollm2-135m")
@@ -107,7 +107,7 @@ def _state_bytes(manifest: Any) -> int:
 
 def _uniform_plan(model: Any) -> Any:
     """The plan of MoA that sees a half of every prompt in all heads; what a calibration finds has the same form."""
-    from accelpass.passes.plan import Plan
+    from accelpass.passes.core.plan import Plan
 
     heads = model.config.num_key_value_heads
     rule = torch.tensor([[0.0, 0.5]] * heads, dtype=torch.float64)

@@ -19,7 +19,7 @@ import torch
 
 import accelpass
 from accelpass.models_zoo import digits
-from accelpass.passes.plan import Plan
+from accelpass.passes.core.plan import Plan
 from benchmarks.machine import put_table
 from benchmarks.onnx_export import PAGE, ROOT, machine
 from examples.onnx_denoise import Denoiser, sample

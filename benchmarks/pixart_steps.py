@@ -19,7 +19,7 @@ from torch import Tensor
 
 import accelpass
 from accelpass.backends import graphs_of
-from accelpass.passes.report import StepReport
+from accelpass.passes.core.report import StepReport
 
 Row = dict[str, Any]
 LETTERS = "FAXACAXAFAXACAXAAXAA"

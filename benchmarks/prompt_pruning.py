@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 import accelpass
-from accelpass.generation import new_cache
+from accelpass.api.generation import new_cache
 from accelpass.models_zoo import load
-from accelpass.passes.plan import Plan
+from accelpass.passes.core.plan import Plan
 from benchmarks import sparse_quality
 from benchmarks.kv_quality import Compiled
 from benchmarks.kv_tasks import Row, Sizes, Tasks, prose

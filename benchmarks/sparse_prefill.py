@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accelpass.ir.attention import AttentionSpec, BlockSelect
-from accelpass.ir.attention.block_select import Blocks
-from accelpass.ir.attention.block_sparse import BLOCK_SPARSE
+from accelpass.ir.attention.lowering.block_sparse import BLOCK_SPARSE
+from accelpass.ir.attention.spec.block_select import Blocks
 from accelpass.passes.sparse_attention.pbs_attn import PermutedBlocks
 from benchmarks.kv_tasks import Row, prose
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import accelpass
-from accelpass.loss_study import IGNORED
-from accelpass.passes.plan import Plan
+from accelpass.api.loss_study import IGNORED
+from accelpass.passes.core.plan import Plan
 from benchmarks.kv_quality import Compiled, dense_bytes, progress
 from benchmarks.kv_tasks import QUICK as QUICK_TASKS
 from benchmarks.kv_tasks import Row, Sizes, Tasks, prose

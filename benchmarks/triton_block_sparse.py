@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from accelpass.ir.attention.block_select import Blocks, listed_mask
+from accelpass.ir.attention.spec.block_select import Blocks, listed_mask
 
 TOKENS = (16384, 65536, 131072)
 DENSITIES = (10, 25, 50, 100)
@@ -94,7 +94,7 @@ def _not_later(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 def candidates(tokens: int, density: int, causal: bool) -> tuple[dict[str, Run], dict[str, Callable[[], Tensor]]]:
     """What is timed, and the float32 reference of each."""
-    import accelpass.backends.triton.block_sparse_ops  # noqa: F401  # registers the op
+    import accelpass.backends.kernels.triton.block_sparse_ops  # noqa: F401  # registers the op
 
     op = torch.ops.accelpass.block_sparse_attention_triton.default
     q = torch.randn(1, HEADS, tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
@@ -197,7 +197,7 @@ def measure(tokens: int, density: int, causal: bool, turns: int) -> dict[str, An
             "relative_error_at_small_size": errors[name],
         }
     if TRITON in results:
-        from accelpass.backends.triton.block_sparse import block_sparse
+        from accelpass.backends.kernels.triton.block_sparse import block_sparse
 
         results[TRITON]["config"] = str(getattr(block_sparse, "best_config", None))
     return {"tokens": tokens, "causal": causal, "density_percent": density, "results": results, "notes": notes}

@@ -85,7 +85,7 @@ def store(batch: int, context: int, bits: int) -> Any:
 
 def built(candidate: Candidate, batch: int, context: int) -> tuple[Run, Callable[[], Tensor]]:
     """A candidate on random stores, and the float32 reference over the same."""
-    from accelpass.backends.triton.kv_attention_ops import kv_decode
+    from accelpass.backends.kernels.triton.kv_attention_ops import kv_decode
     from accelpass.ir.kv.decode_reference import decode_reference
 
     q = torch.randn(batch, HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
@@ -128,7 +128,7 @@ def checked() -> dict[str, float | str]:
 
 def best_config() -> str:
     """What autotuning last chose."""
-    from accelpass.backends.triton.kv_attention import kv_split
+    from accelpass.backends.kernels.triton.kv_attention import kv_split
 
     return str(getattr(kv_split, "best_config", None))
 

@@ -60,7 +60,7 @@ def bytes_of(*tensors: Tensor | None) -> int:
 
 def candidates(x: Tensor, outputs: int, group: int, notes: dict[str, str]) -> list[Candidate]:
     """All candidates for one shape; one that cannot be built leaves its reason in `notes`."""
-    from accelpass.backends.triton import weight_only_ops as ops
+    from accelpass.backends.kernels.triton import weight_only_ops as ops
 
     rows, inputs = x.shape
     found: list[Candidate] = []

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from accelpass.ir.attention import Band
-from accelpass.ir.attention.block_sparse import BLOCK_SPARSE, band_blocks, cpu_rows
-from accelpass.ir.attention.selected import selected_pairs
+from accelpass.ir.attention.lowering.block_sparse import BLOCK_SPARSE, band_blocks, cpu_rows
+from accelpass.ir.attention.spec.selected import selected_pairs
 
 TOKENS = (1024, 4096)
 HEADS, WIDTH, THREADS = 16, 72, 2

@@ -22,9 +22,9 @@ from typing import Any
 
 import typer
 
-from accelpass.passes.base import PHASES, Calibrated, CalibratedOnLoss, Pass, SitePatterns
+from accelpass.passes.core.base import PHASES, Calibrated, CalibratedOnLoss, Pass, SitePatterns
+from accelpass.passes.core.registry import registered
 from accelpass.passes.kv_cache.base import KVPass
-from accelpass.passes.registry import registered
 from accelpass.passes.sparse_attention.span_pass import SpanPass
 from accelpass.passes.step_cache.base import Searched, StepPass
 from accelpass.passes.token_pruning.base import TokenPruning
@@ -244,7 +244,7 @@ def _cell(text: str) -> str:
 
 def command_line() -> str:
     """Every command with its arguments and options."""
-    from accelpass.cli import app
+    from accelpass.cli.main import app
 
     group = typer.main.get_command(app)
     assert hasattr(group, "commands")

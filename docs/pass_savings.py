@@ -9,18 +9,18 @@ from unittest import mock
 import torch
 
 import accelpass
-from accelpass.grouping import alike, collapse
-from accelpass.passes.base import Calibrated, CalibratedOnLoss, Pass
+from accelpass.passes.core.base import Calibrated, CalibratedOnLoss, Pass
+from accelpass.passes.core.registry import registered
 from accelpass.passes.kv_cache.base import KVPass
-from accelpass.passes.registry import registered
 from accelpass.passes.sparse_attention.base import SparseAttention
 from accelpass.passes.sparse_attention.span_pass import SpanPass
 from accelpass.passes.step_cache.base import Searched, StepPass
 from accelpass.passes.structure.sdpa_rewrite import SdpaRewrite
 from accelpass.passes.token_pruning.base import TokenPruning
 from accelpass.passes.token_pruning.filter import PromptFilter
-from accelpass.report import Report
-from accelpass.text import flops, size
+from accelpass.view.grouping import alike, collapse
+from accelpass.view.report import Report
+from accelpass.view.text import flops, size
 
 PROMPT, ANSWER, CAPACITY, STEPS = 512, 2, 640, 10
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -59,7 +59,9 @@ def savings(name: str) -> Savings:
     cls = registered()[name]
     options = SETTINGS.get(name, {})
     torch._dynamo.reset()  # graphs of other passes count towards its limit of recompilations
-    with mock.patch("accelpass.passes.options.DEFAULTS", ()):  # the passes that are on by default would be counted too
+    with mock.patch(
+        "accelpass.passes.core.options.DEFAULTS", ()
+    ):  # the passes that are on by default would be counted too
         on, report, labels = _denoised(cls, options) if issubclass(cls, StepPass) else _generated(cls, options)
     rows = [("weights read by a call", *map(size, report.weight_bytes))]
     for label, graph in zip(labels, report.graphs, strict=False):
@@ -77,7 +79,7 @@ def savings(name: str) -> Savings:
 def _generated(cls: type[Pass], options: dict[str, Any]) -> tuple[str, Report, list[str]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from accelpass.generation import new_cache
+    from accelpass.api.generation import new_cache
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -24,8 +24,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from accelpass.passes.base import PHASES
-from accelpass.passes.registry import registered
+from accelpass.passes.core.base import PHASES
+from accelpass.passes.core.registry import registered
 from accelpass.passes.structure import cpu_gemv
 from accelpass.testing.pairs import MEANING, Bench, Pair
 from accelpass.testing.subjects import SUBJECTS

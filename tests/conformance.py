@@ -31,9 +31,9 @@ from torch import fx
 
 from accelpass.backends import backend
 from accelpass.ir import attention
-from accelpass.ir.capture import from_dynamo
-from accelpass.ir.graph import placeholders
-from accelpass.ir.verify import signature, verify
+from accelpass.ir.core.capture import from_dynamo
+from accelpass.ir.core.graph import placeholders
+from accelpass.ir.core.verify import signature, verify
 from accelpass.models_zoo import tiny
 from tests.attention_truth import count_attentions
 from tests.marked_section import replace_section

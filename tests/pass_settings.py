@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelpass.passes.registry import registered
+from accelpass.passes.core.registry import registered
 from accelpass.passes.step_cache.tokencache import IMPORTANCE
 from accelpass.testing.subjects import TIMES
 from accelpass.testing.trial import Trial

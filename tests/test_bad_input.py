@@ -13,8 +13,8 @@ from torch import nn
 
 from accelpass.backends import graphs_of
 from accelpass.ir.errors import AccelpassError, OptionError, PassError, PlanError
-from accelpass.passes.options import parse
-from accelpass.passes.plan import Plan
+from accelpass.passes.core.options import parse
+from accelpass.passes.core.plan import Plan
 from tests.small_models import Mlp, relative_error, tiny_lm
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -152,7 +152,7 @@ def test_width_that_no_group_divides():
 def test_cuda_without_gpu():
     if torch.cuda.is_available():
         return
-    from accelpass.backends.compiler import backend
+    from accelpass.backends.compile.compiler import backend
 
     class Pretender(torch.Tensor):
         device = torch.device("cuda")
@@ -250,7 +250,7 @@ def test_free_weights_lets_go_of_memory_that_it_cannot_shrink():
 
 
 def test_save_and_load(tmp_path, monkeypatch):
-    from accelpass.packed import load, save
+    from accelpass.api.packed import load, save
 
     model = tiny_lm(0)
     fast = compiled(model, passes=["int8_weights"], free_weights=True)
@@ -258,14 +258,14 @@ def test_save_and_load(tmp_path, monkeypatch):
         want = fast(IDS)
         save(fast, tmp_path / "packed")
         torch._dynamo.reset()
-        monkeypatch.setattr("accelpass.ir.derived.DerivedTensors._store", _only_seeds())
+        monkeypatch.setattr("accelpass.ir.core.derived.DerivedTensors._store", _only_seeds())
         again = load(tiny_lm(5), tmp_path / "packed", lowering="eager")
         assert torch.equal(again(IDS), want)
 
 
 def test_what_was_saved_comes_with_its_options(tmp_path):
-    from accelpass.lookup import find
-    from accelpass.packed import load, save
+    from accelpass.api.lookup import find
+    from accelpass.api.packed import load, save
 
     given = {"lowering": "aten", "regions": False, "skip_sites": {"int8_weights": ["lm_head"]}, "free_weights": True}
     fast = compiled(tiny_lm(0), **{"passes": ["int8_weights"], **given, "inductor": {"max_fusion_size": 8}})
@@ -283,7 +283,7 @@ def test_what_was_saved_comes_with_its_options(tmp_path):
 
 
 def test_saving_says_why_nothing_is_packed(tmp_path):
-    from accelpass.packed import save
+    from accelpass.api.packed import save
 
     model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 100), nn.Linear(100, 8)).eval()
     for passes, said in (
@@ -302,7 +302,7 @@ def test_saving_says_why_nothing_is_packed(tmp_path):
 
 
 def test_an_option_that_cannot_be_saved_is_named(tmp_path):
-    from accelpass.packed import save
+    from accelpass.api.packed import save
 
     fast = compiled(tiny_lm(0), passes=["int8_weights"], inductor={"post_grad_custom_post_pass": print})
     with torch.no_grad():
@@ -312,7 +312,7 @@ def test_an_option_that_cannot_be_saved_is_named(tmp_path):
 
 
 def _only_seeds():
-    from accelpass.ir.derived import DerivedTensors
+    from accelpass.ir.core.derived import DerivedTensors
 
     store = DerivedTensors._store
 
@@ -327,7 +327,7 @@ def _only_seeds():
 
 
 def test_load_refuses_another_model_and_damage(tmp_path):
-    from accelpass.packed import load, save
+    from accelpass.api.packed import load, save
 
     fast = compiled(tiny_lm(0), passes=["int8_weights"])
     with pytest.raises(AccelpassError, match="call it once"):

@@ -12,7 +12,7 @@ import torch
 
 from accelpass.backends import graphs_of
 from accelpass.models_zoo import digits, tiny_diffusers
-from accelpass.passes.report import GraphReport, StepReport
+from accelpass.passes.core.report import GraphReport, StepReport
 from benchmarks import diffusion_plots, digits_steps, pixart_steps, run
 
 LETTERS = "FAXCW"

@@ -12,13 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 import accelpass
-import accelpass.passes.registry as registry
-from accelpass.backends.difference import relative_difference
-from accelpass.cli import app
-from accelpass.ir.analyses.linear import linears
+import accelpass.passes.core.registry as registry
+from accelpass.backends.debug.difference import relative_difference
+from accelpass.cli.main import app
+from accelpass.ir.analyses.structure.linear import linears
+from accelpass.ir.core.graph import aten, call
 from accelpass.ir.errors import AccelpassError, OptionError, PassError
-from accelpass.ir.graph import aten, call
-from accelpass.passes.base import Done, Pass, Skip
+from accelpass.passes.core.base import Done, Pass, Skip
 from tests.public.conftest import tiny_llama
 from tests.small_models import Mlp, tiny_lm
 
@@ -62,7 +62,7 @@ class Raises(Pass):
 @pytest.fixture(autouse=True)
 def _known(monkeypatch):
     known = {**registry.registered(), "rescale": Rescale, "raises": Raises}
-    for module in ("accelpass.passes.registry", "accelpass.passes.options"):
+    for module in ("accelpass.passes.core.registry", "accelpass.passes.core.options"):
         monkeypatch.setattr(f"{module}.registered", lambda: known)
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from accelpass.ir.derived import StateSpec
+from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.graph import aten, call, value
 from accelpass.ir.errors import OptionError
-from accelpass.ir.graph import aten, call, value
-from accelpass.passes.base import Done, Pass
-from accelpass.passes.registry import registered
+from accelpass.passes.core.base import Done, Pass
+from accelpass.passes.core.registry import registered
 from accelpass.testing import NotConforming, check_pass
 from tests.packing import pack_int8
 from tests.pass_settings import SETTINGS, names, setting

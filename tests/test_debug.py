@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import accelpass
-from accelpass.backends.debug import _run_folder
-from accelpass.backends.difference import largest_difference, relative_difference
-from accelpass.backends.graph_code import inputs_said, listing
-from accelpass.backends.graph_diff import counted, hunks
-from accelpass.ir.capture import from_export
+from accelpass.backends.debug.debug_mode import _run_folder
+from accelpass.backends.debug.difference import largest_difference, relative_difference
+from accelpass.backends.debug.graph_code import inputs_said, listing
+from accelpass.backends.debug.graph_diff import counted, hunks
+from accelpass.ir.core.capture import from_export
+from accelpass.ir.core.graph import aten, call
 from accelpass.ir.errors import PassError
-from accelpass.ir.graph import aten, call
-from accelpass.passes.base import Done, Pass
+from accelpass.passes.core.base import Done, Pass
 from tests.public.conftest import tiny_llama
 from tests.small_models import tiny_lm
 
@@ -189,7 +189,7 @@ class Wrong(Pass):
 
 @pytest.mark.parametrize("factor", [2.0, math.nan])
 def test_a_pass_that_is_not_exact_is_named_with_where_to_look(folder, monkeypatch, factor):
-    monkeypatch.setattr("accelpass.backends.debug.registered", lambda: {"wrong": Wrong})
+    monkeypatch.setattr("accelpass.backends.debug.debug_mode.registered", lambda: {"wrong": Wrong})
     with torch.no_grad(), pytest.raises(Exception, match="'wrong' is declared exact and changed the outputs") as raised:
         compiled(tiny_lm(), Wrong(factor))(torch.arange(4)[None])
     assert isinstance(raised.value.inner_exception, PassError) and "index.html" in str(raised.value)

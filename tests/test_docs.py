@@ -17,7 +17,7 @@ import click
 import pytest
 import typer
 
-from accelpass.passes.registry import registered
+from accelpass.passes.core.registry import registered
 from tests.docs_blocks import KEYS, ROOT, SETUPS, Block, blocks, exists, pages, script
 
 ELSEWHERE = {"README.md": "test_readme", "docs/diffusion.md": "test_readme"}
@@ -98,9 +98,9 @@ def test_commands_exist(block: Block):
 
 
 def check_command(block: Block, words: list[str]) -> None:
-    from accelpass.arguments import passes_from
-    from accelpass.cli import app
-    from accelpass.passes.registry import make
+    from accelpass.cli.arguments import passes_from
+    from accelpass.cli.main import app
+    from accelpass.passes.core.registry import make
 
     group = typer.main.get_command(app)
     assert isinstance(group, click.Group) or hasattr(group, "commands")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from accelpass.passes.registry import registered
+from accelpass.passes.core.registry import registered
 from accelpass.passes.structure import cpu_gemv
 from accelpass.testing.subjects import subject
 from accelpass.testing.trial import Trial, difference, fresh, run, took

@@ -38,7 +38,7 @@ def test_diffusion_commands_run(tmp_path):
     commands = re.findall(r"^accelpass (?:search-steps|sample) .*$", README, re.M)
     assert len(commands) == 2
     for command in commands:
-        code = f"import sys; sys.argv = {command.split()!r}; from accelpass.cli import main; main()"
+        code = f"import sys; sys.argv = {command.split()!r}; from accelpass.cli.main import main; main()"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
     assert "PSNR against the plain images" in done.stdout

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import accelpass
 from accelpass.backends import graphs_of
-from accelpass.ir.derived import Snapshot
+from accelpass.ir.core.derived import Snapshot
 from tests.packing import dequantize_int4, dequantize_int8, pack_int4, pack_int8
 from tests.small_models import TinyLm, relative_error, tiny_lm
 from tests.sweep import quick, sweep
@@ -241,7 +241,7 @@ def test_two_threads(which):
 def test_weights_are_released_when_the_model_goes(which):
     import gc
 
-    from accelpass.ir.derived import DERIVED
+    from accelpass.ir.core.derived import DERIVED
 
     gc.collect()
     before = len(DERIVED)

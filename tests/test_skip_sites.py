@@ -7,7 +7,7 @@ import torch
 
 import accelpass
 from accelpass.ir.errors import PassError
-from accelpass.passes.plan import Plan
+from accelpass.passes.core.plan import Plan
 from accelpass.testing import SUBJECTS
 from accelpass.testing.trial import run
 from tests.pass_settings import names, setting

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from accelpass.passes.base import Pass
-from accelpass.passes.registry import registered
+from accelpass.passes.core.base import Pass
+from accelpass.passes.core.registry import registered
 from accelpass.testing.exports import check_export
 from accelpass.testing.findings import Finding, NotConforming, failed
 from accelpass.testing.graphs import check_graph, check_report
@@ -135,7 +135,7 @@ def check_pass(
         OptionError: no such pass, option, model or check.
     """
     from accelpass.ir.errors import OptionError
-    from accelpass.passes.base import nearest
+    from accelpass.passes.core.base import nearest
 
     skip = dict(skip or {})
     for name in (*checks, *skip):

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.backends import backend
-from accelpass.backends.rewriting import captured
+from accelpass.backends.compile.rewriting import captured
 from accelpass.ir import attention
+from accelpass.ir.core.graph import known, refresh, value
+from accelpass.ir.core.program import Program
+from accelpass.ir.core.verify import signature, verify
 from accelpass.ir.errors import GraphError
-from accelpass.ir.graph import known, refresh, value
 from accelpass.ir.kv import lower as kv
-from accelpass.ir.program import Program
-from accelpass.ir.steps import LATENTS, user_input
-from accelpass.ir.verify import signature, verify
-from accelpass.passes.base import Pass, Record
-from accelpass.passes.manager import Observer, watched
-from accelpass.passes.report import GraphReport
+from accelpass.ir.transform.steps import LATENTS, user_input
+from accelpass.passes.core.base import Pass, Record
+from accelpass.passes.core.manager import Observer, watched
+from accelpass.passes.core.report import GraphReport
 from accelpass.passes.step_cache.base import StepPass
 from accelpass.testing.findings import Finding, failed, passed, skipped
 from accelpass.testing.numbers import attempt

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accelpass.passes.base import Pass
+from accelpass.passes.core.base import Pass
 from accelpass.testing.findings import Finding, failed, passed, skipped
 from accelpass.testing.subjects import Shape, Subject
 from accelpass.testing.trial import Trial, cause, difference, fresh, is_refusal, raised_in, run, told, took

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from accelpass.ir.errors import AccelpassError
-from accelpass.passes.base import Pass
+from accelpass.passes.core.base import Pass
 from accelpass.testing.findings import Finding, failed, passed, skipped
 from accelpass.testing.subjects import Subject
 from accelpass.testing.trial import Trial, cause, difference, fresh, is_refusal, reasons, run, told, took

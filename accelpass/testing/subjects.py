@@ -88,7 +88,7 @@ STEPS = 2
 
 
 def _decoder(fast: Any, model: nn.Module, shape: Shape) -> Iterator[Tensor]:
-    from accelpass.kv_cache import KVCache
+    from accelpass.caches.kv_cache import KVCache
 
     cache = KVCache(model, capacity=64, batch_size=shape.batch)
     ids, keep = shape.ids(small.VOCABULARY, STEPS), {} if shape.every_token else {"logits_to_keep": 1}
@@ -178,7 +178,7 @@ def subject(given: str | Subject) -> Subject:
         OptionError: there is none; names the nearest.
     """
     from accelpass.ir.errors import OptionError
-    from accelpass.passes.base import nearest
+    from accelpass.passes.core.base import nearest
 
     if isinstance(given, Subject):
         return given

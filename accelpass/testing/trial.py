@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from accelpass.backends import CompiledGraph, compiled_graphs
 from accelpass.ir.errors import AccelpassError, GraphError, OptionError, PassError
-from accelpass.passes.base import Pass, Record
-from accelpass.passes.registry import make, registered
+from accelpass.passes.core.base import Pass, Record
+from accelpass.passes.core.registry import make, registered
 from accelpass.testing.subjects import Shape, Subject
 
 TOLERANCE = 1e-4
@@ -84,7 +84,7 @@ class Trial:
         """The model compiled with ``passes`` and, as a user has them, those that are on by default."""
         options: dict[str, Any] = {"passes": list(passes), "lowering": self.lowering}
         if self.tensors and passes:
-            from accelpass.passes.plan import Plan
+            from accelpass.passes.core.plan import Plan
 
             options["plan"] = Plan.of(model, [], dict(self.tensors))
         if backend != "accelpass":

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def register_translation(op: Any, function: Callable[..., Any]) -> None:
-    """Say how an operator of a pass is written in ONNX; see :func:`accelpass.backends.onnx.translations.register_translation`."""
-    from accelpass.backends.onnx.translations import register_translation as register
+    """Say how an operator of a pass is written in ONNX; see :func:`accelpass.backends.onnx.translation.translations.register_translation`."""
+    from accelpass.backends.onnx.translation.translations import register_translation as register
 
     register(op, function)

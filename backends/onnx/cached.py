@@ -10,11 +10,11 @@ from torch import Tensor
 
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.backends.onnx.functional import Functional
-from accelpass.ir.graph import aten, placeholders, value
+from accelpass.ir.core.graph import aten, placeholders, value
 
 if TYPE_CHECKING:
     from accelpass.backends.onnx.export import Graph
-    from accelpass.kv_cache import KVCache
+    from accelpass.caches.kv_cache import KVCache
 
 FORMAT = 1
 _OF_TOKENS = ("input_ids", "inputs_embeds", "position_ids")
@@ -22,7 +22,7 @@ _OF_TOKENS = ("input_ids", "inputs_embeds", "position_ids")
 
 
 def _is_cache(held: Any) -> bool:
-    return type(held).__module__ == "accelpass.kv_cache" and type(held).__name__ == "KVCache"
+    return type(held).__module__ == "accelpass.caches.kv_cache" and type(held).__name__ == "KVCache"
 
 
 def refuse_kept(model: torch.nn.Module) -> None:

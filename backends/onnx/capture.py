@@ -17,9 +17,9 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.ir import attention
-from accelpass.ir.capture import from_export
-from accelpass.ir.graph import ARGUMENT, placeholders, written_inputs
-from accelpass.ir.program import Program
+from accelpass.ir.core.capture import from_export
+from accelpass.ir.core.graph import ARGUMENT, placeholders, written_inputs
+from accelpass.ir.core.program import Program
 
 Wishes = dict[int, tuple[str, Any]]
 """Of one input: its dynamic dimensions, each with the name it has in the file and what torch.export is told."""

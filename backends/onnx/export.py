@@ -14,32 +14,32 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from accelpass.backends.compile.rewriting import debug_of
 from accelpass.backends.onnx import files, runtime, stepped
-from accelpass.backends.onnx.activations import StaticRanges
 from accelpass.backends.onnx.cached import cache_of, decoding, manifest, refuse_kept, started, stateful
 from accelpass.backends.onnx.capture import Captured, bound, captured, tensors_by_name
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.backends.onnx.examples import others
 from accelpass.backends.onnx.functional import Functional, fixed, functional
-from accelpass.backends.onnx.masked_attention import lowerings
 from accelpass.backends.onnx.refusals import refuse_left_out, refuse_unexportable
 from accelpass.backends.onnx.report import ExportReport, Written
 from accelpass.backends.onnx.stepped import step_graphs, step_pass, with_state
-from accelpass.backends.onnx.translate import Form, check_opset, constant_bytes, summary, translated
-from accelpass.backends.onnx.translations import own_operators
-from accelpass.backends.rewriting import debug_of
+from accelpass.backends.onnx.translation.activations import StaticRanges
+from accelpass.backends.onnx.translation.masked_attention import lowerings
+from accelpass.backends.onnx.translation.translate import Form, check_opset, constant_bytes, summary, translated
+from accelpass.backends.onnx.translation.translations import own_operators
 from accelpass.ir import attention
-from accelpass.ir.analyses.cost import weight_bytes
-from accelpass.ir.attention.op import spec_of
-from accelpass.ir.attention.spec import All
-from accelpass.ir.graph import value
+from accelpass.ir.analyses.structure.cost import weight_bytes
+from accelpass.ir.attention.spec.op import spec_of
+from accelpass.ir.attention.spec.spec import All
+from accelpass.ir.core.graph import value
+from accelpass.ir.core.program import Program
 from accelpass.ir.kv import lower as kv
 from accelpass.ir.linear.lower import make_plain
-from accelpass.ir.program import Program
-from accelpass.passes.base import Pass, Record
-from accelpass.passes.manager import Observer, run
-from accelpass.passes.options import Options, parse
-from accelpass.passes.plan import write_json
+from accelpass.passes.core.base import Pass, Record
+from accelpass.passes.core.manager import Observer, run
+from accelpass.passes.core.options import Options, parse
+from accelpass.passes.core.plan import write_json
 from accelpass.passes.step_cache.base import StepPass
 
 Update = Callable[[str], None]

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from accelpass.backends.onnx.capture import Captured
 from accelpass.backends.onnx.errors import ExportError
-from accelpass.ir.derived import StateSpec
-from accelpass.ir.graph import argument_name, aten, known, placeholders, value
-from accelpass.ir.tensors import FromModule
+from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.graph import argument_name, aten, known, placeholders, value
+from accelpass.ir.core.tensors import FromModule
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class State:
 
     Attributes:
         start: what goes in first.
-        lifetime: see :class:`~accelpass.ir.derived.StateSpec`.
+        lifetime: see :class:`~accelpass.ir.core.derived.StateSpec`.
     """
 
     name: str

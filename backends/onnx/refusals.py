@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from accelpass.backends.onnx.errors import ExportError
-from accelpass.passes.base import Pass
+from accelpass.passes.core.base import Pass
 from accelpass.passes.kv_cache.base import KVPass
 from accelpass.passes.token_pruning.base import TokenPruning
 from accelpass.passes.token_pruning.filter import PromptFilter

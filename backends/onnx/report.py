@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelpass.passes.base import Record
+from accelpass.passes.core.base import Record
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from accelpass.backends.onnx.errors import ExportError
-from accelpass.ir.graph import value
+from accelpass.ir.core.graph import value
 from accelpass.ir.linear.op import is_linear
 
 TOLERANCE = 1e-4

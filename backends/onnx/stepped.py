@@ -19,11 +19,11 @@ from torch.fx.graph import CodeGen
 from accelpass.backends.onnx import runtime
 from accelpass.backends.onnx.capture import Captured
 from accelpass.backends.onnx.errors import ExportError
-from accelpass.ir.graph import value
-from accelpass.ir.program import Program
-from accelpass.ir.steps import prepare
-from accelpass.passes.base import Pass
-from accelpass.passes.plan import write_json
+from accelpass.ir.core.graph import value
+from accelpass.ir.core.program import Program
+from accelpass.ir.transform.steps import prepare
+from accelpass.passes.core.base import Pass
+from accelpass.passes.core.plan import write_json
 from accelpass.passes.step_cache.base import FIRST, FULL, StepPass
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from accelpass.backends.run import Call, Ran, Run
-from accelpass.backends.runs import RENEWED, RUNS, Runs, Turn
+from accelpass.backends.runtime.run import Call, Ran, Run
+from accelpass.backends.runtime.runs import RENEWED, RUNS, Runs, Turn
+from accelpass.backends.runtime.step_clock import Clock, Tick
 from accelpass.backends.staged.graph import StagedGraph
 from accelpass.backends.staged.model import Actions, Row, StagedModel, all_full
-from accelpass.backends.step_clock import Clock, Tick
-from accelpass.ir.steps import StepError
+from accelpass.ir.transform.steps import StepError
 from accelpass.passes.step_cache.base import FIRST, StepPass
 
 

@@ -13,28 +13,28 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from accelpass.backends.caches import CacheCalls, tokens_of
-from accelpass.backends.inductor import compile_whole
-from accelpass.backends.rewriting import captured, copied, debug_of, lowered, refuse_released
+from accelpass.backends.compile.inductor import compile_whole
+from accelpass.backends.compile.rewriting import captured, copied, debug_of, lowered, refuse_released
+from accelpass.backends.runtime.caches import CacheCalls, tokens_of
+from accelpass.backends.runtime.step_report import combined, describe, planned
 from accelpass.backends.staged.by_step import Arguments, SteppedGraph
 from accelpass.backends.staged.graph import PolicyGraph, StagedGraph
 from accelpass.backends.staged.model import StagedModel
 from accelpass.backends.staged.stage import Code, Compile
 from accelpass.backends.staged.variants import Variants
-from accelpass.backends.step_report import combined, describe, planned
-from accelpass.ir.capture import cut_said
+from accelpass.ir.core.capture import cut_said
+from accelpass.ir.core.graph import argument_name, hint, placeholders, value
+from accelpass.ir.core.program import Program
+from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import OptionError, PassError
-from accelpass.ir.graph import argument_name, hint, placeholders, value
 from accelpass.ir.kv.ops import UNEVEN
 from accelpass.ir.kv.sites import kv_sites
-from accelpass.ir.program import Program
-from accelpass.ir.steps import LATENTS, TIMESTEP, user_input
-from accelpass.ir.tensors import FromInputs
-from accelpass.passes.base import Record
-from accelpass.passes.manager import ordered, run
-from accelpass.passes.options import Options
-from accelpass.passes.report import GraphReport, costs
-from accelpass.passes.staged import FULL, StagedPass
+from accelpass.ir.transform.steps import LATENTS, TIMESTEP, user_input
+from accelpass.passes.core.base import Record
+from accelpass.passes.core.manager import ordered, run
+from accelpass.passes.core.options import Options
+from accelpass.passes.core.report import GraphReport, costs
+from accelpass.passes.core.staged import FULL, StagedPass
 from accelpass.passes.step_cache.base import StepPass
 
 

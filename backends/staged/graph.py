@@ -14,7 +14,7 @@ from accelpass.backends.staged.linker import Execution
 from accelpass.backends.staged.model import StagedModel
 from accelpass.ir.errors import PassError
 from accelpass.ir.kv.ledger import holding_of
-from accelpass.passes.staged import StagedPass
+from accelpass.passes.core.staged import StagedPass
 
 
 @dataclass(eq=False)
@@ -58,7 +58,7 @@ class PolicyGraph(StagedGraph):
 
 @dataclass(eq=False)
 class Call:
-    """See :class:`accelpass.passes.staged.StagedCall`."""
+    """See :class:`accelpass.passes.core.staged.StagedCall`."""
 
     policy: StagedPass
     model: StagedModel

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from accelpass.backends.caches import Kept
+from accelpass.backends.runtime.caches import Kept
 from accelpass.backends.staged.linker import Execution, Key, LinkedGraph, link
 from accelpass.backends.staged.stage import Ref, Stage
-from accelpass.ir.tensors import Binder
-from accelpass.passes.base import Record
-from accelpass.passes.staged import FULL, StagedPass
+from accelpass.ir.core.tensors import Binder
+from accelpass.passes.core.base import Record
+from accelpass.passes.core.staged import FULL, StagedPass
 
 Actions = tuple[str, ...]
 Row = tuple[Actions, ...]

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from accelpass.ir.graph import aten, is_call, value
+from accelpass.ir.core.graph import aten, is_call, value
 
 Fn = Callable[..., Any]
 Compile = Callable[[fx.GraphModule, list[Any]], Fn]

@@ -11,20 +11,20 @@ from typing import Any
 import sympy
 from torch import fx
 
-from accelpass.backends.caches import Kept
+from accelpass.backends.runtime.caches import Kept
 from accelpass.backends.staged.linker import Key
 from accelpass.backends.staged.model import Actions, StagedModel, all_full
 from accelpass.backends.staged.stage import Code, Held, Ref, Stage, attribute, layout, part_of
-from accelpass.ir.analyses.cost import at_compiled_sizes, costs
-from accelpass.ir.attention.op import is_attention
+from accelpass.ir.analyses.structure.cost import at_compiled_sizes, costs
+from accelpass.ir.attention.spec.op import is_attention
+from accelpass.ir.core.graph import fake_mode, value
+from accelpass.ir.core.program import Program
+from accelpass.ir.core.tensors import Binder, FromInputs
 from accelpass.ir.errors import PassError, SpecConflict
-from accelpass.ir.graph import fake_mode, value
 from accelpass.ir.kv.lower import CacheUse
-from accelpass.ir.program import Program
-from accelpass.ir.steps import BLOCK, NAME, StepBlock, prepare
-from accelpass.ir.tensors import Binder, FromInputs
-from accelpass.passes.base import Record
-from accelpass.passes.staged import FULL, StagedPass
+from accelpass.ir.transform.steps import BLOCK, NAME, StepBlock, prepare
+from accelpass.passes.core.base import Record
+from accelpass.passes.core.staged import FULL, StagedPass
 
 Sites = list[list[tuple[StagedPass, str]]]
 Nodes = Mapping[int, list[fx.Node]]

@@ -4,15 +4,15 @@
 operators back: the model's own where nothing was edited.
 """
 
-from accelpass.ir.attention import blocks as blocks  # registers its lowering
-from accelpass.ir.attention import fused as fused  # registers its lowerings
-from accelpass.ir.attention.block_select import Blocks, BlockSelect
-from accelpass.ir.attention.detect import Attention, NearMiss, Survey, detect, near_misses, survey
-from accelpass.ir.attention.insert import insert
-from accelpass.ir.attention.lower import Lowering, Lowerings, NoLowering, lower, register_lowering
-from accelpass.ir.attention.op import attend, is_attention, set_spec, spec_of, want
-from accelpass.ir.attention.sdpa import SdpaCall, sdpa_call
-from accelpass.ir.attention.spec import (
+from accelpass.ir.attention.lowering import blocks as blocks  # registers its lowering
+from accelpass.ir.attention.lowering import fused as fused  # registers its lowerings
+from accelpass.ir.attention.lowering.lower import Lowering, Lowerings, NoLowering, lower, register_lowering
+from accelpass.ir.attention.lowering.sdpa import SdpaCall, sdpa_call
+from accelpass.ir.attention.recognition.detect import Attention, NearMiss, Survey, detect, near_misses, survey
+from accelpass.ir.attention.recognition.insert import insert
+from accelpass.ir.attention.spec.block_select import Blocks, BlockSelect
+from accelpass.ir.attention.spec.op import attend, is_attention, set_spec, spec_of, want
+from accelpass.ir.attention.spec.spec import (
     All,
     AttentionSpec,
     Band,

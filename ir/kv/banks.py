@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention.one_row import by_chunks, each_group, row_scores, row_sum
-from accelpass.ir.attention.spec import Format, Native
-from accelpass.ir.derived import StateSpec
+from accelpass.ir.attention.lowering.one_row import by_chunks, each_group, row_scores, row_sum
+from accelpass.ir.attention.spec.spec import Format, Native
+from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.errors import GraphError
 from accelpass.ir.kv.rows import PARTS, dequantize_rows, quantize_rows, row_bytes
 

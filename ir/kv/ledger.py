@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from accelpass.ir.derived import DERIVED
+from accelpass.ir.core.derived import DERIVED
 from accelpass.ir.errors import CacheError
 from accelpass.ir.kv.tail import Tail
 from accelpass.ir.torch_private import has_stopped_compiling

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.attention.block_select import MASKS, BlockSelect
-from accelpass.ir.attention.faults import WrongResult, named, shape_said
-from accelpass.ir.attention.lower import like_in_memory
-from accelpass.ir.attention.masks import shows_all_held
-from accelpass.ir.attention.op import ATTENTION, set_spec, spec_of, want
-from accelpass.ir.attention.spec import All, AttentionSpec, Dense, Native, Step
-from accelpass.ir.derived import StateSpec
+from accelpass.ir.attention.lowering.lower import like_in_memory
+from accelpass.ir.attention.recognition.masks import shows_all_held
+from accelpass.ir.attention.spec.block_select import MASKS, BlockSelect
+from accelpass.ir.attention.spec.faults import WrongResult, named, shape_said
+from accelpass.ir.attention.spec.op import ATTENTION, set_spec, spec_of, want
+from accelpass.ir.attention.spec.spec import All, AttentionSpec, Dense, Native, Step
+from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.graph import aten, call, known, refresh, value
+from accelpass.ir.core.program import Program
 from accelpass.ir.errors import GraphError, SpecConflict
-from accelpass.ir.graph import aten, call, known, refresh, value
 from accelpass.ir.kv.banks import row_format
 from accelpass.ir.kv.layer import Extension, Layer, advance, operands_said
 from accelpass.ir.kv.ops import KV_APPEND
@@ -26,8 +27,7 @@ from accelpass.ir.kv.ops import form as form_of
 from accelpass.ir.kv.sites import KVSite, candidates, kv_sites
 from accelpass.ir.kv.storage import Layout, New, Positions, RowSelect, Storage
 from accelpass.ir.kv.tail import KV_STEPS, Stepper
-from accelpass.ir.program import Program
-from accelpass.ir.splice import Tracer, trace_on
+from accelpass.ir.transform.splice import Tracer, trace_on
 
 _END = 2**63 - 1
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from accelpass.ir.derived import DERIVED, StateSpec
+from accelpass.ir.core.derived import DERIVED, StateSpec
 from accelpass.ir.errors import CacheError
 from accelpass.ir.kv.ledger import holding_of
 from accelpass.ir.torch_private import has_stopped_compiling

@@ -11,15 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.attention.block_select import MASKS
-from accelpass.ir.attention.op import spec_of
-from accelpass.ir.derived import DERIVED, StateSpec
-from accelpass.ir.graph import aten, call, is_call, known, placeholders, through, value
+from accelpass.ir.attention.spec.block_select import MASKS
+from accelpass.ir.attention.spec.op import spec_of
+from accelpass.ir.core.derived import DERIVED, StateSpec
+from accelpass.ir.core.graph import aten, call, is_call, known, placeholders, through, value
+from accelpass.ir.core.program import Program
+from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.kv.sites import KVSite, kv_sites
-from accelpass.ir.program import Program
-from accelpass.ir.prompt import positions_of
-from accelpass.ir.splice import splice, trace
-from accelpass.ir.tensors import FromInputs
+from accelpass.ir.transform.prompt import positions_of
+from accelpass.ir.transform.splice import splice, trace
 
 DROPPED = StateSpec("tokens.dropped", (2,), torch.int64, "sequence", batched=True)
 """Of each sequence: tokens that were left out; those of them that are no padding, by which later positions move."""

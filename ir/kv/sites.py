@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import fx
 
-from accelpass.ir.analyses.output_head import output_heads
-from accelpass.ir.attention.insert import base
-from accelpass.ir.attention.op import is_attention
-from accelpass.ir.graph import aten, call, known, module_path, placeholders, shape, size_among, value
+from accelpass.ir.analyses.structure.output_head import output_heads
+from accelpass.ir.attention.recognition.insert import base
+from accelpass.ir.attention.spec.op import is_attention
+from accelpass.ir.core.graph import aten, call, known, module_path, placeholders, shape, size_among, value
+from accelpass.ir.core.program import Program
 from accelpass.ir.kv.ops import KV_APPEND, KV_READ
-from accelpass.ir.program import Program
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention import steps
-from accelpass.ir.attention.block_select import MASKS
-from accelpass.ir.attention.one_row import fence, powers
-from accelpass.ir.attention.spec import AttentionMass, AttentionSpec, Places, ScoreTap, Select, Store
-from accelpass.ir.derived import StateSpec
+from accelpass.ir.attention.lowering.one_row import fence, powers
+from accelpass.ir.attention.spec import steps
+from accelpass.ir.attention.spec.block_select import MASKS
+from accelpass.ir.attention.spec.spec import AttentionMass, AttentionSpec, Places, ScoreTap, Select, Store
+from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.kv.banks import RowFormat, Rows, ValueFormat, taken_rows
 
 Held = Mapping[str, Tensor]

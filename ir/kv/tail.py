@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from accelpass.ir.graph import known
+from accelpass.ir.core.graph import known
 
 Step = Callable[..., Sequence[Tensor]]
 """Of queries, keys, values, the counter, masks, rows that are handed on, what a pass gives, and buffers, which it writes: the

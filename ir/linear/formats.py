@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accelpass.ir.core.verdict import Skip, Take, Verdict
 from accelpass.ir.linear.spec import Packed, WeightFormat
-from accelpass.ir.verdict import Skip, Take, Verdict
 
 GROUP_SIZES = (32, 64, 128)
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from accelpass.ir.graph import aten, call, known, shape, value
+from accelpass.ir.core.graph import aten, call, known, shape, value
+from accelpass.ir.core.program import Program
 from accelpass.ir.linear.op import EMBEDDING, LINEAR, MATRIX, is_linear, is_packed, linear_spec, operands_of
 from accelpass.ir.linear.spec import LinearSpec, WeightFormat
-from accelpass.ir.program import Program
-from accelpass.ir.splice import Tracer
+from accelpass.ir.transform.splice import Tracer
 
 Nodes = Sequence[fx.Node]
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from accelpass.ir.graph import is_call
+from accelpass.ir.core.graph import is_call
 from accelpass.ir.linear.spec import LinearSpec
 
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accelpass.ir.derived import Recipe
-from accelpass.ir.parts import Part
-from accelpass.ir.verdict import Take, Verdict
+from accelpass.ir.core.derived import Recipe
+from accelpass.ir.core.parts import Part
+from accelpass.ir.core.verdict import Take, Verdict
 
 Packed = Sequence[Tensor]
 """The tensors of a packed weight, in the order of :meth:`WeightFormat.operands`."""

@@ -6,14 +6,14 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from accelpass.ir.attention.op import set_spec, spec_of
-from accelpass.ir.attention.spec import AttentionSpec
-from accelpass.ir.graph import value
+from accelpass.ir.attention.spec.op import set_spec, spec_of
+from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.graph import value
+from accelpass.ir.core.program import Program
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.kv.storage import Query
-from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Skip, Take, Verdict
-from accelpass.passes.site_pass import Edits, SitePass
+from accelpass.passes.core.base import Done, Skip, Take, Verdict
+from accelpass.passes.core.site_pass import Edits, SitePass
 
 NO_CACHE = (
     "this graph appends to no accelpass.KVCache. A model with a key/value cache takes one as "

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from accelpass.ir.attention.spec import AttentionSpec
-from accelpass.ir.derived import Recipe
+from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.derived import Recipe
+from accelpass.ir.core.graph import aten, call, value
+from accelpass.ir.core.program import Program
 from accelpass.ir.errors import OptionError, PassError
-from accelpass.ir.graph import aten, call, value
 from accelpass.ir.kv.layer import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
-from accelpass.ir.program import Program
-from accelpass.passes.base import Calibrated, Run, Skip
+from accelpass.passes.core.base import Calibrated, Run, Skip
 from accelpass.passes.kv_cache.base import KVPass, cannot_store
 from accelpass.passes.kv_cache.key_path import Projected, keys_and_values, replays
 from accelpass.passes.kv_cache.low_rank import BLOCK, LowRank

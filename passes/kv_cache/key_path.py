@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.attention.projections import is_constant
-from accelpass.ir.graph import aten, is_call, value
+from accelpass.ir.attention.recognition.projections import is_constant
+from accelpass.ir.core.graph import aten, is_call, value
+from accelpass.ir.core.program import Program
 from accelpass.ir.kv.sites import KVSite
-from accelpass.ir.program import Program
 
 _LAYOUT = (aten.view, aten.reshape, aten._unsafe_view, aten.unflatten, aten.transpose, aten.permute, aten.clone,
            aten.contiguous, aten.to, aten._to_copy)  # fmt: skip

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from accelpass.ir.attention.spec import AttentionSpec
-from accelpass.ir.graph import value
+from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.graph import value
+from accelpass.ir.core.program import Program
 from accelpass.ir.kv.banks import Quantized
 from accelpass.ir.kv.rows import BITS
 from accelpass.ir.kv.sites import KVSite
-from accelpass.ir.program import Program
-from accelpass.passes.base import Skip
+from accelpass.passes.core.base import Skip
 from accelpass.passes.kv_cache.base import KVPass
 
 

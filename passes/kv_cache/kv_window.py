@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.program import Program
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
-from accelpass.ir.program import Program
-from accelpass.passes.base import Skip
+from accelpass.passes.core.base import Skip
 from accelpass.passes.kv_cache.base import KVPass
 from accelpass.passes.kv_cache.slots import Amount, Slots, check_budget, share
 

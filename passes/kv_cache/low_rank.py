@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention.one_row import row_sum
-from accelpass.ir.derived import StateSpec
+from accelpass.ir.attention.lowering.one_row import row_sum
+from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.kv.banks import EXACT, RowFormat, Rows, ValueFormat, buffer
 from accelpass.ir.kv.rows import pack, row_bytes, to_half_precision, unpack
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage

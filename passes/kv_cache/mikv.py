@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention.spec import AttentionSpec
-from accelpass.ir.derived import StateSpec
+from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.program import Program
 from accelpass.ir.kv.banks import Quantized, RowFormat, buffer, put_rows
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, bank
-from accelpass.ir.program import Program
-from accelpass.passes.base import Skip
+from accelpass.passes.core.base import Skip
 from accelpass.passes.kv_cache.base import KVPass
 from accelpass.passes.kv_cache.h2o import HeavyHitters
 from accelpass.passes.kv_cache.kv_quant import cannot_pack

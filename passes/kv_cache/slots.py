@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention.spec import AttentionMass, ScoreTap
-from accelpass.ir.derived import StateSpec
+from accelpass.ir.attention.spec.spec import AttentionMass, ScoreTap
+from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.kv.banks import EXACT, RowFormat, buffer, put_rows, taken_rows
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage, bank
-from accelpass.passes.base import Pass
+from accelpass.passes.core.base import Pass
 
 
 @dataclass(frozen=True)

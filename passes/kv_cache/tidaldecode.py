@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from accelpass.ir.attention.block_select import BlockSelect
-from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.attention.spec.block_select import BlockSelect
+from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.program import Program
 from accelpass.ir.errors import PassError
 from accelpass.ir.kv.banks import RowFormat
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Held, Layout, New, Positions, Query, RowSelect, Segment, bank
-from accelpass.ir.program import Program
-from accelpass.passes.base import CalibratedOnLoss, Skip, Study
+from accelpass.passes.core.base import CalibratedOnLoss, Skip, Study
 from accelpass.passes.kv_cache.base import KVPass
 
 By = Literal["layer", "kv_head"]

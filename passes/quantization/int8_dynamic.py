@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.analyses.linear import ExpertStack, Linear
+from accelpass.ir.analyses.structure.linear import ExpertStack, Linear
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.spec import ActivationFormat, LinearSpec
-from accelpass.passes.base import Skip, Verdict
+from accelpass.passes.core.base import Skip, Verdict
 from accelpass.passes.quantization.weight_only import WeightOnly
 
 

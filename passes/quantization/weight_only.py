@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from accelpass.ir.analyses.linear import Embedding, ExpertStack, Linear, embeddings, expert_stacks, linears
-from accelpass.ir.derived import is_released
-from accelpass.ir.graph import aten, call, replace, shape, through, value
+from accelpass.ir.analyses.structure.linear import Embedding, ExpertStack, Linear, embeddings, expert_stacks, linears
+from accelpass.ir.core.derived import is_released
+from accelpass.ir.core.graph import aten, call, replace, shape, through, value
+from accelpass.ir.core.program import Program
 from accelpass.ir.linear.op import EMBEDDING, LINEAR, MATRIX
 from accelpass.ir.linear.spec import Expert, LinearSpec
-from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Skip, Take, Verdict
-from accelpass.passes.site_pass import Edits, SitePass
+from accelpass.passes.core.base import Done, Skip, Take, Verdict
+from accelpass.passes.core.site_pass import Edits, SitePass
 
 Use = Linear | Embedding | ExpertStack
 

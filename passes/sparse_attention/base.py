@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 from torch import fx
 
 from accelpass.ir.attention import Attention, detect
-from accelpass.ir.attention.block_select import BlockSelect, causal_form
-from accelpass.ir.attention.fused import block_sparse_why_not
-from accelpass.ir.attention.op import set_spec, spec_of
-from accelpass.ir.graph import known, value
-from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Skip, Take, Verdict
-from accelpass.passes.site_pass import Edits, SitePass
+from accelpass.ir.attention.lowering.fused import block_sparse_why_not
+from accelpass.ir.attention.spec.block_select import BlockSelect, causal_form
+from accelpass.ir.attention.spec.op import set_spec, spec_of
+from accelpass.ir.core.graph import known, value
+from accelpass.ir.core.program import Program
+from accelpass.passes.core.base import Done, Skip, Take, Verdict
+from accelpass.passes.core.site_pass import Edits, SitePass
 
 _KINDS = {
     "cross": "queries and keys come from two sequences (cross attention); the method is for self-attention",

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention.block_select import not_a_prompt
-from accelpass.ir.attention.block_sparse import BLOCK_SPARSE, KERNELS
-from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.attention.lowering.block_sparse import BLOCK_SPARSE, KERNELS
+from accelpass.ir.attention.spec.block_select import not_a_prompt
+from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.program import Program
 from accelpass.ir.errors import OptionError, PassError, PlanError
-from accelpass.ir.program import Program
-from accelpass.passes.base import Attend, CalibratedOnLoss, Skip, Study
+from accelpass.passes.core.base import Attend, CalibratedOnLoss, Skip, Study
 from accelpass.passes.sparse_attention.moa_profile import Profile, dense
 from accelpass.passes.sparse_attention.moa_search import Problem, pareto, search_space
 from accelpass.passes.sparse_attention.span_pass import SpanPass

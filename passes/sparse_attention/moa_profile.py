@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accelpass.ir.attention.block_select import not_a_prompt
-from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.attention.spec.block_select import not_a_prompt
+from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.passes.sparse_attention.spans import Rule, span_blocks
 
 EPS = 1e-6

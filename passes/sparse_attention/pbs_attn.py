@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.attention import Attention, AttentionSpec
-from accelpass.ir.attention.block_select import Blocks, BlockSelect
-from accelpass.passes.base import Skip
+from accelpass.ir.attention.spec.block_select import Blocks, BlockSelect
+from accelpass.passes.core.base import Skip
 from accelpass.passes.sparse_attention.base import SparseAttention
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from accelpass.ir.program import Program
+from accelpass.ir.core.program import Program
 from accelpass.passes.sparse_attention.span_pass import SpanPass
 from accelpass.passes.sparse_attention.spans import EVERYTHING, Rule
 

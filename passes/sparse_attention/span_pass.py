@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from accelpass.ir.attention import Attention, detect, set_spec, spec_of
-from accelpass.ir.attention.fused import block_sparse_why_not
-from accelpass.ir.attention.spec import Dense, Native
-from accelpass.ir.graph import hint, value
+from accelpass.ir.attention.lowering.fused import block_sparse_why_not
+from accelpass.ir.attention.spec.spec import Dense, Native
+from accelpass.ir.core.graph import hint, value
+from accelpass.ir.core.program import Program
 from accelpass.ir.kv.sites import KVSite, kv_sites
-from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Skip, Take, Verdict
+from accelpass.passes.core.base import Done, Skip, Take, Verdict
+from accelpass.passes.core.site_pass import Edits, SitePass
 from accelpass.passes.kv_cache.base import cannot_store
-from accelpass.passes.site_pass import Edits, SitePass
 from accelpass.passes.sparse_attention.base import cannot_select
 from accelpass.passes.sparse_attention.span_cache import SpanRings
 from accelpass.passes.sparse_attention.spans import HeadSpans, Rule, density, shown

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention.block_select import Blocks, BlockSelect
-from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.attention.spec.block_select import Blocks, BlockSelect
+from accelpass.ir.attention.spec.spec import AttentionSpec
 
 Rule = tuple[float, float]
 """(alpha, beta): of a prompt of N tokens a head sees its newest ``alpha + beta * N``."""

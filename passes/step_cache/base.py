@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.attention.spec import AttentionSpec
-from accelpass.ir.capture import cut_said
+from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.capture import cut_said
+from accelpass.ir.core.graph import value
+from accelpass.ir.core.program import Program
 from accelpass.ir.errors import SpecConflict
-from accelpass.ir.graph import value
-from accelpass.ir.program import Program
-from accelpass.ir.steps import (
+from accelpass.ir.transform.steps import (
     LATENTS,
     StepBlock,
     StepError,
@@ -30,8 +30,8 @@ from accelpass.ir.steps import (
     step_blocks,
     user_input,
 )
-from accelpass.passes.base import Record
-from accelpass.passes.staged import FULL, Site, StagedPass, laid_out
+from accelpass.passes.core.base import Record
+from accelpass.passes.core.staged import FULL, Site, StagedPass, laid_out
 
 FIRST = "first call: "
 NO_BLOCKS = (

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.graph import aten
-from accelpass.ir.program import Program
-from accelpass.ir.steps import StepBlock, recall_new
-from accelpass.passes.staged import FULL, Site, appending, put
+from accelpass.ir.core.graph import aten
+from accelpass.ir.core.program import Program
+from accelpass.ir.transform.steps import StepBlock, recall_new
+from accelpass.passes.core.staged import FULL, Site, appending, put
 from accelpass.passes.step_cache.base import StepPass, keep, kept
 
 _KEEP, _KEEP_SLOPE, _USE, _USE_SLOPE = "full+delta", "full+delta+slope", "delta", "delta+slope"

@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.analyses.axes import Axes, axes
-from accelpass.ir.attention.op import ATTENTION, set_spec, spec_of
-from accelpass.ir.attention.spec import Band
-from accelpass.ir.graph import aten, call, value
-from accelpass.ir.program import Program
-from accelpass.ir.resize import CannotResize, Resizer
-from accelpass.ir.steps import StepBlock, StepError, recall
-from accelpass.passes.staged import FULL, Site, appending, put
+from accelpass.ir.analyses.axes.axes import Axes, axes
+from accelpass.ir.attention.spec.op import ATTENTION, set_spec, spec_of
+from accelpass.ir.attention.spec.spec import Band
+from accelpass.ir.core.graph import aten, call, value
+from accelpass.ir.core.program import Program
+from accelpass.ir.transform.resize import CannotResize, Resizer
+from accelpass.ir.transform.steps import StepBlock, StepError, recall
+from accelpass.passes.core.staged import FULL, Site, appending, put
 from accelpass.passes.step_cache.base import (
     Searched,
     StepPass,

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from accelpass.ir.core.program import Program
 from accelpass.ir.errors import PassError
-from accelpass.ir.program import Program
-from accelpass.passes.staged import FULL, Site
+from accelpass.passes.core.staged import FULL, Site
 from accelpass.passes.step_cache.base import StepSearch, Trial
 from accelpass.passes.step_cache.ditfastattn import (
     HALF,

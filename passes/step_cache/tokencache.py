@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.analyses.axes import axes
+from accelpass.ir.analyses.axes.axes import axes
+from accelpass.ir.core.graph import aten, call, value
+from accelpass.ir.core.program import Program
 from accelpass.ir.errors import PlanError
-from accelpass.ir.graph import aten, call, value
-from accelpass.ir.program import Program
-from accelpass.ir.resize import CannotResize, Resizer
-from accelpass.ir.steps import StepBlock, StepError, recall_new
-from accelpass.passes.staged import FULL, Site, appending, put
+from accelpass.ir.transform.resize import CannotResize, Resizer
+from accelpass.ir.transform.steps import StepBlock, StepError, recall_new
+from accelpass.passes.core.staged import FULL, Site, appending, put
 from accelpass.passes.step_cache.base import (
     Searched,
     StepPass,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.attention import Attention, SdpaCall
-from accelpass.ir.attention.one_row import fence, powers, row_scores, row_sum
-from accelpass.ir.graph import value
-from accelpass.passes.base import Done, Skip, Take, Verdict
-from accelpass.passes.site_pass import Edits
+from accelpass.ir.attention.lowering.one_row import fence, powers, row_scores, row_sum
+from accelpass.ir.core.graph import value
+from accelpass.passes.core.base import Done, Skip, Take, Verdict
+from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.structure.sdpa_rewrite import SdpaRewrite
 
 

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from accelpass.ir.analyses.linear import Linear, linears, rows
-from accelpass.ir.gemv_probe import blas_and_stream_seconds
-from accelpass.ir.graph import aten, is_call, shape, stored, value
-from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Skip, Take, Verdict
-from accelpass.passes.site_pass import Edits, SitePass
+from accelpass.ir.analyses.structure.linear import Linear, linears, rows
+from accelpass.ir.core.graph import aten, is_call, shape, stored, value
+from accelpass.ir.core.program import Program
+from accelpass.ir.linear.gemv_probe import blas_and_stream_seconds
+from accelpass.passes.core.base import Done, Skip, Take, Verdict
+from accelpass.passes.core.site_pass import Edits, SitePass
 
 SLACK = 1.15
 """The BLAS must be slower than a streaming row sum by this factor before it is replaced."""

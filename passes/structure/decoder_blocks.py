@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from accelpass.ir.graph import aten, is_call, mutates, value
+from accelpass.ir.core.graph import aten, is_call, mutates, value
+from accelpass.ir.core.program import Program
 from accelpass.ir.kv.ops import KV_APPEND
 from accelpass.ir.kv.sites import kv_sites
-from accelpass.ir.program import Program
-from accelpass.ir.steps import StepBlock, decoder_stack
-from accelpass.ir.tokens import CannotCut
+from accelpass.ir.transform.steps import StepBlock, decoder_stack
+from accelpass.ir.transform.tokens import CannotCut
+from accelpass.passes.core.staged import FULL, Site, StagedPass, appending, put
 from accelpass.passes.kv_cache.base import NO_CACHE
-from accelpass.passes.staged import FULL, Site, StagedPass, appending, put
 
 OUT, COPY = "left out", "keys and values alone"
 _DONE = {OUT: "left out", COPY: "the stream passes by; its keys and values are kept"}

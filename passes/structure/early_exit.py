@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from accelpass.ir.analyses.output_head import output_heads
-from accelpass.ir.program import Program
-from accelpass.passes.staged import FULL, StagedCall
+from accelpass.ir.analyses.structure.output_head import output_heads
+from accelpass.ir.core.program import Program
+from accelpass.passes.core.staged import FULL, StagedCall
 from accelpass.passes.structure.decoder_blocks import COPY, DecoderBlocks, one_token
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from accelpass.ir.attention import Attention, SdpaCall
-from accelpass.ir.graph import hint, value
-from accelpass.passes.base import Done, Skip, Take, Verdict
-from accelpass.passes.site_pass import Edits
+from accelpass.ir.core.graph import hint, value
+from accelpass.passes.core.base import Done, Skip, Take, Verdict
+from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.structure.sdpa_rewrite import SdpaRewrite
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from accelpass.ir.analyses.linear import linears
-from accelpass.ir.derived import Recipe
-from accelpass.ir.graph import aten, call, is_call, module_path, shape, value
+from accelpass.ir.analyses.structure.linear import linears
+from accelpass.ir.core.derived import Recipe
+from accelpass.ir.core.graph import aten, call, is_call, module_path, shape, value
+from accelpass.ir.core.program import Program
 from accelpass.ir.linear.op import is_linear, linear_spec, operands_of
-from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Skip, Take, Verdict
-from accelpass.passes.site_pass import Edits, SitePass
+from accelpass.passes.core.base import Done, Skip, Take, Verdict
+from accelpass.passes.core.site_pass import Edits, SitePass
 
 
 @dataclass(frozen=True)

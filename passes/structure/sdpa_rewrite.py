@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from accelpass.ir.attention import Attention, SdpaCall, detect, sdpa_call
-from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Skip, Verdict
-from accelpass.passes.site_pass import Edits, SitePass
+from accelpass.ir.core.program import Program
+from accelpass.passes.core.base import Done, Skip, Verdict
+from accelpass.passes.core.site_pass import Edits, SitePass
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from accelpass.ir.program import Program
-from accelpass.passes.staged import FULL, StagedCall
+from accelpass.ir.core.program import Program
+from accelpass.passes.core.staged import FULL, StagedCall
 from accelpass.passes.structure.decoder_blocks import OUT, DecoderBlocks
 
 

@@ -10,23 +10,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.attention import steps
-from accelpass.ir.attention.op import attend, is_attention, set_spec, spec_of
-from accelpass.ir.attention.spec import All, AttentionSpec
-from accelpass.ir.graph import value, written_inputs
+from accelpass.ir.attention.spec import steps
+from accelpass.ir.attention.spec.op import attend, is_attention, set_spec, spec_of
+from accelpass.ir.attention.spec.spec import All, AttentionSpec
+from accelpass.ir.core.graph import value, written_inputs
+from accelpass.ir.core.program import Program
 from accelpass.ir.kv.layer import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
-from accelpass.ir.program import Program
-from accelpass.ir.splice import splice, trace
-from accelpass.ir.steps import recall_new, remember
-from accelpass.ir.tokens import CannotCut, Cut, decoder_blocks
-from accelpass.passes.base import Done, Pass, Record
+from accelpass.ir.transform.splice import splice, trace
+from accelpass.ir.transform.steps import recall_new, remember
+from accelpass.ir.transform.tokens import CannotCut, Cut, decoder_blocks
+from accelpass.passes.core.base import Done, Pass, Record
+from accelpass.passes.core.site_pass import claim
 from accelpass.passes.kv_cache.base import NO_CACHE, cannot_store
-from accelpass.passes.site_pass import claim
 from accelpass.passes.token_pruning.rows_at_positions import RowsAtPositions
 
 CUT = "token_cut"
-"""Key of a program's ``gm.meta``: the :class:`~accelpass.ir.tokens.Cut` that was made before the passes ran."""
+"""Key of a program's ``gm.meta``: the :class:`~accelpass.ir.transform.tokens.Cut` that was made before the passes ran."""
 
 
 @dataclass(frozen=True)

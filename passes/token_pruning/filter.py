@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from accelpass.ir.core.program import Program
 from accelpass.ir.kv.ops import KV_APPEND
 from accelpass.ir.kv.shortened import follow
 from accelpass.ir.kv.sites import kv_sites
-from accelpass.ir.program import Program
-from accelpass.ir.prompt import NoPrompt, Prompt, prompt
-from accelpass.ir.splice import splice, trace
-from accelpass.ir.steps import drop_dead_writes
-from accelpass.passes.base import Done, Pass, Record
+from accelpass.ir.transform.prompt import NoPrompt, Prompt, prompt
+from accelpass.ir.transform.splice import splice, trace
+from accelpass.ir.transform.steps import drop_dead_writes
+from accelpass.passes.core.base import Done, Pass, Record
 from accelpass.passes.token_pruning.look import chosen, operands_of
 
 
@@ -23,7 +23,7 @@ from accelpass.passes.token_pruning.look import chosen, operands_of
 class PromptFilter(Pass):
     """A prompt is read twice: by a graph that ends where the tokens are chosen, and by the model, which reads these alone.
 
-    The backend compiles both (:mod:`accelpass.backends.filtered`). Tokens after the prompt see the chosen ones only; their
+    The backend compiles both (:mod:`accelpass.backends.compile.filtered`). Tokens after the prompt see the chosen ones only; their
     graphs are made to count as the cache does by :meth:`apply`.
 
     Attributes:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.attention import steps
-from accelpass.ir.attention.block_select import MASKS
-from accelpass.ir.attention.op import spec_of
-from accelpass.ir.attention.spec import Step
-from accelpass.ir.prompt import HIDDEN
+from accelpass.ir.attention.spec import steps
+from accelpass.ir.attention.spec.block_select import MASKS
+from accelpass.ir.attention.spec.op import spec_of
+from accelpass.ir.attention.spec.spec import Step
+from accelpass.ir.transform.prompt import HIDDEN
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.derived import StateSpec
+from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.kv.banks import RowFormat, buffer, put_rows
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage, bank
 

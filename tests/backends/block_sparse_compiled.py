@@ -17,10 +17,11 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
-import accelpass.backends.triton.block_sparse_ops  # noqa: F401  # registers the op
-from accelpass.backends.block_sparse import block_sparse_with_kernel
-from accelpass.backends.triton import block_sparse as kernels
-from accelpass.ir.attention import AttentionSpec, Band, BlockList, fused
+import accelpass.backends.kernels.triton.block_sparse_ops  # noqa: F401  # registers the op
+from accelpass.backends.kernels.cuda.block_sparse import block_sparse_with_kernel
+from accelpass.backends.kernels.triton import block_sparse as kernels
+from accelpass.ir.attention import AttentionSpec, Band, BlockList
+from accelpass.ir.attention.lowering import fused
 from tests.gpu_kernels.sources import prompt_source
 
 OP = torch.ops.accelpass.block_sparse_attention_triton

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from accelpass.backends.triton.block_sparse import INTERPRETED
-from accelpass.backends.triton.block_sparse_ops import block_sparse_attention_triton
+from accelpass.backends.kernels.triton.block_sparse import INTERPRETED
+from accelpass.backends.kernels.triton.block_sparse_ops import block_sparse_attention_triton
 from accelpass.ir.attention import AttentionSpec, BlockList, Blocks, Step, attend
-from accelpass.ir.attention.block_select import listed_mask
-from accelpass.ir.attention.block_sparse import band_blocks, listed_blocks
+from accelpass.ir.attention.lowering.block_sparse import band_blocks, listed_blocks
+from accelpass.ir.attention.spec.block_select import listed_mask
 from tests.backends.tolerance import within
 from tests.sweep import examples
 

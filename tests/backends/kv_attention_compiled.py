@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from triton.backends.compiler import GPUTarget
 
-from accelpass.backends.triton import kv_attention as kernels
-from accelpass.backends.triton import kv_attention_ops as ops
+from accelpass.backends.kernels.triton import kv_attention as kernels
+from accelpass.backends.kernels.triton import kv_attention_ops as ops
 from accelpass.ir.kv.decode import PackedRows
 from accelpass.ir.kv.rows import BITS, row_bytes
 from tests.gpu_kernels.sources import decode_source, helper_source

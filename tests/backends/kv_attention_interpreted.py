@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from accelpass.backends.triton import kv_attention_ops as ops
-from accelpass.backends.triton.kv_attention import INTERPRETED
+from accelpass.backends.kernels.triton import kv_attention_ops as ops
+from accelpass.backends.kernels.triton.kv_attention import INTERPRETED
 from accelpass.ir.kv.decode import WANT, Decoded, PackedRows, Store, merge
 from accelpass.ir.kv.decode_reference import decode_reference
 from accelpass.ir.kv.rows import dequantize_rows, quantize_rows

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from accelpass.backends.continuity import STEPS, Past, origin, result_of
+from accelpass.backends.runtime.continuity import STEPS, Past, origin, result_of
 
 SHAPE = (1, 4, 16, 16)
 EXACT = [

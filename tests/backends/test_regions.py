@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import accelpass
-from accelpass.backends import graphs_of, inductor
+from accelpass.backends import graphs_of
+from accelpass.backends.compile import inductor
 from accelpass.backends.staged import repetition as regions
 from tests.small_models import Mlp, relative_error
 

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from accelpass.backends.staged.linker import Execution, Key, Place, link
 from accelpass.backends.staged.stage import Code, Held, Stage, key_of, part_of
+from accelpass.ir.core.graph import aten
 from accelpass.ir.errors import PassError
-from accelpass.ir.graph import aten
 
 ONE = torch.ones(2)
 LAYOUT = ((2,), (1,), torch.float32, torch.device("cpu"), 0)

@@ -11,8 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from accelpass.backends.step_clock import Clock, declared, is_declared
-from accelpass.ir.steps import StepError
+from accelpass.backends.runtime.step_clock import Clock, declared, is_declared
+from accelpass.ir.transform.steps import StepError
 
 
 def latents(seed: int, batch: int = 2, size: int = 4) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import accelpass
-from accelpass.backends import rewriting
+from accelpass.backends.compile import rewriting
 from accelpass.ir.errors import PassError
-from accelpass.passes import options, registry
-from accelpass.passes.base import Pass
+from accelpass.passes.core import options, registry
+from accelpass.passes.core.base import Pass
 from accelpass.passes.structure.cpu_gemv import CpuGemv
 
 MODEL = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval()

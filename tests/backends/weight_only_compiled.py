@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from triton.backends.compiler import GPUTarget
 
-from accelpass.backends.triton import weight_only as kernels
-from accelpass.backends.triton import weight_only_ops as ops
+from accelpass.backends.kernels.triton import weight_only as kernels
+from accelpass.backends.kernels.triton import weight_only_ops as ops
 from tests.gpu_kernels.sources import WEIGHT_ONLY, weight_only_source
 
 OP8 = torch.ops.accelpass.int8_linear_triton

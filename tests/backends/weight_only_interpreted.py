@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from accelpass.backends.triton import weight_only_ops as ops
-from accelpass.backends.triton.weight_only import INTERPRETED
+from accelpass.backends.kernels.triton import weight_only_ops as ops
+from accelpass.backends.kernels.triton.weight_only import INTERPRETED
 from tests.sweep import examples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

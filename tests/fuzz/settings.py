@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from accelpass.passes.registry import registered
+from accelpass.passes.core.registry import registered
 from tests.pass_settings import names, setting
 
 Options = dict[str, Any]

@@ -87,8 +87,8 @@ def test_state_is_compared() -> None:
 
 
 def test_a_failure_is_shrunk_and_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from accelpass.backends import compiler
-    from accelpass.ir.graph import aten
+    from accelpass.backends.compile import compiler
+    from accelpass.ir.core.graph import aten
     from tests.fuzz import judge as judging
 
     def broken(gm, inputs, *, options=None, mode=None):  # type: ignore[no-untyped-def]

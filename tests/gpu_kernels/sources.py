@@ -11,8 +11,8 @@ import torch
 import triton
 from triton.compiler import ASTSource
 
-from accelpass.backends.triton import block_sparse, kv_attention, weight_only
-from accelpass.backends.triton import kv_attention_ops as decode
+from accelpass.backends.kernels.triton import block_sparse, kv_attention, weight_only
+from accelpass.backends.kernels.triton import kv_attention_ops as decode
 from accelpass.ir.kv.decode import PackedRows
 from accelpass.ir.kv.rows import BITS, row_bytes
 

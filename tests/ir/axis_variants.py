@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from accelpass.ir import attention
-from accelpass.ir.capture import from_dynamo
-from accelpass.ir.graph import value
-from accelpass.ir.program import Program
+from accelpass.ir.core.capture import from_dynamo
+from accelpass.ir.core.graph import value
+from accelpass.ir.core.program import Program
 from accelpass.models_zoo import tiny
 
 MORE = 7  # times as many sequences in the second capture: no other size there has this factor

@@ -11,9 +11,9 @@ from torch import nn
 
 from accelpass.ir import attention
 from accelpass.ir.attention import SinksAndWindow, Store
-from accelpass.ir.attention.lower import COMPOSED, Lowerings
-from accelpass.ir.capture import from_dynamo, from_export
-from accelpass.ir.verify import signature, verify
+from accelpass.ir.attention.lowering.lower import COMPOSED, Lowerings
+from accelpass.ir.core.capture import from_dynamo, from_export
+from accelpass.ir.core.verify import signature, verify
 
 BATCH, TOKENS, HEADS, WIDTH = 2, 6, 4, 8
 # Composed attentions sum the same products in another order: 8 products for a score and 6 for an output, of values

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from accelpass.ir import SpecConflict
 from accelpass.ir.attention import All, AttentionSpec, Band, BlockList, SinksAndWindow, Step, attend
-from accelpass.ir.attention.op import ATTENTION, ATTENTION_STATS
+from accelpass.ir.attention.spec.op import ATTENTION, ATTENTION_STATS
 
 # Both sides are f32 sums of at most 16 products, then of at most 9 weighted values; each rounds to 2**-24 relative to
 # values that stay below 8, in another order: 16 * 8 * 2**-24 is under 1e-5.

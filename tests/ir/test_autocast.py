@@ -10,8 +10,8 @@ from torch import nn
 
 import accelpass
 from accelpass.backends import compiled_graphs
-from accelpass.ir.analyses.linear import linears
-from accelpass.ir.capture import from_export
+from accelpass.ir.analyses.structure.linear import linears
+from accelpass.ir.core.capture import from_export
 from tests.sweep import examples
 
 EAGER = {"lowering": "eager"}

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from accelpass.ir import attention
-from accelpass.ir.analyses.axes import Axes, Axis, axes
-from accelpass.ir.attention.op import is_attention
-from accelpass.ir.capture import from_export
-from accelpass.ir.graph import aten, fake_mode, is_call, placeholders, value
-from accelpass.ir.program import Program
+from accelpass.ir.analyses.axes.axes import Axes, Axis, axes
+from accelpass.ir.attention.spec.op import is_attention
+from accelpass.ir.core.capture import from_export
+from accelpass.ir.core.graph import aten, fake_mode, is_call, placeholders, value
+from accelpass.ir.core.program import Program
 from tests.ir.axis_variants import built, captured, growth, matched, pair
 from tests.sweep import sweep
 

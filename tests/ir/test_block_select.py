@@ -13,11 +13,11 @@ from torch import nn
 
 from accelpass.ir import attention
 from accelpass.ir.attention import AttentionSpec, Blocks, BlockSelect, Step, attend
-from accelpass.ir.attention.block_select import causal_form, listed_mask
-from accelpass.ir.attention.block_sparse import BLOCK_SPARSE
-from accelpass.ir.attention.spec import Part
-from accelpass.ir.capture import from_dynamo
-from accelpass.ir.verify import signature, verify
+from accelpass.ir.attention.lowering.block_sparse import BLOCK_SPARSE
+from accelpass.ir.attention.spec.block_select import causal_form, listed_mask
+from accelpass.ir.attention.spec.spec import Part
+from accelpass.ir.core.capture import from_dynamo
+from accelpass.ir.core.verify import signature, verify
 from tests.ir.test_block_sparse import ATOL, expected, operands, random_tables, visible
 
 

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from accelpass.ir import attention
-from accelpass.ir.attention import AttentionSpec, Band, BlockList, SinksAndWindow, Step, attend, stacked
-from accelpass.ir.attention import block_sparse as sparse
-from accelpass.ir.attention.block_sparse import BLOCK_SPARSE, band_blocks, listed_blocks
-from accelpass.ir.capture import from_dynamo
-from accelpass.ir.verify import signature, verify
+from accelpass.ir.attention import AttentionSpec, Band, BlockList, SinksAndWindow, Step, attend
+from accelpass.ir.attention.lowering import block_sparse as sparse
+from accelpass.ir.attention.lowering import stacked
+from accelpass.ir.attention.lowering.block_sparse import BLOCK_SPARSE, band_blocks, listed_blocks
+from accelpass.ir.core.capture import from_dynamo
+from accelpass.ir.core.verify import signature, verify
 
 # Sums of at most 24 products of standard normals, then of at most 300 weighted values, in float32 and in another order.
 ATOL = 2e-5
@@ -316,7 +317,7 @@ def test_what_the_op_cannot_do_stays_composed(core, select, dynamic):
 
 
 def test_reasons_name_what_was_seen():
-    from accelpass.ir.attention.fused import block_sparse_why_not
+    from accelpass.ir.attention.lowering.fused import block_sparse_why_not
 
     spec = AttentionSpec()
     for changed, says in (

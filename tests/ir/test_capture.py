@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 import accelpass
 from accelpass.backends import compiled_graphs
-from accelpass.ir.capture import from_dynamo, from_export
-from accelpass.ir.graph import placeholders
-from accelpass.ir.program import Program
+from accelpass.ir.core.capture import from_dynamo, from_export
+from accelpass.ir.core.graph import placeholders
+from accelpass.ir.core.program import Program
 from tests.small_models import Mlp, tiny_lm
 
 

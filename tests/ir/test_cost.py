@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from accelpass.backends import graphs_of
 from accelpass.ir import attention
-from accelpass.ir.analyses.cost import at_compiled_sizes, costs, total, weight_bytes
+from accelpass.ir.analyses.structure.cost import at_compiled_sizes, costs, total, weight_bytes
 from accelpass.ir.attention import Band, BlockList, SinksAndWindow
-from accelpass.ir.attention.op import selection
-from accelpass.ir.attention.selected import selected_pairs
-from accelpass.ir.capture import from_dynamo
-from accelpass.ir.program import Program
+from accelpass.ir.attention.spec.op import selection
+from accelpass.ir.attention.spec.selected import selected_pairs
+from accelpass.ir.core.capture import from_dynamo
+from accelpass.ir.core.program import Program
 from tests.small_models import Mlp
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from accelpass.ir.graph import clean_path
+from accelpass.ir.core.graph import clean_path
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from accelpass.backends import graphs_of
-from accelpass.ir.derived import Recipe
-from accelpass.ir.graph import shape
+from accelpass.ir.core.derived import Recipe
+from accelpass.ir.core.graph import shape
 from accelpass.ir.linear import lower as lowering
 from accelpass.ir.linear.formats import Int4, Int8
 from accelpass.ir.linear.op import LINEAR, linear, linear_spec
 from accelpass.ir.linear.spec import Expert, LinearSpec, WeightFormat
-from accelpass.passes.base import Done, Pass
+from accelpass.passes.core.base import Done, Pass
 from accelpass.passes.quantization.int8_dynamic import Int8PerToken
 from accelpass.passes.quantization.weight_only import WeightOnly
 from tests.small_models import relative_error

@@ -9,9 +9,9 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from accelpass.ir import attention
-from accelpass.ir.attention.masks import shows_all_held
-from accelpass.ir.attention.spec import Step
-from accelpass.ir.capture import from_dynamo
+from accelpass.ir.attention.recognition.masks import shows_all_held
+from accelpass.ir.attention.spec.spec import Step
+from accelpass.ir.core.capture import from_dynamo
 
 
 def causal(at):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accelpass.ir.attention.one_row import powers, row_scores, row_sum
+from accelpass.ir.attention.lowering.one_row import powers, row_scores, row_sum
 from accelpass.ir.kv.banks import Quantized
 
 SIZES = {

@@ -6,8 +6,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from accelpass.ir.graph import aten
-from accelpass.ir.patterns import Any, Capture, Const, Match, Maybe, OneOf, Op, WhyNot, match, search
+from accelpass.ir.core.graph import aten
+from accelpass.ir.core.patterns import Any, Capture, Const, Match, Maybe, OneOf, Op, WhyNot, match, search
 
 
 def last(f, *args) -> fx.Node:

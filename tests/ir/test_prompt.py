@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from accelpass.ir.capture import from_dynamo
-from accelpass.ir.program import Program
-from accelpass.ir.prompt import NoPrompt, TokenInput, shorten
-from accelpass.ir.tensors import FromInputs
+from accelpass.ir.core.capture import from_dynamo
+from accelpass.ir.core.program import Program
+from accelpass.ir.core.tensors import FromInputs
+from accelpass.ir.transform.prompt import NoPrompt, TokenInput, shorten
 
 TOKENS, FEWER, WIDTH = 13, 5, 8
 

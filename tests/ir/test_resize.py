@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from accelpass.ir import attention
-from accelpass.ir.analyses.axes import Axes, Dim, axes
-from accelpass.ir.attention.op import set_spec, spec_of
-from accelpass.ir.attention.spec import Band
-from accelpass.ir.capture import from_dynamo
-from accelpass.ir.graph import aten, call, is_call, mutates, value
-from accelpass.ir.program import Program
-from accelpass.ir.resize import CannotResize, Resizer
-from accelpass.ir.steps import drop_dead_writes, step_blocks, user_input
+from accelpass.ir.analyses.axes.axes import Axes, Dim, axes
+from accelpass.ir.attention.spec.op import set_spec, spec_of
+from accelpass.ir.attention.spec.spec import Band
+from accelpass.ir.core.capture import from_dynamo
+from accelpass.ir.core.graph import aten, call, is_call, mutates, value
+from accelpass.ir.core.program import Program
+from accelpass.ir.transform.resize import CannotResize, Resizer
+from accelpass.ir.transform.steps import drop_dead_writes, step_blocks, user_input
 from accelpass.models_zoo import tiny_diffusers
 
 BATCH, TOKENS, WIDTH = 4, 12, 16

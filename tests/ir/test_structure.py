@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from accelpass.ir import attention
-from accelpass.ir.analyses.block import blocks, sublayers
-from accelpass.ir.analyses.kv_cache import kv_caches
-from accelpass.ir.analyses.mlp import mlps
-from accelpass.ir.analyses.moe import moes
-from accelpass.ir.analyses.norm import norms
-from accelpass.ir.analyses.output_head import output_heads
-from accelpass.ir.capture import from_dynamo
-from accelpass.ir.graph import is_call
+from accelpass.ir.analyses.structure.block import blocks, sublayers
+from accelpass.ir.analyses.structure.kv_cache import kv_caches
+from accelpass.ir.analyses.structure.mlp import mlps
+from accelpass.ir.analyses.structure.moe import moes
+from accelpass.ir.analyses.structure.norm import norms
+from accelpass.ir.analyses.structure.output_head import output_heads
+from accelpass.ir.core.capture import from_dynamo
+from accelpass.ir.core.graph import is_call
 from accelpass.models_zoo import tiny
 from tests.sweep import sweep
 

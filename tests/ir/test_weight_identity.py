@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from accelpass.ir.weight_identity import VOID, probes, same_values, stamp
+from accelpass.ir.core.weight_identity import VOID, probes, same_values, stamp
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.complex64, torch.bool]
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from typer.testing import CliRunner, Result
 
-from accelpass.cli import app
+from accelpass.cli.main import app
 from tests.onnx.files import dtypes
 from tests.public.test_cli import folder
 

@@ -18,11 +18,11 @@ from accelpass import ExportError
 from accelpass.backends.onnx import runtime
 from accelpass.backends.onnx.examples import others
 from accelpass.backends.onnx.functional import Functional
-from accelpass.ir.analyses.linear import linears
-from accelpass.ir.derived import StateSpec
-from accelpass.ir.graph import aten, call
-from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Pass, Record
+from accelpass.ir.analyses.structure.linear import linears
+from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.graph import aten, call
+from accelpass.ir.core.program import Program
+from accelpass.passes.core.base import Done, Pass, Record
 from tests.onnx.files import far
 from tests.passes.test_kv_methods import llama
 

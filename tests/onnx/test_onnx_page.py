@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from accelpass.cli import app
-from accelpass.passes.registry import registered
+from accelpass.cli.main import app
+from accelpass.passes.core.registry import registered
 from benchmarks import onnx_export, onnx_steps
 
 PAGE = onnx_export.PAGE.read_text()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import accelpass
-from accelpass.backends.onnx.packed_weights import _nibbles
+from accelpass.backends.onnx.translation.packed_weights import _nibbles
 from tests.onnx.files import dtypes, eager, far, ran, stored
 from tests.packing import dequantize_int4, pack_int4, pack_int8
 from tests.small_models import tiny_lm

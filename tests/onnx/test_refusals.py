@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import accelpass
 from accelpass import ExportError
 from accelpass.backends.onnx import errors, files
-from accelpass.ir.analyses.linear import linears
-from accelpass.ir.derived import Recipe
-from accelpass.ir.graph import aten, call, shape
-from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Pass, Record
+from accelpass.ir.analyses.structure.linear import linears
+from accelpass.ir.core.derived import Recipe
+from accelpass.ir.core.graph import aten, call, shape
+from accelpass.ir.core.program import Program
+from accelpass.passes.core.base import Done, Pass, Record
 from tests.passes.test_kv_methods import llama
 from tests.small_models import tiny_lm
 from tests.sweep import sweep
@@ -201,7 +201,8 @@ def test_an_operator_without_a_translation(tmp_path: Path, monkeypatch: pytest.M
     refused(tmp_path, said, Foreign(_doubling))
     from onnxscript import opset18 as op
 
-    from accelpass.backends.onnx import register_translation, translations
+    from accelpass.backends.onnx import register_translation
+    from accelpass.backends.onnx.translation import translations
 
     monkeypatch.setattr(translations, "_REGISTERED", {})
     register_translation(doubled._opoverload, lambda x: op.Add(x, x))
@@ -214,7 +215,7 @@ def test_an_operator_without_a_translation(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_weight_that_would_grow_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass that writes int8 as ``Cast`` and ``Mul`` of constants: the optimiser makes floats of it, and the export says so."""
-    from accelpass.backends.onnx import translate
+    from accelpass.backends.onnx.translation import translate
 
     def cast(program: Program, site: Any) -> Any:
         recipe = Recipe(("foreign",), lambda w: ((w * 64).round().to(torch.int8),))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import accelpass
-from accelpass.passes.plan import Plan
+from accelpass.passes.core.plan import Plan
 from accelpass.passes.step_cache.tokencache import IMPORTANCE, TokenCache
 from tests.public.test_sampling import Block
 

@@ -137,7 +137,7 @@ def test_a_window_reads_the_keys_in_it_alone(lowering):
     from dataclasses import dataclass
     from typing import ClassVar
 
-    from accelpass.backends.compiler import compiled_graphs
+    from accelpass.backends.compile.compiler import compiled_graphs
     from accelpass.ir.attention import Band, detect, set_spec, spec_of
     from accelpass.passes import Done, Pass
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import accelpass
-from accelpass.ir.attention.op import is_attention, set_spec, spec_of
-from accelpass.ir.attention.spec import Band
+from accelpass.api.lookup import find
+from accelpass.ir.attention.spec.op import is_attention, set_spec, spec_of
+from accelpass.ir.attention.spec.spec import Band
+from accelpass.ir.core.graph import aten, is_call
 from accelpass.ir.errors import OptionError
-from accelpass.ir.graph import aten, is_call
-from accelpass.ir.steps import StepError
-from accelpass.lookup import find
+from accelpass.ir.transform.steps import StepError
 from accelpass.models_zoo import tiny_diffusers
-from accelpass.passes.base import Done, Pass
+from accelpass.passes.core.base import Done, Pass
 from accelpass.passes.step_cache.ditfastattn import DiTFastAttn
 from accelpass.passes.step_cache.ditfastattn_search import DiTFastAttnSearch, InSearch, relative_difference
 from tests.packing import dequantize_int4, pack_int4, pack_int8
@@ -372,7 +372,7 @@ def test_options_out_of_range(options: dict[str, Any], said: str) -> None:
 
 
 def test_two_passes_that_choose_by_step() -> None:
-    from accelpass.passes.plan import Plan
+    from accelpass.passes.core.plan import Plan
     from accelpass.passes.step_cache.tokencache import IMPORTANCE, TokenCache
 
     model, call = model_of("dit")

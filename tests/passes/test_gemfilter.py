@@ -13,7 +13,7 @@ from torch import Tensor
 
 import accelpass
 from accelpass import KVCache
-from accelpass.backends.compiler import graphs_of
+from accelpass.backends.compile.compiler import graphs_of
 from accelpass.ir.kv.ops import KV_APPEND
 from accelpass.passes.token_pruning.gemfilter import GemFilter
 from tests.passes.gemfilter_truth import (

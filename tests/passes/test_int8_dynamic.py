@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import accelpass
-from accelpass.backends import graphs_of, linear_cpu, rewriting
-from accelpass.backends.lowering import lower
+from accelpass.backends import graphs_of
+from accelpass.backends.compile import rewriting
+from accelpass.backends.compile.lowering import lower
+from accelpass.backends.kernels.cpu import linear as linear_cpu
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.op import linear
 from accelpass.ir.linear.spec import LinearSpec

@@ -176,11 +176,11 @@ def test_products_with_stored_rows(bits, width, groups, rows, seed):
 @pytest.mark.parametrize("storage", [HeavyHitters(0.2, 0.2), Tiers(0.2, 0.2, 2)], ids=["h2o", "mikv"])
 def test_the_kernel_in_place_of_loops(storage, monkeypatch):
     """The composition around the CUDA kernel, with the kernel's reference in its place."""
-    from accelpass.backends import kv_decode
+    from accelpass.backends.kernels.cuda import kv_decode
     from accelpass.ir.kv.decode_reference import decode_reference
 
     stand_in = SimpleNamespace(kv_decode=decode_reference)
-    monkeypatch.setitem(sys.modules, "accelpass.backends.triton.kv_attention_ops", stand_in)
+    monkeypatch.setitem(sys.modules, "accelpass.backends.kernels.triton.kv_attention_ops", stand_in)
     layers = [Layer(storage, Floats(), 2, 3, 64, 40, 7) for _ in range(2)]
     for tokens in (20, 1, 1, 1):
         _, want = layers[0].feed(tokens)

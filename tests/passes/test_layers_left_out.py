@@ -14,7 +14,7 @@ import accelpass
 from accelpass import KVCache
 from accelpass.ir.errors import CacheError, OptionError
 from accelpass.models_zoo import small
-from accelpass.passes.registry import make
+from accelpass.passes.core.registry import make
 from accelpass.passes.structure.early_exit import EarlyExit
 from accelpass.passes.structure.skip_layers import SkipLayers
 

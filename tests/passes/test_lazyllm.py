@@ -27,10 +27,10 @@ from transformers import (
 
 import accelpass
 from accelpass import KVCache
-from accelpass.backends.compiler import graphs_of
-from accelpass.backends.pruned import best, kept
+from accelpass.backends.compile.compiler import graphs_of
+from accelpass.backends.compile.pruned import best, kept
 from accelpass.ir.errors import CacheError, OptionError, SpecConflict
-from accelpass.passes.plan import Plan
+from accelpass.passes.core.plan import Plan
 from accelpass.passes.token_pruning.lazyllm import LazyLLM
 from tests.passes.lazy_oracle import LazyOracle
 from tests.sweep import sweep

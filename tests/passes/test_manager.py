@@ -8,12 +8,12 @@ from typing import ClassVar
 import pytest
 import torch
 
-from accelpass.ir.derived import StateSpec
+from accelpass.api.stateful import reset, state
+from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.graph import aten, call
 from accelpass.ir.errors import OptionError
-from accelpass.ir.graph import aten, call
-from accelpass.passes.base import Done, Pass
-from accelpass.passes.manager import ordered
-from accelpass.stateful import reset, state
+from accelpass.passes.core.base import Done, Pass
+from accelpass.passes.core.manager import ordered
 from tests.small_models import Mlp
 
 

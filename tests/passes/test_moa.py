@@ -11,10 +11,10 @@ from transformers import BertConfig, BertModel, MistralConfig, MistralForCausalL
 
 import accelpass
 from accelpass import KVCache
+from accelpass.caches.kv_map import KEPT, kept
 from accelpass.ir.errors import AccelpassError, OptionError, PassError
-from accelpass.kv_map import KEPT, kept
-from accelpass.passes.plan import Plan
-from accelpass.passes.registry import make
+from accelpass.passes.core.plan import Plan
+from accelpass.passes.core.registry import make
 from tests.passes import kv_truth
 from tests.passes.kv_truth import attending, fed
 from tests.passes.span_truth import Spans, moa_mask
@@ -319,7 +319,7 @@ def test_calibration_beats_the_uniform_window_in_its_own_measure():
     """Every rule the uniform window could have is among those that are searched, so that it can only be better."""
     from rich.progress import Progress
 
-    from accelpass.loss_study import LossStudy
+    from accelpass.api.loss_study import LossStudy
     from accelpass.passes.sparse_attention.moa_profile import Profile
 
     model, p = llama(layers=3), make({**CALIBRATED, "sinks": 0})

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import accelpass
 from accelpass import KVCache
-from accelpass.ir.attention import AttentionSpec, attend, detect, set_spec, spec_of, stacked
-from accelpass.ir.attention.block_sparse import BLOCK_SPARSE
+from accelpass.ir.attention import AttentionSpec, attend, detect, set_spec, spec_of
+from accelpass.ir.attention.lowering import stacked
+from accelpass.ir.attention.lowering.block_sparse import BLOCK_SPARSE
+from accelpass.ir.core.program import Program
 from accelpass.ir.errors import OptionError, SpecConflict
-from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Pass, Record
-from accelpass.passes.registry import registered
+from accelpass.passes.core.base import Done, Pass, Record
+from accelpass.passes.core.registry import registered
 from accelpass.passes.sparse_attention.pbs_attn import PBSAttn, PermutedBlocks
 from tests.passes import kv_truth
 from tests.passes.pbs_truth import PBSOracle, oracle

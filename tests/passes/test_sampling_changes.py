@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import accelpass
-from accelpass.lookup import find
+from accelpass.api.lookup import find
 from tests.passes.run_truth import TIMES, TOKENS, Guided, Oracle, at, compiled, near, noise, notes, steps, text
 from tests.public.test_sampling import Denoiser
 

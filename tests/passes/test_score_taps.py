@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from accelpass import KVCache
-from accelpass.ir.attention.op import attend
-from accelpass.ir.attention.spec import AttentionMass, AttentionSpec, Places, ScoreTap, Step
+from accelpass.ir.attention.spec.op import attend
+from accelpass.ir.attention.spec.spec import AttentionMass, AttentionSpec, Places, ScoreTap, Step
 from accelpass.passes.kv_cache.h2o import H2O, HeavyHitters
 from tests.passes import kv_truth
 from tests.passes.kv_truth import attending, fed

@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 
 import accelpass
-from accelpass.ir.analyses.linear import Linear, linears
+from accelpass.ir.analyses.structure.linear import Linear, linears
+from accelpass.ir.core.graph import aten, replace, value
 from accelpass.ir.errors import OptionError
-from accelpass.ir.graph import aten, replace, value
 from accelpass.passes import Done, SitePass, Skip, Take
-from accelpass.passes.manager import ordered
+from accelpass.passes.core.manager import ordered
 from tests.small_models import Mlp
 
 

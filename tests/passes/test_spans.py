@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelpass.ir.attention import AttentionSpec
-from accelpass.ir.attention.block_select import listed_mask
+from accelpass.ir.attention.spec.block_select import listed_mask
 from accelpass.ir.kv.banks import Floats, Quantized, RowFormat
 from accelpass.passes.sparse_attention.span_cache import SpanRings
 from accelpass.passes.sparse_attention.spans import EVERYTHING, HeadSpans, density

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import accelpass
-from accelpass.lookup import find
+from accelpass.api.lookup import find
 from accelpass.models_zoo import tiny_diffusers
 from tests.passes.step_truth import denoise
 from tests.sweep import quick

@@ -15,14 +15,14 @@ from torch._dynamo.exc import BackendCompilerFailed
 import accelpass
 from accelpass import KVCache
 from accelpass.ir.attention import detect
-from accelpass.ir.attention.block_select import Blocks, BlockSelect
-from accelpass.ir.attention.op import set_spec, spec_of
-from accelpass.ir.attention.spec import AttentionSpec
+from accelpass.ir.attention.spec.block_select import Blocks, BlockSelect
+from accelpass.ir.attention.spec.op import set_spec, spec_of
+from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.program import Program
 from accelpass.ir.kv.banks import Floats
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Positions, RowSelect
-from accelpass.ir.program import Program
-from accelpass.passes.base import Done, Pass, Record, Skip
+from accelpass.passes.core.base import Done, Pass, Record, Skip
 from accelpass.passes.kv_cache.base import KVPass
 from tests.passes.test_kv_methods import llama, tokens
 

@@ -11,14 +11,14 @@ import torch
 
 import accelpass
 from accelpass.ir.errors import GraphError, OptionError, PassError
-from accelpass.passes import registry
+from accelpass.passes.core import registry
 from tests.small_models import relative_error, tiny_lm
 
 IDS = torch.arange(12).reshape(2, 6)
 HEAD = """
 from dataclasses import dataclass
 from typing import ClassVar
-from accelpass.ir.graph import aten, call
+from accelpass.ir.core.graph import aten, call
 from accelpass.passes import Done, Pass
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def others_work() -> None:
 def test_a_pass_that_cannot_be_used(packages, code, says):
     packages.add(code)
     with pytest.warns(UserWarning, match=says) as warned:
-        assert "int8_weights" in accelpass.passes.registry.registered()
+        assert "int8_weights" in accelpass.passes.core.registry.registered()
     assert (
         len(warned) == 1
         and "acme-passes" in str(warned[0].message)

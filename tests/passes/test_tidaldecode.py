@@ -12,8 +12,8 @@ from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralFo
 import accelpass
 from accelpass import KVCache
 from accelpass.ir.errors import PassError
+from accelpass.passes.core.plan import Plan
 from accelpass.passes.kv_cache.tidaldecode import RESELECT
-from accelpass.passes.plan import Plan
 from tests.passes.test_lazyllm import SIZES, ids, llama
 
 PROMPT, ANSWER, LAYERS = 18, 7, 4

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import accelpass
+from accelpass.api.lookup import find
+from accelpass.ir.core.graph import aten, is_call, value
 from accelpass.ir.errors import OptionError, PlanError
-from accelpass.ir.graph import aten, is_call, value
-from accelpass.ir.steps import StepError
-from accelpass.lookup import find
+from accelpass.ir.transform.steps import StepError
 from accelpass.models_zoo import tiny_diffusers
-from accelpass.passes.plan import Plan
+from accelpass.passes.core.plan import Plan
 from accelpass.passes.step_cache.tokencache import IMPORTANCE, TokenCache, Trained
 from tests.passes.step_truth import denoise, soft_block, token_cache, token_schedule
 from tests.sweep import examples, sweep

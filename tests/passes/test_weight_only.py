@@ -8,14 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from accelpass.backends import graphs_of, linear_cpu, rewriting
-from accelpass.backends.lowering import lower
+from accelpass.backends import graphs_of
+from accelpass.backends.compile import rewriting
+from accelpass.backends.compile.lowering import lower
+from accelpass.backends.kernels.cpu import linear as linear_cpu
 from accelpass.ir.errors import OptionError
 from accelpass.ir.linear import op as ops
 from accelpass.ir.linear.formats import Int4, Int8
 from accelpass.ir.linear.spec import LinearSpec
-from accelpass.passes.base import Record
-from accelpass.passes.options import parse
+from accelpass.passes.core.base import Record
+from accelpass.passes.core.options import parse
 from tests.packing import dequantize_int4, dequantize_int8, pack_int4, pack_int8
 from tests.small_models import Mlp, relative_error, tiny_lm
 

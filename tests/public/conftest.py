@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import accelpass
-from accelpass.generation import Generated, greedy, new_cache
-from accelpass.report import Report
+from accelpass.api.generation import Generated, greedy, new_cache
+from accelpass.view.report import Report
 
 PASSES = [{"name": "int4_weights", "exclude": ["lm_head"], "group_size": 64}]
 LAYERS = 2

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import accelpass
-from accelpass.generation import cache_for, greedy
+from accelpass.api.generation import cache_for, greedy
 from accelpass.ir.kv import ledger
-from accelpass.report import Report
+from accelpass.view.report import Report
 from tests.public.conftest import LAYERS, tiny_llama
 
 CAPACITY, PROMPT, STEPS = 24, 10, 4

@@ -8,10 +8,10 @@ from transformers import BertConfig, BertModel
 
 import accelpass
 from accelpass import KVCache
+from accelpass.api.loss_study import parted
 from accelpass.backends import graphs_of
-from accelpass.loss_study import parted
+from accelpass.passes.core.plan import Plan
 from accelpass.passes.kv_cache.cskv import factorise
-from accelpass.passes.plan import Plan
 from tests.passes.kv_truth import fed
 from tests.passes.test_kv_methods import CAPACITY, compiled, llama, tokens
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from accelpass.arguments import passes_from
-from accelpass.cli import app
-from accelpass.generation import Generated
+from accelpass.api.generation import Generated
+from accelpass.cli.arguments import passes_from
+from accelpass.cli.main import app
 from accelpass.ir.errors import OptionError
 from tests.public.conftest import tiny_llama
 
@@ -144,8 +144,8 @@ def test_run_and_bench_use_the_cache_that_the_passes_want(
         seen.append(type(cache).__name__)
         return Generated([1], 0.1)
 
-    monkeypatch.setattr("accelpass.generation.greedy", looked)
-    monkeypatch.setattr("accelpass.compare.greedy", looked)
+    monkeypatch.setattr("accelpass.api.generation.greedy", looked)
+    monkeypatch.setattr("accelpass.api.compare.greedy", looked)
     assert cli("run", folder, "--prompt", "x", "--pass", passes, "--lowering", "eager").exit_code == 0
     assert seen == [kind]
     cli("bench", folder, "--prompt", "x", "--pass", passes, "--lowering", "eager", "--rounds", 1)

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from accelpass import cli
-from accelpass.compare import compare, parts
-from accelpass.pace import Pace, paced
+from accelpass.api.compare import compare, parts
+from accelpass.cli import main as cli
+from accelpass.view.pace import Pace, paced
 from tests.public.conftest import tiny_llama
 
 

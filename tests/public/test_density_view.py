@@ -7,9 +7,9 @@ import io
 from rich.console import Console
 
 import accelpass
-from accelpass.density_view import Bars, DensityView
-from accelpass.generation import greedy
-from accelpass.passes.base import Done
+from accelpass.api.generation import greedy
+from accelpass.passes.core.base import Done
+from accelpass.view.density_view import Bars, DensityView
 from tests.public.conftest import LAYERS, tiny_llama
 from tests.public.test_cache_state import IDS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from accelpass.grouping import alike, collapse, expand
+from accelpass.view.grouping import alike, collapse, expand
 
 
 @pytest.mark.parametrize(

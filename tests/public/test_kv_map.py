@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import accelpass
-from accelpass.drawing import MissingExtra
-from accelpass.ir.derived import DERIVED, StateSpec
+from accelpass.caches.kv_map import FEW_BITS, GONE, KEPT, KVMap, Step, kept, pick_layers, record
+from accelpass.ir.core.derived import DERIVED, StateSpec
 from accelpass.ir.errors import AccelpassError, CacheError
 from accelpass.ir.kv import ledger
-from accelpass.kv_map import FEW_BITS, GONE, KEPT, KVMap, Step, kept, pick_layers, record
-from accelpass.kv_map_picture import check_target, draw, figure
+from accelpass.view.drawing import MissingExtra
+from accelpass.view.kv_map_picture import check_target, draw, figure
 from tests.public.conftest import LAYERS, tiny_llama
 
 CAPACITY, PROMPT, STEPS = 24, 10, 5

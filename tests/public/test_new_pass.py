@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from accelpass import new_pass_command as command
-from accelpass.cli import app
+from accelpass.cli import new_pass_command as command
+from accelpass.cli.main import app
 
 CHILD = """
 import torch, accelpass
 from accelpass.models_zoo.small import tiny_lm
-from accelpass.passes.registry import package_of, registered
+from accelpass.passes.core.registry import package_of, registered
 
 assert package_of(registered()["gate_threshold"]) == "accelpass-gate-threshold"
 model, ids = tiny_lm(), torch.arange(6)[None]
@@ -109,7 +109,7 @@ def test_the_package_installs_is_found_and_passes_its_tests(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[0] == "2 sites taken"
     shown = subprocess.run(
-        [sys.executable, "-c", "from accelpass.cli import main; main()", "passes"],
+        [sys.executable, "-c", "from accelpass.cli.main import main; main()", "passes"],
         env=environment(site), capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert "gate_threshold  structure" in shown.stdout and "threshold=0.05" in shown.stdout

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import accelpass
-from accelpass.lookup import NotCompiled
-from accelpass.picture import draw
+from accelpass.api.lookup import NotCompiled
+from accelpass.view.picture import draw
 from tests.public.conftest import LAYERS, Compiled
 
 

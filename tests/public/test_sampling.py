@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import accelpass
+from accelpass.api.lookup import find
 from accelpass.ir.errors import OptionError, PassError, PlanError
-from accelpass.ir.steps import StepError
-from accelpass.lookup import find
+from accelpass.ir.transform.steps import StepError
 from accelpass.models_zoo import digits
-from accelpass.passes.plan import Plan
+from accelpass.passes.core.plan import Plan
 
 SITES = ("transformer_blocks.0.attn1",)
 

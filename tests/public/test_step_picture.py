@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from accelpass.drawing import MissingExtra
 from accelpass.ir.errors import AccelpassError
-from accelpass.step_picture import draw, figure, page, table, ticks
-from accelpass.step_plan_view import StepPlanView, labels, lightness, looks
+from accelpass.view.drawing import MissingExtra
+from accelpass.view.step_picture import draw, figure, page, table, ticks
+from accelpass.view.step_plan_view import StepPlanView, labels, lightness, looks
 
 ACTIONS = (
     ("full", "full", "full"),

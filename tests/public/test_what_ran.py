@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import accelpass
-from accelpass.lookup import _inside
+from accelpass.api.lookup import _inside
 
 OPTIONS = {"passes": ["int8_weights"], "lowering": "eager"}
 SITES = {f"blocks.{i}.{name}" for i in range(3) for name in ("up", "down")}

@@ -1,0 +1,1 @@
+"""What ``accelpass.NAME`` calls."""

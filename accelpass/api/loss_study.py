@@ -1,0 +1,241 @@
+"""The model's loss on calibration data, run from its graph so that each attention can be computed in another way."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
+from torch.utils.checkpoint import checkpoint
+
+from accelpass.ir import attention
+from accelpass.ir.attention.spec.block_select import not_a_prompt
+from accelpass.ir.attention.spec.op import ATTENTION, is_attention
+from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.capture import from_dynamo
+from accelpass.ir.errors import OptionError, PassError
+from accelpass.passes.core.base import Attend
+
+IGNORED = -100
+"""The label of a token that does not count, as transformers and torch have it."""
+_KEPT = 64
+"""Logits are kept for as many last tokens as count, rounded up to this, so that few graphs serve all batches."""
+
+_LENGTHS = 256
+"""Graphs at most, one for each length of batches and of their answers."""
+
+Batch = Mapping[str, Any]
+
+
+def parted(batches: Sequence[Batch], validation: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """What is learnt from and what is compared on; see :func:`accelpass.calibrate`."""
+    if validation:
+        return list(batches), list(validation)
+    lengths = [b["input_ids"].shape[1] for b in batches]
+    if len(set(lengths)) > 1:
+        return (
+            [b for b, n in zip(batches, lengths, strict=True) if n < max(lengths)],
+            [b for b, n in zip(batches, lengths, strict=True) if n == max(lengths)],
+        )
+    return (list(batches[:-1]), list(batches[-1:])) if len(batches) > 1 else (list(batches), list(batches))
+
+
+class LossStudy:
+    """A :class:`~accelpass.passes.core.base.Study` of one model.
+
+    Each length of a batch is captured once. Between attentions activations are recomputed for the gradient: what is kept
+    is a few tensors a layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], validation: Sequence[Batch], bar: Progress, name: str
+    ) -> None:
+        self.model, self.batches, self.validation, self.bar, self.name = model, batches, validation, bar, name
+        self._begun: dict[int, _Begun] = {}
+        self._attend: Attend = _as_it_is
+        # In one piece: what Dynamo left to Python would run without the caller's attention.
+        self._graph = torch.compile(model, backend=self._backend, dynamic=False, fullgraph=True)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def gradients(self, attend: Attend, what: str) -> None:
+        self._attend = attend
+        for batch in self.bar.track(self.batches, description=f"{self.name}: {what}"):
+            with torch.enable_grad():
+                total, count = self._loss(batch, True)
+                if total.requires_grad:
+                    (total / count).backward()
+
+    def perplexity(self, attend: Attend, what: str) -> float:
+        self._attend = attend
+        sums = []
+        for batch in self.bar.track(self.validation, description=f"{self.name}: {what}"):
+            with torch.no_grad():
+                total, count = self._loss(batch, False)
+            sums.append((float(total), count))
+        return math.exp(sum(total for total, _ in sums) / sum(count for _, count in sums))
+
+    def decoded(self, attend: Attend, what: str) -> float:
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            raise OptionError(f"{self.name}: calibration needs a model that takes position_ids; this one does not")
+        batches = list({id(b): b for b in (*self.batches, *self.validation)}.values())
+        self._gradients, total, count = False, 0.0, 0
+        for batch in self.bar.track(batches, description=f"{self.name}: {what}"):
+            begun = self._begun.get(id(batch)) or self._begun.setdefault(id(batch), self._begin(batch))
+
+            def to_all(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, begun: _Begun = begun) -> Tensor | None:
+                before = begun.past[spec.site]
+                return attend(spec, q, torch.cat([before[0], k], 2), torch.cat([before[1], v], 2))
+
+            self._attend = to_all
+            loss = begun.loss
+            if begun.ids.shape[1]:
+                loss += float(_cross_entropy(self._logits(begun.given()), begun.labels))
+            total, count = total + loss, count + begun.count
+        return math.exp(total / count)
+
+    def _begin(self, batch: Batch) -> _Begun:
+        """Computes what comes before the tokens that count, and keeps its keys and values."""
+        more = sorted(set(batch) - {"input_ids", "labels"})
+        if more:
+            raise OptionError(
+                f"{self.name}: calibration batches have input_ids and labels; this one also has {', '.join(more)}"
+            )
+        ids, (labels, begins) = batch["input_ids"], self._labels(batch)
+        past: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def keep(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            why = not_a_prompt(spec, q, k)
+            if why is not None:
+                raise PassError(f"{self.name}: {spec.site}: {why}; calibrate on texts without padding")
+            past[spec.site] = k, v
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=True)
+
+        self._attend = keep
+        first = {"logits_to_keep": 1} if self._keeps else {}
+        logits = self._logits({"input_ids": ids[:, : begins + 1], **first})
+        loss = float(_cross_entropy(logits[:, -1:], labels[:, begins : begins + 1]))
+        return _Begun(ids[:, begins + 1 : -1], labels[:, begins + 1 :], past, loss, int((labels != IGNORED).sum()))
+
+    def _loss(self, batch: Batch, gradients: bool) -> tuple[Tensor, int]:
+        """Cross entropy, summed, and of how many tokens."""
+        given = {k: v for k, v in batch.items() if k != "labels"}
+        labels, begins = self._labels(batch)
+        last = labels.shape[1] - begins
+        if self._keeps and last < labels.shape[1]:
+            last = min(labels.shape[1], -(-last // _KEPT) * _KEPT)
+            given["logits_to_keep"] = last + 1  # the last one is of a token that is not there
+        self._gradients = gradients
+        logits = self._logits(given)
+        with torch.set_grad_enabled(gradients):
+            total = _cross_entropy(logits[:, :-1][:, -last:], labels[:, -last:])
+        return total, int((labels != IGNORED).sum())
+
+    def _logits(self, given: Mapping[str, Any]) -> Tensor:
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=_LENGTHS):
+            return self._graph(**given, use_cache=False).logits
+
+    def _labels(self, batch: Batch) -> tuple[Tensor, int]:
+        """The token that follows each place but the last, and the first of these places that counts."""
+        labels = batch.get("labels", batch["input_ids"])[:, 1:]
+        counts = (labels != IGNORED).any(0).nonzero()[:, 0]
+        if not len(counts):
+            raise OptionError(f"{self.name}: a batch has no label that counts; all of them are {IGNORED}")
+        return labels, int(counts[0])
+
+    def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        program = from_dynamo(gm, inputs)
+        with torch.no_grad():
+            attention.insert(program)
+        part = 0
+
+        def number(node: fx.Node) -> int:
+            nonlocal part
+            mine, part = part, part + is_attention(node)
+            return mine
+
+        parts = split_module(program.gm, program.gm, number, keep_original_order=True)
+
+        def run(*given: Any) -> Any:
+            with torch.set_grad_enabled(self._gradients):
+                return _Parts(parts, self._attend, self._gradients).run(*(_detached(t) for t in given))
+
+        return run
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A batch of which all that comes before the tokens that count is computed.
+
+    Attributes:
+        ids, labels: the tokens that are left, without the last, which predicts nothing, and what follows each.
+        past: keys and values of each site before them.
+        loss: of the first label, which what comes before them predicts.
+        count: of all labels.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    past: Mapping[str, tuple[Tensor, Tensor]]
+    loss: float
+    count: int
+
+    def given(self) -> dict[str, Tensor]:
+        """What the model takes."""
+        begins = next(iter(self.past.values()))[0].shape[2]
+        positions = torch.arange(begins, begins + self.ids.shape[1], device=self.ids.device)
+        return {"input_ids": self.ids, "position_ids": positions.expand(len(self.ids), -1)}
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def _as_it_is(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    return None
+
+
+def _detached(given: Any) -> Any:
+    """Weights get no gradient of their own: it would be as large as the model, and nothing reads it."""
+    return given.detach() if isinstance(given, Tensor) else given
+
+
+class _Parts(fx.Interpreter):
+    """Runs the parts of a graph that attentions end; each is recomputed in the backward."""
+
+    def __init__(self, gm: fx.GraphModule, attend: Attend, gradients: bool) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False  # an error keeps its own words
+        self.attend, self.gradients = attend, gradients
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = _Part(self.fetch_attr(target), self.attend).run
+        return checkpoint(run, *args, use_reentrant=False, **kwargs) if self.gradients else run(*args, **kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _Part.call_function(self, target, args, kwargs)  # type: ignore[arg-type]
+
+
+class _Part(fx.Interpreter):
+    """One part; its attention is what the study's caller makes of it."""
+
+    def __init__(self, gm: fx.GraphModule, attend: Attend) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.attend = attend
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch._C._set_grad_enabled:
+            return None  # the model was captured without gradients; it would put that state back in the middle
+        if target is not ATTENTION:
+            return fx.Interpreter.call_function(self, target, args, kwargs)
+        q, k, v, extras, text = args
+        spec = AttentionSpec.from_json(text)
+        made = self.attend(spec, q, k, v)
+        return attention.attend(q, k, v, extras, spec)[0] if made is None else made

@@ -1,0 +1,126 @@
+"""What compiled models remember between calls: the state that passes declared, and the caches that they filled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from accelpass.api.lookup import modules_of
+from accelpass.backends.runtime.runs import RUNS
+from accelpass.backends.runtime.step_clock import Declared, declared
+from accelpass.backends.runtime.survivors import forget_last
+from accelpass.ir.core.derived import DERIVED, StateSpec
+from accelpass.ir.errors import AccelpassError
+from accelpass.ir.kv import ledger
+
+if TYPE_CHECKING:
+    from accelpass.caches.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class StateBuffer:
+    """One remembered tensor: its name, the parameter or cache layer it lives with, its size and what ends it."""
+
+    name: str
+    owner: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int
+    lifetime: str
+
+
+def named_tensors(fast: Any) -> dict[int, tuple[str, Tensor]]:
+    """(path, tensor) by identity, of every parameter and buffer of what was compiled.
+
+    Raises:
+        AccelpassError: there is no module behind ``fast``.
+    """
+    modules = modules_of(fast)
+    if not modules:
+        raise AccelpassError(f"{type(fast).__name__} runs no module; give what torch.compile(model) returned")
+    return {id(t): (name, t) for m in modules for name, t in (*m.named_parameters(), *m.named_buffers())}
+
+
+def counters_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The counters of all cache layers that hold tokens which the model with these tensors wrote."""
+    mine = {id(t) for t in tensors}
+    found = ((count, h.model() if h.model is not None else None) for count, h in ledger.holdings())
+    return [count for count, by in found if by is not None and id(by) in mine]
+
+
+def caches_of(tensors: Iterable[Tensor]) -> list[KVCache]:
+    """The caches that hold tokens which the model with these tensors wrote, oldest first."""
+    counters = {id(count) for count in counters_of(tensors)}
+    if not counters:
+        return []  # and transformers need not be installed
+    from accelpass.caches.kv_cache import live_caches
+
+    return [cache for cache in live_caches() if any(id(layer.count) in counters for layer in cache.layers)]
+
+
+def state(fast: Any) -> list[StateBuffer]:
+    """Every buffer that passes keep for this model, of every cache that holds its tokens, and of its sampling runs.
+
+    Empty if none was declared or the model has not run yet. A cache that was reset belongs to no model until it is filled.
+    """
+    known = named_tensors(fast)
+    tensors = [t for _, t in known.values()]
+    found = [_buffer(spec, known[anchor][0], t) for spec, anchor, t in DERIVED.states(tensors)]
+    for number, cache in enumerate(caches_of(tensors)):
+        for index, layer in enumerate(cache.layers):
+            owner = f"cache {number}, layer {index}"
+            found += [_buffer(spec, owner, t) for spec, _, t in DERIVED.states([layer.count])]
+    runs = [run for known in RUNS.all_of(tensors) for run in known.all() if run.memory.held]
+    for number, run in enumerate(runs, 1):
+        owner = f"sampling run {number}" if number > 1 else "sampling run"
+        found += [_buffer(spec, owner, t) for spec, t in run.memory.states()]
+    return found
+
+
+def remembered_by(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors that :func:`state` lists, for the model with these tensors."""
+    own = list(tensors)
+    return [t for anchors in (own, counters_of(own)) for _, _, t in DERIVED.states(anchors)]
+
+
+def _buffer(spec: StateSpec, owner: str, t: Tensor) -> StateBuffer:
+    return StateBuffer(spec.name, owner, tuple(t.shape), t.dtype, t.numel() * t.element_size(), spec.lifetime)
+
+
+def reset(fast: Any) -> None:
+    """Put every state of this model back to its start, for all of its graphs, and empty every cache that it filled.
+
+    Which tokens of the last prompt survived is forgotten. The next call of a diffusion model is the first step of a sampling run.
+    """
+    tensors = [t for _, t in named_tensors(fast).values()]
+    with torch.no_grad():
+        for spec, _, t in DERIVED.states(tensors):
+            t.fill_(spec.fill)
+    forget_last(tensors)
+    for known in RUNS.all_of(tensors):
+        known.reset()
+    for count in counters_of(tensors):
+        ledger.clear(count)
+        empty = ledger.holding_of(count).empty
+        if empty is not None:
+            empty()
+
+
+def sampling_run(fast: Any) -> Declared:
+    """Declare a sampling run of a diffusion model: the calls made inside ``with sampling_run(fast):`` are one run.
+
+    Otherwise a run is told by its latents and timesteps; inside the block timesteps may go back (restart sampling), and a
+    sampler may add what noise it likes. A request whose steps take turns with another's holds on to what this returns,
+    and enters it again at each step::
+
+        request = accelpass.sampling_run(fast)
+        with request:
+            noise = fast(latents, timestep)
+
+    It holds for the thread or task that enters it. What the run keeps goes with the object.
+    """
+    return declared(t for _, t in named_tensors(fast).values())

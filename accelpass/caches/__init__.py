@@ -1,0 +1,1 @@
+"""Key/value caches for transformers models, and what they hold."""

@@ -1,0 +1,1 @@
+"""Kernels and what calls them, by device."""

@@ -1,0 +1,1 @@
+"""From a rewritten graph's operators to those of the ONNX standard."""

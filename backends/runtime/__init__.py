@@ -1,0 +1,1 @@
+"""What runs beside compiled code: sampling runs, their clock and memory, checks of caches."""

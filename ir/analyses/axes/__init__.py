@@ -1,0 +1,1 @@
+"""What each dimension of each value is: batch, token, head, channel, expert, vocabulary."""

@@ -1,0 +1,396 @@
+"""How each operator carries the axes of its operands to its result: reductions, creation, views, pieces, indexing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from accelpass.ir.analyses.axes.axis_factors import Factors, divided, fresh, reshape, same_size
+from accelpass.ir.analyses.axes.axis_flow import Dims, Flow, Piece, is_one, rule
+from accelpass.ir.attention.recognition.score_steps import argument
+from accelpass.ir.core.graph import aten, is_call, known, shape, value
+from accelpass.ir.linear.op import is_packed, operands_of
+
+_REDUCTIONS = (
+    "sum mean amax amin prod any all argmax argmin std var logsumexp norm linalg_vector_norm nansum median var_mean "
+    "std_mean count_nonzero nanmean"
+)
+_END = 2**62  # ``x[a:]`` ends at the largest int64
+_SOMEWHERE = None  # a start that only run time knows
+# New axes by definition: their sizes depend on data, or they count bins.
+_NEW = (
+    "nonzero masked_select histc bincount eye tril_indices triu_indices randperm scalar_tensor unique _unique2 tensor"
+)
+
+
+def axis(node: fx.Node, name: str = "dim", default: Any = None, rank: int | None = None) -> int:
+    """A dimension argument, counted from the front."""
+    rank = len(shape(node.args[0])) if rank is None else rank
+    given = argument(node, name, default)
+    return int(given) % max(rank, 1)
+
+
+@rule(*_REDUCTIONS.split())
+def _reduction(flow: Flow, node: fx.Node) -> Any:
+    before, dims = flow.of(node.args[0]), argument(node, "dim")
+    listed = dims if isinstance(dims, list | tuple) else [] if dims is None else [dims]
+    gone = {d % max(len(before), 1) for d in listed} or set(range(len(before)))
+    keep = bool(argument(node, "keepdim", False))
+    out: Dims = [() if i in gone else d for i, d in enumerate(before) if keep or i not in gone]
+    held = value(node)
+    return [out] * len(held) if isinstance(held, list | tuple) else out
+
+
+@rule(*_NEW.split())
+def _new(flow: Flow, node: fx.Node) -> Any:
+    return flow.new(node)
+
+
+@rule(
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "rand",
+    "randn",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "arange",
+    "randint",
+    "linspace",
+)
+def _creation(flow: Flow, node: fx.Node) -> Dims:
+    given = argument(node, "size")
+    listed = list(given) if isinstance(given, list | tuple) else [argument(node, "end", argument(node, "steps"))]
+    if argument(node, "start") not in (None, 0) or argument(node, "step") not in (None, 1):
+        listed = [None]
+    return [flow.counts.get(g) or fresh(s, node.name) for g, s in zip(listed, shape(node), strict=True)]
+
+
+# --- views
+
+
+@rule("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_as", "reshape_as", "ravel")
+def _reshape(flow: Flow, node: fx.Node) -> Dims:
+    return reshape(flow.of(node.args[0]), shape(node), node.name)
+
+
+@rule("permute")
+def _permute(flow: Flow, node: fx.Node) -> Dims:
+    before = flow.of(node.args[0])
+    return [before[d] for d in argument(node, "dims")]
+
+
+@rule("transpose", "swapaxes", "swapdims", "t", "mT", "mH", "adjoint", "numpy_T", "matrix_H")
+def _transpose(flow: Flow, node: fx.Node) -> Dims:
+    before = list(flow.of(node.args[0]))
+    if "numpy_T" in str(node.target):
+        return before[::-1]
+    if len(node.args) + len(node.kwargs) > 2:
+        a, b = (argument(node, new, argument(node, old)) for new, old in (("dim0", "axis0"), ("dim1", "axis1")))
+    else:
+        a, b = -2, -1
+    if len(before) > 1:
+        before[a], before[b] = before[b], before[a]
+    return before
+
+
+@rule("movedim", "moveaxis")
+def _movedim(flow: Flow, node: fx.Node) -> Dims:
+    before = flow.of(node.args[0])
+    pairs = [a if isinstance(a, list | tuple) else [a] for a in node.args[1:3]]
+    source, target = ([int(d) % len(before) for d in p] for p in pairs)
+    rest = iter(d for d in range(len(before)) if d not in source)
+    return [before[source[target.index(i)] if i in target else next(rest)] for i in range(len(before))]
+
+
+@rule("unsqueeze")
+def _unsqueeze(flow: Flow, node: fx.Node) -> Dims:
+    before = list(flow.of(node.args[0]))
+    before.insert(axis(node, rank=len(before) + 1), ())
+    return before
+
+
+@rule("squeeze")
+def _squeeze(flow: Flow, node: fx.Node) -> Dims:
+    before, sizes, dims = flow.of(node.args[0]), shape(node.args[0]), argument(node, "dim")
+    listed = dims if isinstance(dims, list | tuple) else range(len(before)) if dims is None else [dims]
+    gone = {d % len(before) for d in listed if known(sizes[d] == 1)}
+    return [d for i, d in enumerate(before) if i not in gone]
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def _expand(flow: Flow, node: fx.Node) -> Dims:
+    source, sizes = node.args[0], shape(node)
+    operands: list[tuple[Dims, Any]] = [(flow.of(source), shape(source))]
+    if isinstance(node.args[1], fx.Node):  # expand_as
+        operands.append((flow.of(node.args[1]), shape(node.args[1])))
+    elif isinstance(node.args[1], list | tuple):
+        counted = [flow.counts.get(s, ()) if isinstance(s, fx.Node) else () for s in node.args[1]]
+        operands.append((counted, [s if c else 1 for s, c in zip(sizes, counted, strict=True)]))
+    return flow.broadcast(operands, sizes, node.name)
+
+
+@rule("repeat", "tile")
+def _repeat(flow: Flow, node: fx.Node) -> Dims:
+    before, sizes, after = flow.of(node.args[0]), shape(node.args[0]), shape(node)
+    lead = len(after) - len(before)
+    out = [fresh(s, node.name) for s in after[:lead]]
+    for dim, size, now in zip(before, sizes, after[lead:], strict=True):
+        out.append(_times(dim, size, now, node.name, outer=True))
+    return out
+
+
+@rule("repeat_interleave")
+def _repeat_interleave(flow: Flow, node: fx.Node) -> Dims | None:
+    if not isinstance(argument(node, "repeats"), int) or argument(node, "dim") is None:
+        return None
+    before, dim = list(flow.of(node.args[0])), axis(node)
+    before[dim] = _times(before[dim], shape(node.args[0])[dim], shape(node)[dim], node.name)
+    return before
+
+
+def _times(dim: Factors, size: Any, now: Any, made: str, outer: bool = False) -> Factors:
+    """A dimension repeated from ``size`` to ``now`` rows, as a whole (``outer``) or row by row."""
+    count = divided(now, size)
+    if count is None:
+        return fresh(now, made)
+    new = fresh(count, made)
+    return (*new, *dim) if outer else (*dim, *new)
+
+
+# --- pieces
+
+
+@rule("slice", "narrow")
+def _slice(flow: Flow, node: fx.Node) -> Dims:
+    out, sizes, dim = list(flow.of(node.args[0])), shape(node.args[0]), axis(node, default=0)
+    start = value(argument(node, "start"))
+    start = 0 if start is None else start
+    if not known(start >= 0):
+        start = sizes[dim] + start if known(start < 0) and known(sizes[dim] + start >= 0) else _SOMEWHERE
+    end = value(argument(node, "end"))
+    open_ended = end is None or (isinstance(end, int) and end >= _END)
+    telling = start is not _SOMEWHERE and (node.args[0] not in flow.tables or (open_ended and known(start == 0)))
+    step = argument(node, "step", 1)
+    out[dim] = flow.piece(out[dim], start, shape(node)[dim], sizes[dim], node.name, step, telling)
+    return out
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
+def _split(flow: Flow, node: fx.Node) -> list[Dims]:
+    before, dim = flow.of(node.args[0]), axis(node, default=0)
+    of, start, out = shape(node.args[0])[dim], 0, []
+    for part in value(node):
+        dims = list(before)
+        dims[dim] = flow.piece(before[dim], start, part.shape[dim], of, node.name)
+        start = start + part.shape[dim]
+        out.append(dims)
+    return out
+
+
+@rule("cat", "concat", "concatenate")
+def _cat(flow: Flow, node: fx.Node) -> Dims:
+    given: Any = argument(node, "tensors")
+    dim = axis(node, default=0, rank=len(shape(node)))
+    # An empty cache joins as a tensor of shape (0,).
+    parts = [n for n in given if not (len(shape(n)) == 1 < len(shape(node))) and not known(shape(n)[dim] == 0)]
+    if len(parts) == 1:
+        return flow.of(parts[0])
+    out = [() if i == dim else flow.together(*(flow.of(n)[i] for n in parts)) for i in range(len(shape(node)))]
+    out[dim] = fresh(shape(node)[dim], node.name)
+    flow.joins.append((out[dim], [(flow.of(n)[dim], shape(n)[dim]) for n in parts]))
+    start: Any = 0
+    for n in parts:
+        flow.pieces.append(Piece(out[dim], flow.of(n)[dim], start, shape(n)[dim]))
+        start = start + shape(n)[dim]
+    return out
+
+
+@rule("stack")
+def _stack(flow: Flow, node: fx.Node) -> Dims:
+    given: Any = argument(node, "tensors")
+    out = [flow.together(*(flow.of(n)[i] for n in given)) for i in range(len(shape(node)) - 1)]
+    dim = axis(node, default=0, rank=len(shape(node)))
+    return [*out[:dim], fresh(len(given), node.name), *out[dim:]]
+
+
+@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
+def _pad(flow: Flow, node: fx.Node) -> Dims:
+    out, pads = list(flow.of(node.args[0])), list(argument(node, "pad") or argument(node, "padding"))
+    before, after = shape(node.args[0]), shape(node)
+    for i, left in enumerate(pads[::2]):
+        dim, left = len(out) - 1 - i, value(left)
+        if same_size(before[dim], after[dim]):
+            continue
+        if known(left < 0) or known(after[dim] < before[dim]):
+            out[dim] = flow.piece(out[dim], -left, after[dim], before[dim], node.name)
+        else:
+            whole = fresh(after[dim], node.name)
+            flow.pieces.append(Piece(whole, out[dim], left, before[dim]))
+            out[dim] = whole
+    return out
+
+
+@rule("diff")
+def _diff(flow: Flow, node: fx.Node) -> Dims:
+    """Row i is the difference to the row before: with one more row in front there are as many rows as before."""
+    out, dim = list(flow.of(node.args[0])), axis(node, default=-1)
+    before, after = shape(node.args[0])[dim], shape(node)[dim]
+    if not same_size(before, after):
+        out[dim] = flow.piece(out[dim], before - after, after, before, node.name)
+    return out
+
+
+@rule("topk")
+def _topk(flow: Flow, node: fx.Node) -> list[Dims]:
+    out, dim = list(flow.of(node.args[0])), axis(node, default=-1)
+    out[dim] = fresh(value(node)[0].shape[dim], node.name)
+    return [out, out]
+
+
+@rule("select")
+def _select(flow: Flow, node: fx.Node) -> Dims:
+    out, dim = flow.of(node.args[0]), axis(node)
+    return [*out[:dim], *out[dim + 1 :]]
+
+
+@rule("unbind")
+def _unbind(flow: Flow, node: fx.Node) -> list[Dims]:
+    out, dim = flow.of(node.args[0]), axis(node, default=0)
+    return [[*out[:dim], *out[dim + 1 :]]] * len(value(node))
+
+
+# --- indexing
+
+
+@rule("embedding")
+def _embedding(flow: Flow, node: fx.Node) -> Dims:
+    if is_packed(node):
+        columns = flow.of(operands_of(node)[0])[1]
+        same = same_size(shape(node)[-1], shape(operands_of(node)[0])[1])
+        return [*flow.of(node.args[0]), columns if same else fresh(shape(node)[-1], node.name)]
+    return [*flow.of(node.args[1]), flow.of(node.args[0])[1]]
+
+
+@rule("matrix")
+def _matrix(flow: Flow, node: fx.Node) -> Dims:
+    codes = operands_of(node)[0]
+    dims, same = flow.of(codes), same_size(shape(node)[-1], shape(codes)[-1])
+    return dims if same else [*dims[:-1], fresh(shape(node)[-1], node.name)]
+
+
+@rule("index")
+def _index(flow: Flow, node: fx.Node) -> Dims | None:
+    found = _indexed(flow, node)
+    return found if found is not None and len(found) == len(shape(node)) else None
+
+
+def _indexed(flow: Flow, node: fx.Node) -> Dims | None:
+    """Dimensions of ``x[indices]``."""
+    source: Any = node.args[0]
+    before, indices = flow.of(source), list(argument(node, "indices"))
+    at = [i for i, n in enumerate(indices) if n is not None]
+    if any(value(indices[i]).dtype in (torch.bool, torch.uint8) for i in at):
+        return None
+    shapes = [shape(indices[i]) for i in at]
+    sizes = torch.broadcast_shapes(*shapes)
+    for i in at:
+        if (count := _walks(indices[i])) is not None and same_size(shape(count)[0], shape(source)[i]):
+            flow.together(before[i], flow.of(count)[0])
+    joint = flow.broadcast([(flow.of(indices[i]), s) for i, s in zip(at, shapes, strict=True)], sizes, node.name)
+    kept = [d for i, d in enumerate(before) if i not in at]
+    first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    return [*kept[:first], *joint, *kept[first:]]
+
+
+def _walks(index: fx.Node) -> fx.Node | None:
+    """The range 0, 1, 2 ... that an index is, which visits a dimension of as many rows in order."""
+    while is_call(index, aten.unsqueeze, aten.view, aten.reshape, aten.to) or (
+        is_call(index, aten.add) and index.args[1] == 0
+    ):
+        index = index.args[0]
+    ranged = is_call(index, aten.arange) and argument(index, "start") in (None, 0)
+    return index if ranged and argument(index, "step") in (None, 1) else None
+
+
+@rule("index_put", "_index_put_impl", "_unsafe_index_put")
+def _index_put(flow: Flow, node: fx.Node) -> Dims:
+    found, written = _indexed(flow, node), argument(node, "values")
+    if found is not None:
+        for dim, given, size in zip(
+            reversed(found), reversed(flow.of(written)), reversed(shape(written)), strict=False
+        ):
+            if not is_one(size):
+                flow.together(dim, given)
+    return flow.of(node.args[0])
+
+
+@rule("index_select")
+def _index_select(flow: Flow, node: fx.Node) -> Dims:
+    out, dim = list(flow.of(node.args[0])), axis(node)
+    out[dim] = flow.together(*flow.of(argument(node, "index")))
+    return out
+
+
+@rule("index_copy", "index_add", "index_fill")
+def _index_copy(flow: Flow, node: fx.Node) -> Dims:
+    out, dim, source = flow.of(node.args[0]), axis(node), argument(node, "source")
+    if isinstance(source, fx.Node) and len(flow.of(source)) == len(out):
+        for i, given in enumerate(flow.of(source)):
+            flow.together(given, *(flow.of(argument(node, "index")) if i == dim else [out[i]]))
+    return out
+
+
+@rule("gather", "take_along_dim")
+def _gather(flow: Flow, node: fx.Node) -> Dims:
+    picked: Any = argument(node, "index", argument(node, "indices"))
+    _aligned(flow, node, picked)
+    return flow.of(picked)
+
+
+@rule("scatter", "scatter_add", "scatter_reduce")
+def _scatter(flow: Flow, node: fx.Node) -> Dims:
+    picked, source = argument(node, "index"), argument(node, "src")
+    _aligned(flow, node, picked)
+    if isinstance(source, fx.Node):
+        for dim, given, a, b in zip(flow.of(picked), flow.of(source), shape(picked), shape(source), strict=True):
+            if same_size(a, b):
+                flow.together(dim, given)
+    return flow.of(node.args[0])
+
+
+def _aligned(flow: Flow, node: fx.Node, picked: fx.Node) -> None:
+    """Position i along any other dimension of the index is position i of the source."""
+    source, dim = node.args[0], axis(node)
+    for i, size in enumerate(shape(picked)):
+        if i != dim and same_size(size, shape(source)[i]):
+            flow.together(flow.of(source)[i], flow.of(picked)[i])
+
+
+@rule("one_hot")
+def _one_hot(flow: Flow, node: fx.Node) -> Dims:
+    return [*flow.of(node.args[0]), fresh(shape(node)[-1], node.name)]
+
+
+@rule("meshgrid")
+def _meshgrid(flow: Flow, node: fx.Node) -> list[Dims]:
+    given: Any = node.args[0]
+    dims = [d for n in given for d in flow.of(n) or [()]]
+    if argument(node, "indexing") == "xy":
+        dims[:2] = dims[1::-1]
+    return [dims] * len(given)
+
+
+@rule("view_as_complex")
+def _view_as_complex(flow: Flow, node: fx.Node) -> Dims:
+    return flow.of(node.args[0])[:-1]
+
+
+@rule("view_as_real")
+def _view_as_real(flow: Flow, node: fx.Node) -> Dims:
+    return [*flow.of(node.args[0]), fresh(2, node.name)]

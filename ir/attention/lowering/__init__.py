@@ -1,0 +1,1 @@
+"""From semantic attention back to operators, by spec."""

@@ -1,0 +1,68 @@
+"""A captured model part: its canonical graph and the tensors behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from accelpass.ir.core.tensors import TensorSource
+
+T = TypeVar("T")
+
+
+@dataclass
+class Program:
+    """What analyses read and passes rewrite.
+
+    Attributes:
+        gm: graph in pre-dispatch ATen; never the graph that Dynamo owns.
+        tensors: paths and values of the model's own tensors.
+        door: ``dynamo`` or ``export``.
+        artefacts: tensors from calibration, by name.
+        actions: what each step-caching pass, by name, does at each site of this variant of the graph.
+        pins: how many outputs of the graph, after the model's own, only keep a block's streams alive.
+        remembered: names of the graph's last outputs, which later denoising steps read.
+        cut: where a graph break made this graph a piece of the model; empty if it is the whole.
+        edited: which pass edited an aspect of a site, by (aspect, path).
+        unwritten: names of inputs (counters of cache layers) that a pass has left unwritten on purpose.
+        refused: why what a pass asks of the backend cannot be done for this graph, by the pass's name.
+    """
+
+    gm: fx.GraphModule
+    tensors: TensorSource
+    door: str
+    artefacts: Mapping[str, Tensor] = field(default_factory=dict)
+    actions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    pins: int = 0
+    remembered: list[str] = field(default_factory=list)
+    cut: str = ""
+    refused: dict[str, str] = field(default_factory=dict)
+    edited: dict[tuple[str, str], str] = field(default_factory=dict)
+    unwritten: set[str] = field(default_factory=set)
+    _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def results(self) -> tuple[list[Any], list[fx.Node], list[fx.Node]]:
+        """The graph's outputs: the model's own, those that :attr:`pins` counts, and those that :attr:`remembered` names."""
+        (output,) = self.graph.find_nodes(op="output")
+        everything: list[Any] = tree_leaves(output.args[0])
+        kept = len(everything) - len(self.remembered)
+        own = kept - self.pins
+        return everything[:own], everything[own:kept], everything[kept:]
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+    def analysis(self, kind: Any) -> Any:
+        """The result of an analysis (a function of the program), cached until :meth:`changed`."""
+        if kind not in self._analyses:
+            self._analyses[kind] = kind(self)
+        return self._analyses[kind]
+
+    def changed(self) -> None:
+        """Forget cached analyses; the manager calls it after each pass that rewrote something."""
+        self._analyses.clear()

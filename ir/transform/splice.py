@@ -1,0 +1,82 @@
+"""Plain torch functions become part of a graph: traced on the fake values of the nodes they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from accelpass.ir.core.graph import fake_mode, refresh, value
+from accelpass.ir.core.program import Program
+
+KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+def trace(program: Program, run: Callable[..., Sequence[Tensor]], operands: Sequence[fx.Node]) -> fx.GraphModule:
+    """``run`` in pre-dispatch ATen, for operands of these shapes. It may write to its arguments in place."""
+    return trace_on(program, run, [value(n) for n in operands])
+
+
+def trace_on(program: Program, run: Callable[..., Sequence[Tensor]], fakes: Sequence[Tensor]) -> fx.GraphModule:
+    """As :func:`trace`, for fake tensors that no node may have."""
+    mode = fake_mode(program.gm)
+    assert mode is not None
+    with mode, torch.no_grad():
+        return make_fx(run, pre_dispatch=True)(*fakes)
+
+
+class Tracer:
+    """Traces a function once for all places where it is called with operands that are laid out alike."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._traced: dict[Any, fx.GraphModule] = {}
+
+    def run(
+        self, key: Hashable, function: Callable[..., Sequence[Tensor]], operands: Sequence[fx.Node], before: fx.Node
+    ) -> list[fx.Node]:
+        """Calls ``function`` in front of ``before``; ``key`` is equal for functions that do the same. Returns its results."""
+        layouts = tuple((str(value(n).shape), str(value(n).stride()), value(n).dtype) for n in operands)
+        if (key, layouts) not in self._traced:
+            self._traced[key, layouts] = trace(self.program, function, operands)
+        return splice(self.program, self._traced[key, layouts], operands, before)
+
+
+def splice(program: Program, traced: fx.GraphModule, operands: Sequence[fx.Node], before: fx.Node) -> list[fx.Node]:
+    """Copy a traced function's nodes in front of ``before``, whose provenance they take; returns its results."""
+    graph = before.graph
+    env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
+    results: list[fx.Node] = []
+    with graph.inserting_before(before):
+        for old in traced.graph.nodes:
+            if old.op == "output":
+                results = [env[n] for n in old.args[0]]
+            elif old.op == "get_attr":
+                env[old] = _constant(program, getattr(traced, str(old.target)))
+            elif old.op != "placeholder":
+                env[old] = graph.node_copy(old, env.__getitem__)
+                env[old].meta = {"val": old.meta.get("val"), **{k: before.meta[k] for k in KEPT if k in before.meta}}
+                if env[old].meta["val"] is None:
+                    refresh(env[old])
+    return results
+
+
+def _constant(program: Program, tensor: Tensor) -> fx.Node:
+    """A tensor that the function made while it was traced (a list of blocks), as a buffer of the graph."""
+    index = 0
+    while hasattr(program.gm, f"_traced_constant{index}"):
+        index += 1
+    name = f"_traced_constant{index}"
+    program.gm.register_buffer(name, tensor)
+    sources: Any = getattr(program.gm, "_param_name_to_source", None)
+    if sources is not None:
+        sources[name] = ConstantSource(name)
+    made = program.graph.get_attr(name)
+    mode = fake_mode(program.gm)
+    assert mode is not None
+    made.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    return made

@@ -1,0 +1,1 @@
+"""What every pass stands on: bases, registry, manager, options, plans."""

@@ -1,0 +1,276 @@
+"""What a pass is: a frozen dataclass of typed options, a phase, and ``apply``."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, ClassVar, Protocol, Self, get_type_hints
+
+from torch import Tensor
+
+from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.program import Program
+from accelpass.ir.core.verdict import Skip as Skip
+from accelpass.ir.core.verdict import Take as Take
+from accelpass.ir.core.verdict import Verdict as Verdict
+from accelpass.ir.errors import OptionError
+
+PHASES = ("structure", "attention", "cache", "weights", "fusion", "kernels", "schedule")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was done at one site, with the bytes of its weights before and after.
+
+    ``densities``: of an attention, the share of its keys that the last query of each head reads in a prompt of ``tokens``.
+    """
+
+    what: str
+    bytes_before: int = 0
+    bytes_after: int = 0
+    densities: tuple[float, ...] = ()
+    tokens: int = 0
+
+
+@dataclass
+class Record:
+    """What one pass did to one graph, site by site."""
+
+    name: str
+    took: dict[str, Done] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    difference: float | None = None
+    """Largest relative change of an output, measured in debug mode; None where it was not."""
+    leave: frozenset[str] = frozenset()
+    """Sites that the user wants left alone (``options={"skip_sites": ...}``); ask :meth:`wants`."""
+
+    def wants(self, site: str) -> Verdict:
+        """Whether the pass may take a site; every pass asks this before it rewrites one."""
+        return Skip("named in skip_sites") if site in self.leave else Take()
+
+    def skip(self, site: str, why: str) -> None:
+        self.skipped[self._unique(site, self.skipped)] = why
+
+    def take(self, site: str, done: Done) -> None:
+        self.took[self._unique(site, self.took)] = done
+
+    @staticmethod
+    def _unique(site: str, taken: dict[str, Any]) -> str:
+        name, number = site, 2
+        while name in taken:
+            name, number = f"{site} #{number}", number + 1
+        return name
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of every pass. Subclasses are frozen dataclasses whose fields are the user's options.
+
+    Class attributes:
+        name: what a user types; lower case, no version, no author.
+        phase: one of :data:`PHASES`; the manager sorts by it.
+        summary: one line for ``accelpass passes``.
+        paper: the published source, or ``""`` for plain compiler work.
+        exact: the result equals the dense model's up to the order of float additions.
+        identity: options at which it does, of a pass that is not exact; None if there are none (rounded weights). The
+            conformance kit holds each pass to them.
+        after, before: names of passes of the same phase that must run earlier or later.
+        excludes: names of passes that this one cannot be combined with, and why.
+        edits, reads: aspects of sites; see :class:`accelpass.passes.SitePass`. Who reads runs after who edits.
+        claims: what the pass assumes of the model as a whole, by aspect, in words that a user reads: two passes that say different
+            things of one aspect cannot be combined.
+    """
+
+    name: ClassVar[str]
+    phase: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str] = ""
+    exact: ClassVar[bool] = False
+    identity: ClassVar[dict[str, Any] | None] = None
+    after: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ()
+    excludes: ClassVar[dict[str, str]] = {}
+    edits: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
+    claims: ClassVar[dict[str, str]] = {}
+
+    def apply(self, program: Program, record: Record) -> None:
+        """Rewrite ``program.graph``; put every site into ``record`` as taken, or skipped with a reason."""
+        raise TypeError(f"{type(self).__name__} does not define apply()")
+
+    @classmethod
+    def from_options(cls, given: dict[str, Any]) -> Pass:
+        """Build the pass from what a user typed; names the nearest field on a mistake."""
+        known = [f.name for f in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise OptionError(f"{cls.name}: unknown option {key!r}{nearest(key, known)}; known: {', '.join(known)}")
+        hints = get_type_hints(cls)
+        values = {}
+        for f in fields(cls):
+            if f.name in given:
+                values[f.name] = _typed(cls.name, f.name, given[f.name], hints[f.name])
+            elif f.default is MISSING and f.default_factory is MISSING:
+                raise OptionError(f"{cls.name}: option {f.name!r} is required")
+        return cls(**values)
+
+    def fail(self, field_name: str, legal: str) -> OptionError:
+        """The error for a field out of range."""
+        return OptionError(f"{self.name}: {field_name}={getattr(self, field_name)!r} is not supported; use {legal}")
+
+
+@dataclass(frozen=True)
+class SitePatterns(Pass):
+    """Mix-in: choose sites by path with shell patterns, ``*.mlp.*`` or a whole part such as ``lm_head``.
+
+    Attributes:
+        include, exclude: which sites are taken at all.
+        sites: other settings for some of them, ``{"*.down_proj": {"group_size": 32}}``; later patterns win.
+    """
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def wanted(self, path: str, record: Record | None = None) -> Verdict:
+        """Whether the patterns admit a site, and the user's ``skip_sites`` if there is a ``record``."""
+        if not _matches(path, self.include):
+            return Skip(f"not named in include={list(self.include)}")
+        if _matches(path, self.exclude):
+            return Skip(f"named in exclude={list(self.exclude)}")
+        return Take() if record is None else record.wants(path)
+
+    def at(self, paths: Sequence[str]) -> Self:
+        """The pass with the settings that ``sites`` gives for any of ``paths`` (one weight may have several).
+
+        Raises:
+            OptionError: ``sites`` names a field that does not exist or is out of range.
+        """
+        changes: dict[str, Any] = {}
+        for pattern, given in self.sites.items():
+            if any(_matches(path, (pattern,)) for path in paths):
+                changes |= self._overrides(pattern, given)
+        return replace(self, sites={}, **changes) if changes else self
+
+    def check_sites(self) -> None:
+        """Raise :class:`OptionError` for a setting in ``sites`` that no site could have; call it in ``__post_init__``."""
+        for pattern, given in self.sites.items():
+            replace(self, sites={}, **self._overrides(pattern, given))
+
+    def _overrides(self, pattern: str, given: Any) -> dict[str, Any]:
+        own = [f.name for f in fields(self) if f.name not in {f.name for f in fields(SitePatterns)}]
+        if not isinstance(given, dict):
+            raise OptionError(f"{self.name}: sites[{pattern!r}] is {given!r}; it takes a dict of {', '.join(own)}")
+        for key in given:
+            if key not in own:
+                known = ", ".join(own) or "none"
+                raise OptionError(f"{self.name}: sites[{pattern!r}] sets {key!r}{nearest(key, own)}; known: {known}")
+        hints = get_type_hints(type(self))
+        return {key: _typed(self.name, key, value, hints[key]) for key, value in given.items()}
+
+
+Watch = Callable[[Tensor], None]
+Run = Callable[[Mapping[str, Watch], str], None]
+"""Runs all calibration data once: functions by parameter path, and what this is for."""
+
+
+class Calibrated(ABC):
+    """Mix-in of passes that learn something from data."""
+
+    @abstractmethod
+    def calibrate(self, program: Program, run: Run) -> dict[str, Tensor]:
+        """Fit, and return tensors by name for a plan; ``apply`` finds them as ``program.artefacts``.
+
+        Args:
+            program: the model's graph for a prompt.
+            run: runs all data once: given functions by parameter path, it calls each with the input of the module that
+                owns the parameter; and what this is for, for the progress bar.
+
+        Raises:
+            PassError: the graph has nothing to fit; says why.
+        """
+
+
+Attend = Callable[[AttentionSpec, Tensor, Tensor, Tensor], Tensor | None]
+"""Computes an attention from its spec and ``(batch, heads, tokens, d)`` operands; None: as the model does."""
+
+
+class Study(Protocol):
+    """The model's loss on calibration data, with each attention computed as a pass says."""
+
+    def gradients(self, attend: Attend, what: str) -> None:
+        """Run the loss of each batch and its gradient; what ``attend`` returns must be differentiable. Where it leaves all to
+        the model, there is no gradient to run."""
+
+    def perplexity(self, attend: Attend, what: str) -> float:
+        """On the batches that :meth:`gradients` does not see, unless there are no others."""
+
+    def decoded(self, attend: Attend, what: str) -> float:
+        """Perplexity on all batches, with the tokens from the first label on computed as if they came one by one.
+
+        What comes before them is computed once, as the model does it, and its keys and values are kept from call to call.
+        ``attend`` gets the queries of those tokens, and keys and values of all.
+
+        Raises:
+            OptionError: a batch has more than ids and labels, or the model takes no ``position_ids``.
+            PassError: an attention is not a plain causal one of a prompt over itself; names it.
+        """
+
+
+class CalibratedOnLoss(ABC):
+    """Mix-in of passes that learn from what changes the model's loss."""
+
+    @abstractmethod
+    def calibrate_on_loss(self, study: Study) -> dict[str, Tensor]:
+        """Fit, and return tensors by name for a plan; ``apply`` finds them as ``program.artefacts``.
+
+        Raises:
+            PassError: the model has nothing to fit; says why.
+        """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` or nothing."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(path, p) or p in path.split(".") for p in patterns)
+
+
+def _typed(owner: str, name: str, given: Any, hint: Any) -> Any:
+    """``given`` as the field's type; lists from JSON become tuples. bool is not taken for int."""
+    import types
+    import typing
+
+    origin = typing.get_origin(hint)
+    options = typing.get_args(hint) if origin in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        base = typing.get_origin(option) or option
+        if option is type(None):
+            if given is None:
+                return None
+        elif base is typing.Literal:
+            if given in typing.get_args(option):
+                return given
+        elif base is tuple:
+            of: Any = typing.get_args(option)[0]
+            if isinstance(given, list | tuple):
+                return tuple(_typed(owner, f"{name}[{i}]", g, of) for i, g in enumerate(given))
+        elif base is float:
+            if isinstance(given, int | float) and not isinstance(given, bool):
+                return float(given)
+        elif base is int:
+            if isinstance(given, int) and not isinstance(given, bool):
+                return given
+        elif isinstance(given, base):
+            return given
+    wanted = " or ".join(
+        str(list(typing.get_args(o))) if typing.get_origin(o) is typing.Literal else getattr(o, "__name__", str(o))
+        for o in options
+    )
+    raise OptionError(f"{owner}: option {name!r} is {given!r} ({type(given).__name__}); it takes {wanted}")
