@@ -166,13 +166,6 @@ def test_the_site_builds_without_a_warning_and_asks_no_network(tmp_path):
     measured.parent.mkdir(exist_ok=True)
     saved = {"on": "nothing: this is a test", "options": {}, "rows": [["x", "2 B", "1 B"]], "took": [], "skipped": []}
     measured.write_text(json.dumps(dict.fromkeys(registered(), saved)))
-    layout = copy / "build" / "layout" / "accelpass"
-    shutil.rmtree(layout.parent, ignore_errors=True)
-    layout.mkdir(parents=True)
-    for part in (copy / "accelpass").iterdir():
-        (layout / part.name).symlink_to(part)
-    for part in ("ir", "passes", "backends", "models_zoo"):
-        (layout / part).symlink_to(copy / part)
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     for words in (["-m", "docs.generate_passes", "--reuse"], ["-m", "mkdocs", "build", "--strict"]):
         done = subprocess.run(
