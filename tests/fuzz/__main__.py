@@ -123,7 +123,7 @@ def summary(tally: Tally, seed: int, without: frozenset[str] = frozenset()) -> s
     return (
         f"{tally.programs} programs from seed {seed}{left_out}, {counts.total()} compilations compared with eager "
         f"({tally.sites} sites rewritten): {counts['same']} the same, {counts['refused']} refused by name, "
-        f"{counts['incomparable']} where Dynamo alone differs from eager too, {counts['wrong']} wrong "
+        f"{counts['incomparable']} where plain torch.compile differs from eager too, {counts['wrong']} wrong "
         f"({len({kind_of(w) for _, _, w in tally.wrong})} kinds)"
     )
 
