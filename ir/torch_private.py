@@ -1,20 +1,78 @@
-"""What is read of Dynamo's own state, which torch does not promise to keep; each has a test that fails when it moves."""
+"""Every private name of torch that this package uses: torch does not promise to keep them, and each has a test that fails when it moves.
+
+What a graph's inputs come from is Dynamo's to say (sources); AOTAutograd takes an input for model state by a mark on its node.
+"""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.utils import get_compilation_metrics
+from torch import Tensor, fx, nn
+from torch._guards import TracingContext, tracing
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
+__all__ = [
+    "ENTER_AUTOCAST",
+    "EXIT_AUTOCAST",
+    "GET_DATA",
+    "RECOMPILATIONS",
+    "SET_GRAD_ENABLED",
+    "FakeTensor",
+    "FakeTensorMode",
+    "Frame",
+    "HigherOrderOperator",
+    "NoCompiler",
+    "OpOverload",
+    "TorchDispatchMode",
+    "TracingContext",
+    "allow_recompilations",
+    "compile_with_inductor",
+    "contracts_by_name",
+    "copy_sources",
+    "cpu_multiplies_bfloat16",
+    "cpu_multiplies_int8",
+    "forget_compilations",
+    "frame_of",
+    "has_stopped_compiling",
+    "inductor_modes",
+    "int8_product",
+    "is_model_state",
+    "keystr",
+    "mark_model_state",
+    "name_buffers",
+    "path_of",
+    "recompile_limit",
+    "source_name",
+    "source_of",
+    "switches_forward_gradients",
+    "traced_code",
+    "traced_tensors",
+    "tracing",
+    "tree_flatten_with_path",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+]
+
+ENTER_AUTOCAST, EXIT_AUTOCAST = _enter_autocast, _exit_autocast
+GET_DATA: Any = getattr(torch._C._autograd, "_get_data_attr", None)
+"""What ``tensor.data`` is in a graph; missing in some versions."""
+SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled
 RECOMPILATIONS = 256
 """Graphs of one function, from which on Dynamo runs it uncompiled. Its own default of 8 is for code that should not be compiled
 anew; a model that serves prompts, answers and batches with caches of several sizes has a graph for each."""
 _DEFAULT_LIMIT = 8
+_TABLES = {"_parameters": "param", "_buffers": "buffer", "_modules": None}
 
 
 @dataclass(frozen=True)
@@ -48,6 +106,8 @@ class Frame:
 
 def frame_of(gm: fx.GraphModule) -> Frame | None:
     """The function that Dynamo is compiling; None outside of Dynamo."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
     try:
         translator: Any = InstructionTranslator.current_tx().output.root_tx
     except AttributeError:
@@ -75,8 +135,168 @@ def has_stopped_compiling() -> bool:
 
 def _stopped() -> set[int]:
     """Numbers of the functions that reached the limit, among those that were compiled lately."""
+    from torch._dynamo.utils import get_compilation_metrics
+
     return {
         int(str(metric.compile_id).split("/")[0])
         for metric in get_compilation_metrics()
         if (metric.fail_reason or "").startswith("Dynamo recompile limit exceeded") and metric.compile_id
     }
+
+
+def recompile_limit(count: int, of_all: int | None = None) -> AbstractContextManager[None]:
+    """Within it Dynamo compiles a function up to ``count`` times, and functions of one piece of code ``of_all`` times."""
+    further = {} if of_all is None else {"accumulated_recompile_limit": of_all}
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch({"recompile_limit": count, **further})
+    return patched
+
+
+def forget_compilations() -> None:
+    """Let Dynamo compile every function anew."""
+    torch._dynamo.reset()
+
+
+def switches_forward_gradients(target: Any) -> bool:
+    """Whether a function of a graph opens or enters a level of forward-mode gradients."""
+    from torch._functorch import predispatch
+
+    names = ("_enter_dual_level", "_jvp_increment_nesting")
+    return target in [found for n in names if (found := getattr(predispatch, n, None)) is not None]
+
+
+def source_of(node: fx.Node) -> Any:
+    """Where Dynamo found an input; None where nobody said."""
+    return getattr(node, "_dynamo_source", None)
+
+
+def source_name(node: fx.Node) -> str:
+    """Where Dynamo found an input, as Python would write it; empty where nobody said."""
+    name = getattr(source_of(node), "name", "")
+    return str(name() if callable(name) else name)  # a method before torch 2.12
+
+
+def path_of(source: Any) -> tuple[str, str] | None:
+    """(path, ``param`` or ``buffer``) of a Dynamo source, or None for anything that is not module state."""
+    from torch._dynamo.source import AttrSource, DictGetItemSource
+
+    parts: list[str] = []
+    kind = None
+    while source is not None:
+        base = getattr(source, "base", None)
+        table = getattr(base, "member", None)
+        if isinstance(base, DictGetItemSource) and getattr(base.base, "member", None) == "__dict__":
+            # A class with a __getattr__ of its own (diffusers' models): Dynamo looks the table up in __dict__.
+            table, base = base.index, base.base
+        if isinstance(source, DictGetItemSource) and table in _TABLES:
+            parts.append(str(source.index))
+            kind = kind or _TABLES[table]
+            source = getattr(base, "base", None)
+        elif kind and type(source) is AttrSource:
+            parts.append(source.member)
+            source = base
+        elif kind:
+            source = base
+        else:
+            return None
+    return (".".join(reversed(parts)), kind) if kind else None
+
+
+def copy_sources(nodes: Mapping[fx.Node, fx.Node]) -> None:
+    """Give each new input the source of the old one that it stands for."""
+    for old, new in nodes.items():
+        if old.op == "placeholder":
+            new._dynamo_source = source_of(old)
+
+
+def name_buffers(new: fx.GraphModule, old: fx.GraphModule | None = None) -> None:
+    """Sources for the tensors that a graph module holds itself, which AOTAutograd asks for: those of ``old``, else their names."""
+    from torch._dynamo.source import ConstantSource
+
+    sources: dict[str, Any] = dict(getattr(old, "_param_name_to_source", {}))
+    for name, _ in new.named_buffers():
+        sources.setdefault(name, ConstantSource(name))
+    new._param_name_to_source = sources  # type: ignore[assignment]
+
+
+def is_model_state(node: fx.Node) -> bool:
+    """Whether an input is one of the model's own tensors, not what its caller passes."""
+    return bool((node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"))
+
+
+def mark_model_state(node: fx.Node) -> None:
+    """Let AOTAutograd take a new input for one of the model's own tensors."""
+    node._dynamo_source = None  # AOTAutograd insists on the attribute; None is allowed
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def traced_code() -> CodeType | None:
+    """The code that Dynamo is compiling: what remains of a function after a graph break is code of its own."""
+    return next(iter(TracingContext.get_traced_code() or ()), None)
+
+
+def traced_tensors() -> Mapping[Tensor, Any]:
+    """The tensors that Dynamo has seen in the compilation under way."""
+    context = TracingContext.try_get()
+    return context.tensor_to_context if context is not None else {}
+
+
+def inductor_modes() -> list[str]:
+    """The modes that torch.compile takes."""
+    import torch._inductor
+
+    return list(torch._inductor.list_mode_options())
+
+
+def contracts_by_name() -> str | None:
+    """The setting of Inductor that says how products and sums are rounded as one; None where this torch has a switch or nothing."""
+    from torch._inductor import config
+
+    name = "enable_floating_point_contract_flag"
+    return f"cpp.{name}" if isinstance(getattr(config.cpp, name, None), str) else None
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, settings: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Inductor's code for a graph.
+
+    Args:
+        inputs: real inputs, or fake ones.
+        mode: one of :func:`inductor_modes`.
+        settings: names and values of ``torch._inductor.config`` that differ for this graph.
+
+    Raises:
+        NoCompiler: there is no C++ compiler that works; any other error is Inductor's own.
+    """
+    import torch._inductor
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    config = {**(torch._inductor.list_mode_options(mode) if mode else {}), **settings}
+    try:
+        compiled: Any = compile_fx(gm, list(inputs), config_patches=config or None)
+    except InductorError as failure:
+        if isinstance(failure.inner_exception, InvalidCxxCompiler):
+            raise NoCompiler(str(failure.inner_exception)) from failure
+        raise
+    return compiled
+
+
+class NoCompiler(Exception):
+    """Inductor has found no C++ compiler; says what it tried."""
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16."""
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return fast and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def cpu_multiplies_int8() -> bool:
+    """Whether this processor has instructions for products of eight-bit integers."""
+    return torch.cpu._is_vnni_supported()
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of int8 matrices, exact in int32."""
+    return torch._int_mm(a, b)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from accelpass.backends.compile.compiler import CompiledGraph, compiled
 from accelpass.backends.compile.rewriting import copied
 from accelpass.backends.debug.difference import largest_difference, shown
 from accelpass.ir.core.graph import module_path
 from accelpass.ir.errors import AccelpassError, OptionError
+from accelpass.ir.torch_private import recompile_limit, tree_leaves
 from accelpass.passes.core.manager import ordered
 from accelpass.passes.core.options import Options, parse
 
@@ -264,7 +264,7 @@ class _Trials:
     def measure(self, name: str, chosen: Options, dense: Sequence[Tensor], last: str | None, on: int | None) -> Trial:
         self.made, self.chosen = {}, chosen
         # Copies of a cache may each have a graph of their own, which must not be run eagerly in secret.
-        with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+        with recompile_limit(1024, of_all=4096):
             try:
                 outputs = self._outputs(self.fast)
             except Exception as cause:  # whatever a pass or an operator raises is what is looked for

@@ -21,6 +21,7 @@ from accelpass.ir.attention.spec.op import ATTENTION, is_attention
 from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.ir.core.capture import from_dynamo
 from accelpass.ir.errors import OptionError, PassError
+from accelpass.ir.torch_private import SET_GRAD_ENABLED, recompile_limit
 from accelpass.passes.core.base import Attend
 
 IGNORED = -100
@@ -138,7 +139,7 @@ class LossStudy:
         return total, int((labels != IGNORED).sum())
 
     def _logits(self, given: Mapping[str, Any]) -> Tensor:
-        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=_LENGTHS):
+        with torch.no_grad(), recompile_limit(_LENGTHS):
             return self._graph(**given, use_cache=False).logits
 
     def _labels(self, batch: Batch) -> tuple[Tensor, int]:
@@ -231,7 +232,7 @@ class _Part(fx.Interpreter):
         self.attend = attend
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch._C._set_grad_enabled:
+        if target is SET_GRAD_ENABLED:
             return None  # the model was captured without gradients; it would put that state back in the middle
         if target is not ATTENTION:
             return fx.Interpreter.call_function(self, target, args, kwargs)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import nn
 
 from accelpass.ir.errors import OptionError
+from accelpass.ir.torch_private import forget_compilations
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.core.registry import make
 from accelpass.passes.step_cache.base import Searched
@@ -68,7 +69,7 @@ def search_steps(
         search = fitted[0].search(tell)
         others = [p for p in made if p is not fitted[0]]
         asked = {**(options or {}), **search.options, "passes": [search.in_search, *others]}
-        torch._dynamo.reset()
+        forget_compilations()
         fast = torch.compile(model, backend="accelpass", options=asked)
         for _ in range(runs):
             sample(fast)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from accelpass.ir import attention
 from accelpass.ir.core.capture import from_export
 from accelpass.ir.core.verify import signature, verify
 from accelpass.ir.kv import lower as kv
+from accelpass.ir.torch_private import tree_leaves
 from accelpass.passes.core.manager import run as apply
 from accelpass.testing.findings import Finding, failed, passed, skipped
 from accelpass.testing.numbers import attempt

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from accelpass.backends import CompiledGraph, compiled_graphs
 from accelpass.ir.errors import AccelpassError, GraphError, OptionError, PassError
+from accelpass.ir.torch_private import forget_compilations
 from accelpass.passes.core.base import Pass, Record
 from accelpass.passes.core.registry import make, registered
 from accelpass.testing.subjects import Shape, Subject
@@ -104,7 +105,7 @@ def run(subject: Subject, fast: Any, model: nn.Module, shape: Shape | None = Non
 
 def fresh() -> None:
     """Forget what Dynamo has compiled: the next model of a known class is compiled anew."""
-    torch._dynamo.reset()
+    forget_compilations()
 
 
 def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:

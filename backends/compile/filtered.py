@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from accelpass.backends.compile.rewriting import Rewritten, captured, code_for, rewritten
@@ -23,6 +21,7 @@ from accelpass.ir.core.tensors import Binder, FromInputs
 from accelpass.ir.kv import shortened
 from accelpass.ir.kv.ledger import holding_of
 from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.torch_private import FakeTensorMode, TracingContext, tracing
 from accelpass.ir.transform.prompt import NoPrompt, Prompt, TokenInput, prompt, shorten
 from accelpass.passes.core.base import Done, Record
 from accelpass.passes.core.manager import ordered

@@ -7,15 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor
 
 from accelpass.backends.staged.repetition import compile_repeating
 from accelpass.ir.core.graph import placeholders, value
 from accelpass.ir.errors import CompilerMissingError
+from accelpass.ir.torch_private import FakeTensor, NoCompiler, compile_with_inductor, contracts_by_name, traced_tensors
 from accelpass.passes.core.options import Options
-
-_CONTRACT = "enable_floating_point_contract_flag"
 
 
 def compile_graph(
@@ -50,8 +47,7 @@ def _with_known_sizes(gm: fx.GraphModule, inputs: list[Any]) -> list[Any]:
 
     AOTAutograd would give a new tensor symbolic sizes that no guard can name: slower code, and guards without a source.
     """
-    context = TracingContext.try_get()
-    known = context.tensor_to_context if context is not None else {}
+    known = traced_tensors()
     return [
         value(node)
         if isinstance(given, Tensor) and given not in known and isinstance(value(node), FakeTensor)
@@ -62,10 +58,8 @@ def _with_known_sizes(gm: fx.GraphModule, inputs: list[Any]) -> list[Any]:
 
 def _fused_multiply_add() -> dict[str, Any]:
     """One rounding in place of two: a tenth of an int4 product's time, and below the rounding of any packed weight."""
-    from torch._inductor import config
-
-    known = isinstance(getattr(config.cpp, _CONTRACT, None), str)  # a switch, or missing, in other versions of torch
-    return {f"cpp.{_CONTRACT}": "fast"} if known else {}
+    name = contracts_by_name()
+    return {name: "fast"} if name else {}
 
 
 def compile_whole(gm: fx.GraphModule, inputs: list[Any], chosen: Options) -> Callable[..., Any]:
@@ -74,18 +68,10 @@ def compile_whole(gm: fx.GraphModule, inputs: list[Any], chosen: Options) -> Cal
     Raises:
         CompilerMissingError: there is no C++ compiler that works.
     """
-    import torch._inductor
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.exc import InductorError, InvalidCxxCompiler
-
-    config = {**(torch._inductor.list_mode_options(chosen.mode) if chosen.mode else {}), **chosen.inductor}
     try:
-        compiled: Any = compile_fx(gm, inputs, config_patches=config or None)
-        return compiled
-    except InductorError as failure:
-        if isinstance(failure.inner_exception, InvalidCxxCompiler):
-            raise CompilerMissingError(
-                f"Inductor needs a C++ compiler: {failure.inner_exception} Install one (apt install g++) or name yours in "
-                "the environment variable CXX. options={'lowering': 'eager'} runs without one, slowly."
-            ) from failure
-        raise
+        return compile_with_inductor(gm, inputs, chosen.mode, chosen.inductor)
+    except NoCompiler as failure:
+        raise CompilerMissingError(
+            f"Inductor needs a C++ compiler: {failure} Install one (apt install g++) or name yours in "
+            "the environment variable CXX. options={'lowering': 'eager'} runs without one, slowly."
+        ) from failure

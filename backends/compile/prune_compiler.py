@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from accelpass.backends.compile.pruned import PrunedModel, kept
 from accelpass.backends.compile.pruned_graph import PrunedGraph, Stage
@@ -23,6 +21,7 @@ from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import OptionError
 from accelpass.ir.kv.lower import CacheUse
 from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.torch_private import FakeTensorMode, TracingContext, tracing
 from accelpass.ir.transform.tokens import CannotCut, Cut, cut, decoder_blocks
 from accelpass.passes.core.options import Options
 from accelpass.passes.core.report import GraphReport

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from accelpass.backends.compile.inductor import compile_graph
 from accelpass.backends.compile.lowering import lower
@@ -22,6 +21,7 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import Binder, FromInputs
 from accelpass.ir.errors import ReleasedWeightError
 from accelpass.ir.kv import lower as kv
+from accelpass.ir.torch_private import FakeTensorMode, copy_sources, name_buffers
 from accelpass.passes.core.base import Record
 from accelpass.passes.core.manager import run
 from accelpass.passes.core.options import Options
@@ -72,12 +72,10 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
-    for old, new in copies.items():
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
+    copy_sources(copies)
     made = fx.GraphModule(gm, graph)
     made.meta.update(gm.meta)
-    made._param_name_to_source = dict(getattr(gm, "_param_name_to_source", {}))  # type: ignore[assignment]
+    name_buffers(made, gm)
     return made
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from accelpass.backends.debug import graph_diff
 from accelpass.backends.debug.difference import largest_difference, shown
@@ -30,6 +29,7 @@ from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import PassError
 from accelpass.ir.kv import ledger
 from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.torch_private import tree_leaves
 from accelpass.passes.core.base import Record
 from accelpass.passes.core.manager import Observer
 from accelpass.passes.core.plan import write_text

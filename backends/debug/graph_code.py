@@ -20,6 +20,7 @@ from accelpass.ir.core.graph import argument_name, module_path, placeholders, va
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.linear.op import is_packed, linear_spec
+from accelpass.ir.torch_private import OpOverload, tree_leaves
 
 _SHORT = {
     torch.float64: "f64",
@@ -229,11 +230,11 @@ def _commented(text: str, comment: str) -> str:
 
 
 def _has_node(argument: Any) -> bool:
-    return any(isinstance(a, fx.Node) for a in torch.utils._pytree.tree_leaves(argument))
+    return any(isinstance(a, fx.Node) for a in tree_leaves(argument))
 
 
 def _name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target).removesuffix(".default")
     module = getattr(target, "__module__", None)
     name = getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import Dim
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.ir import attention
 from accelpass.ir.core.capture import from_export
 from accelpass.ir.core.graph import ARGUMENT, placeholders, written_inputs
 from accelpass.ir.core.program import Program
+from accelpass.ir.torch_private import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 Wishes = dict[int, tuple[str, Any]]
 """Of one input: its dynamic dimensions, each with the name it has in the file and what torch.export is told."""

@@ -11,13 +11,13 @@ from torch import Tensor, fx
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.graph import CodeGen
-from torch.utils._pytree import tree_leaves
 
 from accelpass.backends.onnx.capture import Captured
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import argument_name, aten, known, placeholders, value
 from accelpass.ir.core.tensors import FromModule
+from accelpass.ir.torch_private import tree_leaves
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from accelpass.backends.compile.inductor import compile_whole
@@ -29,6 +28,7 @@ from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import OptionError, PassError
 from accelpass.ir.kv.ops import UNEVEN
 from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.torch_private import FakeTensorMode
 from accelpass.ir.transform.steps import LATENTS, TIMESTEP, user_input
 from accelpass.passes.core.base import Record
 from accelpass.passes.core.manager import ordered, run

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from accelpass.ir.core.graph import aten, is_call, value
+from accelpass.ir.torch_private import FakeTensorMode, TracingContext, tracing
 
 Fn = Callable[..., Any]
 Compile = Callable[[fx.GraphModule, list[Any]], Fn]

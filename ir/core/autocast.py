@@ -16,13 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from accelpass.ir.core.graph import aten, call, fake_mode, placeholders, refresh, value
 from accelpass.ir.errors import AccelpassError
+from accelpass.ir.torch_private import (
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    HigherOrderOperator,
+    OpOverload,
+    TorchDispatchMode,
+    tree_leaves,
+)
 
-ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 AROUND = "accelpass_autocast"
 """Key of a graph module's ``meta``: the autocast state in which its caller calls it."""
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -62,10 +67,10 @@ def unwrap(gm: fx.GraphModule) -> None:
         assert isinstance(region, fx.GraphModule)
         unwrap(region)
         with gm.graph.inserting_before(node):
-            enter = gm.graph.call_function(ENTER, switch)
+            enter = gm.graph.call_function(ENTER_AUTOCAST, switch)
             copies = dict(zip(region.graph.find_nodes(op="placeholder"), operands, strict=True))
             results = gm.graph.graph_copy(region.graph, copies)
-            gm.graph.call_function(EXIT, (enter,))
+            gm.graph.call_function(EXIT_AUTOCAST, (enter,))
         for item in list(node.users):
             item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
             gm.graph.erase_node(item)
@@ -80,24 +85,24 @@ def resolve(gm: fx.GraphModule, around: State) -> None:
     Raises:
         Unresolved: a region holds a control-flow operator, whose branches are graphs of their own.
     """
-    if not around and not gm.graph.find_nodes(op="call_function", target=ENTER):
+    if not around and not gm.graph.find_nodes(op="call_function", target=ENTER_AUTOCAST):
         return
     states: list[dict[str, torch.dtype]] = [dict(around)]
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target is ENTER:
+        if node.target is ENTER_AUTOCAST:
             device, dtype, enabled, _ = node.args
             inner = {d: t for d, t in states[-1].items() if d != device}
             if enabled:
                 inner[device] = dtype or torch.get_autocast_dtype(device)
             states.append(inner)
-        elif node.target is EXIT:
+        elif node.target is EXIT_AUTOCAST:
             states.pop()
             gm.graph.erase_node(node)
         elif states[-1]:
             _resolve(gm, node, states[-1])
-    for node in reversed(gm.graph.find_nodes(op="call_function", target=ENTER)):
+    for node in reversed(gm.graph.find_nodes(op="call_function", target=ENTER_AUTOCAST)):
         gm.graph.erase_node(node)
     gm.recompile()
 
@@ -118,9 +123,9 @@ class _Seen(TorchDispatchMode):
 
 def _resolve(gm: fx.GraphModule, node: fx.Node, state: State) -> None:
     """Put the casts that ``state`` makes for one operator before it."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         raise Unresolved(f"{node.target} inside an autocast region")
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+    if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
         return None  # autocast leaves operators that write to their operands alone
     trial = {n: t for n in node.all_input_nodes if (t := _trial(value(n))) is not None}
     if not any(t.is_floating_point() and t.device.type in state for t in trial.values()):

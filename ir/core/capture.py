@@ -11,11 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch._functorch.predispatch
 from torch import Tensor, fx
-from torch._dynamo.source import AttrSource, ConstantSource, DictGetItemSource
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from accelpass.ir.core import autocast
@@ -24,15 +20,19 @@ from accelpass.ir.core.graph import clean_path, placeholders, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import FromInputs, FromModule
 from accelpass.ir.errors import AccelpassError
-
-_DATA = getattr(torch._C._autograd, "_get_data_attr", None)
-_TABLES = {"_parameters": "param", "_buffers": "buffer", "_modules": None}
-
-
-_FORWARD_GRADIENTS = tuple(
-    found
-    for name in ("_enter_dual_level", "_jvp_increment_nesting")
-    if (found := getattr(torch._functorch.predispatch, name, None)) is not None
+from accelpass.ir.torch_private import (
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    GET_DATA,
+    FakeTensor,
+    FakeTensorMode,
+    copy_sources,
+    is_model_state,
+    name_buffers,
+    path_of,
+    source_of,
+    switches_forward_gradients,
+    traced_code,
 )
 
 
@@ -40,37 +40,14 @@ class NotCanonical(AccelpassError):
     """The graph could not be retraced; it can still be compiled as it is."""
 
 
-def path_of(source: Any) -> tuple[str, str] | None:
-    """(path, ``param`` or ``buffer``) of a Dynamo source, or None for anything that is not module state."""
-    parts: list[str] = []
-    kind = None
-    while source is not None:
-        base = getattr(source, "base", None)
-        table = getattr(base, "member", None)
-        if isinstance(base, DictGetItemSource) and getattr(base.base, "member", None) == "__dict__":
-            # A class with a __getattr__ of its own (diffusers' models): Dynamo looks the table up in __dict__.
-            table, base = base.index, base.base
-        if isinstance(source, DictGetItemSource) and table in _TABLES:
-            parts.append(str(source.index))
-            kind = kind or _TABLES[table]
-            source = getattr(base, "base", None)
-        elif kind and type(source) is AttrSource:
-            parts.append(source.member)
-            source = base
-        elif kind:
-            source = base
-        else:
-            return None
-    return (clean_path(".".join(reversed(parts))), kind) if kind else None
-
-
 def model_path(node: fx.Node) -> tuple[str, str] | None:
     """Path and kind of an input of Dynamo's graph; None for what the caller passes."""
-    if not (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"):
+    if not is_model_state(node):
         return None
-    source: Any = getattr(node, "_dynamo_source", None)
+    source = source_of(node)
     # A tensor kept as a plain attribute has no table in its source, yet is model state like a parameter.
-    return path_of(source) or (clean_path(str(source.name) if source else node.name), "constant")
+    path, kind = path_of(source) or (str(source.name) if source else node.name, "constant")
+    return clean_path(path), kind
 
 
 class _Interpreter(fx.Interpreter):
@@ -85,14 +62,14 @@ class _Interpreter(fx.Interpreter):
         self.regions: list[torch.autocast] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is _DATA:
+        if target is GET_DATA:
             return args[0].detach()
-        if target is autocast.ENTER:
+        if target is ENTER_AUTOCAST:
             device, dtype, enabled, cache = args
             region = torch.autocast(device, dtype, enabled, cache)
             self.regions.append(region.__enter__())
             return region
-        if target is autocast.EXIT:
+        if target is EXIT_AUTOCAST:
             return self.regions.pop().__exit__(None, None, None)
         return super().call_function(target, args, kwargs)
 
@@ -114,7 +91,7 @@ def from_dynamo(
         NotCanonical: the graph cannot be retraced (it holds batched tensors, for one); the cause is chained.
     """
     old = placeholders(gm)
-    if any(gm.graph.find_nodes(op="call_function", target=t) for t in _FORWARD_GRADIENTS):
+    if any(n.op == "call_function" and switches_forward_gradients(n.target) for n in gm.graph.nodes):
         raise NotCanonical("it computes forward-mode gradients, which live outside the graph")
     if at is None:
         fakes = [n.meta["example_value"] for n in old]
@@ -143,14 +120,12 @@ def from_dynamo(
             interpreter.regions.pop().__exit__(None, None, None)
     paths: dict[fx.Node, tuple[str, str]] = {}
     for o, n in zip(old, placeholders(new), strict=True):
-        n._dynamo_source = getattr(o, "_dynamo_source", None)
         n.meta["tensor_dict"] = o.meta.get("tensor_dict") or {}
         if (found := model_path(o)) is not None:
             paths[n] = found
     new.meta.update(gm.meta)
-    new._param_name_to_source = dict(getattr(gm, "_param_name_to_source", {}))  # type: ignore[assignment]
-    for name, _ in new.named_buffers():
-        new._param_name_to_source.setdefault(name, ConstantSource(name))  # type: ignore[operator, union-attr]
+    copy_sources(dict(zip(old, placeholders(new), strict=True)))
+    name_buffers(new, gm)
     _drop_noise(new)
     held = (getattr(new, str(n.target), None) for n in new.graph.find_nodes(op="get_attr"))
     if any(isinstance(t, FakeTensor) for t in held):
@@ -169,7 +144,7 @@ def cut_by(gm: fx.GraphModule) -> str:
         at = why.user_stack[-1] if why.user_stack else None
         place = f"{at.filename}:{at.lineno}, in {at.name}" if at is not None else "a place that Dynamo does not name"
         return f"{place}: {str(why.reason).splitlines()[0]}"
-    code = next(iter(TracingContext.get_traced_code() or ()), None)
+    code = traced_code()
     resumed = re.fullmatch(r"torch_dynamo_resume_in_(.*)_at_(\d+)", code.co_name) if code is not None else None
     return "" if code is None or resumed is None else f"{code.co_filename}:{resumed[2]}, in {resumed[1]}"
 

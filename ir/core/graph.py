@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from accelpass.ir.torch_private import FakeTensor, FakeTensorMode, mark_model_state, source_name, tree_leaves
 
 aten = torch.ops.aten
 
@@ -63,8 +64,7 @@ def append_placeholder(gm: fx.GraphModule, name: str, fake: Tensor) -> fx.Node:
     with gm.graph.inserting_after(last):
         node = gm.graph.placeholder(name)
     node.target = node.name  # the name that was free; arguments of one name would be one
-    node._dynamo_source = None  # AOTAutograd insists on the attribute; None is allowed
-    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    mark_model_state(node)
     node.meta["val"] = fake
     return node
 
@@ -142,7 +142,7 @@ def stored(x: fx.Node) -> fx.Node:
 
 
 def _flat(*trees: Any) -> Iterator[Any]:
-    return iter(torch.utils._pytree.tree_leaves(trees))
+    return iter(tree_leaves(trees))
 
 
 def is_call(node: object, *targets: Any) -> bool:
@@ -193,8 +193,7 @@ def argument_name(node: fx.Node) -> str:
     """The name under which a model's caller passes an input."""
     if ARGUMENT in node.meta:
         return str(node.meta[ARGUMENT])
-    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
-    words = re.findall(r"\w+", str(name() if callable(name) else name))  # a method before torch 2.12
+    words = re.findall(r"\w+", source_name(node))
     return words[-1] if words and not words[-1].isdigit() else node.name
 
 

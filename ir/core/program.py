@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from accelpass.ir.core.tensors import TensorSource
+from accelpass.ir.torch_private import tree_leaves
 
 T = TypeVar("T")
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from accelpass.ir.core.derived import DERIVED, Entry, Recipe, Snapshot, StateSpec, leave_file, owns_storage
 from accelpass.ir.core.graph import append_placeholder, placeholders, value, written_inputs
+from accelpass.ir.torch_private import FakeTensor
 
 
 class TensorSource(ABC):

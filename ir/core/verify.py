@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from accelpass.ir.core.graph import known, value, written_inputs
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import GraphError
+from accelpass.ir.torch_private import tree_leaves
 
 
 @dataclass(frozen=True)

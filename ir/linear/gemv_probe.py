@@ -9,6 +9,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from accelpass.ir.torch_private import tracing
+
 
 @cache
 def blas_and_stream_seconds(out_features: int, in_features: int) -> tuple[float, float]:
@@ -17,7 +19,7 @@ def blas_and_stream_seconds(out_features: int, in_features: int) -> tuple[float,
     The row sum reads each weight once and is vectorised, as the compiled product and row sum would be; it stands in for
     that kernel so that nothing needs to be compiled to decide. Takes about 20 ms a size; kept for the process.
     """
-    with torch._guards.tracing(None), torch.no_grad():
+    with tracing(None), torch.no_grad():
         size = out_features * in_features * 4
         # Several copies, taken in turn: a model's weight is not in the cache when its layer runs.
         copies = [torch.ones(out_features, in_features) for _ in range(max(1, min(12, 64_000_000 // size)))]

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from accelpass.ir.core.graph import fake_mode, refresh, value
 from accelpass.ir.core.program import Program
+from accelpass.ir.torch_private import name_buffers
 
 KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
@@ -72,9 +72,8 @@ def _constant(program: Program, tensor: Tensor) -> fx.Node:
         index += 1
     name = f"_traced_constant{index}"
     program.gm.register_buffer(name, tensor)
-    sources: Any = getattr(program.gm, "_param_name_to_source", None)
-    if sources is not None:
-        sources[name] = ConstantSource(name)
+    if program.door == "dynamo":
+        name_buffers(program.gm, program.gm)
     made = program.graph.get_attr(name)
     mode = fake_mode(program.gm)
     assert mode is not None

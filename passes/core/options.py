@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelpass.ir.errors import OptionError
+from accelpass.ir.torch_private import inductor_modes
 from accelpass.passes.core.base import Pass, nearest
 from accelpass.passes.core.registry import make, registered
 
@@ -62,9 +63,7 @@ def parse(options: dict[str, Any] | None, mode: str | None = None) -> Options:
     if mode in (None, "default"):
         mode = None
     else:
-        import torch._inductor
-
-        modes = list(torch._inductor.list_mode_options())
+        modes = inductor_modes()
         if mode not in modes:
             raise OptionError(f"unknown mode {mode!r}{nearest(str(mode), modes)}; known: default, {', '.join(modes)}")
     for flag in ("debug", "free_weights", "regions"):

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.ir.core.derived import Recipe
@@ -17,6 +16,7 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.errors import OptionError, PassError
 from accelpass.ir.kv.layer import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
+from accelpass.ir.torch_private import FakeTensor
 from accelpass.passes.core.base import Calibrated, Run, Skip
 from accelpass.passes.kv_cache.base import KVPass, cannot_store
 from accelpass.passes.kv_cache.key_path import Projected, keys_and_values, replays

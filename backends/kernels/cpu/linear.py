@@ -17,6 +17,7 @@ from accelpass.ir.core.graph import aten, shape, stored, value
 from accelpass.ir.linear.formats import Int4
 from accelpass.ir.linear.lower import Emit, Lowering, Nodes
 from accelpass.ir.linear.spec import WeightFormat
+from accelpass.ir.torch_private import cpu_multiplies_bfloat16, cpu_multiplies_int8, int8_product
 
 GEMV_ROWS = {8: 8, 4: 4}
 """Of each number of bits: up to this many rows multiply the packed matrix as it streams by; beyond, expanding it for a matrix
@@ -33,11 +34,7 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """
     if x.dtype != torch.float32:
         return x.dtype if x.is_floating_point() else torch.float32
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _fast_bf16() else torch.float32
-
-
-def _fast_bf16() -> bool:
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
 
 
 class Int8Forms(Lowering):
@@ -86,14 +83,14 @@ def multiplies_integers() -> bool:
 
     Elsewhere codes are multiplied as floats, as those of a weight are.
     """
-    return torch.cpu._is_vnni_supported()
+    return cpu_multiplies_int8()
 
 
 def _integers(codes: Tensor, q: Tensor) -> list[Tensor]:
     """Summed as int32, by the CPU's instructions for eight bits where it has them."""
     flat = codes.reshape(-1, q.shape[1])
     # Of one channel torch 2.13 gives numbers that are in no memory of ours.
-    sums = flat.int() * q.t().int() if q.shape[1] == 1 else torch._int_mm(flat, q.t())
+    sums = flat.int() * q.t().int() if q.shape[1] == 1 else int8_product(flat, q.t())
     return [sums.float().reshape(*codes.shape[:-1], q.shape[0])]
 
 

@@ -14,6 +14,7 @@ import torch
 
 from accelpass.backends.onnx.translation.torch_gaps import gaps
 from accelpass.ir.linear.op import EMBEDDING, LINEAR, MATRIX
+from accelpass.ir.torch_private import OpOverload
 
 DOMAIN = "accelpass"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
@@ -80,7 +81,7 @@ def own_operators(graph: torch.fx.Graph) -> list[str]:
     found: dict[str, None] = {}
     for node in graph.nodes:
         target = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target in known:
+        if node.op != "call_function" or not isinstance(target, OpOverload) or target in known:
             continue
         if target.namespace not in ("aten", "prims", "onnx", "onnx_symbolic", "quantized_decomposed", "torchvision"):
             found[str(target)] = None

@@ -9,7 +9,6 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from accelpass.ir.attention.spec.block_select import causal_form
 from accelpass.ir.attention.spec.op import is_attention, spec_of
@@ -18,6 +17,7 @@ from accelpass.ir.attention.spec.spec import All
 from accelpass.ir.core.graph import aten, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.linear.op import LINEAR
+from accelpass.ir.torch_private import tree_leaves
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from accelpass.ir.attention.recognition.effects import writes
 from accelpass.ir.attention.spec.spec import AttentionSpec, Step
 from accelpass.ir.core.graph import aten, is_call, known, through, value
+from accelpass.ir.torch_private import tree_leaves, tree_map_only
 
 _LAYOUT = (
     *(aten.to, aten._to_copy, aten.type_as, aten.view, aten.reshape, aten.squeeze, aten.unsqueeze, aten.expand),

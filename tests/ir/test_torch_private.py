@@ -1,0 +1,159 @@
+"""Canaries: each private name of torch that the package uses still does what it is used for, and is used in one file only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from accelpass.ir import torch_private
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("accelpass", "ir", "passes", "backends")
+ALLOWED = ("torch.ops.", "torch.ao.quantization.fx._decomposed")
+"""Operators are named by their schema; the second has no other way to its operators, and its test is every W8A8 export."""
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+        elif isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    return {
+        n
+        for n in names
+        if n.split(".")[0] in ("torch", "transformers", "diffusers")
+        and not n.startswith(ALLOWED)
+        and any(part.startswith("_") and not part.startswith("__") for part in n.split("."))
+    }
+
+
+def test_only_one_file_uses_private_names() -> None:
+    files = [f for room in ROOMS for f in (ROOT / room).rglob("*.py") if not any(p.is_symlink() for p in f.parents)]
+    assert len(files) > 200
+    found = {str(f.relative_to(ROOT)): private_names(ast.parse(f.read_text())) for f in files}
+    assert found.pop("ir/torch_private.py")
+    assert {f: names for f, names in found.items() if names} == {}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(4, 4)])
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner[0](x) * self.scale
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, object]:
+    """What is told of a graph while Dynamo compiles it."""
+    found: dict[str, object] = {}
+
+    def backend(gm, inputs):
+        nodes = gm.graph.find_nodes(op="placeholder")
+        found["frame"] = torch_private.frame_of(gm)
+        found["paths"] = {torch_private.path_of(torch_private.source_of(n)) for n in nodes}
+        found["names"] = {torch_private.source_name(n) for n in nodes}
+        found["state"] = [torch_private.is_model_state(n) for n in nodes]
+        found["code"] = torch_private.traced_code()
+        found["known"] = all(t in torch_private.traced_tensors() for t in inputs)
+        found["fake"] = all(isinstance(n.meta["example_value"], torch_private.FakeTensor) for n in nodes)
+        return gm
+
+    torch_private.forget_compilations()
+    found["model"] = Model()  # held: a frame names its module weakly
+    torch.compile(found["model"], backend=backend)(torch.ones(2, 4))
+    return found
+
+
+def test_dynamo_tells_where_inputs_come_from(seen) -> None:
+    assert seen["paths"] == {None, ("inner.0.weight", "param"), ("inner.0.bias", "param"), ("scale", "buffer")}
+    assert "L['x']" in seen["names"]
+    assert sorted(seen["state"]) == [False, True, True, True]
+    assert seen["known"] and seen["fake"]
+
+
+def test_dynamo_tells_what_it_compiles(seen) -> None:
+    frame = seen["frame"]
+    assert frame.name == "Model.forward" and frame.number is not None and frame.module() is seen["model"]
+    assert not frame.is_last
+    assert seen["code"] is None or seen["code"].co_name == "forward"
+
+
+def test_dynamo_tells_that_it_stopped() -> None:
+    torch_private.forget_compilations()
+    with torch_private.recompile_limit(1):
+        fast = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+        fast(torch.ones(2))
+        fast(torch.ones(3))
+    assert torch_private.has_stopped_compiling()
+    torch_private.forget_compilations()
+
+
+def test_a_new_input_counts_as_model_state() -> None:
+    graph = torch.fx.Graph()
+    node = graph.placeholder("packed")
+    torch_private.mark_model_state(node)
+    assert torch_private.is_model_state(node) and torch_private.source_of(node) is None
+
+
+def test_inductor_takes_settings_and_names_its_modes() -> None:
+    assert {"default", "max-autotune"} <= set(torch_private.inductor_modes())
+    name = torch_private.contracts_by_name()
+    assert name is None or name.startswith("cpp.")
+    gm = make_fx(lambda x: (x.sin() + 1,), tracing_mode="fake")(torch.ones(8))
+    code = torch_private.compile_with_inductor(gm, [torch.ones(8)], None, {"size_asserts": False})
+    torch.testing.assert_close(code(torch.zeros(8))[0], torch.ones(8))
+
+
+def test_autocast_and_gradients_are_seen_in_graphs() -> None:
+    found = []
+
+    def backend(gm, inputs):
+        found.extend(n.target for n in gm.graph.nodes if n.op == "call_function")
+        return gm
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu"):
+            x = F.linear(x, x)
+        with torch.no_grad():
+            x = x + 1
+        return x * x.data
+
+    torch.compile(run, backend=backend)(torch.ones(2, 2, requires_grad=True))
+    assert torch_private.ENTER_AUTOCAST in found and torch_private.EXIT_AUTOCAST in found
+    assert torch_private.SET_GRAD_ENABLED in found
+    assert torch_private.GET_DATA is None or torch_private.GET_DATA in found or torch.ops.aten.detach.default in found
+
+
+def test_forward_gradients_are_seen() -> None:
+    from torch._functorch import predispatch
+
+    assert torch_private.switches_forward_gradients(predispatch._enter_dual_level)
+    assert not torch_private.switches_forward_gradients(torch.sin)
+
+
+def test_the_processor_tells_what_it_multiplies() -> None:
+    assert isinstance(torch_private.cpu_multiplies_bfloat16(), bool)
+    assert isinstance(torch_private.cpu_multiplies_int8(), bool)
+    a, b = (torch.randint(-128, 128, (32, 32), dtype=torch.int8) for _ in range(2))
+    assert torch.equal(torch_private.int8_product(a, b), a.int() @ b.int())
+
+
+def test_trees() -> None:
+    tree = {"a": [1, 2], "b": (3,)}
+    assert torch_private.tree_leaves(tree) == [1, 2, 3]
+    assert torch_private.tree_map(lambda n: n + 1, tree) == {"a": [2, 3], "b": (4,)}
+    assert torch_private.keystr(torch_private.tree_flatten_with_path(tree)[0][0][0]) == "['a'][0]"
+    assert torch_private.tree_map_only(int, str, tree)["b"] == ("3",)
