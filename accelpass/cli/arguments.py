@@ -17,8 +17,8 @@ NONE = "none"
 def passes_from(typed: Sequence[str]) -> list[dict[str, Any]] | None:
     """What ``options={"passes": ...}`` takes; None if nothing was typed, and an empty list for ``none``.
 
-    Each entry holds passes parted by commas; ``name:key=value,key=value`` gives a pass options. What has an equals sign
-    belongs to the pass before it.
+    An entry that begins with ``{`` or ``[`` is JSON, as ``options`` takes it. Any other holds passes parted by commas;
+    ``name:key=value,key=value`` gives a pass options. What has an equals sign belongs to the pass before it.
     """
     if not typed:
         return None
@@ -26,6 +26,9 @@ def passes_from(typed: Sequence[str]) -> list[dict[str, Any]] | None:
         return []
     found: list[dict[str, Any]] = []
     for entry in typed:
+        if entry.lstrip().startswith(("{", "[")):
+            found += _from_json(entry)
+            continue
         open_pass = False
         for token in filter(None, (t.strip() for t in entry.split(","))):
             name, colon, rest = token.partition(":")
@@ -44,6 +47,20 @@ def passes_from(typed: Sequence[str]) -> list[dict[str, Any]] | None:
             found[-1][key] = _value(found[-1]["name"], key, value)
     if not found:
         raise OptionError("--passes is empty; give names, or 'none' for a plain compilation")
+    return found
+
+
+def _from_json(text: str) -> list[dict[str, Any]]:
+    """The passes of one JSON entry: a list of names and objects, or one object."""
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as cause:
+        raise OptionError(
+            f'{text!r} is not JSON: {cause}; write \'[{{"name": "int4_weights", "group_size": 32}}]\''
+        ) from cause
+    found = [{"name": p} if isinstance(p, str) else p for p in (given if isinstance(given, list) else [given])]
+    if wrong := [p for p in found if not (isinstance(p, dict) and isinstance(p.get("name"), str))]:
+        raise OptionError(f'{wrong[0]!r} is no pass; write a name or {{"name": ..., "option": value}}')
     return found
 
 

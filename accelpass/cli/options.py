@@ -32,7 +32,7 @@ PassesOption = Annotated[
         "--passes",
         "--pass",
         help="NAME, or NAME:key=value,key=value; repeatable. Several names parted by commas. 'none' for no pass. "
-        "Lists inside a value are parted by |.",
+        'Lists inside a value are parted by |. JSON is taken, too: \'[{"name": "int4_weights", "group_size": 32}]\'.',
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]

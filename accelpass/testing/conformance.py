@@ -135,7 +135,7 @@ def check_pass(
         OptionError: no such pass, option, model or check.
     """
     from accelpass.ir.errors import OptionError
-    from accelpass.passes.core.base import nearest
+    from accelpass.passes.core.fields import nearest
 
     skip = dict(skip or {})
     for name in (*checks, *skip):

@@ -178,7 +178,7 @@ def subject(given: str | Subject) -> Subject:
         OptionError: there is none; names the nearest.
     """
     from accelpass.ir.errors import OptionError
-    from accelpass.passes.core.base import nearest
+    from accelpass.passes.core.fields import nearest
 
     if isinstance(given, Subject):
         return given

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol, Self, get_type_hints
 
@@ -17,6 +16,7 @@ from accelpass.ir.core.verdict import Skip as Skip
 from accelpass.ir.core.verdict import Take as Take
 from accelpass.ir.core.verdict import Verdict as Verdict
 from accelpass.ir.errors import OptionError
+from accelpass.passes.core.fields import nearest, typed
 
 PHASES = ("structure", "attention", "cache", "weights", "fusion", "kernels", "schedule")
 
@@ -112,7 +112,7 @@ class Pass:
         values = {}
         for f in fields(cls):
             if f.name in given:
-                values[f.name] = _typed(cls.name, f.name, given[f.name], hints[f.name])
+                values[f.name] = typed(given[f.name], hints[f.name], f"{cls.name}: option {f.name!r}")
             elif f.default is MISSING and f.default_factory is MISSING:
                 raise OptionError(f"{cls.name}: option {f.name!r} is required")
         return cls(**values)
@@ -133,7 +133,7 @@ class SitePatterns(Pass):
 
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sites: dict[str, Any] = field(default_factory=dict)
 
     def wanted(self, path: str, record: Record | None = None) -> Verdict:
         """Whether the patterns admit a site, and the user's ``skip_sites`` if there is a ``record``."""
@@ -169,7 +169,7 @@ class SitePatterns(Pass):
                 known = ", ".join(own) or "none"
                 raise OptionError(f"{self.name}: sites[{pattern!r}] sets {key!r}{nearest(key, own)}; known: {known}")
         hints = get_type_hints(type(self))
-        return {key: _typed(self.name, key, value, hints[key]) for key, value in given.items()}
+        return {k: typed(v, hints[k], f"{self.name}: option {k!r}") for k, v in given.items()}
 
 
 Watch = Callable[[Tensor], None]
@@ -232,45 +232,5 @@ class CalibratedOnLoss(ABC):
         """
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` or nothing."""
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(path, p) or p in path.split(".") for p in patterns)
-
-
-def _typed(owner: str, name: str, given: Any, hint: Any) -> Any:
-    """``given`` as the field's type; lists from JSON become tuples. bool is not taken for int."""
-    import types
-    import typing
-
-    origin = typing.get_origin(hint)
-    options = typing.get_args(hint) if origin in (typing.Union, types.UnionType) else (hint,)
-    for option in options:
-        base = typing.get_origin(option) or option
-        if option is type(None):
-            if given is None:
-                return None
-        elif base is typing.Literal:
-            if given in typing.get_args(option):
-                return given
-        elif base is tuple:
-            of: Any = typing.get_args(option)[0]
-            if isinstance(given, list | tuple):
-                return tuple(_typed(owner, f"{name}[{i}]", g, of) for i, g in enumerate(given))
-        elif base is float:
-            if isinstance(given, int | float) and not isinstance(given, bool):
-                return float(given)
-        elif base is int:
-            if isinstance(given, int) and not isinstance(given, bool):
-                return given
-        elif isinstance(given, base):
-            return given
-    wanted = " or ".join(
-        str(list(typing.get_args(o))) if typing.get_origin(o) is typing.Literal else getattr(o, "__name__", str(o))
-        for o in options
-    )
-    raise OptionError(f"{owner}: option {name!r} is {given!r} ({type(given).__name__}); it takes {wanted}")

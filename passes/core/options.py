@@ -8,7 +8,8 @@ from typing import Any
 
 from accelpass.ir.errors import OptionError
 from accelpass.ir.torch_private import inductor_modes
-from accelpass.passes.core.base import Pass, nearest
+from accelpass.passes.core.base import Pass
+from accelpass.passes.core.fields import nearest, typed
 from accelpass.passes.core.registry import make, registered
 
 LOWERINGS = ("inductor", "aten", "eager")
@@ -71,22 +72,21 @@ def parse(options: dict[str, Any] | None, mode: str | None = None) -> Options:
             raise OptionError(f"option {flag!r} is {given[flag]!r}; it takes True or False")
     if given.get("lowering", "inductor") not in LOWERINGS:
         raise OptionError(f"lowering={given['lowering']!r} is not known; use {', '.join(map(repr, LOWERINGS))}")
-    if not isinstance(given.get("inductor", {}), dict):
-        raise OptionError("option 'inductor' takes a dict of torch._inductor.config settings")
+    typed(given.get("inductor", {}), dict[str, Any], "option 'inductor' (settings of torch._inductor.config)")
     if "skip_sites" in given:
         given["skip_sites"] = _skip_sites(given["skip_sites"])
     preset = given.pop("preset", None)
     if preset is not None and preset not in PRESETS:
         raise OptionError(f"unknown preset {preset!r}{nearest(str(preset), PRESETS)}; known: {', '.join(PRESETS)}")
-    typed = given.pop("passes", None)
-    if typed is not None and (isinstance(typed, str | dict) or not hasattr(typed, "__iter__")):
-        raise OptionError(f"option 'passes' is {typed!r}; it takes a list, for example ['int8_weights']")
+    listed = given.pop("passes", None)
+    if listed is not None and (isinstance(listed, str | dict) or not hasattr(listed, "__iter__")):
+        raise OptionError(f"option 'passes' is {listed!r}; it takes a list, for example ['int8_weights']")
     plan = given.pop("plan", None)
     if isinstance(plan, str | Path):
         from accelpass.passes.core.plan import Plan
 
         plan = Plan.load(plan)
-    chosen = [make(p) for p in (typed or ())]
+    chosen = [make(p) for p in (listed or ())]
     names = {p.name for p in chosen}
     if len(names) != len(chosen):
         twice = next(p.name for i, p in enumerate(chosen) if p.name in {q.name for q in chosen[:i]})
@@ -97,7 +97,7 @@ def parse(options: dict[str, Any] | None, mode: str | None = None) -> Options:
             if p.name not in names:
                 chosen.append(p)
                 asked.add(p.name)
-    for p in PRESETS[preset] if preset else (() if typed == [] else DEFAULTS):
+    for p in PRESETS[preset] if preset else (() if listed == [] else DEFAULTS):
         made = make(p)
         if made.name not in {c.name for c in chosen} and made.name in registered():
             chosen.append(made)
@@ -107,12 +107,11 @@ def parse(options: dict[str, Any] | None, mode: str | None = None) -> Options:
 
 
 def _skip_sites(given: Any) -> dict[str, tuple[str, ...]]:
-    shape = "it takes a dict of lists of sites by name of a pass, {'int4_weights': ['model.layers.0.mlp.down_proj']}"
-    if not isinstance(given, dict):
-        raise OptionError(f"option 'skip_sites' is {given!r}; {shape}")
-    for name, sites in given.items():
-        if isinstance(sites, str) or not hasattr(sites, "__iter__") or not all(isinstance(s, str) for s in sites):
-            raise OptionError(f"skip_sites[{name!r}] is {sites!r}; {shape}")
+    what = "option 'skip_sites' (lists of sites by name of a pass, {'int4_weights': ['model.layers.0.mlp.down_proj']})"
+    sites: dict[str, tuple[str, ...]] = typed(given, dict[str, tuple[str, ...]], what)
+    for name in sites:
         if name not in registered():
-            raise OptionError(f"skip_sites: unknown pass {name!r}{nearest(str(name), registered())}; {shape}")
-    return {name: tuple(sites) for name, sites in given.items()}
+            raise OptionError(
+                f"skip_sites: unknown pass {name!r}{nearest(name, registered())}; known: {', '.join(sorted(registered()))}"
+            )
+    return sites

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,15 @@ from accelpass.passes.core.base import Pass
 from accelpass.passes.core.registry import make
 
 FORMAT = 1
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    """A plan's JSON."""
+
+    format: int
+    passes: list[dict[str, Any]]
+    fingerprint: dict[str, list[Any]]
+    tensors: bool = False
 
 
 @dataclass(eq=False)
@@ -71,11 +81,12 @@ class Plan:
         content = read_json(source, "plan")
         if content.get("format") != FORMAT:
             raise PlanError(f"plan {source} has format {content.get('format')!r}; this accelpass reads format {FORMAT}")
-        missing = {"passes", "fingerprint"} - content.keys()
-        if missing or not isinstance(content["passes"], list) or not isinstance(content["fingerprint"], dict):
-            raise PlanError(f"plan {source} is damaged: {', '.join(sorted(missing)) or 'a field'} is missing or wrong")
-        tensors = read_tensors(source.with_suffix(".safetensors")) if content.get("tensors") else {}
-        return cls(content["passes"], content["fingerprint"], tensors)
+        try:
+            held = msgspec.convert(content, _File)
+        except msgspec.ValidationError as cause:
+            raise PlanError(f"plan {source} is damaged: {cause}") from cause
+        tensors = read_tensors(source.with_suffix(".safetensors")) if held.tensors else {}
+        return cls(held.passes, held.fingerprint, tensors)
 
     def check(self, program: Program) -> None:
         """Raise :class:`PlanError` naming what differs if the program is not of the plan's model."""

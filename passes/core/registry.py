@@ -13,7 +13,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from accelpass.ir.errors import AccelpassError, OptionError
-from accelpass.passes.core.base import PHASES, Pass, nearest
+from accelpass.passes.core.base import PHASES, Pass
+from accelpass.passes.core.fields import nearest
 
 GROUP = "accelpass.passes"
 OURS = "accelpass"

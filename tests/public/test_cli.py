@@ -176,13 +176,18 @@ def test_kv_map(cli: Callable[..., Result], folder: Path) -> None:
         (["a:x=1,y=true,b"], [{"name": "a", "x": 1, "y": True}, {"name": "b"}]),
         (["a:x=p|q", "b"], [{"name": "a", "x": ["p", "q"]}, {"name": "b"}]),
         (["int8_weights:exclude=lm_head"], [{"name": "int8_weights", "exclude": ["lm_head"]}]),
+        (
+            ['{"name": "a", "sites": {"*.q": {"x": 1}}}', "b"],
+            [{"name": "a", "sites": {"*.q": {"x": 1}}}, {"name": "b"}],
+        ),
+        (['["a", {"name": "b", "x": 0.5}]'], [{"name": "a"}, {"name": "b", "x": 0.5}]),
     ],
 )
 def test_passes_typed(typed: list[str], passes: list[dict[str, Any]] | None) -> None:
     assert passes_from(typed) == passes
 
 
-@pytest.mark.parametrize("typed", [["x=1"], ["a,x=1"], [","]])
+@pytest.mark.parametrize("typed", [["x=1"], ["a,x=1"], [","], ['{"x": 1}'], ["[1]"], ['{"name": "a"']])
 def test_passes_mistyped(typed: list[str]) -> None:
     with pytest.raises(OptionError):
         passes_from(typed)

@@ -1,0 +1,31 @@
+from . import testing as testing
+from .api.bisection import Bisection as Bisection
+from .api.bisection import bisect as bisect
+from .api.calibration import calibrate as calibrate
+from .api.compiling import compile as compile
+from .api.compiling import explain as explain
+from .api.compiling import refresh as refresh
+from .api.onnx_export import export_onnx as export_onnx
+from .api.packed import load as load
+from .api.packed import save as save
+from .api.stateful import reset as reset
+from .api.stateful import sampling_run as sampling_run
+from .api.stateful import state as state
+from .api.step_search import search_steps as search_steps
+from .backends.onnx.errors import ExportError as ExportError
+from .caches.kv_cache import KVCache as KVCache
+from .ir.errors import AccelpassError as AccelpassError
+from .ir.errors import CacheError as CacheError
+from .ir.errors import GraphError as GraphError
+from .ir.errors import OptionError as OptionError
+from .ir.errors import PassError as PassError
+from .ir.errors import PlanError as PlanError
+from .ir.errors import ReleasedWeightError as ReleasedWeightError
+from .ir.errors import SpecConflict as SpecConflict
+from .ir.transform.steps import StepError as StepError
+from .version import __version__ as __version__
+from .view.report import Report as Report
+from .view.surviving import SurvivingTokens as SurvivingTokens
+from .view.surviving import surviving_tokens as surviving_tokens
+
+__all__: list[str]
