@@ -21,8 +21,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from accelpass.passes.core.base import PHASES
 from accelpass.passes.core.registry import registered
@@ -31,12 +29,13 @@ from accelpass.testing.pairs import MEANING, Bench, Pair
 from accelpass.testing.subjects import SUBJECTS
 from accelpass.testing.trial import cause, told
 from tests.pass_settings import names, setting
+from tests.resumable import Notes, bar
 
 FORMAT = 1
 MODELS = ("decoder", "denoiser", "prompt")
 """In the order in which they are preferred; every registered pass takes a site of one of them."""
 PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
-PARTIAL = Path(__file__).parent / "data" / "composition.partial"
+NOTES = Notes("composition")
 SYMBOLS = {"right": "●", "yields": "◐", "apart": "·", "refused": "×", "wrong": "**!**"}
 
 
@@ -156,33 +155,20 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"no pass {', '.join(sorted(unknown))}; known: {', '.join(names())}")
     passes = in_order(chosen or names())
-    done: dict[tuple[str, str], Pair] = {}
-    if PARTIAL.exists():
-        held = (Pair(**json.loads(line)) for line in PARTIAL.read_text().splitlines())
-        done = {(p.first, p.second): p for p in held}
+    done = {(p.first, p.second): p for p in (Pair(**row) for row in NOTES.rows())}
     wanted = list(permutations(passes, 2))
     missing = [pair for pair in wanted if pair not in done]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("pairs", total=len(wanted), completed=len(wanted) - len(missing))
+    with bar("pairs", len(wanted), len(wanted) - len(missing)) as shown:
         for pair in judged(missing, bench()):
             done[pair.first, pair.second] = pair
-            PARTIAL.parent.mkdir(exist_ok=True)
-            with PARTIAL.open("a") as file:
-                file.write(json.dumps(asdict(pair)) + "\n")
-            progress.update(task, advance=1, description=f"{pair.first} + {pair.second}: {pair.status}")
+            NOTES.add(asdict(pair))
+            shown.advance(title=f"{pair.first} + {pair.second}: {pair.status}")
     pairs = [done[key] for key in wanted]
     if given.write:
         given.write.write_text(markdown(pairs, passes))
         given.write.with_suffix(".json").write_text(to_json(pairs, passes))
     if not chosen:
-        PARTIAL.unlink(missing_ok=True)
+        NOTES.end()
     for pair in pairs:
         if pair.status == "wrong":
             print(f"{pair.first} + {pair.second} on {pair.model}: {pair.why} ({pair.error})")

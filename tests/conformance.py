@@ -37,11 +37,12 @@ from accelpass.ir.core.verify import signature, verify
 from accelpass.models_zoo import tiny
 from tests.attention_truth import count_attentions
 from tests.marked_section import replace_section
+from tests.resumable import Notes, bar
 
 Row = dict[str, Any]
 TOLERANCE = 1e-3  # relative; two compilations of one model may order sums differently
 LIMIT = 180  # seconds a family
-PARTIAL = Path(__file__).parent / "data" / "conformance.partial"
+NOTES = Notes("conformance")
 
 EXCEPTIONS: dict[str, str] = {
     "image/dinat": "not built: needs the natten package, which has no CPU wheel",
@@ -259,15 +260,13 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"no family {', '.join(sorted(unknown))}; see accelpass.models_zoo.tiny.families()")
     wanted = [f for f in every if not chosen or f.key in chosen or f.name in chosen]
-    done: dict[str, Row] = {}
-    if not chosen and PARTIAL.exists():
-        done = {row["key"]: row for row in map(json.loads, PARTIAL.read_text().splitlines())}
+    done: dict[str, Row] = {} if chosen else {row["key"]: row for row in NOTES.rows()}
     _warm_up()
-    for row in rows((f for f in wanted if f.key not in done), given.lowering, given.limit):
-        done[row["key"]] = row
-        with PARTIAL.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), file=sys.stderr)
+    with bar("families", len(wanted), len(done)) as shown:
+        for row in rows((f for f in wanted if f.key not in done), given.lowering, given.limit):
+            done[row["key"]] = row
+            NOTES.add(row)
+            shown.advance(title=row["key"])
     measured = [done[f.key] for f in wanted]
     console = Console(width=160)
     console.print(table(measured))
@@ -275,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.write:
         replace_section(given.write, "architecture families", markdown(measured))
     if not chosen:
-        PARTIAL.unlink(missing_ok=True)
+        NOTES.end()
     wrong = (r for r in measured if not is_right(r) and not r["note"].startswith("not built"))
     return int(any(r["note"].startswith("FAILED") or r["key"] not in EXCEPTIONS for r in wrong))
 

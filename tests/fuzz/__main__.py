@@ -23,19 +23,21 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tests.fuzz import found, settings
 from tests.fuzz.grammar import FEATURES, program
 from tests.fuzz.judge import collect, judge
 from tests.fuzz.shrink import fails, kind_of, shrunk
 from tests.marked_section import replace_section
+from tests.resumable import DATA, Notes, bar
 
-PARTIAL = Path(__file__).parents[1] / "data" / "fuzz.partial"
+NOTES = Notes("fuzz")
+RUNS = DATA / "fuzz_runs.json"
+"""What runs of several seeds came to, each with the code of its day."""
 SETTINGS = 2  # a program
 CHUNK = 20  # programs between two notes of what is done
 INDUCTOR = 200  # every so many programs one goes through Inductor
@@ -117,7 +119,7 @@ def save_new(wrong: Sequence[tuple[int, int, str]], known: set[str], without: fr
     return said
 
 
-def summary(tally: Tally, seed: int, without: frozenset[str] = frozenset()) -> str:
+def summary(tally: Tally, seed: int, without: Sequence[str] = ()) -> str:
     counts = tally.counts
     left_out = f" without {', '.join(sorted(without))}" if without else ""
     return (
@@ -126,6 +128,27 @@ def summary(tally: Tally, seed: int, without: frozenset[str] = frozenset()) -> s
         f"{counts['incomparable']} where plain torch.compile differs from eager too, {counts['wrong']} wrong "
         f"({len({kind_of(w) for _, _, w in tally.wrong})} kinds)"
     )
+
+
+def section(tally: Tally, seed: int, without: Sequence[str]) -> str:
+    """The documentation's section: this run beside those of other seeds, which are kept in :data:`RUNS`."""
+    runs = json.loads(RUNS.read_text()) if RUNS.exists() else {}
+    runs[f"{seed} {' '.join(without)}".strip()] = {
+        "programs": tally.programs,
+        "compilations": tally.counts.total(),
+        "sites": tally.sites,
+        **{status: tally.counts[status] for status in ("same", "refused", "incomparable", "wrong")},
+        "told": summary(tally, seed, without),
+    }
+    RUNS.write_text(json.dumps(runs, indent=1) + "\n")
+    total = {key: sum(run[key] for run in runs.values()) for key in ("programs", "compilations", "wrong")}
+    lines = [
+        "## Random programs",
+        "",
+        f"{total['programs']} programs in {total['compilations']} compilations, {total['wrong']} wrong:",
+        "",
+    ]
+    return "\n".join([*lines, *(f"- {run['told']}." for run in runs.values())]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,58 +164,33 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no part {', '.join(sorted(unknown))}; the parts are {', '.join(FEATURES)}")
     torch.set_num_threads(1)
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # both may raise: the comparison says what did
-    run = {"seed": given.seed, "without": sorted(without)}
+    run: dict[str, Any] = {"seed": given.seed, "without": sorted(without)}
     tally = Tally()
-    for line in PARTIAL.read_text().splitlines() if PARTIAL.exists() else ():
-        held = json.loads(line)
+    for held in NOTES.rows():
         if held["run"] == run and tally.programs < given.programs:
-            tally.add(
-                Tally(
-                    held["programs"],
-                    Counter(held["counts"]),
-                    held["sites"],
-                    held["seconds"],
-                    [(a, b, c) for a, b, c in held["wrong"]],
-                )
-            )
-    for wrong in list(tally.wrong):  # what failed before an interruption may have been mended since
-        if (verdict := judge(program(wrong[0], without), [options_of(wrong[0])[wrong[1]]])[0]).status != "wrong":
-            tally.wrong.remove(wrong)
+            wrong = [(a, b, c) for a, b, c in held["wrong"]]
+            tally.add(Tally(held["programs"], Counter(held["counts"]), held["sites"], held["seconds"], wrong))
+    for failure in list(tally.wrong):  # what failed before an interruption may have been mended since
+        number, index, _ = failure
+        if (verdict := judge(program(number, without), [options_of(number)[index]])[0]).status != "wrong":
+            tally.wrong.remove(failure)
             tally.counts += Counter({verdict.status: 1})
             tally.counts["wrong"] -= 1
     known = {kind_of(why) for _, _, why in tally.wrong}
     first = given.seed * 1_000_000
     numbers = range(first + tally.programs, first + given.programs)
     chunks = [numbers[i : i + CHUNK] for i in range(0, len(numbers), CHUNK)]
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("programs", total=given.programs, completed=tally.programs)
+    with bar("programs", given.programs, tally.programs) as shown:
         for part in _measured(chunks, without, given.jobs):
             tally.add(part)
-            progress.update(bar, completed=tally.programs, description=f"programs, {tally.counts['wrong']} wrong")
-            row = {
-                "run": run,
-                "programs": part.programs,
-                "counts": part.counts,
-                "sites": part.sites,
-                "seconds": part.seconds,
-                "wrong": part.wrong,
-            }
-            with PARTIAL.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            shown.advance(part.programs, f"programs, {tally.counts['wrong']} wrong")
+            NOTES.add({"run": run, **vars(part)})
             for said in save_new(part.wrong, known, without):
-                progress.console.print(said, soft_wrap=True)
-    told = summary(tally, given.seed, without)
+                shown.say(said)
+    told = summary(tally, given.seed, run["without"])
     print(f"{told}; {tally.programs / max(tally.seconds, 1e-9):.1f} programs/s of one process")
     if given.write:
-        replace_section(given.write, "random programs", f"## Random programs\n\n{told}.\n")
+        replace_section(given.write, "random programs", section(tally, given.seed, run["without"]))
     return int(bool(tally.wrong))
 
 

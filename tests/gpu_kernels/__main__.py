@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections import defaultdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
 from tests.gpu_kernels.machine_code import CHIPS, Chip, compiled, taken
 from tests.gpu_kernels.sources import Variant, variants
+from tests.resumable import Notes, bar
 
-PARTIAL = Path(__file__).parent.parent / "data" / "gpu_kernels.partial"
+NOTES = Notes("gpu_kernels")
 HEAD = """# GPU kernels, compiled ahead of time
 
 Every Triton kernel of the library with every config that it is tuned over, at the dtypes, head sizes and groups in use, compiled to
@@ -90,22 +87,21 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="compile again what an interrupted run has compiled")
     asked = parser.parse_args()
     chosen = list(variants())
-    rows: dict[str, dict[str, object]] = {}
-    if PARTIAL.exists() and not asked.fresh:
-        rows = json.loads(PARTIAL.read_text())
+    if asked.fresh:
+        NOTES.end()
+    rows: dict[str, dict[str, object]] = {row["key"]: row for row in NOTES.rows()}
     work = [(v, c) for v in chosen for c in CHIPS if f"{v.key} | {c.name}" not in rows]
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(
-            "kernels", total=len(chosen) * len(CHIPS), completed=len(chosen) * len(CHIPS) - len(work)
-        )
+    total = len(chosen) * len(CHIPS)
+    with bar("kernels", total, total - len(work)) as shown:
         for variant, chip in work:
-            rows[f"{variant.key} | {chip.name}"] = measured(variant, chip)
-            PARTIAL.write_text(json.dumps(rows))
-            progress.advance(task)
+            key = f"{variant.key} | {chip.name}"
+            rows[key] = {"key": key, **measured(variant, chip)}
+            NOTES.add(rows[key])
+            shown.advance()
     page = HEAD + table(rows, chosen) + "\n## Findings\n\n" + findings(rows, chosen)
     if asked.write:
         asked.write.write_text(page)
-    PARTIAL.unlink(missing_ok=True)
+    NOTES.end()
     print(page if not asked.write else f"{len(rows)} compilations; see {asked.write}")
     if any("error" in row for row in rows.values()):
         raise SystemExit("some kernels do not compile; see the findings")

@@ -10,7 +10,6 @@ A sample that plain ``torch.compile(backend="aot_eager")`` does not answer as ea
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import warnings
@@ -20,14 +19,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tests.marked_section import replace_section
 from tests.peers import model_samples, torch_samples
 from tests.peers.case import Row, isolated
+from tests.resumable import Notes, bar
 
-PARTIAL = Path(__file__).parents[1] / "data" / "peers.partial"
+NOTES = Notes("peers")
 LIMIT = 600  # seconds a row; generation compiles a graph for each of some lengths
 KINDS = {
     "operator": "operators of torch (`op_db`)",
@@ -83,31 +81,20 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := chosen - set(every) - set(KINDS):
         parser.error(f"no {', '.join(sorted(unknown))}; a key is KIND/NAME with KIND one of {', '.join(KINDS)}")
     wanted = [k for k in every if not chosen or k in chosen or k.split("/")[0] in chosen]
-    held = map(json.loads, PARTIAL.read_text().splitlines()) if PARTIAL.exists() else iter(())
-    done: dict[str, Row] = {r["key"]: r for r in held if r["samples"] == given.samples and r["key"] in wanted}
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    done: dict[str, Row] = {r["key"]: r for r in NOTES.rows() if r["samples"] == given.samples and r["key"] in wanted}
     with (
-        Progress(*columns, console=console) as progress,
+        bar("samples", len(wanted), len(done)) as shown,
         patch("torch._dynamo.guards.profile_guard_manager", lambda *a: 0.0),
     ):
         torch.compile(lambda x: x + 1, backend="accelpass", options={"lowering": "aten"})(torch.ones(2))  # imports
         if any(k.startswith(("generation/", "denoiser/")) for k in wanted):
             model_samples.warm_up()
-        bar = progress.add_task("samples", total=len(wanted), completed=len(done))
         for key in (k for k in wanted if k not in done):
             done[key] = {**isolated(key, every[key], LIMIT), "samples": given.samples}
-            with PARTIAL.open("a") as file:
-                file.write(json.dumps(done[key]) + "\n")
+            NOTES.add(done[key])
             for why in [*done[key].get("why", ())[:3], *filter(None, [done[key].get("failed")])]:
-                progress.console.print(f"{key}: {why}", soft_wrap=True, markup=False)
-            progress.update(bar, advance=1, description=key)
+                shown.say(f"{key}: {why}")
+            shown.advance(title=key)
     text = markdown((done[k] for k in wanted), given.samples)
     print(text)
     if given.write:
