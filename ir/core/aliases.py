@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from accelpass.ir.core.graph import aten
+from accelpass.ir.core.graph import aten, value
+from accelpass.ir.torch_private import FakeTensor
 
 ALIASES = (aten.detach.default, aten.alias.default)
 
@@ -29,7 +30,7 @@ def functional_views(gm: fx.GraphModule) -> None:
         if node.op != "call_function" or torch.Tag.inplace_view not in getattr(node.target, "tags", ()):
             continue
         given = node.args[0]
-        while _returns_operand(given):
+        while _returns_operand(given) or _gives_operand(given):
             given = given.args[0]
         view = getattr(getattr(aten, node.target._opname[:-1], None), node.target._overloadname, None)
         if given.op != "call_function" or view is None or not view._schema.arguments[0].alias_info:
@@ -53,6 +54,17 @@ def _same_tensor(node: fx.Node) -> list[fx.Node]:
         if user.args[:1] == (node,) and _returns_operand(user):
             found += _same_tensor(user)
     return found
+
+
+def _gives_operand(node: fx.Node) -> bool:
+    """Whether a call that need not copy, a cast to the dtype that is there already, gives the very tensor that it was given first."""
+    operand = node.args[0] if node.op == "call_function" and node.args else None
+    held = value(operand)
+    if not isinstance(held, FakeTensor):
+        return False
+    with held.fake_mode, torch.no_grad():
+        made = node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
+    return made is held
 
 
 def _returns_operand(node: Any) -> bool:
