@@ -59,6 +59,7 @@ SETTINGS: dict[str, Setting] = {
     "cpu_decode_attention": Setting({}),
     "grouped_query": Setting({}, ("prompt",)),
     "cpu_gemv": Setting({}),
+    "magnitude_prune": Setting({"heads": 0.5}, ("prompt", "decoder", "encoder")),
     "skip_layers": Setting({"least": 1, "start": 24, "horizon": 25}),
     "early_exit": Setting({"threshold": 0.0}),
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),

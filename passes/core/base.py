@@ -17,6 +17,7 @@ from accelpass.ir.core.verdict import Skip as Skip
 from accelpass.ir.core.verdict import Take as Take
 from accelpass.ir.core.verdict import Verdict as Verdict
 from accelpass.ir.errors import OptionError
+from accelpass.ir.transform.shrink import Shrunk
 
 PHASES = ("structure", "attention", "cache", "weights", "fusion", "kernels", "schedule")
 
@@ -26,6 +27,7 @@ class Done:
     """What was done at one site, with the bytes of its weights before and after.
 
     ``densities``: of an attention, the share of its keys that the last query of each head reads in a prompt of ``tokens``.
+    ``shrunk``: the weights that have fewer rows or columns now.
     """
 
     what: str
@@ -33,6 +35,7 @@ class Done:
     bytes_after: int = 0
     densities: tuple[float, ...] = ()
     tokens: int = 0
+    shrunk: tuple[Shrunk, ...] = ()
 
 
 @dataclass

@@ -334,7 +334,7 @@ def test_what_the_caller_sees_is_not_shrunk():
     before = str(program.graph)
     node = program.graph.find_nodes(op="call_function", target=aten.linear.default)[-1]
     (vocabulary,) = program.analysis(axes).of(node)[-1].leaves
-    with pytest.raises(CannotShrink, match="picks rows of the axis by number|the graph returns it"):
+    with pytest.raises(CannotShrink, match=r"picks rows of the axis by number|the graph returns it"):
         shrink(program, vocabulary, Static.rows([0, 1]))
     gated, _ = captured(Gated("plain", False).eval(), torch.randn(2, 5, WIDTH))
     (width,) = gated.analysis(axes).of(gated.analysis(mlps)[0].x)[-1].leaves
