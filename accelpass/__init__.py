@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from accelpass.api.calibration import calibrate
     from accelpass.api.onnx_export import export_onnx
     from accelpass.api.packed import load, save
-    from accelpass.api.stateful import reset, sampling_run, state
+    from accelpass.api.stateful import read, reset, sampling_run, state, write
     from accelpass.api.step_search import search_steps
     from accelpass.backends.onnx.errors import ExportError
     from accelpass.caches.kv_cache import KVCache
@@ -57,6 +57,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "load",
+    "read",
     "refresh",
     "reset",
     "sampling_run",
@@ -64,6 +65,7 @@ __all__ = [
     "search_steps",
     "state",
     "surviving_tokens",
+    "write",
 ]
 
 _ERRORS = "accelpass.ir.errors"
@@ -89,9 +91,11 @@ _HOMES = {
     "load": "accelpass.api.packed",
     "save": "accelpass.api.packed",
     "search_steps": "accelpass.api.step_search",
+    "read": "accelpass.api.stateful",
     "reset": "accelpass.api.stateful",
     "sampling_run": "accelpass.api.stateful",
     "state": "accelpass.api.stateful",
+    "write": "accelpass.api.stateful",
 }
 
 

@@ -283,6 +283,17 @@ class DerivedTensors:
         """Declared state that lives with ``anchors``: what was declared, the anchor's id, the tensor."""
         return [(recipe.state, ids[0], made[0]) for recipe, ids, made in self.of(anchors) if recipe.state is not None]
 
+    def discard_states(self, anchors: Sequence[Tensor], prefix: str) -> dict[str, Tensor]:
+        """Forget state whose name begins with ``prefix``; returns what it held."""
+        wanted, found = set(map(id, anchors)), {}
+        with self._lock:
+            for key, entry in list(self._entries.items()):
+                state = key[1].state
+                if state is not None and state.name.startswith(prefix) and wanted.issuperset(key[0]):
+                    found[state.name] = entry.tensors[0]
+                    del self._entries[key]
+        return found
+
     def _store(self, key: tuple[tuple[int, ...], Recipe], sources: Sequence[Tensor], made: tuple[Tensor, ...]) -> Entry:
         def drop(_: object, key: tuple[tuple[int, ...], Recipe] = key) -> None:
             self._entries.pop(key, None)
