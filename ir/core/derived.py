@@ -60,11 +60,13 @@ class Recipe:
 
     ``key`` must identify everything that changes the result (method, options, format version), because derived tensors
     are shared between graphs by it. ``fn`` takes the source tensors (detached) and returns the derived ones.
+    ``first``: what it makes is the first source in another form, and is called by its path alone.
     """
 
     key: tuple[Any, ...]
     fn: Callable[..., tuple[Tensor, ...]]
     state: StateSpec | None = None
+    first: bool = False
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -82,7 +84,7 @@ class Recipe:
             made = {a: i.fn(*sources[a:b]) for i, _, a, b in parts if i}
             return self.fn(*(made[a][o] if i else sources[a] for i, o, a, _ in parts))
 
-        return Recipe((self.key, *((i.key if i else None, o, a, b) for i, o, a, b in parts)), fn)
+        return Recipe((self.key, *((i.key if i else None, o, a, b) for i, o, a, b in parts)), fn, first=self.first)
 
 
 def is_released(tensor: Tensor) -> bool:

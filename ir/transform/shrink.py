@@ -328,7 +328,7 @@ class _Surgery:
             return (tensor.contiguous(),)
 
         key = ("shrink", FORMAT, recipe.key, tuple(at), tuple(dims.items()))
-        (made,) = self.program.tensors.derive(sources, Recipe(key, smaller), [f"{weight.name}_kept"])
+        (made,) = self.program.tensors.derive(sources, Recipe(key, smaller, first=True), [f"{weight.name}_kept"])
         return made
 
     def _cut(self, outer: fx.Node, dims: dict[int, Leaves]) -> fx.Node:

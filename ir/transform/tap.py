@@ -50,7 +50,12 @@ class Point:
 
     @property
     def name(self) -> str:
-        return ".".join(filter(None, (self.path, self.kind)))
+        return point_name(self.path, self.kind)
+
+
+def point_name(path: str, kind: str) -> str:
+    """What the point of a kind is called in a module; one that is the model itself has no path."""
+    return ".".join(filter(None, (path, kind)))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import PassError
 from accelpass.ir.transform.shrink import Carrier
-from accelpass.ir.transform.tap import Tap
+from accelpass.ir.transform.tap import Tap, point_name
 from accelpass.passes.core.base import Calibrated, Run, Skip
 from accelpass.passes.pruning.structured import Channels, Site, StructuredPruning
 
@@ -42,7 +42,7 @@ class Wanda(StructuredPruning, Calibrated):
         return {f"{self.name}/{point}": squares.sqrt() for point, squares in gathered.items()}
 
     def score(self, site: Site, found: Sequence[Carrier], program: Program) -> tuple[Recipe, Sequence[fx.Node]] | Skip:
-        point = f"{site.path}.{_POINTS['channels' if isinstance(site, Channels) else 'heads']}"
+        point = point_name(site.path, _POINTS["channels" if isinstance(site, Channels) else "heads"])
         norms = program.artefacts.get(f"{self.name}/{point}")
         if norms is None:
             return Skip(

@@ -13,7 +13,8 @@ from torch import Tensor
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import PassError
 from accelpass.ir.transform.steps import decoder_stack
-from accelpass.ir.transform.tap import Tap
+from accelpass.ir.transform.tap import Tap, point_name
+from accelpass.ir.transform.tokens import CannotCut
 from accelpass.passes.core.base import Calibrated, Run
 from accelpass.passes.core.staged import Site
 from accelpass.passes.structure.decoder_blocks import DecoderBlocks
@@ -47,12 +48,15 @@ class ShortGpt(DecoderBlocks, Calibrated):
         super().__post_init__()
 
     def calibrate(self, program: Program, run: Run) -> dict[str, Tensor]:
-        paths = [block.path for block in decoder_stack(program)]
+        try:
+            names = [point_name(block.path, "residual") for block in decoder_stack(program)]
+        except CannotCut as cause:
+            raise PassError(f"shortgpt: {cause}") from cause
         gathered = run.gather([Tap("residual", _cosines)], "block influence")
-        missing = [path for path in paths if f"{path}.residual" not in gathered]
+        missing = [name for name in names if name not in gathered]
         if missing:
-            raise PassError(f"shortgpt: the stream of {missing[0]} was not seen")
-        sums = torch.stack([gathered[f"{path}.residual"] for path in paths])
+            raise PassError(f"shortgpt: {missing[0]} was not seen")
+        sums = torch.stack([gathered[name] for name in names])
         return {INFLUENCE: (1 - sums[:, 0] / sums[:, 1]).float()}
 
     def fixed(self, program: Program) -> bool:
