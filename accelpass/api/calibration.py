@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, fx, nn
 
+from accelpass.api.block_walk import walk
 from accelpass.api.loss_study import LossStudy, parted
 from accelpass.caches.kv_cache import KVCache
 from accelpass.ir import attention
@@ -19,7 +20,7 @@ from accelpass.ir.core.derived import DERIVED
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import AccelpassError, OptionError, PassError
 from accelpass.ir.transform.tap import Tap, tap
-from accelpass.passes.core.base import Calibrated, CalibratedOnLoss, Watch
+from accelpass.passes.core.base import BlockRun, Calibrated, CalibratedOnLoss, Watch
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.core.registry import make
 
@@ -101,6 +102,10 @@ class _Runner:
         DERIVED.discard_states(anchors, f"{by}.")
         self._run(begin, what)
         return {name.removeprefix(f"{by}."): made for name, made in DERIVED.discard_states(anchors, f"{by}.").items()}
+
+    def blocks(self, what: str) -> Iterator[BlockRun]:
+        batches = [{**batch, **_without_cache(self.model, batch)} for batch in self.batches]
+        yield from walk(self.model, batches, lambda held: self.bar.track(held, description=f"{self.name}: {what}"))
 
     def _run(self, begin: Callable[[Program], Sequence[tuple[fx.Node, Watch]]], what: str) -> None:
         def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

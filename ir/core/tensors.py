@@ -56,9 +56,7 @@ class TensorSource(ABC):
         """Add nodes that hold tensors of a plan, on the device and in the dtype of the model state ``anchor``, with which they live."""
 
         def made(weight: Tensor) -> tuple[Tensor, ...]:
-            if isinstance(weight, FakeTensor):
-                return tuple(weight.new_empty(t.shape) for t in tensors)
-            return tuple(t.to(weight.device, weight.dtype) for t in tensors)
+            return tuple(t.to(weight.dtype) for t in placed(weight, tensors))
 
         return self.derive([anchor], Recipe(("artefact", tuple(names), *map(digest, tensors)), made), names)
 
@@ -82,6 +80,13 @@ class TensorSource(ABC):
     def is_constant(self, node: object) -> bool:
         """True for model state and for what is derived from it."""
         return isinstance(node, fx.Node) and bool(self.sources(node))
+
+
+def placed(weight: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Tensors of a plan where a weight is: on its device, and without values where it has none."""
+    if isinstance(weight, FakeTensor):
+        return tuple(weight.new_empty(t.shape, dtype=t.dtype) for t in tensors)
+    return tuple(t.to(weight.device) for t in tensors)
 
 
 def digest(tensor: Tensor) -> str:

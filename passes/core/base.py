@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol, Self, get_type_hints
 
@@ -191,6 +191,23 @@ class Run(Protocol):
 
     def gather(self, taps: Sequence[Tap], what: str) -> dict[str, Tensor]:
         """What taps gather over all data, by the name of the point, and ``.name`` of a tap that has one."""
+
+    def blocks(self, what: str) -> Iterator[BlockRun]:
+        """The blocks in order: what one gives is held for all data, and is what the next one reads. A model without blocks is one."""
+
+
+class BlockRun(Protocol):
+    """One block of a model, with what all calibration data give it."""
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Paths of the weights of its linears."""
+
+    def inputs(self, watched: Mapping[str, Watch]) -> None:
+        """Run the block on all data; functions by path of a weight are called with the input ``(..., in)`` of its linear."""
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Let later blocks read what this one gives with these weights, by path, in the form in which the model stores them."""
 
 
 class Calibrated(ABC):
