@@ -58,6 +58,23 @@ def _norms() -> dict[str, Tensor]:
     return {f"wanda/model.layers.{n}.{at}": torch.rand(s, generator=draw) for n in (0, 1) for at, s in sizes.items()}
 
 
+def _factors(name: str) -> dict[str, Tensor]:
+    """Of the channels that the linears of the kit's models read; those that read one input have the same."""
+    inputs = {
+        ("layers.{}.gate_proj", "layers.{}.up_proj"): 64,
+        ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"): 32,
+        (
+            "model.layers.{}.self_attn.q_proj",
+            "model.layers.{}.self_attn.k_proj",
+            "model.layers.{}.self_attn.v_proj",
+        ): 32,
+        ("encoder.layer.{}.output.dense",): 64,
+    }
+    draw = torch.Generator().manual_seed(0)
+    each = [(paths, n, torch.rand(size, generator=draw) + 0.5) for paths, size in inputs.items() for n in (0, 1)]
+    return {f"{name}/{path.format(n)}.weight/factors": factors for paths, n, factors in each for path in paths}
+
+
 _TOKENCACHE = {
     "paths": _BLOCKS, "timesteps": TIMES, "latents": (4, 8, 8), "intervals": (2, 2), "blocks": 1.0, "rotation": 0,
 }  # fmt: skip
@@ -75,6 +92,10 @@ SETTINGS: dict[str, Setting] = {
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),
     "int8_dynamic": Setting({}, ("mlp", "prompt", "encoder")),
     "int4_weights": Setting({"group_size": 32}, ("mlp", "prompt")),
+    "hqq": Setting({"group_size": 32}, ("mlp", "prompt")),
+    "gptq": Setting({"group_size": 32}, ("mlp", "prompt")),
+    "awq": Setting({"group_size": 32}, ("mlp", "prompt"), tensors=_factors("awq")),
+    "smoothquant": Setting({}, ("mlp", "prompt", "encoder"), tensors=_factors("smoothquant")),
     "h2o": Setting({"budget": 0.5}),
     "mikv": Setting({"budget": 0.5}),
     "kv_window": Setting({"budget": 0.5, "sinks": 2}),

@@ -7,7 +7,7 @@ run again with other weights, which later blocks then see the effect of.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,7 +101,7 @@ class BlockRun:
 
     number: int
     held: Sequence[_Held]
-    track: Callable[[Sequence[_Held]], Iterator[_Held]]
+    track: Callable[[Sequence[_Held]], Iterable[_Held]]
     replaced: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -128,7 +128,7 @@ class BlockRun:
 def walk(
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
-    track: Callable[[Sequence[_Held]], Iterator[_Held]] = iter,
+    track: Callable[[Sequence[_Held]], Iterable[_Held]] = iter,
 ) -> Iterator[BlockRun]:
     """The blocks of a model in order.
 

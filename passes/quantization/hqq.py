@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from accelpass.ir.core.derived import Recipe
@@ -69,13 +70,16 @@ class HQQ(Int4Weights):
         low, high = grouped.amin(-1), grouped.amax(-1)
         scale = ((high - low) / 15).clamp_min(_LEAST)  # NaN stays
         zero = (-low / scale).round()
-        best, least, penalty = zero, float("inf"), self.penalty
+        best, penalty = zero, self.penalty
+        least, helps = w.new_full((), torch.inf, dtype=torch.float32), w.new_full((), True, dtype=torch.bool)
         for _ in range(self.steps):
             codes = form.codes(grouped, scale, zero)
             error = grouped - form.meant(codes, scale, zero)
-            if (lost := float(error.abs().mean())) >= least or lost != lost:
-                break
-            best, least = zero, lost
+            lost = error.abs().mean()
+            helps = helps & (
+                lost < least
+            )  # no branch: the shapes of what is packed are asked of tensors without values
+            best, least = torch.where(helps, zero, best), torch.where(helps, lost, least)
             sparse = error.sign() * (error.abs() - error.abs().pow(self.p - 1) / penalty).clamp_min(0)
             zero = (codes - (grouped - sparse) / scale.unsqueeze(-1)).mean(-1)
             penalty *= self.growth
