@@ -11,6 +11,7 @@ from torch import Tensor
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.linear.formats import Int4
 from accelpass.ir.linear.spec import LinearSpec
+from accelpass.ir.torch_private import FakeTensor
 from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.quantization.int4_weights import Int4Weights
 from accelpass.passes.quantization.weight_only import SharedWeight
