@@ -77,9 +77,11 @@ class HQQ(Int4Weights):
             codes = form.codes(grouped, scale, zero)
             error = grouped - form.meant(codes, scale, zero)
             lost = error.abs().mean()
-            helps = helps & (
-                lost < least
-            )  # no branch: the shapes of what is packed are asked of tensors without values
+            helps = helps & (lost < least)
+            if not isinstance(helps, FakeTensor) and not bool(
+                helps
+            ):  # of a tensor without values only shapes are asked
+                break
             best, least = torch.where(helps, zero, best), torch.where(helps, lost, least)
             sparse = error.sign() * (error.abs() - error.abs().pow(self.p - 1) / penalty).clamp_min(0)
             zero = (codes - (grouped - sparse) / scale.unsqueeze(-1)).mean(-1)
