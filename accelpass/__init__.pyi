@@ -8,9 +8,11 @@ from .api.compiling import refresh as refresh
 from .api.onnx_export import export_onnx as export_onnx
 from .api.packed import load as load
 from .api.packed import save as save
+from .api.stateful import read as read
 from .api.stateful import reset as reset
 from .api.stateful import sampling_run as sampling_run
 from .api.stateful import state as state
+from .api.stateful import write as write
 from .api.step_search import search_steps as search_steps
 from .backends.onnx.errors import ExportError as ExportError
 from .caches.kv_cache import KVCache as KVCache

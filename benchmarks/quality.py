@@ -22,12 +22,12 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def prose(tokenizer: Any) -> Tensor:
-    """The first 4096 tokens of Python's own reference text, which every CPython ships."""
+def prose(tokenizer: Any, tokens: int = TOKENS) -> Tensor:
+    """The first tokens of Python's own reference text, which every CPython ships."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[key] for key in sorted(topics))
-    return tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS]
+    return tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
 
 
 def perplexity(call: Callable[[Tensor], Tensor], ids: Tensor) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accelpass.passes.core.registry import registered
 from accelpass.passes.step_cache.tokencache import IMPORTANCE
+from accelpass.passes.structure.shortgpt import INFLUENCE
 from accelpass.testing.subjects import TIMES
 from accelpass.testing.trial import Trial
 
@@ -50,6 +51,30 @@ def _table() -> Tensor:
     return torch.rand(len(_BLOCKS), len(TIMES), _TOKENS, generator=torch.Generator().manual_seed(0))
 
 
+def _norms() -> dict[str, Tensor]:
+    """Of what the decoder's MLPs and output projections read, all different."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = {"mlp.act": 64, "self_attn.heads": 32}
+    return {f"wanda/model.layers.{n}.{at}": torch.rand(s, generator=draw) for n in (0, 1) for at, s in sizes.items()}
+
+
+def _factors(name: str) -> dict[str, Tensor]:
+    """Of the channels that the linears of the kit's models read; those that read one input have the same."""
+    inputs = {
+        ("layers.{}.gate_proj", "layers.{}.up_proj"): 64,
+        ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"): 32,
+        (
+            "model.layers.{}.self_attn.q_proj",
+            "model.layers.{}.self_attn.k_proj",
+            "model.layers.{}.self_attn.v_proj",
+        ): 32,
+        ("encoder.layer.{}.output.dense",): 64,
+    }
+    draw = torch.Generator().manual_seed(0)
+    each = [(paths, n, torch.rand(size, generator=draw) + 0.5) for paths, size in inputs.items() for n in (0, 1)]
+    return {f"{name}/{path.format(n)}.weight/factors": factors for paths, n, factors in each for path in paths}
+
+
 _TOKENCACHE = {
     "paths": _BLOCKS, "timesteps": TIMES, "latents": (4, 8, 8), "intervals": (2, 2), "blocks": 1.0, "rotation": 0,
 }  # fmt: skip
@@ -59,11 +84,18 @@ SETTINGS: dict[str, Setting] = {
     "cpu_decode_attention": Setting({}),
     "grouped_query": Setting({}, ("prompt",)),
     "cpu_gemv": Setting({}),
+    "magnitude_prune": Setting({"heads": 0.5}, ("prompt", "decoder", "encoder")),
+    "wanda": Setting({"heads": 0.5}, tensors=_norms()),
+    "shortgpt": Setting({"remove": 1}, tensors={INFLUENCE: torch.tensor([0.9, 0.1])}),
     "skip_layers": Setting({"least": 1, "start": 24, "horizon": 25}),
     "early_exit": Setting({"threshold": 0.0}),
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),
     "int8_dynamic": Setting({}, ("mlp", "prompt", "encoder")),
     "int4_weights": Setting({"group_size": 32}, ("mlp", "prompt")),
+    "hqq": Setting({"group_size": 32}, ("mlp", "prompt")),
+    "gptq": Setting({"group_size": 32}, ("mlp", "prompt")),
+    "awq": Setting({"group_size": 32}, ("mlp", "prompt"), tensors=_factors("awq")),
+    "smoothquant": Setting({}, ("mlp", "prompt", "encoder"), tensors=_factors("smoothquant")),
     "h2o": Setting({"budget": 0.5}),
     "mikv": Setting({"budget": 0.5}),
     "kv_window": Setting({"budget": 0.5, "sinks": 2}),

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from accelpass.api.block_walk import walk
 from accelpass.api.loss_study import LossStudy, parted
 from accelpass.caches.kv_cache import KVCache
 from accelpass.ir import attention
+from accelpass.ir.analyses.structure.linear import linears
 from accelpass.ir.core.capture import from_dynamo
+from accelpass.ir.core.derived import DERIVED
 from accelpass.ir.core.program import Program
-from accelpass.ir.errors import AccelpassError, OptionError
-from accelpass.passes.core.base import Calibrated, CalibratedOnLoss, Run, Watch
+from accelpass.ir.errors import AccelpassError, OptionError, PassError
+from accelpass.ir.transform.tap import Tap, tap
+from accelpass.passes.core.base import BlockRun, Calibrated, CalibratedOnLoss, Watch
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.core.registry import make
 
@@ -50,10 +55,10 @@ def calibrate(
     tensors: dict[str, Tensor] = {}
     with Progress(disable=not progress) as bar:
         if any(isinstance(p, Calibrated) for p in made):
-            program = _captured(model, held[0])
+            program = _captured(model, held[0], any(isinstance(p, Calibrated) and p.fits_cache for p in made))
         for p in made:
             if isinstance(p, Calibrated):
-                tensors |= p.calibrate(program, _runner(model, held, bar, p.name))
+                tensors |= p.calibrate(program, _Runner(model, held, bar, p.name))
             if isinstance(p, CalibratedOnLoss):
                 kept, others = parted(held, _held(validation or ()))
                 tensors |= p.calibrate_on_loss(LossStudy(model, kept, others, bar, p.name))
@@ -64,26 +69,73 @@ def _held(batches: Iterable[Any]) -> list[Mapping[str, Any]]:
     return [b if isinstance(b, Mapping) else {"input_ids": b} for b in batches]
 
 
-def _runner(model: nn.Module, batches: Sequence[Mapping[str, Any]], bar: Progress, name: str) -> Run:
-    def run(watched: Mapping[str, Watch], what: str) -> None:
-        """All batches once; ``watched`` is called with the input of the module that owns each parameter path."""
-        handles = []
-        for path, watch in watched.items():
-            owner = model.get_submodule(path.rpartition(".")[0])
-            handles.append(owner.register_forward_pre_hook(lambda _, given, watch=watch: watch(given[0].detach())))
-        try:
+class _Runner:
+    """Runs all batches through the model's own graph, in which what a pass wants to see is tapped."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Any]], bar: Progress, name: str) -> None:
+        self.model, self.batches, self.bar, self.name = model, batches, bar, name
+
+    def __call__(self, watched: Mapping[str, Watch], what: str) -> None:
+        seen: set[str] = set()
+
+        def begin(program: Program) -> Sequence[tuple[fx.Node, Watch]]:
+            of = {program.tensors.path(site.weight): site.operand() for site in program.analysis(linears)}
+            seen.update(of.keys() & watched.keys())
+            return [(of[path], watch) for path, watch in watched.items() if path in of]
+
+        self._run(begin, what)
+        if missed := watched.keys() - seen:
+            raise PassError(f"{self.name}: {sorted(missed)[0]} is the weight of no linear that the model runs")
+
+    def gather(self, taps: Sequence[Tap], what: str) -> dict[str, Tensor]:
+        by, anchors = f"calibrate.{self.name}", [*self.model.parameters(), *self.model.buffers()]
+
+        def begin(program: Program) -> Sequence[tuple[fx.Node, Watch]]:
+            tap(program, taps, by)
+            return ()
+
+        for batch in self.batches:
+            if not bool(torch.as_tensor(batch.get("attention_mask", 1)).all()):
+                raise OptionError(
+                    f"{self.name}: a batch has padding, which would be counted; calibrate on texts without"
+                )
+        DERIVED.discard_states(anchors, f"{by}.")
+        self._run(begin, what)
+        return {name.removeprefix(f"{by}."): made for name, made in DERIVED.discard_states(anchors, f"{by}.").items()}
+
+    def blocks(self, what: str) -> Iterator[BlockRun]:
+        batches = [{**batch, **_without_cache(self.model, batch)} for batch in self.batches]
+        yield from walk(self.model, batches, lambda held: self.bar.track(held, description=f"{self.name}: {what}"))
+
+    def _run(self, begin: Callable[[Program], Sequence[tuple[fx.Node, Watch]]], what: str) -> None:
+        def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            program = from_dynamo(gm, inputs)
             with torch.no_grad():
-                for batch in bar.track(batches, description=f"{name}: {what}"):
-                    model(**{**batch, "use_cache": False})
-        finally:
-            for handle in handles:
-                handle.remove()
+                attention.insert(program)
+                watched = begin(program)
+                attention.lower(program)
+            (output,) = program.graph.find_nodes(op="output")
+            own: Any = output.args[0]
+            output.args = ((*own, *(node for node, _ in watched)),)
+            binder = program.tensors.binder()
+            program.gm.recompile()
 
-    return run
+            def run(*given: Any) -> Any:
+                made = program.gm(*binder(given))
+                for (_, watch), found in zip(watched, made[len(own) :], strict=True):
+                    watch(found.detach())
+                return made[: len(own)]
+
+            return run
+
+        fast = torch.compile(self.model, backend=backend)
+        with torch.no_grad():
+            for batch in self.bar.track(self.batches, description=f"{self.name}: {what}"):
+                fast(**batch, **_without_cache(self.model, batch))
 
 
-def _captured(model: nn.Module, batch: Mapping[str, Any]) -> Program:
-    """The graph of a prompt into an empty KVCache."""
+def _captured(model: nn.Module, batch: Mapping[str, Any], cached: bool) -> Program:
+    """The graph of a prompt, into an empty KVCache if ``cached`` passes want one."""
     programs: list[Program] = []
 
     def collect(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -93,10 +145,17 @@ def _captured(model: nn.Module, batch: Mapping[str, Any]) -> Program:
         programs.append(program)
         return gm.forward
 
-    sequences, tokens = batch["input_ids"].shape
-    cache = KVCache(model, tokens, sequences)
+    given = _without_cache(model, batch)
+    if cached:
+        sequences, tokens = batch["input_ids"].shape
+        given = {"past_key_values": KVCache(model, tokens, sequences), "use_cache": True}
     with torch.no_grad():
-        torch.compile(model, backend=collect)(**batch, past_key_values=cache, use_cache=True)
+        torch.compile(model, backend=collect)(**batch, **given)
     if len(programs) != 1:
         raise AccelpassError(f"the model was captured as {len(programs)} graphs; calibration needs it as one")
     return programs[0]
+
+
+def _without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    takes = "use_cache" in inspect.signature(model.forward).parameters and "use_cache" not in batch
+    return {"use_cache": False} if takes else {}

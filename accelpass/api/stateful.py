@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import fnmatch
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +69,10 @@ def state(fast: Any) -> list[StateBuffer]:
 
     Empty if none was declared or the model has not run yet. A cache that was reset belongs to no model until it is filled.
     """
+    return [buffer for buffer, _ in _remembered(fast)]
+
+
+def _remembered(fast: Any) -> list[tuple[StateBuffer, Tensor]]:
     known = named_tensors(fast)
     tensors = [t for _, t in known.values()]
     found = [_buffer(spec, known[anchor][0], t) for spec, anchor, t in DERIVED.states(tensors)]
@@ -81,14 +87,56 @@ def state(fast: Any) -> list[StateBuffer]:
     return found
 
 
+def read(fast: Any, pattern: str = "*") -> dict[str, Tensor]:
+    """Copies of what a compiled model remembers, by name: what taps gathered, scores of a cache, and so on.
+
+    Args:
+        pattern: a shell pattern for names as :func:`state` lists them, ``wanda.*``. Of a name that several owners have,
+            ``name@owner`` is meant and returned.
+
+    Raises:
+        AccelpassError: nothing has such a name; says what there is.
+    """
+    return {name: t.detach().clone() for name, t in _named(fast, pattern).items()}
+
+
+def write(fast: Any, values: Mapping[str, Any]) -> None:
+    """Set what a compiled model remembers: by name as :func:`read` has it, a tensor of the shape there or a number.
+
+    Raises:
+        AccelpassError: no such name, or another shape; nothing is written then.
+    """
+    found = {name: (_named(fast, name), torch.as_tensor(value)) for name, value in values.items()}
+    for name, (held, value) in found.items():
+        for t in held.values():
+            if value.dim() and value.shape != t.shape:
+                raise AccelpassError(f"{name} is {list(t.shape)}; what was given is {list(value.shape)}")
+    with torch.no_grad():
+        for held, value in found.values():
+            for t in held.values():
+                t.copy_(value)
+
+
+def _named(fast: Any, pattern: str) -> dict[str, Tensor]:
+    """The tensors that a model remembers, by name; of those that share one, by name and owner."""
+    found = _remembered(fast)
+    count = Counter(buffer.name for buffer, _ in found)
+    named = {b.name if count[b.name] == 1 else f"{b.name}@{b.owner}": t for b, t in found}
+    held = {name: t for name, t in named.items() if fnmatch.fnmatchcase(name, pattern)}
+    if not held:
+        there = ", ".join(sorted(named)[:6]) or "nothing is remembered yet; call the model once"
+        raise AccelpassError(f"{type(fast).__name__} remembers nothing by the name {pattern!r}; there is: {there}")
+    return held
+
+
 def remembered_by(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors that :func:`state` lists, for the model with these tensors."""
     own = list(tensors)
     return [t for anchors in (own, counters_of(own)) for _, _, t in DERIVED.states(anchors)]
 
 
-def _buffer(spec: StateSpec, owner: str, t: Tensor) -> StateBuffer:
-    return StateBuffer(spec.name, owner, tuple(t.shape), t.dtype, t.numel() * t.element_size(), spec.lifetime)
+def _buffer(spec: StateSpec, owner: str, t: Tensor) -> tuple[StateBuffer, Tensor]:
+    return StateBuffer(spec.name, owner, tuple(t.shape), t.dtype, t.numel() * t.element_size(), spec.lifetime), t
 
 
 def reset(fast: Any) -> None:

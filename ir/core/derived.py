@@ -60,11 +60,13 @@ class Recipe:
 
     ``key`` must identify everything that changes the result (method, options, format version), because derived tensors
     are shared between graphs by it. ``fn`` takes the source tensors (detached) and returns the derived ones.
+    ``first``: what it makes is the first source in another form, and is called by its path alone.
     """
 
     key: tuple[Any, ...]
     fn: Callable[..., tuple[Tensor, ...]]
     state: StateSpec | None = None
+    first: bool = False
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -82,7 +84,7 @@ class Recipe:
             made = {a: i.fn(*sources[a:b]) for i, _, a, b in parts if i}
             return self.fn(*(made[a][o] if i else sources[a] for i, o, a, _ in parts))
 
-        return Recipe((self.key, *((i.key if i else None, o, a, b) for i, o, a, b in parts)), fn)
+        return Recipe((self.key, *((i.key if i else None, o, a, b) for i, o, a, b in parts)), fn, first=self.first)
 
 
 def is_released(tensor: Tensor) -> bool:
@@ -282,6 +284,17 @@ class DerivedTensors:
     def states(self, anchors: Sequence[Tensor]) -> list[tuple[StateSpec, int, Tensor]]:
         """Declared state that lives with ``anchors``: what was declared, the anchor's id, the tensor."""
         return [(recipe.state, ids[0], made[0]) for recipe, ids, made in self.of(anchors) if recipe.state is not None]
+
+    def discard_states(self, anchors: Sequence[Tensor], prefix: str) -> dict[str, Tensor]:
+        """Forget state whose name begins with ``prefix``; returns what it held."""
+        wanted, found = set(map(id, anchors)), {}
+        with self._lock:
+            for key, entry in list(self._entries.items()):
+                state = key[1].state
+                if state is not None and state.name.startswith(prefix) and wanted.issuperset(key[0]):
+                    found[state.name] = entry.tensors[0]
+                    del self._entries[key]
+        return found
 
     def _store(self, key: tuple[tuple[int, ...], Recipe], sources: Sequence[Tensor], made: tuple[Tensor, ...]) -> Entry:
         def drop(_: object, key: tuple[tuple[int, ...], Recipe] = key) -> None:

@@ -56,9 +56,7 @@ class TensorSource(ABC):
         """Add nodes that hold tensors of a plan, on the device and in the dtype of the model state ``anchor``, with which they live."""
 
         def made(weight: Tensor) -> tuple[Tensor, ...]:
-            if isinstance(weight, FakeTensor):
-                return tuple(weight.new_empty(t.shape) for t in tensors)
-            return tuple(t.to(weight.device, weight.dtype) for t in tensors)
+            return tuple(t.to(weight.dtype) for t in placed(weight, tensors))
 
         return self.derive([anchor], Recipe(("artefact", tuple(names), *map(digest, tensors)), made), names)
 
@@ -82,6 +80,13 @@ class TensorSource(ABC):
     def is_constant(self, node: object) -> bool:
         """True for model state and for what is derived from it."""
         return isinstance(node, fx.Node) and bool(self.sources(node))
+
+
+def placed(weight: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Tensors of a plan where a weight is: on its device, and without values where it has none."""
+    if isinstance(weight, FakeTensor):
+        return tuple(weight.new_empty(t.shape, dtype=t.dtype) for t in tensors)
+    return tuple(t.to(weight.device) for t in tensors)
 
 
 def digest(tensor: Tensor) -> str:
@@ -114,7 +119,8 @@ class FromInputs(TensorSource):
         if found is None and node in self._derived:
             group, _ = self._derived[node]
             nodes = list(self._position)
-            return "+".join(self._named(nodes[p]) for p in group.positions)
+            named = group.positions[:1] if group.recipe.first else group.positions
+            return "+".join(self._named(nodes[p]) for p in named)
         return found[0] if found else None
 
     def _named(self, node: fx.Node) -> str:
@@ -301,11 +307,14 @@ class FromModule(TensorSource):
         self.gm = gm
         self._written = written_inputs(gm.graph)
         self._derived: dict[fx.Node, list[fx.Node]] = {}
+        self._renamed: dict[fx.Node, fx.Node] = {}
         self.recalled = {}
         self.states: dict[fx.Node, tuple[fx.Node, StateSpec]] = {}
         """Declared state: its node, the input that it lives with, and what was declared."""
 
     def path(self, node: fx.Node) -> str | None:
+        if node in self._renamed:
+            return str(self._renamed[node].target)
         if node in self._derived:
             return "+".join(str(n.target) for n in self._derived[node])
         if node in self.states:
@@ -338,6 +347,8 @@ class FromModule(TensorSource):
             fake = nodes[0].meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
             node.meta["val"] = fake
             self._derived[node] = [s for n in nodes for s in self.sources(n)]
+            if recipe.first:
+                self._renamed[node] = self._derived[node][0]
             made.append(node)
         return made
 

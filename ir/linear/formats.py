@@ -66,21 +66,35 @@ class Int4(WeightFormat):
         return ("q", "scale") if self.symmetric else ("q", "scale", "zero")
 
     def pack(self, w: Tensor) -> tuple[Tensor, ...]:
-        w = w.float()
-        grouped = w.reshape(*w.shape[:-1], w.shape[-1] // self.group_size, self.group_size)
+        grouped = self.grouped(w)
+        scale, zero = self.grid(grouped)
+        return self.written(self.codes(grouped, scale, zero), scale, zero)
+
+    def grouped(self, w: Tensor) -> Tensor:
+        """W as ``(..., out, groups, group_size)`` in float32."""
+        return w.float().unflatten(-1, (w.shape[-1] // self.group_size, self.group_size))
+
+    def grid(self, grouped: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point ``(..., groups)`` of groups, whose extremes are the outermost codes."""
         if self.symmetric:
-            extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
-            scale, zero = extreme / -8, None
-            steps = grouped / torch.where(scale == 0, 1.0, scale).unsqueeze(-1) + 8
-        else:
-            low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
-            scale = (high - low) / 15
-            safe = torch.where(scale == 0, 1.0, scale)
-            zero = (-low / safe).round()
-            steps = grouped / safe.unsqueeze(-1) + zero.unsqueeze(-1)
-        nibbles = steps.round().clamp(0, 15).nan_to_num(0.0).to(torch.uint8)
-        low_half, high_half = nibbles.chunk(2, -1)
-        q = (low_half | (high_half << 4)).reshape(*w.shape[:-1], w.shape[-1] // 2)
+            return grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8, None
+        low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+        scale = (high - low) / 15
+        return scale, (-low / torch.where(scale == 0, 1.0, scale)).round()
+
+    def codes(self, grouped: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The nearest codes, 0 to 15, as floats in the shape of ``grouped``."""
+        steps = grouped / torch.where(scale == 0, 1.0, scale).unsqueeze(-1)
+        return (steps + (8 if zero is None else zero.unsqueeze(-1))).round().clamp(0, 15)
+
+    def meant(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The numbers that codes stand for, in their shape."""
+        return (codes - (8.0 if zero is None else zero.unsqueeze(-1))) * scale.unsqueeze(-1)
+
+    def written(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, ...]:
+        """The operands, from codes ``(..., out, groups, group_size)``."""
+        low_half, high_half = codes.nan_to_num(0.0).to(torch.uint8).chunk(2, -1)
+        q = (low_half | (high_half << 4)).flatten(-2)
         return (q, scale) if zero is None else (q, scale, zero)
 
     def unpack(self, packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -89,8 +103,7 @@ class Int4(WeightFormat):
         groups = scale.shape[-1]
         stored = q.reshape(*q.shape[:-1], groups, self.group_size // 2)
         nibbles = torch.cat([stored & 15, stored >> 4], -1).float()
-        offset = 8.0 if zero is None else zero.unsqueeze(-1)
-        return ((nibbles - offset) * scale.unsqueeze(-1)).reshape(*q.shape[:-1], groups * self.group_size).to(dtype)
+        return self.meant(nibbles, scale, zero).reshape(*q.shape[:-1], groups * self.group_size).to(dtype)
 
     def width(self, packed: Packed) -> int:
         return 2 * packed[0].shape[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol, Self, get_type_hints
 
@@ -16,6 +16,8 @@ from accelpass.ir.core.verdict import Skip as Skip
 from accelpass.ir.core.verdict import Take as Take
 from accelpass.ir.core.verdict import Verdict as Verdict
 from accelpass.ir.errors import OptionError
+from accelpass.ir.transform.shrink import Shrunk
+from accelpass.ir.transform.tap import Tap
 from accelpass.passes.core.fields import nearest, typed
 
 PHASES = ("structure", "attention", "cache", "weights", "fusion", "kernels", "schedule")
@@ -26,6 +28,7 @@ class Done:
     """What was done at one site, with the bytes of its weights before and after.
 
     ``densities``: of an attention, the share of its keys that the last query of each head reads in a prompt of ``tokens``.
+    ``shrunk``: the weights that have fewer rows or columns now.
     """
 
     what: str
@@ -33,6 +36,7 @@ class Done:
     bytes_after: int = 0
     densities: tuple[float, ...] = ()
     tokens: int = 0
+    shrunk: tuple[Shrunk, ...] = ()
 
 
 @dataclass
@@ -173,12 +177,47 @@ class SitePatterns(Pass):
 
 
 Watch = Callable[[Tensor], None]
-Run = Callable[[Mapping[str, Watch], str], None]
-"""Runs all calibration data once: functions by parameter path, and what this is for."""
+
+
+class Run(Protocol):
+    """Runs all calibration data once; ``what`` is said beside the progress bar."""
+
+    def __call__(self, watched: Mapping[str, Watch], what: str) -> None:
+        """Calls functions, given by parameter path, with the input of the linear that the parameter is of.
+
+        Raises:
+            PassError: no linear has such a parameter.
+        """
+
+    def gather(self, taps: Sequence[Tap], what: str) -> dict[str, Tensor]:
+        """What taps gather over all data, by the name of the point, and ``.name`` of a tap that has one."""
+
+    def blocks(self, what: str) -> Iterator[BlockRun]:
+        """The blocks in order: what one gives is held for all data, and is what the next one reads. A model without blocks is one."""
+
+
+class BlockRun(Protocol):
+    """One block of a model, with what all calibration data give it."""
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Paths of the weights of its linears."""
+
+    def inputs(self, watched: Mapping[str, Watch]) -> None:
+        """Run the block on all data; functions by path of a weight are called with the input ``(..., in)`` of its linear."""
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Let later blocks read what this one gives with these weights, by path, in the form in which the model stores them."""
 
 
 class Calibrated(ABC):
-    """Mix-in of passes that learn something from data."""
+    """Mix-in of passes that learn something from data.
+
+    Class attributes:
+        fits_cache: the graph that it looks at fills an ``accelpass.KVCache``.
+    """
+
+    fits_cache: ClassVar[bool] = True
 
     @abstractmethod
     def calibrate(self, program: Program, run: Run) -> dict[str, Tensor]:
@@ -186,8 +225,7 @@ class Calibrated(ABC):
 
         Args:
             program: the model's graph for a prompt.
-            run: runs all data once: given functions by parameter path, it calls each with the input of the module that
-                owns the parameter; and what this is for, for the progress bar.
+            run: runs all data once, and lets the pass see what is computed.
 
         Raises:
             PassError: the graph has nothing to fit; says why.

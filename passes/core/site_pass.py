@@ -21,9 +21,11 @@ ASPECTS = {
     "attention.blocks": "which blocks of keys the queries of a prompt read",
     "attention.rows": "which rows of a cache are kept, and which are read",
     "attention.format": "how rows of a cache are written",
+    "attention.heads": "which heads there are",
     "attention.kernel": "what computes the attention",
     "linear.weight": "how the weight is stored",
     "linear.kernel": "what computes the product",
+    "mlp.channels": "which channels there are",
     "block.steps": "at which denoising steps it is computed, and how",
 }
 """What several passes may want to change at one site. A pass may name others of its own."""

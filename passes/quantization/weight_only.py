@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from accelpass.ir.analyses.structure.linear import Embedding, ExpertStack, Linear, embeddings, expert_stacks, linears
-from accelpass.ir.core.derived import is_released
+from accelpass.ir.core.derived import Recipe, is_released
 from accelpass.ir.core.graph import aten, call, replace, shape, through, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.linear.op import EMBEDDING, LINEAR, MATRIX
@@ -36,6 +36,11 @@ class SharedWeight:
     @property
     def path(self) -> str:
         return self.paths[0]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (in, out)."""
+        return any(use.transposed for use in self.uses if not isinstance(use, Embedding))
 
     @property
     def is_multiplied(self) -> bool:
@@ -110,7 +115,7 @@ class WeightOnly(SitePass):
         graph = program.graph
         spec = self.spec
         names = [f"{weight.name}_{operand}" for operand in spec.weight.operands]
-        packed = program.tensors.derive([weight], spec.weight.recipe(_transposed(group)), names)
+        packed = program.tensors.derive([weight], self.recipe(site, edit), names)
         form = f"{'x'.join(str(int(s)) for s in shape(weight))} {spec.weight.part}"
         done = Done(form, _bytes(weight), sum(map(_bytes, packed)))
         for use in group:
@@ -135,17 +140,21 @@ class WeightOnly(SitePass):
                         else use.bias
                     )
                     read = LinearSpec(spec.weight, spec.activation, by).to_json()
-                    new = call(graph, use.node, LINEAR, use.operand(), packed, bias, read)
+                    new = call(graph, use.node, LINEAR, self.entering(site, use, edit), packed, bias, read)
             replace(use.node, new)
         return done
+
+    def recipe(self, site: SharedWeight, edit: Edits) -> Recipe:
+        """How a site's weight is packed: rounded to the nearest number of its format."""
+        return self.spec.weight.recipe(site.transposed)
+
+    def entering(self, site: SharedWeight, use: Linear, edit: Edits) -> fx.Node:
+        """What a linear of the site multiplies."""
+        return use.operand()
 
 
 def _bytes(node: fx.Node) -> int:
     return int(value(node).numel() * value(node).element_size())
-
-
-def _transposed(group: Sequence[Use]) -> bool:
-    return any(s.transposed for s in group if not isinstance(s, Embedding))
 
 
 def _finite(w: torch.Tensor) -> bool:

@@ -73,7 +73,9 @@ class HorizontalFusion(SitePass):
         nodes = site.nodes
         if len({_rows_of(n)[0] for n in nodes}) < len(nodes):
             return Skip("two of the linears share one weight")
-        if nodes[0].target is aten.linear.default and not self.copy_weights:
+        # What another pass derived is not made at all where it is derived further.
+        own = any(program.tensors.value(n.args[1]) is not None for n in nodes)
+        if nodes[0].target is aten.linear.default and own and not self.copy_weights:
             size = sum(value(n.args[1]).numel() * value(n.args[1]).element_size() for n in nodes)
             return Skip(
                 f"float weights would exist twice ({size / 1e6:.1f} MB); "

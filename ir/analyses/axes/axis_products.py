@@ -240,6 +240,14 @@ def attention(flow: Flow, node: fx.Node) -> Any:
     return out
 
 
+@rule("kv_read")
+def _kv_read(flow: Flow, node: fx.Node) -> list[Dims]:
+    """All keys and values of a layer have the new ones' sequences, heads and channels, and share their tokens."""
+    k, v = (flow.of(n) for n in node.args[1:3])
+    tokens = fresh(value(node)[0].shape[2], node.name)
+    return [[*k[:2], tokens, k[3]], [*v[:2], tokens, v[3]]]
+
+
 def _heads(flow: Flow, q: Factors, k: Factors, q_size: Any, k_size: Any, made: str) -> None:
     """Query head i reads key head i // groups."""
     if same_size(q_size, k_size):

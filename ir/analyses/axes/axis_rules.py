@@ -193,6 +193,14 @@ def _split(flow: Flow, node: fx.Node) -> list[Dims]:
     return out
 
 
+@rule("glu")
+def _glu(flow: Flow, node: fx.Node) -> Dims:
+    out, dim = list(flow.of(node.args[0])), axis(node, default=-1)
+    whole, half = shape(node.args[0])[dim], shape(node)[dim]
+    out[dim] = flow.together(*(flow.piece(out[dim], at, half, whole, node.name) for at in (0, half)))
+    return out
+
+
 @rule("cat", "concat", "concatenate")
 def _cat(flow: Flow, node: fx.Node) -> Dims:
     given: Any = argument(node, "tensors")

@@ -132,6 +132,28 @@ def is_as_inserted(node: fx.Node) -> bool:
     )
 
 
+def renew_origin(program: Program, node: fx.Node) -> None:
+    """Let an attention whose operands became smaller count as the model's own: what its spec lowers to is its new origin.
+
+    Raises:
+        NoLowering: nothing can compute it.
+    """
+    if node.target is not ATTENTION or "attention_origin" not in node.meta:
+        return
+    spec, order = spec_of(node), memory_order(value(node))
+    operands = [*node.args[:3], *node.args[3]]
+    lowering = DEFAULT.pick(spec, node)
+
+    def run(*given: Tensor) -> list[Tensor]:
+        return [_in_order(lowering.run(given[0], given[1], given[2], given[3:], spec)[0], order)]
+
+    origin = trace(program, run, operands)
+    (output,) = origin.graph.find_nodes(op="output")
+    output.args = (output.args[0][0],)
+    origin.recompile()
+    node.meta |= {"attention_origin": origin, "attention_spec": node.args[-1], "attention_shared": shared(node)}
+
+
 def _inline_origin(graph: fx.Graph, node: fx.Node, alive: dict[str, fx.Node]) -> None:
     origin: fx.GraphModule = node.meta["attention_origin"]
     operands = [*node.args[:3], *node.args[3]]

@@ -1,0 +1,150 @@
+"""SmolLM2 with a share of its FFN channels, heads or layers taken out: what is left of its bytes and of its perplexity.
+
+    python -m benchmarks.structured_pruning --out structured_pruning.json          # some minutes on one core
+    python -m benchmarks.structured_pruning --timing --out structured_pruning.json # on a quiet machine
+
+Scorers are compared at equal size. Perplexity is over 4096 tokens of Python's reference text; norms and block influence are of
+2048 tokens that come after these. Nothing is trained after pruning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+import accelpass
+from accelpass.ir.core.derived import Recipe
+from accelpass.ir.core.program import Program
+from accelpass.ir.transform.shrink import Carrier
+from accelpass.models_zoo import load
+from accelpass.passes.core.plan import Plan
+from accelpass.passes.pruning.structured import Site, StructuredPruning
+from benchmarks.quality import TOKENS, perplexity, prose
+
+CALIBRATION, LENGTH = 4, 512
+SHARES = ({"channels": 0.25, "heads": 0.0}, {"channels": 0.0, "heads": 0.25}, {"channels": 0.25, "heads": 0.25})
+LAYERS = (3, 6)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RandomPrune(StructuredPruning):
+    """Takes rows out by chance: what a score must beat."""
+
+    name: ClassVar[str] = "random_prune"
+    summary: ClassVar[str] = "channels of MLPs and heads are taken out by chance"
+
+    def score(self, site: Site, found: Sequence[Carrier], program: Program) -> tuple[Recipe, Sequence[fx.Node]]:
+        draw = random.Random(site.path)
+        (axis,) = site.dimension(program)
+        drawn = [draw.random() for _ in range(int(axis.size))]
+        return Recipe(("random", site.path), lambda _: (torch.tensor(drawn),)), [found[0].weight]
+
+
+def candidates(model: Any, ids: Tensor) -> dict[str, tuple[list[Any], Any]]:
+    """Passes and plan of each row, by its name."""
+    data = list(ids[:, TOKENS : TOKENS + CALIBRATION * LENGTH].split(LENGTH, 1))
+    plan = accelpass.calibrate(model, data, ["wanda", "shortgpt"], progress=False)
+    rows: dict[str, tuple[list[Any], Any]] = {"dense": ([], None)}
+    for share in SHARES:
+        size = ", ".join(f"{kind} {value:g}" for kind, value in share.items() if value)
+        rows[f"random, {size}"] = [RandomPrune(**share)], None
+        rows[f"magnitude_prune, {size}"] = [{"name": "magnitude_prune", **share}], None
+        rows[f"wanda, {size}"] = [{"name": "wanda", **share}], plan
+    for count in LAYERS:
+        rows[f"shortgpt, {count} layers"] = [{"name": "shortgpt", "remove": count}], plan
+    return rows
+
+
+def compiled(model: Any, passes: list[Any], plan: Any, **options: Any) -> Any:
+    torch._dynamo.reset()
+    tensors = None if plan is None else Plan([], plan.fingerprint, plan.tensors)  # the passes are the row's
+    return torch.compile(model, backend="accelpass", options={"passes": passes, "plan": tensors, **options})
+
+
+@torch.no_grad()
+def quality(model: Any, ids: Tensor) -> list[Row]:
+    rows = []
+    for name, (passes, plan) in candidates(model, ids).items():
+        fast = compiled(model, passes, plan, lowering="eager")
+        found = perplexity(lambda window, fast=fast: fast(window, use_cache=False).logits, ids[:, :TOKENS])
+        report = accelpass.explain(fast)
+        flops = report.flops or (0, 0)
+        rows.append(
+            {
+                "name": name,
+                "weight_megabytes": round(report.weight_bytes[1] / 1e6, 1),
+                "flops_of_dense": round(flops[1] / flops[0], 3) if flops[0] else None,
+                "perplexity": round(found, 2),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+@torch.no_grad()
+def timing(model: Any, ids: Tensor, turns: int) -> list[Row]:
+    """Milliseconds of a prompt of 512 tokens and of one token after it, in turns with the dense model."""
+    every = candidates(model, ids)
+    chosen = {name: every[name] for name in every if name == "dense" or name.startswith(("wanda", "shortgpt"))}
+    runs: dict[str, Callable[[], tuple[float, float]]] = {}
+    for name, (passes, plan) in chosen.items():
+        fast = compiled(model, passes, plan)
+
+        def run(fast: Any = fast) -> tuple[float, float]:
+            cache = accelpass.KVCache(model, LENGTH + 64)
+            started = time.perf_counter()
+            fast(ids[:, :LENGTH], past_key_values=cache, logits_to_keep=1)
+            prompt = time.perf_counter() - started
+            started = time.perf_counter()
+            for at in range(LENGTH, LENGTH + 16):
+                fast(ids[:, at : at + 1], past_key_values=cache, logits_to_keep=1)
+            return 1e3 * prompt, 1e3 * (time.perf_counter() - started) / 16
+
+        run()
+        runs[name] = run
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, run in runs.items():
+            times[name].append(run())
+    middle = {n: [statistics.median(t) for t in zip(*taken, strict=True)] for n, taken in times.items()}
+    dense = middle["dense"]
+    return [
+        {
+            "name": name,
+            "prefill_ms": round(prompt, 1),
+            "decode_ms": round(token, 2),
+            "prefill_of_dense": round(prompt / dense[0], 3),
+            "decode_of_dense": round(token / dense[1], 3),
+        }
+        for name, (prompt, token) in middle.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--timing", action="store_true", help="measure time in place of quality")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, tokenizer = load("smollm2-135m")
+    ids = prose(tokenizer, TOKENS + CALIBRATION * LENGTH)
+    rows = timing(model, ids, options.turns) if options.timing else quality(model, ids)
+    if options.out is not None:
+        options.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

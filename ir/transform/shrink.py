@@ -1,0 +1,378 @@
+"""Rows of an axis taken out of a graph: of every weight that has it, and of all that is computed from these.
+
+Channels between two linears, heads with the keys that they share, experts, the width of the residual stream: whatever the axis
+analysis follows. What is left is a graph of smaller tensors. Its weights are derived, so that they follow the model's own when
+these are swapped or loaded anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from accelpass.ir.analyses.axes.axes import Axes, Axis, Dim, axes
+from accelpass.ir.attention.lowering.lower import like_in_memory, renew_origin
+from accelpass.ir.attention.spec.op import is_attention
+from accelpass.ir.core.derived import Recipe
+from accelpass.ir.core.graph import aten, call, is_call, known, value
+from accelpass.ir.core.program import Program
+from accelpass.ir.transform.kept import (
+    CHOSEN,
+    PIECES,
+    Leaf,
+    Leaves,
+    Static,
+    before_of,
+    by_rows,
+    kept_of,
+    now_of,
+    positions,
+)
+from accelpass.ir.transform.shrink_rules import CannotShrink, Change, Scaled, rule_for
+
+FORMAT = 1
+"""Part of every recipe's key: raised when the same description would come to mean other rows."""
+
+__all__ = ["CannotShrink", "Carrier", "Shrunk", "Static", "carriers", "shrink"]
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A weight that became smaller: its path, and its shape before and after."""
+
+    path: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True, eq=False)
+class Carrier:
+    """A weight that has an axis in dimension ``dim``; ``leaves`` says how the axis lies in it.
+
+    ``reads``: what is computed from the weight sums over the axis (a down projection), and does not have it.
+    """
+
+    weight: fx.Node
+    dim: int
+    leaves: Leaves
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """``(size of the axis, n)``: what the weight's tensor holds for each row of the axis."""
+        return by_rows(self.leaves, tensor, self.dim)
+
+
+def shrink(program: Program, axis: Axis, keep: Static, region: Collection[fx.Node] | None = None) -> list[Shrunk]:
+    """Keep some rows of an axis, everywhere; returns the weights that became smaller.
+
+    What sums over the axis (a product, a norm's mean) sums over the rows that are left, as a model that had been built with as
+    many would. Other sizes may be symbolic.
+
+    Args:
+        axis: of ``program.analysis(axes)``.
+        keep: the rows.
+        region: the nodes to change, all of them by default. What they read of other nodes is cut to the rows that are kept.
+
+    Raises:
+        CannotShrink: something has the axis and cannot do with fewer rows; names the node. The graph is as it was.
+    """
+    surgery = _Surgery(program, axis, keep, None if region is None else frozenset(region))
+    surgery.follow()
+    return surgery.commit()
+
+
+def carriers(program: Program, axis: Axis) -> list[Carrier]:
+    """The weights that have an axis, in graph order; a weight that has it in two dimensions is listed for each."""
+    surgery = _Surgery(program, axis, Static(max(1, int(axis.size) - 1), Recipe((), lambda: ())), None)
+    return [
+        Carrier(node, at, leaves)
+        for node in program.graph.nodes
+        if program.tensors.is_constant(node)
+        for at, leaves in surgery.changed(node).items()
+    ]
+
+
+class _Surgery:
+    """One call of :func:`shrink`: what becomes of each node is found first (:meth:`follow`), and done once all can follow."""
+
+    def __init__(self, program: Program, axis: Axis, keep: Static, region: frozenset[fx.Node] | None) -> None:
+        size = axis.size
+        if not isinstance(size, int):
+            raise CannotShrink(f"the axis has a size that only run time knows ({size})")
+        if not 0 < keep.count <= size:
+            raise CannotShrink(f"{keep.count} of {size} rows cannot be kept")
+        if keep.by.key[:1] == ("rows",) and keep.by.key[1][-1] >= size:
+            raise CannotShrink(f"row {keep.by.key[1][-1]} is kept, and the axis has {size} rows, from 0")
+        self.program, self.keep, self.region = program, keep, region
+        self.axes: Axes = program.analysis(axes)
+        self.leaf: dict[Axis, Leaf] = {axis: (CHOSEN, size, keep.count)}
+        self._spread()
+        self.values: dict[fx.Node, Any] = {}
+        self.weights: dict[fx.Node, dict[int, Leaves]] = {}
+        self.taken: dict[fx.Node, dict[int, Leaves]] = {}
+        self.changes: dict[fx.Node, Change] = {}
+
+    # --- which axes change
+
+    def _spread(self) -> None:
+        """What is put together from the axis, or is cut from what is, changes too."""
+        grown = True
+        while grown:
+            grown = False
+            for part in self.axes.parts:
+                grown |= self._joined(part)
+        for part in self.axes.parts:
+            cut = [a for a in part.whole if a in self.leaf and a not in part.part]
+            if cut and not self._is_piece(part):
+                raise CannotShrink(f"{part.part[0].made if part.part else 'a slice'} is some rows of the axis")
+
+    def _joined(self, part: Any) -> bool:
+        changed = [a for a in part.part if a in self.leaf]
+        if not changed or all(a in part.whole for a in changed):
+            return False
+        if len(part.whole) != 1 or not isinstance(part.start, int) or not isinstance(part.whole[0].size, int):
+            raise CannotShrink(
+                f"{part.whole[0].made if part.whole else 'a value'} holds the axis among others, in pieces"
+            )
+        (whole,) = part.whole
+        piece = (part.start, part.step, self.leaves(part.part))
+        old: Any = self.leaf.get(whole, (PIECES, whole.size, ()))
+        if old[0] != PIECES:
+            raise CannotShrink(f"{whole.made} is cut into pieces along the axis")
+        if piece in old[2]:
+            return False
+        self.leaf[whole] = (PIECES, whole.size, tuple(sorted((*old[2], piece), key=lambda p: p[0])))
+        return True
+
+    def _is_piece(self, part: Any) -> bool:
+        """Whether rows of a changed axis are one of its pieces, or beside all of them."""
+        if len(part.whole) != 1 or not isinstance(part.start, int) or not isinstance(part.size, int):
+            return False
+        leaf: Any = self.leaf[part.whole[0]]
+        if leaf[0] != PIECES:
+            return False
+        mine = set(range(part.start, part.start + part.size * part.step, part.step))
+        for start, step, leaves in leaf[2]:
+            if (start, step, leaves) == (part.start, part.step, self.leaves(part.part)):
+                return True
+            count = before_of(leaves)
+            if mine.intersection(range(start, start + count * step, step)):
+                return False
+        return True
+
+    def leaves(self, found: Sequence[Axis]) -> Leaves:
+        return tuple(self.leaf.get(a, a.size) for a in found)
+
+    def changed(self, node: fx.Node) -> dict[int, Leaves]:
+        """The dimensions of a node that change, by number."""
+        found = enumerate(self.axes.of(node))
+        return {at: self.leaves(dim.leaves) for at, dim in found if any(a in self.leaf for a in dim.leaves)}
+
+    def size(self, dim: Dim) -> Any:
+        """The size of a dimension afterwards."""
+        size = dim.size
+        for leaf in (self.leaf[a] for a in dim.leaves if a in self.leaf):
+            size = size // leaf[1] * kept_of(leaf)  # type: ignore[index]
+        return size
+
+    # --- what becomes of each node
+
+    def follow(self) -> None:
+        """Find the new arguments and values of all nodes.
+
+        Raises:
+            CannotShrink: one cannot follow.
+        """
+        for node in self.program.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                self._source(node)
+            elif node.op == "output":
+                self._end(node)
+            elif self.region is None or node in self.region:
+                self._step(node)
+            elif any(self.region is not None and n in self.region and self.changed(n) for n in node.all_input_nodes):
+                raise CannotShrink(f"{node.name}, which is outside, reads the axis")
+
+    def _source(self, node: fx.Node) -> None:
+        dims = self.changed(node)
+        if not dims:
+            return
+        if self.region is not None and self.region.isdisjoint(node.users):
+            return
+        if not self.program.tensors.is_constant(node) or self.program.tensors.is_state(node):
+            if self.region is None:
+                raise CannotShrink(f"{node.name} has the axis in dimension {min(dims)}, and it is the caller's")
+            return
+        stale = [at for at, leaves in dims.items() if not known(value(node).shape[at] == before_of(leaves))]
+        if stale:
+            raise CannotShrink(f"{self.program.tensors.path(node)} was made smaller already")
+        self.weights[node] = dims
+        self.values[node] = self._smaller(value(node), dims)
+
+    def _end(self, node: fx.Node) -> None:
+        for given in node.all_input_nodes:
+            if self.changed(given) and (self.region is None or given in self.region):
+                raise CannotShrink(f"{given.name} has the axis, and the graph returns it")
+
+    def _step(self, node: fx.Node) -> None:
+        if self.region is not None:
+            self._take_outer(node)
+        reads = [n for n in node.all_input_nodes if n in self.values]
+        dims = self.changed(node)
+        if not reads and not dims:
+            return
+        change = Change(node, list(node.args), dict(node.kwargs), node.target, self)
+        rule_for(node)(change)
+        made = self._run(node, change)
+        for held, wanted in zip(tree_leaves(made), self._wanted(node, made), strict=False):
+            if isinstance(held, Tensor) and not all(known(a == b) for a, b in zip(held.shape, wanted, strict=True)):
+                raise CannotShrink(f"{node.name} ({node.target}) gives {list(held.shape)} where {wanted} was expected")
+        self.changes[node] = change
+        if _layout(made) != _layout(value(node)):
+            self.values[node] = made
+
+    def _take_outer(self, node: fx.Node) -> None:
+        assert self.region is not None
+        for outer in node.all_input_nodes:
+            if (
+                outer in self.region
+                or outer in self.values
+                or (outer.op in ("placeholder", "get_attr") and self._is_weight(outer))
+            ):
+                continue
+            dims = self.changed(outer)
+            if dims:
+                self.taken[outer] = dims
+                self.values[outer] = self._smaller(value(outer), dims)
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        return self.program.tensors.is_constant(node) and not self.program.tensors.is_state(node)
+
+    def _wanted(self, node: fx.Node, made: Any) -> list[list[Any]]:
+        """The shapes that the axes say, of a node with one tensor; of others what came out."""
+        if isinstance(made, Tensor) and self.axes.of(node):
+            return [[self.size(dim) for dim in self.axes.of(node)]]
+        return [list(t.shape) if isinstance(t, Tensor) else [] for t in tree_leaves(made)]
+
+    def now(self, given: Any) -> Any:
+        """The fake value of a node afterwards, or what is given."""
+        if isinstance(given, fx.Node):
+            return self.values.get(given, value(given))
+        return given.value if isinstance(given, Scaled) else given
+
+    def _run(self, node: fx.Node, change: Change) -> Any:
+        args, kwargs = _mapped(change.args, self.now), _mapped(change.kwargs, self.now)
+        mode = getattr(next((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None), "fake_mode", None)
+        with torch.no_grad(), mode or getattr(value(node), "fake_mode", None) or nullcontext():
+            try:
+                made = change.target(*args, **kwargs)
+            except Exception as cause:  # whatever an operator's fake says about operands that do not fit
+                if is_call(node, aten.view):  # what lay in one piece may not any more
+                    change.target = aten.reshape.default
+                    return change.target(*args, **kwargs)
+                raise CannotShrink(f"{node.name}: {str(cause).splitlines()[0]}") from cause
+            if is_attention(node) and isinstance(made, Tensor):
+                made = like_in_memory(made, value(node))  # what reads it was captured for that
+        return made
+
+    def _smaller(self, fake: Tensor, dims: dict[int, Leaves]) -> Tensor:
+        """A value with fewer rows; the rows themselves do not matter for its shape."""
+        with fake.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+            for at, leaves in dims.items():
+                # A merged dimension may have a symbolic size, which is divided before it is multiplied.
+                size = fake.shape[at] // before_of(leaves) * now_of(leaves)
+                fake = fake.new_empty([size if d == at else s for d, s in enumerate(fake.shape)])
+        return fake
+
+    # --- and then it is done
+
+    def commit(self) -> list[Shrunk]:
+        """Change the graph; returns what became of the weights."""
+        program, graph = self.program, self.program.graph
+        made = {node: self._derived(node, dims) for node, dims in self.weights.items()}
+        made |= {node: self._cut(node, dims) for node, dims in self.taken.items()}
+        for node, change in self.changes.items():
+            node.target = change.target
+            replaced = _mapped(change.args, lambda given, node=node: self._argument(given, node, made))
+            node.args = tuple(replaced)
+            node.kwargs = _mapped(change.kwargs, lambda given, node=node: self._argument(given, node, made))
+            if node in self.values:
+                node.meta["val"] = self.values[node]
+        for node in self.changes:
+            if is_attention(node):
+                renew_origin(program, node)
+        for old, new in made.items():
+            self.axes.dims[new] = self.axes.dims[old]
+        graph.lint()
+        return [self._told(old, made[old]) for old in self.weights]
+
+    def _derived(self, weight: fx.Node, dims: dict[int, Leaves]) -> fx.Node:
+        sources = list(dict.fromkeys((weight, *self.keep.of)))
+        at = [sources.index(n) for n in self.keep.of]
+        recipe = self.keep.by
+
+        def smaller(*given: Tensor) -> tuple[Tensor]:
+            (chosen,) = recipe.fn(*(given[i] for i in at))
+            tensor, chosen = given[0], chosen.to(given[0].device)
+            for dim, leaves in dims.items():
+                tensor = tensor.index_select(dim, positions(leaves, chosen))
+            return (tensor.contiguous(),)
+
+        key = ("shrink", FORMAT, recipe.key, tuple(at), tuple(dims.items()))
+        (made,) = self.program.tensors.derive(sources, Recipe(key, smaller, first=True), [f"{weight.name}_kept"])
+        return made
+
+    def _cut(self, outer: fx.Node, dims: dict[int, Leaves]) -> fx.Node:
+        """The rows that are kept of a value that the region reads."""
+        anchor = self.keep.of or tuple(itertools.islice(self.weights, 1))
+        recipe = self.keep.by
+        first = min(n for n in self.changes if outer in n.all_input_nodes)
+        node = outer
+        for dim, leaves in dims.items():
+
+            def at(*given: Tensor, leaves: Leaves = leaves) -> tuple[Tensor]:
+                (chosen,) = recipe.fn(*(given if self.keep.of else ()))
+                return (positions(leaves, chosen.to(given[0].device)),)
+
+            key = ("shrink.rows", FORMAT, recipe.key, leaves)
+            (rows,) = self.program.tensors.derive(list(anchor), Recipe(key, at), [f"{outer.name}_rows"])
+            with self.program.graph.inserting_before(first):
+                node = call(self.program.graph, outer, aten.index_select.default, node, dim, rows)
+        return node
+
+    def _argument(self, given: Any, node: fx.Node, made: dict[fx.Node, fx.Node]) -> Any:
+        if not isinstance(given, Scaled):
+            return made.get(given, given) if isinstance(given, fx.Node) else given
+        graph = node.graph
+        with graph.inserting_before(node):
+            size = call(graph, node, operator.floordiv, given.size, given.old)
+            return call(graph, node, operator.mul, size, given.new)
+
+    def _told(self, old: fx.Node, new: fx.Node) -> Shrunk:
+        shapes = [tuple(int(s) for s in value(n).shape) for n in (old, new)]
+        sizes = [int(value(n).numel() * value(n).element_size()) for n in (old, new)]
+        return Shrunk(self.program.tensors.path(old) or old.name, *shapes, *sizes)
+
+
+def _mapped(tree: Any, fn: Callable[[Any], Any]) -> Any:
+    """``fn`` of every leaf of nested lists, tuples and dicts."""
+    if isinstance(tree, dict):
+        return {k: _mapped(v, fn) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        mapped = [_mapped(v, fn) for v in tree]
+        return mapped if isinstance(tree, list) else tuple(mapped)
+    return fn(tree)
+
+
+def _layout(made: Any) -> list[str]:
+    """Shapes and strides, and sizes; symbolic ones by name, so that none is guarded on."""
+    return [str((t.shape, t.stride()) if isinstance(t, Tensor) else t) for t in tree_leaves(made)]

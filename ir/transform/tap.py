@@ -1,0 +1,195 @@
+"""Taps: what is computed at named points of a graph is read into state, or replaced, inside the compiled graph.
+
+A point is a value that models of all libraries have: the stream before and after a block, the hidden channels of an MLP, queries,
+keys and values, what an output projection reads, a router's scores, logits. No module hook is needed and no graph is broken.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from accelpass.ir.analyses.structure.block import blocks
+from accelpass.ir.analyses.structure.mlp import mlps
+from accelpass.ir.analyses.structure.moe import moes
+from accelpass.ir.analyses.structure.output_head import output_heads
+from accelpass.ir.attention.recognition.detect import detect
+from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.graph import aten, call, placeholders, value
+from accelpass.ir.core.program import Program
+from accelpass.ir.errors import AccelpassError
+from accelpass.ir.transform.splice import splice, trace
+
+KINDS = ("residual", "act", "q", "k", "v", "heads", "router", "logits")
+STARTS = {"sum": 0.0, "max": float("-inf"), "min": float("inf"), "last": 0.0}
+
+
+class CannotTap(AccelpassError):
+    """Says which point cannot be tapped, and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A named value of a graph.
+
+    Attributes:
+        path: the module, ``model.layers.3.mlp``.
+        kind: one of KINDS: ``residual`` (the streams before and after a block), ``act`` (the hidden channels of an MLP, which its
+            last linear reads), ``q``, ``k``, ``v`` (as attention reads them), ``heads`` (what the output projection of an
+            attention reads), ``router`` (the scores of experts), ``logits``.
+        nodes: the values; a tap that replaces replaces the last.
+    """
+
+    path: str
+    kind: str
+    nodes: tuple[fx.Node, ...]
+
+    @property
+    def name(self) -> str:
+        return point_name(self.path, self.kind)
+
+
+def point_name(path: str, kind: str) -> str:
+    """What the point of a kind is called in a module; one that is the model itself has no path."""
+    return ".".join(filter(None, (path, kind)))
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A function of what is computed at some points.
+
+    Attributes:
+        at: a shell pattern for names of points, ``*.mlp.act``, or a kind.
+        fn: gets the point's values. Its result, of a shape that does not depend on the call, is gathered; or, if the tap replaces,
+            it takes the place of the last value.
+        how: what is gathered over calls: their ``sum``, ``max``, ``min`` or ``last`` result; ``replace`` for a tap that replaces.
+        name: tells several taps at one point apart.
+    """
+
+    at: str
+    fn: Callable[..., Tensor]
+    how: str = "sum"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.how not in (*STARTS, "replace"):
+            raise ValueError(f"how={self.how!r} is not known; use {', '.join((*STARTS, 'replace'))}")
+
+    def fits(self, point: Point) -> bool:
+        return self.at == point.kind or fnmatch.fnmatchcase(point.name, self.at)
+
+
+def points(program: Program) -> list[Point]:
+    """The points of a graph, those of one kind in graph order; several of one name are numbered."""
+    found: list[Point] = []
+    taken: dict[str, int] = {}
+    for point in _points(program):
+        number = taken[point.name] = taken.get(point.name, 0) + 1
+        path = point.path if number == 1 else f"{point.path}#{number}"
+        found.append(Point(path, point.kind, point.nodes))
+    return found
+
+
+def _points(program: Program) -> Iterator[Point]:
+    for block in program.analysis(blocks):
+        yield Point(block.path, "residual", (block.input, block.output))
+    for mlp in program.analysis(mlps):
+        yield Point(mlp.path, "act", (mlp.down.operand(),))
+    for attention in program.analysis(detect):
+        if attention.node is None:
+            continue
+        for kind, node in zip("qkv", attention.node.args, strict=False):
+            assert isinstance(node, fx.Node)
+            yield Point(attention.path, kind, (node,))
+        if attention.o_proj is not None:
+            read = attention.o_proj.all_input_nodes
+            yield Point(attention.path, "heads", (next(n for n in read if not program.tensors.is_constant(n)),))
+    for moe in program.analysis(moes):
+        yield Point(moe.path, "router", (moe.router.node,))
+    for head in program.analysis(output_heads):
+        yield Point(head.path, "logits", (head.node,))
+
+
+def tap(program: Program, taps: Sequence[Tap], by: str) -> dict[str, fx.Node]:
+    """Put taps into a graph; returns the state that each fills, by ``by.point`` or ``by.point.name``.
+
+    What is gathered lives with the model and is shared by all its graphs: ``accelpass.read(fast, "by.*")`` gives it, and
+    ``accelpass.reset`` sets it back. Analyses are to be run anew afterwards (``program.changed()``).
+
+    Raises:
+        CannotTap: what a function gives has a size that only run time knows, or is no replacement.
+    """
+    found, anchor = points(program), _anchor(program)
+    slots: dict[str, fx.Node] = {}
+    for one in taps:
+        for point in found:
+            if one.fits(point):
+                name = ".".join(filter(None, (by, point.name, one.name)))
+                if one.how == "replace":
+                    _replace(program, one, point)
+                else:
+                    slots[name] = _read(program, one, point, anchor, name)
+    program.gm.recompile()
+    return slots
+
+
+def _anchor(program: Program) -> fx.Node:
+    """The weight that gathered state lives with: the same one in every graph of a model."""
+    found = {program.tensors.path(n): n for n in program.graph.nodes if _is_own(program, n)}
+    if not found:
+        raise CannotTap("the graph has no weight that what is gathered could live with")
+    return found[min(found, key=str)]
+
+
+def _is_own(program: Program, node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr") and program.tensors.sources(node) == [node]
+
+
+def _made(program: Program, one: Tap, point: Point) -> fx.Node:
+    """What the function gives, behind the last of the point's values."""
+    traced = trace(program, lambda *given: [one.fn(*given)], point.nodes)
+    last = max((*point.nodes, placeholders(program.gm)[-1]) if program.door == "dynamo" else point.nodes)
+    (made,) = splice(program, traced, list(point.nodes), last.next)
+    return made
+
+
+def _read(program: Program, one: Tap, point: Point, anchor: fx.Node, name: str) -> fx.Node:
+    made = _made(program, one, point)
+    given = value(made)
+    if not all(isinstance(size, int) for size in given.shape):
+        raise CannotTap(f"{point.name}: the tap gives {list(given.shape)}; sum over what changes from call to call")
+    spec = StateSpec(name, tuple(given.shape), given.dtype, "model", STARTS[one.how])
+    slot = program.tensors.state(anchor, spec)
+    graph = program.graph
+    with graph.inserting_after(made):
+        end = graph.call_function(aten.alias.default, (made,))
+    with graph.inserting_before(end):
+        if one.how == "sum":
+            call(graph, made, aten.add_.Tensor, slot, made)
+        else:
+            joined = made
+            if one.how != "last":
+                joined = call(graph, made, {"max": aten.maximum, "min": aten.minimum}[one.how].default, slot, made)
+            call(graph, made, aten.copy_.default, slot, joined)
+    graph.erase_node(end)
+    return slot
+
+
+def _replace(program: Program, one: Tap, point: Point) -> None:
+    old = point.nodes[-1]
+    made = _made(program, one, point)
+    new, was = value(made), value(old)
+    if str(new.shape) != str(was.shape) or new.dtype != was.dtype:
+        raise CannotTap(f"{point.name}: the tap gives {list(new.shape)} {new.dtype} for {list(was.shape)} {was.dtype}")
+    inside: set[Any] = set()
+    front = [made]
+    while front:
+        node = front.pop()
+        if node not in inside and node > old:
+            inside.add(node)
+            front += node.all_input_nodes
+    old.replace_all_uses_with(made, delete_user_cb=lambda user: user not in inside)

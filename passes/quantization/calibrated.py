@@ -1,0 +1,196 @@
+"""The base of methods that learn from data how a weight is rounded: which weights they learn, and what their inputs are like."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from accelpass.ir.analyses.structure.linear import Linear
+from accelpass.ir.core.derived import Recipe
+from accelpass.ir.core.graph import aten, shape, value
+from accelpass.ir.core.program import Program
+from accelpass.ir.core.tensors import digest, placed
+from accelpass.ir.errors import PassError, PlanError
+from accelpass.passes.core.base import Calibrated, Run, Take
+from accelpass.passes.core.site_pass import Edits
+from accelpass.passes.quantization.weight_only import SharedWeight, WeightOnly
+
+
+class InputMoments:
+    """What the rows of a linear's input are like.
+
+    Attributes:
+        products: the sum of ``x x^T`` ``(in, in)``, on which the squared error of any change of the weight depends.
+        peaks, sizes: the largest and the summed magnitude of each channel ``(in,)``.
+        rows: how many rows were seen.
+    """
+
+    def __init__(self, site: SharedWeight) -> None:
+        channels, device = site.uses[0].in_features, value(site.weight).device  # type: ignore[union-attr]
+        self.products = torch.zeros(channels, channels, device=device)
+        self.peaks, self.sizes = (torch.zeros(channels, device=device) for _ in range(2))
+        self.rows = 0
+
+    def see(self, x: Tensor) -> None:
+        """Take in inputs ``(..., in)``."""
+        flat = x.flatten(0, -2).float()
+        self.products += flat.t() @ flat
+        magnitudes = flat.abs()
+        self.peaks = torch.maximum(self.peaks, magnitudes.amax(0))
+        self.sizes += magnitudes.sum(0)
+        self.rows += len(flat)
+
+    def error(self, change: Tensor) -> Tensor:
+        """The mean squared change of a row's outputs, summed over outputs, where W changes by ``change (out, in)``."""
+        return ((change @ self.products) * change).sum() / max(1, self.rows)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What is kept of one weight.
+
+    Attributes:
+        tensors: for the plan, by name.
+        weight: the numbers that it stands for ``(out, in)``, if later blocks are to see them.
+    """
+
+    tensors: Mapping[str, Tensor]
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LearntRounding(WeightOnly, Calibrated):
+    """Base of passes that round weights as data tell; what they learn of a weight is in the plan, under its path.
+
+    Data go through the model block by block, so that no more than one block's statistics are held. Weights that no data reach (a
+    head that is tied to the embedding, experts, convolutions) are rounded to the nearest.
+
+    Class attributes:
+        sequential: later blocks read what the ones before give with the weights that were learnt.
+    """
+
+    fits_cache: ClassVar[bool] = False
+    sequential: ClassVar[bool] = False
+
+    @abstractmethod
+    def learn(self, weights: Sequence[Tensor], moments: InputMoments) -> list[Learnt]:
+        """What is kept of each of the weights ``(out, in)``, float32, that read one input."""
+
+    def calibrate(self, program: Program, run: Run) -> dict[str, Tensor]:
+        groups: dict[fx.Node, dict[str, SharedWeight]] = {}
+        for site in self.find(program):
+            if (path := self._learns(site, program)) is not None:
+                groups.setdefault(site.uses[0].operand(), {})[path] = site  # type: ignore[union-attr]
+        learnt: dict[str, Tensor] = {}
+        for block in run.blocks("inputs of linears"):
+            inside = [group for group in groups.values() if group.keys() <= block.weights]
+            moments = {next(iter(group)): InputMoments(next(iter(group.values()))) for group in inside}
+            block.inputs({path: m.see for path, m in moments.items()})
+            for group, seen in zip(inside, moments.values(), strict=True):
+                for path, kept in self._fit(program, group, seen).items():
+                    learnt |= {f"{self.name}/{path}/{part}": t.contiguous() for part, t in kept.tensors.items()}
+                    if self.sequential and kept.weight is not None:
+                        block.put({path: kept.weight.t() if group[path].transposed else kept.weight})
+        if not learnt:
+            raise PassError(
+                f"{self.name} found no linear to calibrate: include and exclude leave none, or no block has one"
+            )
+        return learnt
+
+    def _fit(self, program: Program, group: dict[str, SharedWeight], moments: InputMoments) -> dict[str, Learnt]:
+        first = next(iter(group))
+        if not moments.rows:
+            raise PassError(f"{self.name}: no calibration data reach {first}")
+        if not bool(moments.products.isfinite().all()):
+            raise PassError(
+                f"{self.name}: the inputs of {first} are not finite; look for NaN in the data and in the weights before it"
+            )
+        weights = []
+        for site in group.values():
+            w = program.tensors.value(site.weight)
+            assert w is not None
+            weights.append((w.t() if site.transposed else w).detach().float())
+        passes = self.at([path for site in group.values() for path in site.paths])
+        return dict(zip(group, passes.learn(weights, moments), strict=True))
+
+    def _learns(self, site: SharedWeight, program: Program) -> str | None:
+        """The path of a weight that has one use, a plain linear, and is wanted."""
+        if len(site.uses) != 1 or not isinstance(site.uses[0], Linear) or site.uses[0].select is not None:
+            return None
+        wanted = all(isinstance(self.wanted(path), Take) for path in site.paths)
+        taken = wanted and isinstance(self.at(site.paths).check(site, program), Take)
+        return program.tensors.path(site.weight) if taken else None
+
+    def learnt(self, site: SharedWeight, program: Program, part: str) -> Tensor | None:
+        """What the plan holds of a weight; None where it was not calibrated."""
+        return program.artefacts.get(f"{self.name}/{program.tensors.path(site.weight)}/{part}")
+
+    def whole(self, program: Program, sites: Sequence[SharedWeight]) -> str | None:
+        said = super().whole(program, sites)
+        if said is None and not any(name.startswith(f"{self.name}/") for name in program.artefacts):
+            return (
+                "not calibrated, so every weight is rounded to the nearest: give accelpass.calibrate(model, batches, "
+                f"['{self.name}']) as options={{'plan': ...}}"
+            )
+        return said
+
+
+@dataclass(frozen=True)
+class Balanced(LearntRounding):
+    """Base of passes that divide input channels by factors, and multiply the weight by them before it is rounded.
+
+    The product is the same; what rounding costs a channel is not. Linears that read one input have one set of factors, so that it is
+    divided once. Factors are of the plan and weights are live: ones that are swapped or loaded anew are rounded as these were.
+    """
+
+    @abstractmethod
+    def factors(self, weights: Sequence[Tensor], moments: InputMoments) -> Tensor:
+        """A factor above 0 for each input channel ``(in,)``."""
+
+    def learn(self, weights: Sequence[Tensor], moments: InputMoments) -> list[Learnt]:
+        return [Learnt({"factors": self.factors(weights, moments)})] * len(weights)
+
+    def recipe(self, site: SharedWeight, edit: Edits) -> Recipe:
+        plain, factors = super().recipe(site, edit), self.learnt(site, edit.program, "factors")
+        if factors is None:
+            return plain
+        width = shape(site.weight)[0 if site.transposed else 1]
+        if factors.shape != (width,):
+            raise PlanError(
+                f"{self.name}: the plan has {len(factors)} factors for {site.path}, which reads {width} channels"
+            )
+        rows = 1 / self._shares(site, factors).float()
+        rows = rows.unsqueeze(-1) if site.transposed else rows
+        return Recipe((*plain.key, "balanced", digest(factors)), lambda w: plain.fn(w.float() * placed(w, [rows])[0]))
+
+    def entering(self, site: SharedWeight, use: Linear, edit: Edits) -> fx.Node:
+        x, factors = use.operand(), self.learnt(site, edit.program, "factors")
+        if factors is None:
+            return x
+        mark = (self.name, digest(factors))
+        for user in x.users:
+            if user.meta.get(_DIVIDED) == mark:
+                return user
+        (shares,) = edit.program.tensors.artefact(
+            site.weight, (self._shares(site, factors),), [f"{site.weight.name}_shares"]
+        )
+        divided = edit.call(use.node, aten.mul.Tensor, x, shares)
+        divided.meta[_DIVIDED] = mark
+        first = min(x.users)
+        if first < divided:  # in front of all that read the input, for those that are divided alike
+            first.prepend(divided)
+        return divided
+
+    @staticmethod
+    def _shares(site: SharedWeight, factors: Tensor) -> Tensor:
+        """What the input is multiplied by, as it will be held: the weight's factors are the inverse of just these numbers."""
+        return (1 / factors).to(value(site.weight).dtype)
+
+
+_DIVIDED = "accelpass_divided"
+"""Key of a node's ``meta``: by which pass and which factors it divides."""
