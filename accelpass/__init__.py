@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from accelpass.ir.transform.steps import StepError
     from accelpass.view.report import Report
+    from accelpass.view.shrink_report import ShrinkReport, shrink_report
     from accelpass.view.surviving import SurvivingTokens, surviving_tokens
 
     __version__: str
@@ -47,6 +48,7 @@ __all__ = [
     "PlanError",
     "ReleasedWeightError",
     "Report",
+    "ShrinkReport",
     "SpecConflict",
     "StepError",
     "SurvivingTokens",
@@ -63,6 +65,7 @@ __all__ = [
     "sampling_run",
     "save",
     "search_steps",
+    "shrink_report",
     "state",
     "surviving_tokens",
     "write",
@@ -78,6 +81,7 @@ _HOMES = {
     "PassError": _ERRORS,
     "PlanError": _ERRORS,
     "ReleasedWeightError": _ERRORS,
+    "ShrinkReport": "accelpass.view.shrink_report",
     "SpecConflict": _ERRORS,
     "StepError": "accelpass.ir.transform.steps",
     "SurvivingTokens": "accelpass.view.surviving",
@@ -90,6 +94,7 @@ _HOMES = {
     "export_onnx": "accelpass.api.onnx_export",
     "load": "accelpass.api.packed",
     "save": "accelpass.api.packed",
+    "shrink_report": "accelpass.view.shrink_report",
     "search_steps": "accelpass.api.step_search",
     "read": "accelpass.api.stateful",
     "reset": "accelpass.api.stateful",

@@ -7,6 +7,7 @@ these are swapped or loaded anew.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Collection, Sequence
@@ -301,10 +302,12 @@ class _Surgery:
         made = {node: self._derived(node, dims) for node, dims in self.weights.items()}
         made |= {node: self._cut(node, dims) for node, dims in self.taken.items()}
         for node, change in self.changes.items():
-            node.target = change.target
-            replaced = _mapped(change.args, lambda given, node=node: self._argument(given, node, made))
-            node.args = tuple(replaced)
-            node.kwargs = _mapped(change.kwargs, lambda given, node=node: self._argument(given, node, made))
+            put = functools.partial(self._argument, node=node, made=made)
+            node.target, node.args, node.kwargs = (
+                change.target,
+                tuple(_mapped(change.args, put)),
+                _mapped(change.kwargs, put),
+            )
             if node in self.values:
                 node.meta["val"] = self.values[node]
         for node in self.changes:
@@ -358,9 +361,9 @@ class _Surgery:
             return call(graph, node, operator.mul, size, given.new)
 
     def _told(self, old: fx.Node, new: fx.Node) -> Shrunk:
-        shapes = [tuple(int(s) for s in value(n).shape) for n in (old, new)]
+        before, after = (tuple(int(s) for s in value(n).shape) for n in (old, new))
         sizes = [int(value(n).numel() * value(n).element_size()) for n in (old, new)]
-        return Shrunk(self.program.tensors.path(old) or old.name, *shapes, *sizes)
+        return Shrunk(self.program.tensors.path(old) or old.name, before, after, *sizes)
 
 
 def _mapped(tree: Any, fn: Callable[[Any], Any]) -> Any:

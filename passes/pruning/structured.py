@@ -38,7 +38,7 @@ class Channels:
 
     def dimension(self, program: Program) -> Sequence[Axis]:
         """The axes of the dimension that the channels, or the heads, are in."""
-        return program.analysis(axes).of(self.mlp.down.operand())[-1].leaves  # type: ignore[no-any-return]
+        return program.analysis(axes).of(self.mlp.down.operand())[-1].leaves
 
     def said(self, before: int, after: int) -> str:
         return f"{after} of {before} channels"
@@ -91,6 +91,7 @@ class StructuredPruning(SitePass):
     phase: ClassVar[str] = "structure"
     identity: ClassVar[dict[str, Any] | None] = {"channels": 0.0, "heads": 0.0}
     edits: ClassVar[frozenset[str]] = frozenset({Channels.aspect, Heads.aspect})
+    reads: ClassVar[frozenset[str]] = frozenset({"block.steps"})  # a layer that is left out is not pruned first
     nothing: ClassVar[str] = "no MLP and no attention was recognised in this graph"
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def influence(model: Any, batches: list[Tensor]) -> Tensor:
     count = len(model.model.layers)
     names = [f"model.layers.{n}.input_layernorm" for n in range(count)] + ["model.norm"]
     streams = list(inputs(model, names, batches).values())
-    each = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(streams, streams[1:], strict=False)]
+    each = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in itertools.pairwise(streams)]
     return 1 - torch.stack(each)
 
 
