@@ -16,12 +16,8 @@ from accelpass.ir.analyses.axes.axes import Axes, Dim
 from accelpass.ir.analyses.axes.axis_flow import elementwise, rule_of
 from accelpass.ir.attention.spec.op import spec_of
 from accelpass.ir.core.graph import known, shape, value
-from accelpass.ir.errors import AccelpassError
+from accelpass.ir.transform.changed_axes import CannotShrink
 from accelpass.ir.transform.kept import Leaves, before_of, interleaved, moved, now_of
-
-
-class CannotShrink(AccelpassError):
-    """Says which node stands in the way."""
 
 
 @dataclass(frozen=True)

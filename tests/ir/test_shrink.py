@@ -22,7 +22,9 @@ from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import aten, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.verify import signature, verify
-from accelpass.ir.transform.shrink import CannotShrink, Static, carriers, shrink
+from accelpass.ir.transform.changed_axes import CannotShrink, carriers
+from accelpass.ir.transform.kept import Static
+from accelpass.ir.transform.shrink import shrink
 from tests.sweep import examples
 
 WIDTH, HIDDEN, HEADS, DIM = 8, 12, 4, 4
