@@ -27,6 +27,8 @@ from .ir.errors import SpecConflict as SpecConflict
 from .ir.transform.steps import StepError as StepError
 from .version import __version__ as __version__
 from .view.report import Report as Report
+from .view.shrink_report import ShrinkReport as ShrinkReport
+from .view.shrink_report import shrink_report as shrink_report
 from .view.surviving import SurvivingTokens as SurvivingTokens
 from .view.surviving import surviving_tokens as surviving_tokens
 

@@ -10,6 +10,7 @@ Scorers are compared at equal size. Perplexity is over 4096 tokens of Python's r
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import random
 import statistics
@@ -25,7 +26,7 @@ from torch import Tensor, fx
 import accelpass
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.program import Program
-from accelpass.ir.transform.shrink import Carrier
+from accelpass.ir.transform.changed_axes import Carrier
 from accelpass.models_zoo import load
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.pruning.structured import Site, StructuredPruning
@@ -34,6 +35,7 @@ from benchmarks.quality import TOKENS, perplexity, prose
 CALIBRATION, LENGTH = 4, 512
 SHARES = ({"channels": 0.25, "heads": 0.0}, {"channels": 0.0, "heads": 0.25}, {"channels": 0.25, "heads": 0.25})
 LAYERS = (3, 6)
+CODES = (2048, 8192)
 Row = dict[str, Any]
 
 
@@ -61,6 +63,8 @@ def candidates(model: Any, ids: Tensor) -> dict[str, tuple[list[Any], Any]]:
         rows[f"random, {size}"] = [RandomPrune(**share)], None
         rows[f"magnitude_prune, {size}"] = [{"name": "magnitude_prune", **share}], None
         rows[f"wanda, {size}"] = [{"name": "wanda", **share}], plan
+    for count in CODES:
+        rows[f"vq_logits, {count} codes"] = [{"name": "vq_logits", "codes": count, "iterations": 5}], None
     for count in LAYERS:
         rows[f"shortgpt, {count} layers"] = [{"name": "shortgpt", "remove": count}], plan
     return rows
@@ -73,9 +77,11 @@ def compiled(model: Any, passes: list[Any], plan: Any, **options: Any) -> Any:
 
 
 @torch.no_grad()
-def quality(model: Any, ids: Tensor) -> list[Row]:
+def quality(model: Any, ids: Tensor, only: str) -> list[Row]:
     rows = []
     for name, (passes, plan) in candidates(model, ids).items():
+        if not fnmatch.fnmatchcase(name, only):
+            continue
         fast = compiled(model, passes, plan, lowering="eager")
         found = perplexity(lambda window, fast=fast: fast(window, use_cache=False).logits, ids[:, :TOKENS])
         report = accelpass.explain(fast)
@@ -134,6 +140,7 @@ def timing(model: Any, ids: Tensor, turns: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--timing", action="store_true", help="measure time in place of quality")
+    parser.add_argument("--only", default="*", help="a shell pattern: rows to measure anew in the file")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a JSON file to write")
@@ -141,8 +148,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model, tokenizer = load("smollm2-135m")
     ids = prose(tokenizer, TOKENS + CALIBRATION * LENGTH)
-    rows = timing(model, ids, options.turns) if options.timing else quality(model, ids)
+    rows = timing(model, ids, options.turns) if options.timing else quality(model, ids, options.only)
     if options.out is not None:
+        if options.only != "*" and options.out.is_file():
+            new = {row["name"] for row in rows}
+            rows = [row for row in json.loads(options.out.read_text()) if row["name"] not in new] + rows
         options.out.write_text(json.dumps(rows, indent=1))
 
 

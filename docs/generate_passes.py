@@ -25,8 +25,10 @@ import typer
 from accelpass.passes.core.base import PHASES, Calibrated, CalibratedOnLoss, Pass, SitePatterns
 from accelpass.passes.core.registry import registered
 from accelpass.passes.kv_cache.base import KVPass
+from accelpass.passes.pruning.wanda import Wanda
 from accelpass.passes.sparse_attention.span_pass import SpanPass
 from accelpass.passes.step_cache.base import Searched, StepPass
+from accelpass.passes.structure.shortgpt import ShortGpt
 from accelpass.passes.token_pruning.base import TokenPruning
 from accelpass.passes.token_pruning.filter import PromptFilter
 from docs.pass_savings import SETTINGS, Savings, savings
@@ -37,6 +39,7 @@ GUIDES = {
     "kv_cache": "kv-cache.md",
     "sparse_attention": "sparse-attention.md",
     "token_pruning": "token-pruning.md",
+    "pruning": "structured-pruning.md",
     "step_cache": "diffusion.md",
 }
 """The guide of each family, by the folder that its passes are in."""
@@ -51,6 +54,8 @@ NEEDS: tuple[tuple[type, str], ...] = (
     (StepPass, "a denoising model whose inputs are named as diffusers names them (`hidden_states`, `timestep`)"),
     (Searched, "a plan of `accelpass.search_steps`, which runs the sampler"),
     (CalibratedOnLoss, "a plan of `accelpass.calibrate`, or the rule as options"),
+    (Wanda, "a plan of `accelpass.calibrate`"),
+    (ShortGpt, "a plan of `accelpass.calibrate`; a decoder"),
     (Calibrated, "nothing, or for better quality a plan of `accelpass.calibrate`"),
 )
 """What a user must bring, by the class that says so."""

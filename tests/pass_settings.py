@@ -87,6 +87,7 @@ SETTINGS: dict[str, Setting] = {
     "magnitude_prune": Setting({"heads": 0.5}, ("prompt", "decoder", "encoder")),
     "wanda": Setting({"heads": 0.5}, tensors=_norms()),
     "shortgpt": Setting({"remove": 1}, tensors={INFLUENCE: torch.tensor([0.9, 0.1])}),
+    "vq_logits": Setting({"codes": 8}, ("prompt", "decoder")),
     "skip_layers": Setting({"least": 1, "start": 24, "horizon": 25}),
     "early_exit": Setting({"threshold": 0.0}),
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),

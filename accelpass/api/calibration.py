@@ -18,6 +18,7 @@ from accelpass.ir.analyses.structure.linear import linears
 from accelpass.ir.core.capture import from_dynamo
 from accelpass.ir.core.derived import DERIVED
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import AccelpassError, OptionError, PassError
 from accelpass.ir.transform.tap import Tap, tap
 from accelpass.passes.core.base import BlockRun, Calibrated, CalibratedOnLoss, Watch
@@ -80,7 +81,7 @@ class _Runner:
 
         def begin(program: Program) -> Sequence[tuple[fx.Node, Watch]]:
             of = {program.tensors.path(site.weight): site.operand() for site in program.analysis(linears)}
-            seen.update(of.keys() & watched.keys())
+            seen.update(path for path in watched if path in of)
             return [(of[path], watch) for path, watch in watched.items() if path in of]
 
         self._run(begin, what)
@@ -110,6 +111,7 @@ class _Runner:
     def _run(self, begin: Callable[[Program], Sequence[tuple[fx.Node, Watch]]], what: str) -> None:
         def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             program = from_dynamo(gm, inputs)
+            assert isinstance(program.tensors, FromInputs)
             with torch.no_grad():
                 attention.insert(program)
                 watched = begin(program)

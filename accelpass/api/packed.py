@@ -47,7 +47,9 @@ def save(fast: Any, folder: str | Path) -> None:
         tensors |= {k: t.detach().contiguous() for k, t in zip(keys, made, strict=True)}
         entries.append({"key": recipe.key, "sources": [names[i] for i in ids], "tensors": keys})
         packed |= set(ids)
-    floats = {n: t for n, t in module.state_dict(keep_vars=True).items() if id(t) not in packed}
+    # An embedding may still read the float rows of what its tied head has in another form.
+    read = {id(t) for g in found.graphs if g.binder is not None for t in g.models.read_at(g.binder.kept)}
+    floats = {n: t for n, t in module.state_dict(keep_vars=True).items() if id(t) not in packed or id(t) in read}
     for name, tensor in floats.items():
         if is_released(tensor):
             raise AccelpassError(f"{name} was released and is not packed; load the model again")
@@ -98,7 +100,8 @@ def load(model: torch.nn.Module, folder: str | Path, **options: Any) -> Any:
     except (KeyError, TypeError) as cause:
         raise PlanError(f"{source} is damaged: {cause} is missing") from cause
     model.load_state_dict(floats, strict=False)
-    sources = {id(s): s for _, group, _ in entries for s in group}
+    read = {id(named[n]) for n in floats}
+    sources = {id(s): s for _, group, _ in entries for s in group if id(s) not in read}
     DERIVED.release([s for s in sources.values() if owns_storage(s)])
     for key, group, made in entries:
         DERIVED.seed(group, Recipe(key, _unpackable), made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,11 @@ class Owners:
     def module(self) -> nn.Module | None:
         """The module whose method the graph was made of, if it is alive."""
         return None if self.frame is None or self.frame.module is None else self.frame.module()
+
+    def read_at(self, positions: Collection[int]) -> list[Tensor]:
+        """The model tensors at these positions among a call's arguments, of every model that has run the graph."""
+        paths = [path for p, path in self._places if p in positions]
+        return [tensors[path] for tensors in self.ran_with() for path in paths if path in tensors]
 
     def note(self, args: Sequence[Any]) -> None:
         """Remember whose call this is. One tensor tells; it is asked for at each call."""

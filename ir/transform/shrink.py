@@ -7,9 +7,10 @@ these are swapped or loaded anew.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,30 +19,24 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from accelpass.ir.analyses.axes.axes import Axes, Axis, Dim, axes
+from accelpass.ir.analyses.axes.axes import Axis
 from accelpass.ir.attention.lowering.lower import like_in_memory, renew_origin
 from accelpass.ir.attention.spec.op import is_attention
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import aten, call, is_call, known, value
 from accelpass.ir.core.program import Program
+from accelpass.ir.transform.changed_axes import CannotShrink, ChangedAxes
 from accelpass.ir.transform.kept import (
-    CHOSEN,
-    PIECES,
-    Leaf,
     Leaves,
     Static,
     before_of,
-    by_rows,
-    kept_of,
     now_of,
     positions,
 )
-from accelpass.ir.transform.shrink_rules import CannotShrink, Change, Scaled, rule_for
+from accelpass.ir.transform.shrink_rules import Change, Scaled, rule_for
 
 FORMAT = 1
 """Part of every recipe's key: raised when the same description would come to mean other rows."""
-
-__all__ = ["CannotShrink", "Carrier", "Shrunk", "Static", "carriers", "shrink"]
 
 
 @dataclass(frozen=True)
@@ -53,22 +48,6 @@ class Shrunk:
     after: tuple[int, ...]
     bytes_before: int
     bytes_after: int
-
-
-@dataclass(frozen=True, eq=False)
-class Carrier:
-    """A weight that has an axis in dimension ``dim``; ``leaves`` says how the axis lies in it.
-
-    ``reads``: what is computed from the weight sums over the axis (a down projection), and does not have it.
-    """
-
-    weight: fx.Node
-    dim: int
-    leaves: Leaves
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """``(size of the axis, n)``: what the weight's tensor holds for each row of the axis."""
-        return by_rows(self.leaves, tensor, self.dim)
 
 
 def shrink(program: Program, axis: Axis, keep: Static, region: Collection[fx.Node] | None = None) -> list[Shrunk]:
@@ -90,99 +69,19 @@ def shrink(program: Program, axis: Axis, keep: Static, region: Collection[fx.Nod
     return surgery.commit()
 
 
-def carriers(program: Program, axis: Axis) -> list[Carrier]:
-    """The weights that have an axis, in graph order; a weight that has it in two dimensions is listed for each."""
-    surgery = _Surgery(program, axis, Static(max(1, int(axis.size) - 1), Recipe((), lambda: ())), None)
-    return [
-        Carrier(node, at, leaves)
-        for node in program.graph.nodes
-        if program.tensors.is_constant(node)
-        for at, leaves in surgery.changed(node).items()
-    ]
-
-
 class _Surgery:
     """One call of :func:`shrink`: what becomes of each node is found first (:meth:`follow`), and done once all can follow."""
 
     def __init__(self, program: Program, axis: Axis, keep: Static, region: frozenset[fx.Node] | None) -> None:
-        size = axis.size
-        if not isinstance(size, int):
-            raise CannotShrink(f"the axis has a size that only run time knows ({size})")
-        if not 0 < keep.count <= size:
-            raise CannotShrink(f"{keep.count} of {size} rows cannot be kept")
-        if keep.by.key[:1] == ("rows",) and keep.by.key[1][-1] >= size:
-            raise CannotShrink(f"row {keep.by.key[1][-1]} is kept, and the axis has {size} rows, from 0")
+        changing = ChangedAxes(program, axis, keep.count)
+        self.axes, self.changed, self.size = changing.axes, changing.of, changing.size
+        if keep.by.key[:1] == ("rows",) and keep.by.key[1][-1] >= axis.size:
+            raise CannotShrink(f"row {keep.by.key[1][-1]} is kept, and the axis has {axis.size} rows, from 0")
         self.program, self.keep, self.region = program, keep, region
-        self.axes: Axes = program.analysis(axes)
-        self.leaf: dict[Axis, Leaf] = {axis: (CHOSEN, size, keep.count)}
-        self._spread()
         self.values: dict[fx.Node, Any] = {}
         self.weights: dict[fx.Node, dict[int, Leaves]] = {}
         self.taken: dict[fx.Node, dict[int, Leaves]] = {}
         self.changes: dict[fx.Node, Change] = {}
-
-    # --- which axes change
-
-    def _spread(self) -> None:
-        """What is put together from the axis, or is cut from what is, changes too."""
-        grown = True
-        while grown:
-            grown = False
-            for part in self.axes.parts:
-                grown |= self._joined(part)
-        for part in self.axes.parts:
-            cut = [a for a in part.whole if a in self.leaf and a not in part.part]
-            if cut and not self._is_piece(part):
-                raise CannotShrink(f"{part.part[0].made if part.part else 'a slice'} is some rows of the axis")
-
-    def _joined(self, part: Any) -> bool:
-        changed = [a for a in part.part if a in self.leaf]
-        if not changed or all(a in part.whole for a in changed):
-            return False
-        if len(part.whole) != 1 or not isinstance(part.start, int) or not isinstance(part.whole[0].size, int):
-            raise CannotShrink(
-                f"{part.whole[0].made if part.whole else 'a value'} holds the axis among others, in pieces"
-            )
-        (whole,) = part.whole
-        piece = (part.start, part.step, self.leaves(part.part))
-        old: Any = self.leaf.get(whole, (PIECES, whole.size, ()))
-        if old[0] != PIECES:
-            raise CannotShrink(f"{whole.made} is cut into pieces along the axis")
-        if piece in old[2]:
-            return False
-        self.leaf[whole] = (PIECES, whole.size, tuple(sorted((*old[2], piece), key=lambda p: p[0])))
-        return True
-
-    def _is_piece(self, part: Any) -> bool:
-        """Whether rows of a changed axis are one of its pieces, or beside all of them."""
-        if len(part.whole) != 1 or not isinstance(part.start, int) or not isinstance(part.size, int):
-            return False
-        leaf: Any = self.leaf[part.whole[0]]
-        if leaf[0] != PIECES:
-            return False
-        mine = set(range(part.start, part.start + part.size * part.step, part.step))
-        for start, step, leaves in leaf[2]:
-            if (start, step, leaves) == (part.start, part.step, self.leaves(part.part)):
-                return True
-            count = before_of(leaves)
-            if mine.intersection(range(start, start + count * step, step)):
-                return False
-        return True
-
-    def leaves(self, found: Sequence[Axis]) -> Leaves:
-        return tuple(self.leaf.get(a, a.size) for a in found)
-
-    def changed(self, node: fx.Node) -> dict[int, Leaves]:
-        """The dimensions of a node that change, by number."""
-        found = enumerate(self.axes.of(node))
-        return {at: self.leaves(dim.leaves) for at, dim in found if any(a in self.leaf for a in dim.leaves)}
-
-    def size(self, dim: Dim) -> Any:
-        """The size of a dimension afterwards."""
-        size = dim.size
-        for leaf in (self.leaf[a] for a in dim.leaves if a in self.leaf):
-            size = size // leaf[1] * kept_of(leaf)  # type: ignore[index]
-        return size
 
     # --- what becomes of each node
 
@@ -199,8 +98,12 @@ class _Surgery:
                 self._end(node)
             elif self.region is None or node in self.region:
                 self._step(node)
-            elif any(self.region is not None and n in self.region and self.changed(n) for n in node.all_input_nodes):
+            elif any(self.region is not None and n in self.region and self._resized(n) for n in node.all_input_nodes):
                 raise CannotShrink(f"{node.name}, which is outside, reads the axis")
+
+    def _resized(self, node: fx.Node) -> bool:
+        """Whether what a node gives has another shape; of a tuple the analysis has no dimensions, so values tell."""
+        return node in self.values and _shapes(self.values[node]) != _shapes(value(node))
 
     def _source(self, node: fx.Node) -> None:
         dims = self.changed(node)
@@ -220,7 +123,7 @@ class _Surgery:
 
     def _end(self, node: fx.Node) -> None:
         for given in node.all_input_nodes:
-            if self.changed(given) and (self.region is None or given in self.region):
+            if self._resized(given) and (self.region is None or given in self.region):
                 raise CannotShrink(f"{given.name} has the axis, and the graph returns it")
 
     def _step(self, node: fx.Node) -> None:
@@ -301,10 +204,12 @@ class _Surgery:
         made = {node: self._derived(node, dims) for node, dims in self.weights.items()}
         made |= {node: self._cut(node, dims) for node, dims in self.taken.items()}
         for node, change in self.changes.items():
-            node.target = change.target
-            replaced = _mapped(change.args, lambda given, node=node: self._argument(given, node, made))
-            node.args = tuple(replaced)
-            node.kwargs = _mapped(change.kwargs, lambda given, node=node: self._argument(given, node, made))
+            put = functools.partial(self._argument, node=node, made=made)
+            node.target, node.args, node.kwargs = (
+                change.target,
+                tuple(_mapped(change.args, put)),
+                _mapped(change.kwargs, put),
+            )
             if node in self.values:
                 node.meta["val"] = self.values[node]
         for node in self.changes:
@@ -358,9 +263,9 @@ class _Surgery:
             return call(graph, node, operator.mul, size, given.new)
 
     def _told(self, old: fx.Node, new: fx.Node) -> Shrunk:
-        shapes = [tuple(int(s) for s in value(n).shape) for n in (old, new)]
+        before, after = (tuple(int(s) for s in value(n).shape) for n in (old, new))
         sizes = [int(value(n).numel() * value(n).element_size()) for n in (old, new)]
-        return Shrunk(self.program.tensors.path(old) or old.name, *shapes, *sizes)
+        return Shrunk(self.program.tensors.path(old) or old.name, before, after, *sizes)
 
 
 def _mapped(tree: Any, fn: Callable[[Any], Any]) -> Any:
@@ -371,6 +276,10 @@ def _mapped(tree: Any, fn: Callable[[Any], Any]) -> Any:
         mapped = [_mapped(v, fn) for v in tree]
         return mapped if isinstance(tree, list) else tuple(mapped)
     return fn(tree)
+
+
+def _shapes(made: Any) -> list[str]:
+    return [str(t.shape if isinstance(t, Tensor) else t) for t in tree_leaves(made)]
 
 
 def _layout(made: Any) -> list[str]:

@@ -16,12 +16,8 @@ from accelpass.ir.analyses.axes.axes import Axes, Dim
 from accelpass.ir.analyses.axes.axis_flow import elementwise, rule_of
 from accelpass.ir.attention.spec.op import spec_of
 from accelpass.ir.core.graph import known, shape, value
-from accelpass.ir.errors import AccelpassError
+from accelpass.ir.transform.changed_axes import CannotShrink
 from accelpass.ir.transform.kept import Leaves, before_of, interleaved, moved, now_of
-
-
-class CannotShrink(AccelpassError):
-    """Says which node stands in the way."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class Change:
             return default
         if at < len(self.args):
             return self.args[at]
-        declared = self.node.target._schema.arguments[at]  # type: ignore[union-attr]
+        declared = self.node.target._schema.arguments[at]
         return declared.default_value if declared.has_default_value() else default
 
     def put(self, name: str, given: Any) -> None:
@@ -84,7 +80,7 @@ class Change:
             self.args[at : at + 1] = [given]
 
     def _at(self, name: str) -> int | None:
-        declared = self.node.target._schema.arguments  # type: ignore[union-attr]
+        declared = self.node.target._schema.arguments
         return next((i for i, a in enumerate(declared) if a.name == name), None)
 
     def axis(self, name: str = "dim", default: int = 0) -> int:
@@ -199,7 +195,7 @@ def _glu(change: Change) -> None:
 @rule("view", "reshape", "_unsafe_view", "expand", "broadcast_to", "zeros", "ones", "full", "empty")
 def _sized(change: Change) -> None:
     name = "size" if change.get("size") is not None else "shape"
-    if change.node.target.overloadpacket._qualified_op_name == "aten::view" and not isinstance(  # type: ignore[union-attr]
+    if change.node.target.overloadpacket._qualified_op_name == "aten::view" and not isinstance(
         change.get(name), list | tuple
     ):
         return  # as another dtype

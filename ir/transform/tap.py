@@ -68,12 +68,15 @@ class Tap:
             it takes the place of the last value.
         how: what is gathered over calls: their ``sum``, ``max``, ``min`` or ``last`` result; ``replace`` for a tap that replaces.
         name: tells several taps at one point apart.
+        written: ``fn`` gets one vector more, of the last value's channels: zeros, until ``accelpass.write`` sets it (steering,
+            masking).
     """
 
     at: str
     fn: Callable[..., Tensor]
     how: str = "sum"
     name: str = ""
+    written: bool = False
 
     def __post_init__(self) -> None:
         if self.how not in (*STARTS, "replace"):
@@ -115,7 +118,7 @@ def _points(program: Program) -> Iterator[Point]:
 
 
 def tap(program: Program, taps: Sequence[Tap], by: str) -> dict[str, fx.Node]:
-    """Put taps into a graph; returns the state that each fills, by ``by.point`` or ``by.point.name``.
+    """Put taps into a graph; returns the state that each fills or reads, by ``by.point`` or ``by.point.name``.
 
     What is gathered lives with the model and is shared by all its graphs: ``accelpass.read(fast, "by.*")`` gives it, and
     ``accelpass.reset`` sets it back. Analyses are to be run anew afterwards (``program.changed()``).
@@ -129,10 +132,15 @@ def tap(program: Program, taps: Sequence[Tap], by: str) -> dict[str, fx.Node]:
         for point in found:
             if one.fits(point):
                 name = ".".join(filter(None, (by, point.name, one.name)))
+                given = list(point.nodes)
+                if one.written:
+                    written = name if one.how == "replace" else f"{name}.written"
+                    slots[written] = _vector(program, point, anchor, written)
+                    given.append(slots[written])
                 if one.how == "replace":
-                    _replace(program, one, point)
+                    _replace(program, one, point, given)
                 else:
-                    slots[name] = _read(program, one, point, anchor, name)
+                    slots[name] = _read(program, one, point, given, anchor, name)
     program.gm.recompile()
     return slots
 
@@ -149,16 +157,23 @@ def _is_own(program: Program, node: fx.Node) -> bool:
     return node.op in ("placeholder", "get_attr") and program.tensors.sources(node) == [node]
 
 
-def _made(program: Program, one: Tap, point: Point) -> fx.Node:
-    """What the function gives, behind the last of the point's values."""
-    traced = trace(program, lambda *given: [one.fn(*given)], point.nodes)
-    last = max((*point.nodes, placeholders(program.gm)[-1]) if program.door == "dynamo" else point.nodes)
-    (made,) = splice(program, traced, list(point.nodes), last.next)
+def _vector(program: Program, point: Point, anchor: fx.Node, name: str) -> fx.Node:
+    """The state that ``accelpass.write`` sets: a number for each channel of the point's last value."""
+    last = value(point.nodes[-1])
+    if not isinstance(last.shape[-1], int):
+        raise CannotTap(f"{point.name}: how many channels there are, only run time knows")
+    return program.tensors.state(anchor, StateSpec(name, (last.shape[-1],), last.dtype, "model"))
+
+
+def _made(program: Program, one: Tap, given: Sequence[fx.Node]) -> fx.Node:
+    """What the function gives, behind the last of what it is given."""
+    traced = trace(program, lambda *values: [one.fn(*values)], given)
+    (made,) = splice(program, traced, given, max((*given, placeholders(program.gm)[-1])).next)
     return made
 
 
-def _read(program: Program, one: Tap, point: Point, anchor: fx.Node, name: str) -> fx.Node:
-    made = _made(program, one, point)
+def _read(program: Program, one: Tap, point: Point, operands: Sequence[fx.Node], anchor: fx.Node, name: str) -> fx.Node:
+    made = _made(program, one, operands)
     given = value(made)
     if not all(isinstance(size, int) for size in given.shape):
         raise CannotTap(f"{point.name}: the tap gives {list(given.shape)}; sum over what changes from call to call")
@@ -179,9 +194,9 @@ def _read(program: Program, one: Tap, point: Point, anchor: fx.Node, name: str) 
     return slot
 
 
-def _replace(program: Program, one: Tap, point: Point) -> None:
+def _replace(program: Program, one: Tap, point: Point, operands: Sequence[fx.Node]) -> None:
     old = point.nodes[-1]
-    made = _made(program, one, point)
+    made = _made(program, one, operands)
     new, was = value(made), value(old)
     if str(new.shape) != str(was.shape) or new.dtype != was.dtype:
         raise CannotTap(f"{point.name}: the tap gives {list(new.shape)} {new.dtype} for {list(was.shape)} {was.dtype}")

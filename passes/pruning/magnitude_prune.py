@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.program import Program
-from accelpass.ir.transform.shrink import Carrier
+from accelpass.ir.transform.changed_axes import Carrier
 from accelpass.passes.core.base import Skip
 from accelpass.passes.pruning.structured import Site, StructuredPruning
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,9 @@ from accelpass.ir.analyses.structure.mlp import Mlp, mlps
 from accelpass.ir.attention.recognition.detect import Attention, detect
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.program import Program
-from accelpass.ir.transform.shrink import CannotShrink, Carrier, Static, carriers, shrink
+from accelpass.ir.transform.changed_axes import CannotShrink, Carrier, carriers, followers
+from accelpass.ir.transform.kept import Static
+from accelpass.ir.transform.shrink import shrink
 from accelpass.passes.core.base import Done, Skip, Take, Verdict
 from accelpass.passes.core.site_pass import Edits, SitePass
 
@@ -38,7 +40,11 @@ class Channels:
 
     def dimension(self, program: Program) -> Sequence[Axis]:
         """The axes of the dimension that the channels, or the heads, are in."""
-        return program.analysis(axes).of(self.mlp.down.operand())[-1].leaves  # type: ignore[no-any-return]
+        return program.analysis(axes).of(self.mlp.down.operand())[-1].leaves
+
+    def region(self, program: Program) -> Collection[fx.Node] | None:
+        """The nodes that are to shrink; None for all that have the axis."""
+        return None
 
     def said(self, before: int, after: int) -> str:
         return f"{after} of {before} channels"
@@ -60,6 +66,12 @@ class Heads:
         assert self.attention.node is not None
         keys = program.analysis(axes).of(self.attention.node.args[1])
         return keys[-3].leaves if len(keys) > 2 else ()
+
+    def region(self, program: Program) -> Collection[fx.Node] | None:
+        """What this attention's heads are computed from and read by: a bias may give the heads of all layers one axis."""
+        (axis,) = self.dimension(program)
+        of = self.attention
+        return followers(program, axis, [*of.q_proj, *of.k_proj, *of.v_proj])
 
     def said(self, before: int, after: int) -> str:
         groups = self.attention.spec.groups
@@ -91,6 +103,7 @@ class StructuredPruning(SitePass):
     phase: ClassVar[str] = "structure"
     identity: ClassVar[dict[str, Any] | None] = {"channels": 0.0, "heads": 0.0}
     edits: ClassVar[frozenset[str]] = frozenset({Channels.aspect, Heads.aspect})
+    reads: ClassVar[frozenset[str]] = frozenset({"block.steps"})  # a layer that is left out is not pruned first
     nothing: ClassVar[str] = "no MLP and no attention was recognised in this graph"
 
     def __post_init__(self) -> None:
@@ -155,7 +168,8 @@ class StructuredPruning(SitePass):
         program = edit.program
         (axis,) = site.dimension(program)
         try:
-            found = carriers(program, axis)
+            region = site.region(program)
+            found = carriers(program, axis, region)
             if not found:
                 return Skip("no weight has what would be taken out")
             score = self.score(site, found, program)
@@ -163,7 +177,7 @@ class StructuredPruning(SitePass):
                 return score
             recipe, of = score
             count = self.kept(site, int(axis.size))
-            shrunk = shrink(program, axis, Static.best(count, recipe, of))
+            shrunk = shrink(program, axis, Static.best(count, recipe, of), region)
         except CannotShrink as cause:
             return Skip(str(cause))
         before, after = (sum(getattr(s, name) for s in shrunk) for name in ("bytes_before", "bytes_after"))

@@ -22,7 +22,9 @@ from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import aten, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.verify import signature, verify
-from accelpass.ir.transform.shrink import CannotShrink, Static, carriers, shrink
+from accelpass.ir.transform.changed_axes import CannotShrink, carriers, followers
+from accelpass.ir.transform.kept import Static
+from accelpass.ir.transform.shrink import shrink
 from tests.sweep import examples
 
 WIDTH, HIDDEN, HEADS, DIM = 8, 12, 4, 4
@@ -274,6 +276,53 @@ def test_a_region_is_shrunk_alone_and_gets_its_rows_of_what_it_shares():
     assert value(second).shape[1] == HEADS and value(first).shape[1] == 2
     wanted = without(model, "first.o", [0, 3], DIM)(x)
     torch.testing.assert_close(run(program, inputs), wanted, atol=1e-5, rtol=1e-5)
+
+
+def region(program: Program, number: int) -> set[fx.Node]:
+    of = program.analysis(detect)[number]
+    return followers(program, heads(program, number), [*of.q_proj, *of.k_proj, *of.v_proj])
+
+
+def test_attentions_that_share_a_bias_lose_heads_of_their_own():
+    model, x = Biased().eval(), torch.randn(2, 5, WIDTH)
+    program, inputs = captured(model, x)
+    for number, kept in enumerate(([0, 3], [1])):
+        shrink(program, heads(program, number), Static.rows(kept), region(program, number))
+    wanted = without(without(model, "first.o", [0, 3], DIM), "second.o", [1], DIM)(x)
+    torch.testing.assert_close(run(program, inputs), wanted, atol=1e-5, rtol=1e-5)
+
+
+class Joint(nn.Module):
+    """Two streams that attend together, and have output projections of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (Attending("apart", HEADS, True) for _ in range(2))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (torch.cat(parts, 2) for parts in zip(self.one.parts(x), self.two.parts(y), strict=True))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        a, b = out.split([x.shape[1], y.shape[1]], 1)
+        return x + self.one.o(a), y + self.two.o(b)
+
+
+def test_a_joint_attention_loses_heads_in_both_streams_or_in_none():
+    model, given = Joint().eval(), (torch.randn(2, 5, WIDTH), torch.randn(2, 3, WIDTH))
+    program, inputs = captured(model, *given)
+    inside, before = region(program, 0), str(program.graph)
+    last = program.graph.find_nodes(op="call_function", target=aten.linear.default)[-1]
+    with pytest.raises(CannotShrink, match="which is outside, reads the axis"):
+        shrink(program, heads(program), Static.rows([0, 3]), inside - {last})
+    assert str(program.graph) == before
+    shrink(program, heads(program), Static.rows([0, 3]), inside)
+    attention.lower(program)
+    bound = program.tensors.binder()(inputs)
+    program.gm.recompile()
+    with torch.no_grad():
+        found = program.gm(*bound)
+    wanted = without(without(model, "one.o", [0, 3], DIM), "two.o", [0, 3], DIM)(*given)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_that_are_found_in_the_weights_follow_these():

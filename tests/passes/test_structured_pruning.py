@@ -207,3 +207,21 @@ def test_a_model_without_anything_to_prune_says_so():
 def test_options_are_checked(given: dict[str, Any], error: str):
     with pytest.raises(OptionError, match=error):
         make({"name": "magnitude_prune", **given})
+
+
+def test_the_report_of_what_shrank():
+    model, given = llama(0), ids()
+    fast = compiled(
+        model, MAGNITUDE, {"name": "skip_layers", "layers": [1]}, {"name": "int8_weights", "exclude": ["*.o_proj"]}
+    )
+    with torch.no_grad():
+        fast(given, use_cache=False)
+    report = accelpass.shrink_report(fast)
+    assert report.bytes == (3 * 36864, 3 * 18432) and report.gone == {"skip_layers": ("model.layers.1",)}
+    assert "  96x64 -> 96x32  model.layers.0.mlp.down_proj.weight" in str(report).splitlines()
+    taken = accelpass.explain(fast).passes["int8_weights"]  # a smaller weight has its own name still
+    assert "model.layers.0.mlp.down_proj" in taken.took and "model.layers.0.self_attn.o_proj" in taken.skipped
+    plain = compiled(model, "int8_weights")
+    with torch.no_grad():
+        plain(given, use_cache=False)
+    assert str(accelpass.shrink_report(plain)) == "nothing was made smaller"

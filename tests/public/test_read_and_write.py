@@ -57,6 +57,36 @@ def test_what_taps_gathered_is_read_set_and_reset_over_prompt_and_answer():
     assert not accelpass.read(fast, name)[name].any()
 
 
+@dataclass(frozen=True)
+class Steering(Pass):
+    """Adds a vector that the user writes to the stream behind a block."""
+
+    name: ClassVar[str] = "steering"
+    phase: ClassVar[str] = "structure"
+    summary: ClassVar[str] = "adds a vector to the stream"
+
+    def apply(self, program: Program, record: Record) -> None:
+        for name in tap(program, [Tap("*.0.residual", lambda x, y, v: y + v, "replace", written=True)], self.name):
+            record.take(name, Done("steered"))
+
+
+def test_a_stream_is_steered_by_what_is_written():
+    model, ids = small.decoder(), torch.arange(8)[None]
+    fast, vector = compiled(model, Steering()), torch.randn(32, generator=torch.Generator().manual_seed(0))
+    layer = model.model.layers[1]
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        torch.testing.assert_close(fast(ids, use_cache=False).logits, plain, atol=1e-5, rtol=1e-5)
+        accelpass.write(fast, {"steering.model.layers.0.residual": vector})
+        handle = layer.register_forward_pre_hook(lambda _, given: (given[0] + vector, *given[1:]))
+        wanted = model(ids, use_cache=False).logits
+        handle.remove()
+        torch.testing.assert_close(fast(ids, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(wanted, plain, atol=1e-2)
+        accelpass.reset(fast)
+        torch.testing.assert_close(fast(ids, use_cache=False).logits, plain, atol=1e-5, rtol=1e-5)
+
+
 def test_two_models_gather_apart():
     one, two = small.decoder(0), small.decoder(1)
     ids = torch.arange(8)[None]
