@@ -65,6 +65,8 @@ SETTINGS: dict[str, Setting] = {
     "int8_dynamic": Setting({}, ("mlp", "prompt", "encoder")),
     "int4_weights": Setting({"group_size": 32}, ("mlp", "prompt")),
     "h2o": Setting({"budget": 0.5}),
+    "a2sf": Setting({"budget": 0.5}),
+    "keyformer": Setting({"budget": 0.5}),
     "mikv": Setting({"budget": 0.5}),
     "kv_window": Setting({"budget": 0.5, "sinks": 2}),
     "kv_quant": Setting({"bits": 8}),

@@ -247,7 +247,7 @@ class Query:
 
     def tapped(self, tap: ScoreTap, new: New, step: Tensor, *segments: Segment) -> Attended:
         """As :meth:`attend`, with what ``tap`` gives each row in the place of its probabilities, ``step`` tokens after the prompt."""
-        if isinstance(tap, AttentionMass):
+        if isinstance(tap, AttentionMass) or (self.one and tap.is_mass_of_one):
             return self.attend(*segments, want=("mass",))
         logits = [self.logits(s) for s in segments]
         own = (torch.arange(one.shape[-1], device=one.device).expand(*one.shape[:2], -1) for one in logits)

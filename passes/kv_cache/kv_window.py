@@ -14,7 +14,7 @@ from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
 from accelpass.passes.core.base import Skip
 from accelpass.passes.kv_cache.base import KVPass
-from accelpass.passes.kv_cache.slots import Amount, Slots, check_budget, share
+from accelpass.passes.kv_cache.storage.slots import Amount, Slots, check_budget, share
 
 
 @dataclass(frozen=True)

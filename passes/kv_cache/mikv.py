@@ -16,9 +16,9 @@ from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, bank
 from accelpass.passes.core.base import Skip
 from accelpass.passes.kv_cache.base import KVPass
-from accelpass.passes.kv_cache.h2o import HeavyHitters
 from accelpass.passes.kv_cache.kv_quant import cannot_pack
-from accelpass.passes.kv_cache.slots import check_budget, check_recent, divided
+from accelpass.passes.kv_cache.storage.heavy_hitters import HeavyHitters
+from accelpass.passes.kv_cache.storage.slots import check_budget, check_recent, divided
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A method is a subclass: what a token's score is, how many tokens stay, and which
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar
 
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from accelpass.ir.attention.spec.spec import AttentionMass, ScoreTap
 from accelpass.ir.core.derived import StateSpec
-from accelpass.ir.kv.banks import EXACT, RowFormat, buffer, put_rows, taken_rows
+from accelpass.ir.kv.banks import EXACT, RowFormat, Rows, buffer, put_rows, taken_rows
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage, bank
 from accelpass.passes.core.base import Pass
+from accelpass.passes.kv_cache.storage.rotation import Tables, keep_tables, rotated, table_states
+from accelpass.passes.kv_cache.storage.selection import best_of_all, best_of_each
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,19 @@ class Slots(Storage):
 
     Order within a call: store the new tokens, attend over all that is there, update the scores, evict. A token that was
     evicted never returns.
+
+    Attributes:
+        answer: tokens after a prompt that are stored before one leaves for each that comes.
+        tables: keys are stored as they were before the rotary embedding, and rotated by their place among what is left; what
+            the rotation reads (:mod:`.rotation`). None: they keep the rotation of their own position.
+        shares: the heads of a layer have one budget together, of which each has at least this share of its even part
+            (AdaKV, arXiv 2407.11550). None: each has an even part. What each has is settled when a prompt ends.
     """
 
     knows_held: ClassVar[bool] = True
+    answer: int = field(default=0, kw_only=True)
+    tables: Tables | None = field(default=None, kw_only=True)
+    shares: float | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def most(self, capacity: int) -> int:
@@ -63,43 +75,49 @@ class Slots(Storage):
         """Which tokens may not leave: the newest."""
         return positions >= (total - newest)[:, None, None]
 
+    def slots(self, capacity: int) -> int:
+        """Rows of one head: those of its tokens, and one for the token that comes."""
+        return min(capacity, self.most(capacity) + self.answer) + 1
+
     def states(self, layout: Layout, format: RowFormat) -> list[StateSpec]:
-        heads, slots = layout.kv_heads, self.most(layout.capacity) + 1
+        heads, slots = layout.kv_heads, self.slots(layout.capacity)
+        banks, rows = (heads, slots) if self.shares is None else (1, heads * slots)
         return [
-            *format.states("keys", heads, slots, layout.width, layout.dtype),
-            *format.states("values", heads, slots, layout.value_width, layout.dtype),
-            buffer("positions", (heads, slots), torch.int32, -1),
-            buffer("score", (heads, slots), torch.float32),
+            *format.states("keys", banks, rows, layout.width, layout.dtype),
+            *format.states("values", banks, rows, layout.value_width, layout.dtype),
+            buffer("positions", (heads, rows), torch.int32, -1),
+            buffer("score", (heads, rows), torch.float32),
             buffer("free", (heads,), torch.int64),
             buffer("quota", (3,), torch.int64),
+            *([] if self.shares is None else [buffer("limits", (heads,), torch.int64)]),
         ]
 
+    def shared(self, layout: Layout) -> list[StateSpec]:
+        return table_states(self.tables, layout)
+
     def fill(self, held: Held, new: New, layout: Layout, format: RowFormat) -> None:
-        rows = [*format.encode(new.k), *format.encode(new.v)]
+        rows = self._encoded(held, new, format)
         self.keep(held, new, rows, new.positions.to(torch.int32), self.prompt_score(new), format)
 
     def extend(self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat) -> Tensor:
-        keys, values, positions = bank(held, "keys"), bank(held, "values"), held["positions"]
-        step = new.total - held["quota"][:, 2]
+        made, step = self._encoded(held, new, format), new.total - held["quota"][:, 2]
         if query.one:
             slot = held["free"].unsqueeze(-1)
-            put_rows([*keys, *values, positions], slot, [*format.encode(new.k), *format.encode(new.v), new.positions])
-            slots = Segment(format, keys, values, positions.long(), positions >= 0)
-            done = query.tapped(self.tap, new, step, slots, *self.elsewhere(held, query))
+            self._put(held, slot, made)
+            put_rows([held["positions"]], slot, [new.positions])
+            positions = held["positions"]
+            segments = self._segments(held, new, new.total, layout, format)
+            done = query.tapped(self.tap, new, step, *segments, *self.elsewhere(held, query))
             here = torch.arange(positions.shape[-1], device=slot.device) == slot
             before = self.carried(held["score"].masked_fill(here, 0.0), 1)
             held["score"].copy_(self.step_score(before, done.mass[0], positions))
             self.leave(held, new, format)
             return done.out
-        at = new.positions
-        slots = Segment(format, keys, values, positions.long(), positions >= 0)
-        done = query.tapped(
-            self.tap, new, step, slots, Segment(EXACT, [new.k], [new.v], at), *self.elsewhere(held, query)
-        )
-        rows = [
-            torch.cat([old, made], 2)
-            for old, made in zip([*keys, *values], [*format.encode(new.k), *format.encode(new.v)], strict=True)
-        ]
+        at, positions = new.positions, held["positions"]
+        slots = self._segments(held, new, new.count, layout, format)
+        own = Segment(EXACT, [new.k], [new.v], at)
+        done = query.tapped(self.tap, new, step, *slots, own, *self.elsewhere(held, query))
+        rows = [torch.cat([old, more], 2) for old, more in zip(self._banks(held), made, strict=True)]
         everywhere = torch.cat([positions, at.to(torch.int32)], -1)
         got = torch.cat(done.mass[:2], -1)
         before = torch.cat([self.carried(held["score"], at.shape[-1]), torch.zeros_like(done.mass[1])], -1)
@@ -113,46 +131,94 @@ class Slots(Storage):
     def dropped(self, held: Held, new: New, rows: list[Tensor], positions: Tensor, format: RowFormat) -> None:
         """Called with rows (keys, then values, in the slots' format) before some of them leave. Positions below 0 are none."""
 
+    def _encoded(self, held: Held, new: New, format: RowFormat) -> list[Tensor]:
+        """The rows of new tokens, keys and then values."""
+        keys = new.k
+        if self.tables is not None:
+            keep_tables(self.tables, held, new)
+            keys = new.given["unrotated"].transpose(1, 2)
+        return [*format.encode(keys), *format.encode(new.v)]
+
+    def _banks(self, held: Held) -> list[Tensor]:
+        """Keys and values as ``(batch, kv_heads, rows, ...)``; of a common budget each head sees all rows."""
+        found = [*bank(held, "keys"), *bank(held, "values")]
+        if self.shares is None:
+            return found
+        heads = held["positions"].shape[1]
+        return [t.expand(-1, heads, *t.shape[2:]) for t in found]
+
+    def _segments(self, held: Held, new: New, end: Tensor, layout: Layout, format: RowFormat) -> list[Segment]:
+        """What is stored, for queries that see ``end`` tokens of the text before or at the first of them."""
+        positions = held["positions"].long()
+        banks, parts = self._banks(held), len(bank(held, "keys"))
+        keys: Rows = banks[:parts]
+        values: Rows = banks[parts:]
+        if self.tables is None:
+            return [Segment(format, keys, values, positions, positions >= 0)]
+        # Empty slots come first in the order, so that the last token's place is the last.
+        order = positions.argsort(-1).argsort(-1)
+        place = (end[:, None, None] - positions.shape[-1] + order).clamp_min(0)
+        turned = rotated(self.tables, held, new, format.decode(keys, layout.dtype), place)
+        return [Segment(EXACT, [turned], values, positions, positions >= 0, value_format=format)]
+
+    def _put(self, held: Held, slot: Tensor, rows: list[Tensor]) -> None:
+        """Write one row of each head to its ``slot`` ``(batch, kv_heads, 1)``."""
+        if self.shares is not None:
+            slot, rows = slot.transpose(1, 2), [t.transpose(1, 2) for t in rows]
+        put_rows([*bank(held, "keys"), *bank(held, "values")], slot, rows)
+
     def keep(
         self, held: Held, new: New, rows: list[Tensor], positions: Tensor, score: Tensor, format: RowFormat
     ) -> None:
         """Fill the slots with the best of these rows, as many as the quota says; sets the quota."""
         self.dropped(held, new, rows, positions, format)
-        slots = held["positions"].shape[-1]
+        heads, columns = held["positions"].shape[1:]
+        most = (columns if self.shares is None else columns // heads) - 1
         limit, newest = self.quota(new.total)
-        limit = limit.clamp_max(slots - 1)
+        limit = limit.clamp_max(most)
         rank = self.rank(score, positions, new.total)
         first = torch.where(self.pinned(positions, new.total, newest), float("inf"), rank)
         first = first.masked_fill(positions < 0, float("-inf"))
-        # There may be fewer rows than slots: more columns that stand for none.
-        none = first.new_full((1, 1, 1), float("-inf")).expand(*first.shape[:2], slots)
-        best = torch.topk(torch.cat([first, none], -1), slots, -1).indices
-        in_use = (torch.arange(slots, device=best.device) < limit[:, None, None]) & (best < first.shape[-1])
-        best = best.clamp_max(first.shape[-1] - 1)
-        for stored, kept in zip([*bank(held, "keys"), *bank(held, "values")], taken_rows(rows, best), strict=True):
-            stored.copy_(kept)
-        where = positions.gather(-1, best)
-        where = where.masked_fill(in_use.logical_not(), -1)
+        if self.shares is None:
+            kept, where, scores = best_of_each(first, columns, limit, rows, positions, score)
+        else:
+            kept, where, scores = best_of_all(first, columns, limit, self.shares, rows, positions, score)
+            count = (where >= 0).sum(-1)
+            spare = (limit * heads - count.sum(-1)).clamp_min(0) // heads
+            held["limits"].copy_(count + spare.unsqueeze(-1) + self.answer)
+        for stored, one in zip([*bank(held, "keys"), *bank(held, "values")], kept, strict=True):
+            stored.copy_(one)
         held["positions"].copy_(where)
-        held["score"].copy_(score.gather(-1, best))
-        held["free"].copy_(where.argmin(-1))
-        held["quota"].copy_(torch.stack([limit, newest, new.total], -1))
+        held["score"].copy_(scores)
+        held["free"].copy_(self._free(where))
+        held["quota"].copy_(torch.stack([(limit + self.answer).clamp_max(most), newest, new.total], -1))
+
+    def _free(self, positions: Tensor) -> Tensor:
+        """An empty slot for each head's next token, ``(batch, kv_heads)``: of a common budget another for each."""
+        if self.shares is None:
+            return positions.argmin(-1)
+        return (positions < 0).all(1).float().topk(positions.shape[1], -1).indices
 
     def leave(self, held: Held, new: New, format: RowFormat) -> None:
         """Free one slot: an empty one while there is room, else that of the token with the lowest score."""
         positions, quota, total = held["positions"], held["quota"], new.total
         empty = positions < 0
-        full = (positions >= 0).sum(-1, keepdim=True) > quota[:, 0, None, None]
+        limit = quota[:, 0, None] if self.shares is None else held["limits"]
+        full = empty.logical_not().sum(-1, keepdim=True) > limit.unsqueeze(-1)
         rank = self.rank(held["score"], positions, total)
         worth = torch.where(self.pinned(positions, total, quota[:, 1]), float("inf"), rank)
-        worth = torch.where(empty, torch.where(full, float("inf"), float("-inf")), worth)
+        # With slots of its own, a head that is not full takes an empty one; of a common budget these are given out below.
+        least = float("-inf") if self.shares is None else float("inf")
+        worth = torch.where(empty, torch.where(full, float("inf"), least), worth)
         slot = worth.argmin(-1)
         chosen = slot.unsqueeze(-1)
-        rows = taken_rows([*bank(held, "keys"), *bank(held, "values")], chosen)
-        self.dropped(held, new, rows, positions.gather(-1, chosen), format)
-        held["free"].copy_(slot)
         here = torch.arange(positions.shape[-1], device=slot.device) == chosen
+        gone = positions.gather(-1, chosen)
+        if self.shares is not None:
+            here, gone = here & full, gone.masked_fill(full.logical_not(), -1)
+        self.dropped(held, new, taken_rows(self._banks(held), chosen), gone, format)
         positions.masked_fill_(here, -1)
+        held["free"].copy_(slot if self.shares is None else self._free(positions))
 
 
 Amount = float | int
