@@ -68,6 +68,7 @@ SETTINGS: dict[str, Setting] = {
     "a2sf": Setting({"budget": 0.5}),
     "keyformer": Setting({"budget": 0.5}),
     "mikv": Setting({"budget": 0.5}),
+    "zipvl": Setting({"threshold": 0.6, "newest": 4, "last": 4, "others": 4}),
     "kv_window": Setting({"budget": 0.5, "sinks": 2}),
     "kv_quant": Setting({"bits": 8}),
     "cskv": Setting({"keep_k": 0.5, "keep_v": 0.5, "window": 3}, tolerance=1e-3),

@@ -22,6 +22,7 @@ PASSES: dict[str, list[Any]] = {
     "kv_quant": ["kv_quant"],
     "a2sf": [{"name": "a2sf", "budget": 0.4, "window": 4, "kernel": 3}],
     "keyformer": [{"name": "keyformer", "budget": 0.4}],
+    "zipvl": [{"name": "zipvl", "threshold": 0.6, "newest": 4, "last": 4}],
     "h2o, adaptive heads": [{"name": "h2o", "budget": 0.4, "heads": "adaptive", "positions": "cache"}],
     "kv_window": [{"name": "kv_window", "budget": 0.4}],
     "mikv 4": [{"name": "mikv", "budget": 0.4, "bits": 4}],

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accelpass.passes.kv_cache.storage.lots import gumbel
-from tests.passes.kv_truth import Oracle, mixed, probabilities
+from accelpass.passes.kv_cache.storage.lots import drawn, gumbel
+from tests.passes.kv_truth import MiKV, Oracle, mixed, probabilities
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Budget:
             last = 2 * heavy - first
             heavy = first + (last - first) * (layer / (self.layers - 1))
             heavy = round(heavy) if isinstance(self.heavy, int) else heavy
-        whole = isinstance(self.heavy, float) and self.heavy + self.recent >= 1
+        whole = sum(p for p in (self.heavy, self.recent) if isinstance(p, float)) >= 1
         large, newest = (p if isinstance(p, int) else int(p * total + 1e-6) for p in (heavy, self.recent))
         newest = max(1, newest)
         return (10**9 if whole else large + newest + self.sinks), newest
@@ -190,3 +190,63 @@ class Renumbered(Evicting):
                 one = raw[b, h, here][None, None]
                 keys[b, h, here] = apply_rotary_pos_emb(one, one, cos, sin)[1][0, 0]
         return super().weights(layer, q, keys, scale, mask, alive)
+
+
+class ZipVL(MiKV):
+    """The card's ``zipvl_select`` for the cache, with probes by the same lots; ``bits=None`` drops what is not important.
+
+    ``most``: tokens that there is room for besides the newest, of the tokens so far.
+    """
+
+    def __init__(
+        self, threshold: float, newest: int, most: float, bits: int | None, probes: tuple[int, int] = (4, 4)
+    ) -> None:
+        super().__init__(0, newest, bits or 2)
+        self.threshold, self.newest, self.most, self.drops, self.probes = threshold, newest, most, bits is None, probes
+
+    def weights(self, layer, q, k, scale, mask, alive, first):
+        if self.drops:
+            return self._masked(q, k, scale, mask, alive)
+        return super().weights(layer, q, k, scale, mask, alive, first)
+
+    def output(self, layer, p, v, alive, first):
+        return mixed(p, v) if self.drops else super().output(layer, p, v, alive, first)
+
+    def attend(self, layer, q, k, v, scale, mask, index):
+        batch, heads, n, _ = k.shape
+        new, first = q.shape[2], "alive" not in layer
+        alive = torch.cat(
+            [layer.get("alive", torch.zeros(batch, heads, 0, dtype=torch.bool)), torch.ones(batch, heads, new).bool()],
+            -1,
+        )
+        score = torch.cat([layer.get("score", torch.zeros(batch, 0)), torch.zeros(batch, new)], -1)
+        p = self.weights(layer, q, k, scale, mask, alive, first)
+        out = self.output(layer, p, v, alive, first)
+        at = torch.arange(n)
+        last, others = self.probes
+        probe = (at >= n - last) | (drawn(at, 0) * n < others)
+        got = (p * probe[n - new :, None]).sum((1, 2, 3))
+        if first:
+            a = got
+            nnz = torch.tensor([int(probe[j:].sum()) for j in range(n)]).clamp_min(1)
+            score = a / nnz * (n - at)
+        else:
+            score = score + got
+            a = score
+        if first or new > 1:
+            layer["limit"] = []
+            for b in range(batch):
+                here = alive[b, 0].nonzero()[:, 0]
+                c = a[b, here].sort(descending=True).values.cumsum(0)
+                count = int((c < self.threshold * c[-1] - 1e-6).sum()) + 1
+                top = here[(score[b, here] / (n - here)).topk(count).indices].tolist()
+                kept = set(top) | {t for t in here.tolist() if t >= n - self.newest}
+                layer["limit"].append(min(max(len(kept), self.newest), int(self.most * n + 1e-6) + self.newest))
+        left = torch.zeros_like(alive)
+        for b in range(batch):
+            here = alive[b, 0].nonzero()[:, 0].tolist()
+            best = sorted(here, key=lambda t: (t >= n - self.newest, float(score[b, t]) / (n - t)), reverse=True)
+            left[b, :, best[: layer["limit"][b]]] = True
+        self.after(layer, q, k, v, left, first, p)
+        layer["alive"], layer["score"] = left, score
+        return out

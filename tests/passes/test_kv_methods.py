@@ -73,6 +73,8 @@ DENSE: list[list[Any]] = [
     [{"name": "tidaldecode", "budget": CAPACITY}],
     [{"name": "mikv", "budget": 1.0}],
     [{"name": "h2o", "tokens": CAPACITY}],
+    [{"name": "zipvl", "threshold": 1.0, "most": 1.0}],
+    [{"name": "zipvl", "threshold": 1.0, "most": 1.0, "rest": "dropped"}],
     [{"name": "a2sf", "budget": 1.0}],
     [{"name": "keyformer", "budget": 1.0}],
     [{"name": "h2o", "budget": 1.0, "positions": "cache", "heads": "adaptive"}],

@@ -19,6 +19,7 @@ METHODS = {
     "a2sf": [{"name": "a2sf", "budget": 0.4, "evicts": "after the prompt", "answer": 3}],
     "keyformer": [{"name": "keyformer", "budget": 0.4, "answer": 8}],
     "h2o, wrapped": [{**H2O, "window": 3, "kernel": 3, "heads": "adaptive", "positions": "cache", "pyramid": 4.0}],
+    "zipvl": [{"name": "zipvl", "threshold": 0.5, "newest": 3, "last": 4}],
     "kv_window": [{"name": "kv_window", "budget": 0.4, "sinks": 1}],
     "mikv": [{"name": "mikv", "budget": 0.4, "bits": 4}],
     "kv_quant": [{"name": "kv_quant", "bits": 4}],

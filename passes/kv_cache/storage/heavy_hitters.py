@@ -42,7 +42,8 @@ class HeavyHitters(Slots):
 
     def quota(self, total: Tensor) -> tuple[Tensor, Tensor]:
         newest = share(total, self.recent).clamp_min(1)
-        if isinstance(self.heavy, float) and self.heavy + self.recent >= 1:
+        shares = [part for part in (self.heavy, self.recent) if isinstance(part, float)]
+        if sum(shares) >= 1:
             return newest.new_full(newest.shape, 1 << 30), newest
         return share(total, self.heavy) + newest + self.sinks, newest
 

@@ -50,6 +50,10 @@ class Slots(Storage):
     def quota(self, total: Tensor) -> tuple[Tensor, Tensor]:
         """How many tokens stay after a prompt that ends at ``total`` tokens, and how many of these are the newest."""
 
+    def settled(self, new: New, score: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, for a rule that looks at the scores of all tokens ``(batch, kv_heads, rows)`` as well."""
+        return self.quota(new.total)
+
     @property
     def tap(self) -> ScoreTap:
         """What tokens get of the scores of later queries."""
@@ -174,7 +178,7 @@ class Slots(Storage):
         self.dropped(held, new, rows, positions, format)
         heads, columns = held["positions"].shape[1:]
         most = (columns if self.shares is None else columns // heads) - 1
-        limit, newest = self.quota(new.total)
+        limit, newest = self.settled(new, score, positions)
         limit = limit.clamp_max(most)
         rank = self.rank(score, positions, new.total)
         first = torch.where(self.pinned(positions, new.total, newest), float("inf"), rank)
