@@ -73,6 +73,7 @@ SETTINGS: dict[str, Setting] = {
     "kv_quant": Setting({"bits": 8}),
     "cskv": Setting({"keep_k": 0.5, "keep_v": 0.5, "window": 3}, tolerance=1e-3),
     "tidaldecode": Setting({"budget": 6, "first": 0, "reselect": 1}),
+    "tokenselect": Setting({"budget": 6, "sinks": 2, "newest": 4}),
     "pbs_attn": Setting({"block": 4, "segment": 8, "threshold": 0.5}, ("prompt", "decoder"), looks_ahead=LAST),
     "sink_window": Setting({"density": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
     "moa": Setting({"alpha": 0.0, "beta": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),

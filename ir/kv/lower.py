@@ -82,7 +82,7 @@ class _Lowering:
         how = () if layer.is_dense else (repr(layer.store), repr(layer.spec.format))
         method = {part: who for who, part in layer.spec.edits}.get("store", "the model")
         return CacheUse(
-            site.count, tokens, form_of(k, v, *how), site.is_prompt, method, site.path, layer.store.by_position,
+            site.count, tokens, form_of(k, v, *how), site.is_prompt, method, site.path, layer.by_position,
             tuple(layer.states.values()), stepper,
         )  # fmt: skip
 
@@ -99,6 +99,8 @@ class _Lowering:
         format = row_format(spec.format)
         with named(spec, site.path, f"a list of StateSpec for {layout}"):
             own = [(site.count, state) for state in _states(store, "states", store.states(layout, format))]
+            if isinstance(spec.select, RowSelect):
+                own += [(site.count, state) for state in _states(spec.select, "states", spec.select.states(layout))]
             common = [(leader, state) for state in _states(store, "shared", store.shared(layout))]
         states = {s.name.removeprefix("kv."): (anchor, s) for anchor, s in (*own, *common)}
         buffers = {name: tensors.state(*state) for name, state in states.items()}
@@ -290,9 +292,9 @@ def _laid_out(wanted: Tensor) -> Callable[[Tensor], list[Tensor]]:
     return lambda out: [like_in_memory(out, wanted)]
 
 
-def _states(store: Storage, method: str, made: Any) -> list[StateSpec]:
+def _states(part: Storage | RowSelect, method: str, made: Any) -> list[StateSpec]:
     if not isinstance(made, list) or not all(isinstance(one, StateSpec) for one in made):
-        raise WrongResult(store, method, f"it returned {made!r}")
+        raise WrongResult(part, method, f"it returned {made!r}")
     return made
 
 

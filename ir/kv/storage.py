@@ -125,6 +125,10 @@ class RowSelect(Select, ABC):
     def gives(self) -> str | None:
         return None
 
+    def states(self, layout: Layout) -> list[StateSpec]:
+        """Buffers of its own in each layer; :meth:`attend` finds them among those of the cache."""
+        return []
+
     @abstractmethod
     def attend(
         self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat, rows: Tensor | None
@@ -134,7 +138,7 @@ class RowSelect(Select, ABC):
         Rows that hold no token are hidden here, as :meth:`Positions.segment` does: masks that say no more are left out.
 
         Args:
-            held: the buffers of :class:`Positions`.
+            held: the buffers of :class:`Positions`, and its own.
             rows: what it takes.
         """
 

@@ -28,6 +28,7 @@ PASSES: dict[str, list[Any]] = {
     "mikv 4": [{"name": "mikv", "budget": 0.4, "bits": 4}],
     "mikv 3": [{"name": "mikv", "budget": 0.4, "bits": 3}],
     "tidaldecode": [{"name": "tidaldecode", "budget": 6, "first": 0, "reselect": 1}],
+    "tokenselect": [{"name": "tokenselect", "budget": 5, "sinks": 2, "newest": 3, "reuse": 0.5}],
     "cskv": [{"name": "cskv", "window": 4}],
     "sink_window": [{"name": "sink_window", "sinks": 4, "block": 4, "reserve": 8}],
     "pbs_attn": [{"name": "pbs_attn", "block": 4, "segment": 8}],

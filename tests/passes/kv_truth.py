@@ -165,6 +165,42 @@ class Tidal(Oracle):
         return mixed(probabilities(q, k, scale, allowed & listed.repeat_interleave(groups, 1)[:, :, None]), v)
 
 
+class TokenSelect(Oracle):
+    """The card's ``ts_select`` with its ``SelectionCache``; single tokens alone select."""
+
+    def __init__(self, budget: int, sinks: int, newest: int, reuse: float | None = None, kernel: int = 1):
+        super().__init__()
+        self.budget, self.sinks, self.newest, self.reuse, self.kernel = budget, sinks, newest, reuse, kernel
+
+    def attend(self, layer, q, k, v, scale, mask, index):
+        batch, heads, rows, _ = q.shape
+        n, groups = k.shape[2], heads // k.shape[1]
+        if rows > 1:
+            layer.clear()
+            return mixed(probabilities(q, k, scale, mask), v)
+        seen = torch.ones(batch, 1, 1, n, dtype=torch.bool) if mask is None else (mask if mask.dtype == torch.bool else mask == 0)
+        read = torch.zeros(batch, 1, 1, n, dtype=torch.bool)
+        for b in range(batch):
+            chosen = self.chosen(layer.setdefault(b, {}), q[b, :, 0], k[b].repeat_interleave(groups, 0), seen[b, 0, 0])
+            read[b, ..., sorted({*range(min(self.sinks, n)), *chosen, *range(max(0, n - self.newest), n)})] = True
+        return mixed(probabilities(q, k, scale, (seen & read).expand(-1, heads, -1, -1)), v)
+
+    def chosen(self, cache: dict[str, Any], q: Tensor, k: Tensor, seen: Tensor) -> list[int]:
+        flat, between = q.float().flatten(), range(self.sinks, k.shape[1] - self.newest)
+        alike = "q" in cache and self.reuse is not None and torch.cosine_similarity(flat, cache["q"], 0) >= self.reuse
+        if not alike:
+            cache["q"], cache["rows"] = flat, []
+            if len(between):
+                middle = slice(between.start, between.stop)
+                scores = torch.einsum("hd,hnd->hn", q.float(), k[:, middle].float())
+                votes = torch.nan_to_num(scores.masked_fill(~seen[middle], float("-inf")).softmax(-1)).sum(0)
+                if self.kernel > 1:
+                    votes = torch.nn.functional.max_pool1d(votes[None, None], self.kernel, 1, self.kernel // 2)[0, 0]
+                best = votes.topk(min(self.budget, len(between))).indices
+                cache["rows"] = [self.sinks + int(t) for t in best]
+        return [t for t in cache["rows"] if t in between]
+
+
 class CSKV(Oracle):
     """Reconstructs from the layer inputs, which it watches, with the decomposition written out: ``V_r V_r^T`` of the weight."""
 

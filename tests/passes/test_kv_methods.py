@@ -65,7 +65,18 @@ METHODS: dict[str, tuple[list[Any], Any]] = {
         lambda: kv_truth.Tidal(6, 0, 5, by="kv_head"),
     ),
 }
+METHODS |= {
+    "tokenselect": (
+        [{"name": "tokenselect", "budget": 5, "sinks": 2, "newest": 3}],
+        lambda: kv_truth.TokenSelect(5, 2, 3),
+    ),
+    "tokenselect, reused": (
+        [{"name": "tokenselect", "budget": 5, "sinks": 1, "newest": 3, "reuse": 0.3}],
+        lambda: kv_truth.TokenSelect(5, 1, 3, 0.3),
+    ),
+}
 DENSE: list[list[Any]] = [
+    [{"name": "tokenselect", "budget": 1 << 20}],
     [],
     [{"name": "h2o", "budget": 1.0}],
     [{"name": "kv_window", "budget": 1.0}],
@@ -85,13 +96,13 @@ DENSE: list[list[Any]] = [
 ]
 
 
-@pytest.mark.parametrize("which", quick(list(METHODS), "h2o", "mikv 2", "tidaldecode, by heads"))
+@pytest.mark.parametrize("which", quick(list(METHODS), "h2o", "mikv 2", "tidaldecode, by heads", "tokenselect, reused"))
 def test_equals_the_oracle_over_two_turns(which):
     passes, oracle = METHODS[which]
     assert error(llama(), oracle(), passes, tokens(2, 20, *[1] * 6, 9, 1, 1, 1)) < 1e-5
 
 
-@pytest.mark.parametrize("which", sweep("h2o", "mikv 4", "tidaldecode"))
+@pytest.mark.parametrize("which", sweep("h2o", "mikv 4", "tidaldecode", "tokenselect"))
 def test_left_padding(which):
     passes, oracle = METHODS[which]
     padding = torch.ones(2, 16, dtype=torch.long)

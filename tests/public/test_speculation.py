@@ -27,6 +27,7 @@ METHODS = {
     "cskv": [{"name": "cskv", "keep_k": 0.5, "keep_v": 0.5, "window": 3}],
     "cskv, rounded": [{"name": "cskv", "keep_k": 0.5, "keep_v": 0.5, "window": 32, "bits": 4}],
     "tidaldecode": [{"name": "tidaldecode", "budget": 5, "first": 0, "reselect": 5}],
+    "tokenselect": [{"name": "tokenselect", "budget": 4, "sinks": 1, "newest": 3, "reuse": 0.6}],
     "sink_window": [{"name": "sink_window", "density": 0.4, "sinks": 2, "block": 2, "reserve": 0}],
     "moa": [{"name": "moa", "alpha": 2.0, "beta": 0.2, "sinks": 2, "block": 2, "reserve": 0}],
 }
