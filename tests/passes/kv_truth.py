@@ -178,7 +178,11 @@ class TokenSelect(Oracle):
         if rows > 1:
             layer.clear()
             return mixed(probabilities(q, k, scale, mask), v)
-        seen = torch.ones(batch, 1, 1, n, dtype=torch.bool) if mask is None else (mask if mask.dtype == torch.bool else mask == 0)
+        seen = (
+            torch.ones(batch, 1, 1, n, dtype=torch.bool)
+            if mask is None
+            else (mask if mask.dtype == torch.bool else mask == 0)
+        )
         read = torch.zeros(batch, 1, 1, n, dtype=torch.bool)
         for b in range(batch):
             chosen = self.chosen(layer.setdefault(b, {}), q[b, :, 0], k[b].repeat_interleave(groups, 0), seen[b, 0, 0])

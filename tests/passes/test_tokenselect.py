@@ -15,7 +15,9 @@ from accelpass.passes.kv_cache.tokenselect import TokenSelect, Voted
 from tests.passes import kv_truth
 from tests.passes.test_kv_storage import MASKED
 
-SHAPES = st.tuples(st.integers(1, 2), st.sampled_from([1, 3]), st.integers(1, 30), st.integers(1, 6), st.integers(0, 2**31))
+SHAPES = st.tuples(
+    st.integers(1, 2), st.sampled_from([1, 3]), st.integers(1, 30), st.integers(1, 6), st.integers(0, 2**31)
+)
 
 
 @settings(max_examples=20, deadline=None)
