@@ -77,7 +77,7 @@ class Evicting(Oracle):
             counted[..., : max(0, new - self.budget.window), :] = 0
         got = self.got(layer, counted)
         if prompt and self.budget.kernel > 1:
-            got[..., n - self.budget.window if self.budget.window else n :] = 0
+            got[..., max(0, n - self.budget.window) if self.budget.window else n :] = 0
             got = F.avg_pool1d(got, self.budget.kernel, 1, self.budget.kernel // 2)
         layer["score"] = self.aged(torch.cat([score, torch.zeros(batch, kv_heads, new)], -1), new) + got
         whole = prompt or new > 1
