@@ -128,15 +128,20 @@ def test_in_a_model(which):
     assert float((got - want).abs().max() / want.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("heads", sweep("even", "adaptive"))
-def test_positions_within_the_cache(heads):
+RENUMBERED: list[tuple[dict[str, Any], Budget]] = [
+    ({"name": "kv_window", "tokens": 9, "sinks": 2}, Budget(0, 7, sinks=2)),
+    ({"name": "h2o", "budget": 0.4}, Budget(0.2, 0.2)),
+    ({"name": "h2o", "budget": 0.4, "heads": "adaptive"}, Budget(0.2, 0.2, safeguard=0.2)),
+]
+
+
+@pytest.mark.parametrize(("options", "budget"), sweep(*RENUMBERED), ids=str)
+def test_positions_within_the_cache(options, budget):
     model, pieces = llama(), tokens(2, 20, *[1] * 4, 5, 1, 1)
     padding = torch.ones(2, 20, dtype=torch.long)
     padding[0, :5] = 0
-    options = {"name": "h2o", "budget": 0.4, "positions": "cache", "heads": heads}
-    got = fed(compiled(model, options), KVCache(model, CAPACITY, 2), pieces, padding)
+    got = fed(compiled(model, {**options, "positions": "cache"}), KVCache(model, CAPACITY, 2), pieces, padding)
     torch._dynamo.reset()
-    budget = Budget(0.2, 0.2, safeguard=0.2 if heads == "adaptive" else None)
     with attending(model, truth.Renumbered(budget, model, padding)) as dense:
         want = fed(model, dense, pieces, padding)
     assert float((got - want).abs().max() / want.abs().max()) < 1e-5
