@@ -12,9 +12,10 @@ PRIME = 2**31 - 1
 def drawn(*numbers: Tensor | int) -> Tensor:
     """A number in (0, 1), float32, for each combination of integers (broadcast against each other); at least one is a tensor."""
     x: Tensor | int = 0
-    for number in numbers:
-        x = _mixed(x + (number + 1) * 48_271)
-    x = _mixed(_mixed(x))
+    for place, number in enumerate(numbers):
+        # Mixed alone, which is little work; of all combinations there are many.
+        x = x + _mixed(_mixed(_mixed((number + 1) * 48_271 + place * 7_654_321)))
+    x = _mixed(x)
     assert isinstance(x, Tensor)
     return ((x // 256).float() + 0.5) / 2**23  # of 23 bits, so that neither 0 nor 1 is among them
 
