@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,15 @@ class Compiled:
 
 
 def measure(
-    model: torch.nn.Module, tokenizer: Any, names: list[str], sizes: Sizes, say: Callable[[str], None]
+    model: torch.nn.Module,
+    tokenizer: Any,
+    names: list[str],
+    sizes: Sizes,
+    say: Callable[[str], None],
+    methods: Mapping[str, list[Any]] | None = None,
 ) -> list[Row]:
-    """One row for each method of :data:`METHODS` that is named."""
+    """One row for each method that is named, of :data:`METHODS` unless others are given."""
+    methods = METHODS if methods is None else methods
     tasks = Tasks(tokenizer, sizes)
     rows = []
     with progress() as bar:
@@ -94,7 +100,7 @@ def measure(
             torch._dynamo.reset()
             plan = calibrated(model, tasks, name) if "calibrated" in name else None
             torch._dynamo.reset()
-            reader = Compiled(model, METHODS[name], sizes.capacity, plan)
+            reader = Compiled(model, methods[name], sizes.capacity, plan)
             task = bar.add_task(name, total=sizes.units, doing="compiling")
             asked = tasks.ask(reader, lambda doing, task=task: bar.update(task, advance=1, doing=doing))
             rows.append({"name": name, **asked, **_bytes(model, reader.cache.nbytes(), sizes.capacity)})

@@ -18,7 +18,7 @@ from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
 from accelpass.passes.core.base import Skip
 from accelpass.passes.kv_cache.base import KVPass
-from accelpass.passes.kv_cache.slots import Slots, check_budget, check_recent, share
+from accelpass.passes.kv_cache.storage.slots import Slots, check_budget, check_recent, share
 
 PRIME = 2**31 - 1
 """Squares of numbers below it fit into 64 bits."""

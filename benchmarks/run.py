@@ -28,6 +28,7 @@ from benchmarks import (
     decode,
     digits_steps,
     kv_decode,
+    kv_eviction,
     kv_memory,
     kv_prefill,
     kv_quality,
@@ -163,6 +164,12 @@ def _kv_quality(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": rows, "capacity": sizes.capacity, "scored": sizes.scored}
 
 
+def _kv_eviction(model: Any, tokenizer: Any, given: Given) -> Content:
+    sizes = kv_eviction.QUICK if given.quick else kv_eviction.SIZES
+    names = given.among(list(kv_eviction.METHODS))
+    return {"rows": kv_eviction.rows(model, tokenizer, names, sizes, _say), "scored": sizes.scored}
+
+
 def _sparse_quality(model: Any, tokenizer: Any, given: Given) -> Content:
     sizes = sparse_quality.QUICK if given.quick else sparse_quality.SHORT if given.short else sparse_quality.TASKS
     calibration = sparse_quality.Calibration()
@@ -247,6 +254,11 @@ PARTS = {
         below="Of prose, 3 windows of 2,048 tokens and 2 of 4,096. What is calibrated is so on other parts of the prose: `cskv` on 48 "
         "texts of 1,024 tokens, `tidaldecode` on four of 2,048 with other keys (one layer that chooses anew: 17; two: 7 and 17; "
         "the paper's 13 where it is not). kvpress evicts once, after the prompt, and keeps all tokens of the answer.",
+    ),
+    "kv_eviction": Part(
+        _kv_eviction,
+        "KV caches under a budget: perplexity of the last {scored} tokens of a context (3 windows), and pass keys found, as above",
+        apart=tuple(kv_eviction.METHODS),
     ),
     "sparse_quality": Part(
         _sparse_quality,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelpass.testing.conformance import Conformance, check_pass
+    from accelpass.testing.eager_cache import TURNS, EagerAttention, attended, attending, mixed, probabilities
     from accelpass.testing.exports import check_export
     from accelpass.testing.findings import Finding, NotConforming
     from accelpass.testing.graphs import check_graph, check_report
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from accelpass.testing.trial import Trial
 
 _HOMES = {
+    "EagerAttention": "eager_cache",
+    "TURNS": "eager_cache",
+    "attended": "eager_cache",
+    "attending": "eager_cache",
+    "mixed": "eager_cache",
+    "probabilities": "eager_cache",
     "SUBJECTS": "subjects",
     "Conformance": "conformance",
     "Finding": "findings",
@@ -42,12 +49,16 @@ _HOMES = {
 
 __all__ = [
     "SUBJECTS",
+    "TURNS",
     "Conformance",
+    "EagerAttention",
     "Finding",
     "NotConforming",
     "Shape",
     "Subject",
     "Trial",
+    "attended",
+    "attending",
     "check_causality",
     "check_composition",
     "check_export",
@@ -59,6 +70,8 @@ __all__ = [
     "check_pass",
     "check_recompiles",
     "check_report",
+    "mixed",
+    "probabilities",
 ]
 
 

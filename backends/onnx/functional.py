@@ -78,7 +78,7 @@ def functional(captured: Captured) -> Functional:
     for index, node in enumerate(captured.counters):
         states.append(State(f"{index}.count", torch.zeros_like(captured.counts[index]), 0.0))
         held.append(node)
-    last = placeholders(gm)[-1]
+    last, read = placeholders(gm)[-1], set(graph.nodes)
     for node, (anchor, spec) in tensors.states.items():
         with graph.inserting_after(last):
             made = graph.placeholder(node.name)
@@ -87,7 +87,8 @@ def functional(captured: Captured) -> Functional:
         start = getattr(gm, str(node.target)).clone()
         states.append(State(_state_name(captured, anchor, spec), start, spec.fill, spec.lifetime))
         held.append(made)
-        graph.erase_node(node)
+        if node in read:  # one that nothing reads has been cleaned away
+            graph.erase_node(node)
         last = made
     first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
     for node, state in zip(held, states, strict=True):

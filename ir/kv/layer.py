@@ -56,6 +56,11 @@ class Layer:
         return self.spec.select if isinstance(self.spec.select, RowSelect) else None
 
     @property
+    def by_position(self) -> bool:
+        """The newest tokens are taken back by counting fewer; not where a selection remembers what it chose for them."""
+        return self.store.by_position and not (self.select is not None and self.select.states(self.layout))
+
+    @property
     def follows_positions(self) -> bool:
         """Several tokens at once are stored and attended to as they would be one by one; those of a prompt read no stored rows."""
         return isinstance(self.store, Positions) and self.select is None and (self.is_dense or not self.site.is_prompt)

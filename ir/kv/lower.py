@@ -13,9 +13,9 @@ from torch import Tensor, fx
 from accelpass.ir.attention.lowering.lower import like_in_memory
 from accelpass.ir.attention.recognition.masks import shows_all_held
 from accelpass.ir.attention.spec.block_select import MASKS, BlockSelect
-from accelpass.ir.attention.spec.faults import WrongResult, named, shape_said
+from accelpass.ir.attention.spec.faults import WrongResult, checked, named, shape_said
 from accelpass.ir.attention.spec.op import ATTENTION, set_spec, spec_of, want
-from accelpass.ir.attention.spec.spec import All, AttentionSpec, Dense, Native, Step
+from accelpass.ir.attention.spec.spec import All, AttentionSpec, Dense, Native, Places, Step, tap_of
 from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import aten, call, known, refresh, value
 from accelpass.ir.core.program import Program
@@ -82,7 +82,7 @@ class _Lowering:
         how = () if layer.is_dense else (repr(layer.store), repr(layer.spec.format))
         method = {part: who for who, part in layer.spec.edits}.get("store", "the model")
         return CacheUse(
-            site.count, tokens, form_of(k, v, *how), site.is_prompt, method, site.path, layer.store.by_position,
+            site.count, tokens, form_of(k, v, *how), site.is_prompt, method, site.path, layer.by_position,
             tuple(layer.states.values()), stepper,
         )  # fmt: skip
 
@@ -99,6 +99,8 @@ class _Lowering:
         format = row_format(spec.format)
         with named(spec, site.path, f"a list of StateSpec for {layout}"):
             own = [(site.count, state) for state in _states(store, "states", store.states(layout, format))]
+            if isinstance(spec.select, RowSelect):
+                own += [(site.count, state) for state in _states(spec.select, "states", spec.select.states(layout))]
             common = [(leader, state) for state in _states(store, "shared", store.shared(layout))]
         states = {s.name.removeprefix("kv."): (anchor, s) for anchor, s in (*own, *common)}
         buffers = {name: tensors.state(*state) for name, state in states.items()}
@@ -112,6 +114,7 @@ class _Lowering:
         wants = sorted(store.wants)
         if site.is_prompt and site.attention is not None:
             q = site.attention.args[0]
+            self._try_taps(layer, wants)
             found = _statistics(site.attention, wants)
             before = max(found, default=site.attention).next
 
@@ -131,6 +134,17 @@ class _Lowering:
                 graph.erase_node(item)
             graph.erase_node(site.read)
         graph.erase_node(site.append)
+
+    def _try_taps(self, layer: Layer, wants: Sequence[str]) -> None:
+        """Run each tap once: what is wrong with it would otherwise be told while the model runs, by an operator that knows no pass."""
+        heads, rows, keys = layer.layout.kv_heads, 2, 3
+        wanted = torch.empty((1, heads, keys))
+        said = f"{shape_said(wanted)}, what each key gets of scores (batch=1, kv_heads={heads}, groups, rows={rows}, keys={keys})"
+        with named(layer.spec, layer.site.path, said):
+            for tap in filter(None, map(tap_of, wants)):
+                at = Places(torch.arange(1, 1 + rows), torch.arange(keys), keys)
+                made = tap(torch.zeros(1, heads, layer.layout.groups, rows, keys), at)
+                checked(tap, "__call__", made, wanted)
 
     def _without_counting(
         self, spec: AttentionSpec, q: fx.Node, extras: Sequence[fx.Node], capacity: int
@@ -290,9 +304,9 @@ def _laid_out(wanted: Tensor) -> Callable[[Tensor], list[Tensor]]:
     return lambda out: [like_in_memory(out, wanted)]
 
 
-def _states(store: Storage, method: str, made: Any) -> list[StateSpec]:
+def _states(part: Storage | RowSelect, method: str, made: Any) -> list[StateSpec]:
     if not isinstance(made, list) or not all(isinstance(one, StateSpec) for one in made):
-        raise WrongResult(store, method, f"it returned {made!r}")
+        raise WrongResult(part, method, f"it returned {made!r}")
     return made
 
 

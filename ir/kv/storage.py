@@ -125,6 +125,10 @@ class RowSelect(Select, ABC):
     def gives(self) -> str | None:
         return None
 
+    def states(self, layout: Layout) -> list[StateSpec]:
+        """Buffers of its own in each layer; :meth:`attend` finds them among those of the cache."""
+        return []
+
     @abstractmethod
     def attend(
         self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat, rows: Tensor | None
@@ -134,7 +138,7 @@ class RowSelect(Select, ABC):
         Rows that hold no token are hidden here, as :meth:`Positions.segment` does: masks that say no more are left out.
 
         Args:
-            held: the buffers of :class:`Positions`.
+            held: the buffers of :class:`Positions`, and its own.
             rows: what it takes.
         """
 
@@ -247,7 +251,7 @@ class Query:
 
     def tapped(self, tap: ScoreTap, new: New, step: Tensor, *segments: Segment) -> Attended:
         """As :meth:`attend`, with what ``tap`` gives each row in the place of its probabilities, ``step`` tokens after the prompt."""
-        if isinstance(tap, AttentionMass):
+        if isinstance(tap, AttentionMass) or (self.one and tap.is_mass_of_one):
             return self.attend(*segments, want=("mass",))
         logits = [self.logits(s) for s in segments]
         own = (torch.arange(one.shape[-1], device=one.device).expand(*one.shape[:2], -1) for one in logits)

@@ -19,8 +19,8 @@ from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.torch_private import FakeTensor
 from accelpass.passes.core.base import Calibrated, Run, Skip
 from accelpass.passes.kv_cache.base import KVPass, cannot_store
-from accelpass.passes.kv_cache.key_path import Projected, keys_and_values, replays
-from accelpass.passes.kv_cache.low_rank import BLOCK, LowRank
+from accelpass.passes.kv_cache.storage.key_path import Projected, keys_and_values, replays
+from accelpass.passes.kv_cache.storage.low_rank import BLOCK, LowRank
 
 FORMAT = 1
 

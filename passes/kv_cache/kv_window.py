@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import New
 from accelpass.passes.core.base import Skip
 from accelpass.passes.kv_cache.base import KVPass
-from accelpass.passes.kv_cache.slots import Amount, Slots, check_budget, share
+from accelpass.passes.kv_cache.storage.rotation import give_unrotated
+from accelpass.passes.kv_cache.storage.slots import Amount, Slots, check_budget, share
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,14 @@ class SinksAndNewest(Slots):
 class KVWindow(KVPass):
     """Keep the first tokens of a KVCache and its newest; evict what lies between.
 
-    The budget is a share of the prompt, as in ``h2o`` (inferred), or ``tokens``, a fixed number as in the paper. Keys keep the
-    positions that they were rotated with (inferred: the paper numbers positions within the cache).
+    The budget is a share of the prompt, as in ``h2o`` (inferred), or ``tokens``, a fixed number as in the paper.
 
     Attributes:
         budget: share of the prompt that is kept; 1 keeps everything.
         sinks: how many first tokens stay.
         tokens: how many tokens are kept, sinks included, in place of a share of the prompt.
+        positions: keys have the position of the ``"text"``, that they were rotated with, or of the ``"cache"``, as in the paper
+            (section 3.2): the rows that are left are numbered anew when they are read.
 
     Raises:
         OptionError: a budget outside (0, 1], a negative number of sinks, no more tokens than sinks.
@@ -68,6 +70,7 @@ class KVWindow(KVPass):
     budget: float = 0.2
     sinks: int = 4
     tokens: int | None = None
+    positions: Literal["text", "cache"] = "text"
 
     def __post_init__(self) -> None:
         check_budget(self, self.budget, self.tokens)
@@ -80,7 +83,10 @@ class KVWindow(KVPass):
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
     ) -> tuple[AttentionSpec, str] | Skip:
-        store = SinksAndNewest(self.sinks, float(self.budget) if self.tokens is None else self.tokens)
+        tables = give_unrotated(program, site) if self.positions == "cache" else None
+        if isinstance(tables, str):
+            return Skip(f"positions='cache': {tables}")
+        store = SinksAndNewest(self.sinks, float(self.budget) if self.tokens is None else self.tokens, tables=tables)
         return spec.edited(
             by=self.name, store=store
         ), f"{store.most(site.capacity)} of {site.capacity} tokens a head at most"

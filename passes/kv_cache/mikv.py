@@ -16,9 +16,9 @@ from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, bank
 from accelpass.passes.core.base import Skip
 from accelpass.passes.kv_cache.base import KVPass
-from accelpass.passes.kv_cache.h2o import HeavyHitters
 from accelpass.passes.kv_cache.kv_quant import cannot_pack
-from accelpass.passes.kv_cache.slots import check_budget, check_recent, divided
+from accelpass.passes.kv_cache.storage.heavy_hitters import HeavyHitters
+from accelpass.passes.kv_cache.storage.slots import check_budget, check_recent, divided
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Tiers(HeavyHitters):
         ]
 
     def fill(self, held: Held, new: New, layout: Layout, format: RowFormat) -> None:
-        held["balance"].copy_(balancer(new.q, new.k, new.statistics["column_sums"]))
+        held["balance"].copy_(balancer(new.q, new.k, new.statistics[self.tap.key]))
         super().fill(held, new, layout, format)
 
     def keep(
@@ -68,12 +68,12 @@ class Tiers(HeavyHitters):
         return [Segment(self.retained, keys, values, valid=held["is_retained"], q=balanced)]
 
 
-def balancer(q: Tensor, k: Tensor, column_sums: Tensor) -> Tensor:
+def balancer(q: Tensor, k: Tensor, mass: Tensor) -> Tensor:
     """``sqrt(max |q| / max |k|)`` of each channel over the prompt, ``(batch, kv_heads, d)``.
 
     The largest query of all heads of a group (inferred). Padding got no attention, and is left out.
     """
-    seen = (column_sums > 0).unsqueeze(-1)
+    seen = (mass > 0).unsqueeze(-1)
     groups = q.shape[1] // k.shape[1]
     queries = (q.float().abs().unflatten(1, (-1, groups)).amax(2) * seen).amax(2)
     keys = (k.float().abs() * seen).amax(2)

@@ -6,39 +6,15 @@ keeps for each layer which of them are left, and in which form.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-
-def probabilities(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """``(batch, kv_heads, groups, tokens, keys)`` in float32; zeros for a query without keys."""
-    batch, heads, rows, width = q.shape
-    kv_heads, columns = k.shape[1:3]
-    groups = heads // kv_heads
-    scores = torch.einsum("bhgid,bhjd->bhgij", q.float().view(batch, kv_heads, groups, rows, width), k.float()) * scale
-    if mask is None:
-        i = torch.arange(columns - rows, columns)[:, None]
-        scores = scores.masked_fill(torch.arange(columns)[None] > i, float("-inf"))
-    else:
-        allowed = mask if mask.dtype == torch.bool else mask == 0
-        allowed = (
-            allowed.expand(-1, heads, -1, -1).unflatten(1, (kv_heads, groups))
-            if allowed.shape[1] > 1
-            else allowed[:, :, None]
-        )
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    return torch.nan_to_num(scores.softmax(-1))
-
-
-def mixed(p: Tensor, v: Tensor) -> Tensor:
-    return torch.einsum("bhgij,bhjd->bhgid", p, v.float()).flatten(1, 2)
+from accelpass.testing.eager_cache import EagerAttention as Oracle
+from accelpass.testing.eager_cache import attending as attending
+from accelpass.testing.eager_cache import mixed, probabilities
 
 
 def quant_rows(x: Tensor, bits: int, group: int) -> Tensor:
@@ -56,34 +32,6 @@ def balancer(q: Tensor, k: Tensor, real: Tensor) -> Tensor:
     qm = (q.abs() * real[:, None, :, None]).amax(2).view(q.shape[0], k.shape[1], groups, -1).amax(2)
     km = (k.abs() * real[:, None, :, None]).amax(2)
     return (qm / km.clamp_min(1e-6)).clamp_min(1e-6).sqrt()
-
-
-class Oracle(ABC):
-    """One method over all layers; ``self.layers[index]`` is what it remembers of a layer."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, dict[str, Any]] = {}
-
-    def __call__(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        mask = attention_mask[..., : key.shape[2]] if attention_mask is not None else None
-        layer = self.layers.setdefault(module.layer_idx, {})
-        out = self.attend(layer, query, key, value, scaling, mask, module.layer_idx)
-        return out.to(query.dtype).transpose(1, 2).contiguous(), None
-
-    @abstractmethod
-    def attend(
-        self, layer: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, index: int
-    ) -> Tensor:
-        """The output ``(batch, heads, tokens, d)``; keys and values are of all tokens so far."""
 
 
 class Dense(Oracle):
@@ -217,6 +165,46 @@ class Tidal(Oracle):
         return mixed(probabilities(q, k, scale, allowed & listed.repeat_interleave(groups, 1)[:, :, None]), v)
 
 
+class TokenSelect(Oracle):
+    """The card's ``ts_select`` with its ``SelectionCache``; single tokens alone select."""
+
+    def __init__(self, budget: int, sinks: int, newest: int, reuse: float | None = None, kernel: int = 1):
+        super().__init__()
+        self.budget, self.sinks, self.newest, self.reuse, self.kernel = budget, sinks, newest, reuse, kernel
+
+    def attend(self, layer, q, k, v, scale, mask, index):
+        batch, heads, rows, _ = q.shape
+        n, groups = k.shape[2], heads // k.shape[1]
+        if rows > 1:
+            layer.clear()
+            return mixed(probabilities(q, k, scale, mask), v)
+        seen = (
+            torch.ones(batch, 1, 1, n, dtype=torch.bool)
+            if mask is None
+            else (mask if mask.dtype == torch.bool else mask == 0)
+        )
+        read = torch.zeros(batch, 1, 1, n, dtype=torch.bool)
+        for b in range(batch):
+            chosen = self.chosen(layer.setdefault(b, {}), q[b, :, 0], k[b].repeat_interleave(groups, 0), seen[b, 0, 0])
+            read[b, ..., sorted({*range(min(self.sinks, n)), *chosen, *range(max(0, n - self.newest), n)})] = True
+        return mixed(probabilities(q, k, scale, (seen & read).expand(-1, heads, -1, -1)), v)
+
+    def chosen(self, cache: dict[str, Any], q: Tensor, k: Tensor, seen: Tensor) -> list[int]:
+        flat, between = q.float().flatten(), range(self.sinks, k.shape[1] - self.newest)
+        alike = "q" in cache and self.reuse is not None and torch.cosine_similarity(flat, cache["q"], 0) >= self.reuse
+        if not alike:
+            cache["q"], cache["rows"] = flat, []
+            if len(between):
+                middle = slice(between.start, between.stop)
+                scores = torch.einsum("hd,hnd->hn", q.float(), k[:, middle].float())
+                votes = torch.nan_to_num(scores.masked_fill(~seen[middle], float("-inf")).softmax(-1)).sum(0)
+                if self.kernel > 1:
+                    votes = torch.nn.functional.max_pool1d(votes[None, None], self.kernel, 1, self.kernel // 2)[0, 0]
+                best = votes.topk(min(self.budget, len(between))).indices
+                cache["rows"] = [self.sinks + int(t) for t in best]
+        return [t for t in cache["rows"] if t in between]
+
+
 class CSKV(Oracle):
     """Reconstructs from the layer inputs, which it watches, with the decomposition written out: ``V_r V_r^T`` of the weight."""
 
@@ -249,19 +237,6 @@ class CSKV(Oracle):
         cut = (past if q.shape[2] > 1 else k.shape[2]) - self.window
         old = (torch.arange(k.shape[2]) < cut)[:, None]
         return mixed(probabilities(q, torch.where(old, low_k, k), scale, mask), torch.where(old, low_v, v))
-
-
-@contextmanager
-def attending(model: Any, oracle: Oracle):
-    """The model with ``oracle`` in place of its attention."""
-    AttentionInterface.register("kv_oracle", oracle)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("kv_oracle", sdpa_mask)
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "kv_oracle"
-    try:
-        yield DynamicCache(config=model.config)
-    finally:
-        model.config._attn_implementation = before
 
 
 @torch.no_grad()

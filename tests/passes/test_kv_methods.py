@@ -65,7 +65,18 @@ METHODS: dict[str, tuple[list[Any], Any]] = {
         lambda: kv_truth.Tidal(6, 0, 5, by="kv_head"),
     ),
 }
+METHODS |= {
+    "tokenselect": (
+        [{"name": "tokenselect", "budget": 5, "sinks": 2, "newest": 3}],
+        lambda: kv_truth.TokenSelect(5, 2, 3),
+    ),
+    "tokenselect, reused": (
+        [{"name": "tokenselect", "budget": 5, "sinks": 1, "newest": 3, "reuse": 0.3}],
+        lambda: kv_truth.TokenSelect(5, 1, 3, 0.3),
+    ),
+}
 DENSE: list[list[Any]] = [
+    [{"name": "tokenselect", "budget": 1 << 20}],
     [],
     [{"name": "h2o", "budget": 1.0}],
     [{"name": "kv_window", "budget": 1.0}],
@@ -73,19 +84,25 @@ DENSE: list[list[Any]] = [
     [{"name": "tidaldecode", "budget": CAPACITY}],
     [{"name": "mikv", "budget": 1.0}],
     [{"name": "h2o", "tokens": CAPACITY}],
+    [{"name": "zipvl", "threshold": 1.0, "most": 1.0}],
+    [{"name": "zipvl", "threshold": 1.0, "most": 1.0, "rest": "dropped"}],
+    [{"name": "a2sf", "budget": 1.0}],
+    [{"name": "keyformer", "budget": 1.0}],
+    [{"name": "h2o", "budget": 1.0, "positions": "cache", "heads": "adaptive"}],
+    [{"name": "a2sf", "budget": 1.0, "pyramid": 20.0, "window": 4, "kernel": 3, "evicts": "after the prompt"}],
     [{"name": "kv_window", "tokens": 2 * CAPACITY}],
     [{"name": "cskv", "window": CAPACITY}],
     [{"name": "tidaldecode", "budget": 2, "first": 50, "reselect": 51}],
 ]
 
 
-@pytest.mark.parametrize("which", quick(list(METHODS), "h2o", "mikv 2", "tidaldecode, by heads"))
+@pytest.mark.parametrize("which", quick(list(METHODS), "h2o", "mikv 2", "tidaldecode, by heads", "tokenselect, reused"))
 def test_equals_the_oracle_over_two_turns(which):
     passes, oracle = METHODS[which]
     assert error(llama(), oracle(), passes, tokens(2, 20, *[1] * 6, 9, 1, 1, 1)) < 1e-5
 
 
-@pytest.mark.parametrize("which", sweep("h2o", "mikv 4", "tidaldecode"))
+@pytest.mark.parametrize("which", sweep("h2o", "mikv 4", "tidaldecode", "tokenselect"))
 def test_left_padding(which):
     passes, oracle = METHODS[which]
     padding = torch.ones(2, 16, dtype=torch.long)

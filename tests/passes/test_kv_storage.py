@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accelpass.ir.attention import AttentionSpec, Step
+from accelpass.ir.attention import AttentionSpec, Step, attend
 from accelpass.ir.kv.banks import Floats, Quantized, RowFormat
 from accelpass.ir.kv.rows import BITS, dequantize_rows, quantize_rows, row_bytes
 from accelpass.ir.kv.storage import KERNELS, Layout, New, Query, Storage
-from accelpass.passes.kv_cache.h2o import HeavyHitters
 from accelpass.passes.kv_cache.kv_window import SinksAndNewest
 from accelpass.passes.kv_cache.mikv import Tiers
+from accelpass.passes.kv_cache.storage.heavy_hitters import HeavyHitters
 from tests.passes import kv_truth
 
 MASKED = (Step("keep", extra=0, value="-inf"), Step("safe_softmax"))
@@ -51,7 +51,8 @@ class Layer:
         new = New(q, k, v, self.count, {})
         p = kv_truth.probabilities(q, self.k, self.scale, None)
         if before == 0:
-            new.statistics = {"column_sums": p.sum((2, 3))}
+            spec = AttentionSpec(groups=self.groups, scale=self.scale, causal=True, statistics=self.storage.wants)
+            _, new.statistics = attend(q, k, v, [], spec)
             self.storage.fill(self.held, new, self.layout, self.format)
             out = kv_truth.mixed(p, self.v)
         else:

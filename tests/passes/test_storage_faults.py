@@ -17,13 +17,14 @@ from accelpass import KVCache
 from accelpass.ir.attention import detect
 from accelpass.ir.attention.spec.block_select import Blocks, BlockSelect
 from accelpass.ir.attention.spec.op import set_spec, spec_of
-from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.attention.spec.spec import AttentionSpec, Places, ScoreTap
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.banks import Floats
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Positions, RowSelect
 from accelpass.passes.core.base import Done, Pass, Record, Skip
 from accelpass.passes.kv_cache.base import KVPass
+from accelpass.passes.kv_cache.storage.heavy_hitters import HeavyHitters
 from tests.passes.test_kv_methods import llama, tokens
 
 SITE = r"at model\.layers\.1\.self_attn"
@@ -74,6 +75,18 @@ class Forgetful(RowSelect):
 
 
 @dataclass(frozen=True)
+class Crooked(ScoreTap):
+    part: ClassVar[str] = "test_crooked"
+    how: str
+
+    def __call__(self, scores: Tensor, at: Places) -> Tensor:
+        if self.how == "line":
+            return scores.softmax(-1).sum(2) @ torch.eye(5)
+        made = scores.softmax(-1).sum((2, 3))
+        return made.sum(1) if self.how == "no heads" else made.double()
+
+
+@dataclass(frozen=True)
 class Acme(KVPass):
     """Gives the second layer's attention what a test says."""
 
@@ -85,7 +98,7 @@ class Acme(KVPass):
     def edited(self, program: Program, site: KVSite, spec: AttentionSpec, number: int) -> Any:
         if site.path == "model.layers.0.self_attn":
             return Skip("the first")
-        kind = {Broken: "store", Unreadable: "format", Forgetful: "select"}[type(self.given)]
+        kind = {Broken: "store", Unreadable: "format", Forgetful: "select", HeavyHitters: "store"}[type(self.given)]
         return spec.edited(by=self.name, **{kind: self.given}), "broken"
 
 
@@ -110,6 +123,10 @@ def generated(given: Any) -> None:
         (Broken(how="states"), rf"Broken\.states {SITE}: it returned None; expected a list of StateSpec for Layout"),
         (Broken(how="advance"), rf"Broken\.advance {SITE}: it returned str, no number of tokens"),
         (Unreadable(), rf"the pass 'acme', Unreadable\.encode {SITE}: KeyError: 'codes' \(test_storage_faults"),
+        (HeavyHitters(0.2, 0.2, score=Crooked("no heads")), rf"the pass 'acme', Crooked\.__call__ {SITE}: it returned \(1, 3\) "
+            r"float32; expected \(1, 2, 3\) float32, what each key gets of scores \(batch=1, kv_heads=2, groups, rows=2, keys=3\)"),
+        (HeavyHitters(0.2, 0.2, score=Crooked("dtype")), rf"Crooked\.__call__ {SITE}: it returned \(1, 2, 3\) float64; expected"),
+        (HeavyHitters(0.2, 0.2, score=Crooked("line")), rf"Crooked\.__call__ {SITE}: RuntimeError: .*\(test_storage_faults\.py:"),
         (Forgetful(), rf"the pass 'acme', Forgetful\.attend {SITE}: it returned .*, not \(attention, rows or None\)"),
     ],
     ids=lambda given: "" if isinstance(given, str) else getattr(given, "how", type(given).__name__),

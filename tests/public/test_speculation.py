@@ -16,6 +16,10 @@ H2O = {"name": "h2o", "budget": 0.4}
 METHODS = {
     "dense": [],
     "h2o": [H2O],
+    "a2sf": [{"name": "a2sf", "budget": 0.4, "evicts": "after the prompt", "answer": 3}],
+    "keyformer": [{"name": "keyformer", "budget": 0.4, "answer": 8}],
+    "h2o, wrapped": [{**H2O, "window": 3, "kernel": 3, "heads": "adaptive", "positions": "cache", "pyramid": 4.0}],
+    "zipvl": [{"name": "zipvl", "threshold": 0.5, "newest": 3, "last": 4}],
     "kv_window": [{"name": "kv_window", "budget": 0.4, "sinks": 1}],
     "mikv": [{"name": "mikv", "budget": 0.4, "bits": 4}],
     "kv_quant": [{"name": "kv_quant", "bits": 4}],
@@ -23,6 +27,7 @@ METHODS = {
     "cskv": [{"name": "cskv", "keep_k": 0.5, "keep_v": 0.5, "window": 3}],
     "cskv, rounded": [{"name": "cskv", "keep_k": 0.5, "keep_v": 0.5, "window": 32, "bits": 4}],
     "tidaldecode": [{"name": "tidaldecode", "budget": 5, "first": 0, "reselect": 5}],
+    "tokenselect": [{"name": "tokenselect", "budget": 4, "sinks": 1, "newest": 3, "reuse": 0.6}],
     "sink_window": [{"name": "sink_window", "density": 0.4, "sinks": 2, "block": 2, "reserve": 0}],
     "moa": [{"name": "moa", "alpha": 2.0, "beta": 0.2, "sinks": 2, "block": 2, "reserve": 0}],
 }

@@ -63,8 +63,8 @@ def attention_blocks(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], 
                 if "lse" in parsed.statistics:
                     lse[b, mine, low:high] = torch.logsumexp(scores.float(), -1)
                 for name, tap in taps.items():
-                    if name != "column_sums":
-                        at = Places(places[low:high] + first, places[:seen], columns)
+                    if name != "column_sums" and (tap.rows is None or high > rows - tap.rows):
+                        at = Places(places[low:high] + first, places[:seen], columns, head=h)
                         sums[name][b, h, :seen] += tap(scores.float()[None, None], at)[0, 0]
                 if plain:
                     probabilities = torch.softmax(flat, -1, out=other)

@@ -14,11 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from accelpass.ir.attention.spec.spec import AttentionSpec, Format, Part, Select, Store
+from accelpass.ir.attention.spec.spec import AttentionSpec, Format, Part, ScoreTap, Select, Store
 from accelpass.ir.core.graph import known
 from accelpass.ir.errors import AccelpassError, PassError
 
-_KINDS: tuple[tuple[type[Part], str], ...] = ((Store, "store"), (Format, "format"), (Select, "select"))
+_KINDS: tuple[tuple[type[Part], str], ...] = (
+    (Store, "store"), (Format, "format"), (Select, "select"), (ScoreTap, "store")  # a store's scores
+)  # fmt: skip
 
 
 class WrongResult(Exception):

@@ -60,21 +60,43 @@ class Places(NamedTuple):
 
     ``queries``: positions ``(rows,)``; ``keys``: positions, broadcastable to ``(batch, kv_heads, keys)``, below 0 where there is
     no key; ``tokens``: how many there are once the call has ended, and ``step``: how many of them came after the prompt, each an
-    integer or a tensor ``(batch,)``.
+    integer or a tensor ``(batch,)``; ``head``: the number of the block's first key/value head.
     """
 
     queries: Tensor
     keys: Tensor
     tokens: Any
     step: Any = 0
+    head: int = 0
+
+    @property
+    def end(self) -> Any:
+        """``tokens`` as one number: all sequences of a call have as many, padding included."""
+        return self.tokens[0] if isinstance(self.tokens, Tensor) else self.tokens
 
 
 class ScoreTap(Part, ABC):
     """What each key gets of the scores of a block of queries; the library sums it over blocks.
 
     It is a function of masked scores alone, so that whatever computes them can give it: a prompt's attention in one piece or by
-    blocks of rows, and that of a single token. ``wants`` of a storage names it by :attr:`key`.
+    blocks of rows, and that of a single token. ``wants`` of a storage names it by :attr:`key`. A query without keys (padding)
+    gives nothing to any.
     """
+
+    @property
+    def rows(self) -> int | None:
+        """How many of a call's last queries it reads; None for all. Blocks of earlier ones are left out."""
+        return None
+
+    @property
+    def decay(self) -> float:
+        """What a sum is worth when the next token has come."""
+        return 1.0
+
+    @property
+    def is_mass_of_one(self) -> bool:
+        """A call's single query gives each key its probability, which the attention has anyway."""
+        return False
 
     @property
     def key(self) -> str:
@@ -100,9 +122,38 @@ class AttentionMass(ScoreTap):
     def key(self) -> str:
         return "column_sums"
 
+    @property
+    def is_mass_of_one(self) -> bool:
+        return True
+
     def __call__(self, scores: Tensor, at: Places) -> Tensor:
         # A row without keys (padding) is in no sum.
         return torch.nan_to_num(scores.softmax(-1)).sum((2, 3))
+
+
+@dataclass(frozen=True)
+class LastQueries(ScoreTap):
+    """An observation window: what ``of`` gives for the last ``queries`` of a call alone (SnapKV, arXiv 2404.14469, section 3)."""
+
+    part: ClassVar[str] = "last_queries"
+    of: ScoreTap
+    queries: int
+
+    @property
+    def rows(self) -> int | None:
+        return self.queries if self.of.rows is None else min(self.queries, self.of.rows)
+
+    @property
+    def decay(self) -> float:
+        return self.of.decay
+
+    @property
+    def is_mass_of_one(self) -> bool:
+        return self.of.is_mass_of_one
+
+    def __call__(self, scores: Tensor, at: Places) -> Tensor:
+        early = at.queries < at.end - self.queries
+        return self.of(scores.masked_fill(early.unsqueeze(-1), float("-inf")), at)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,0 +1,51 @@
+"""What eviction by a score costs in quality: methods, and what goes over any score, at a fifth and a tenth of the bytes.
+
+The tasks are those of :mod:`benchmarks.kv_quality`, of which fewer are asked so that more methods can be compared: prose at 2k, and pass
+keys in 1k tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.kv_quality import measure
+from benchmarks.kv_tasks import Row, Sizes
+from benchmarks.random_eviction import RandomEviction
+
+SIZES = Sizes(windows={2048: 3}, keys={1024: 10})
+QUICK = Sizes(windows={1024: 1}, scored=64, keys={1024: 1})
+SNAP: dict[str, Any] = {"window": 32, "kernel": 5}
+
+
+def _at(budget: float) -> dict[str, list[Any]]:
+    """Methods by name, each with so large a share of the prompt."""
+    h2o: dict[str, Any] = {"name": "h2o", "budget": budget}
+    made: dict[str, Any] = {
+        "random": RandomEviction(budget=budget),
+        "kv_window": {"name": "kv_window", "budget": budget},
+        "h2o": h2o,
+        "h2o, mean": {**h2o, "score": "mean"},
+        "h2o, adaptive heads": {**h2o, "heads": "adaptive"},
+        "h2o, pyramid": {**h2o, "pyramid": 20.0},
+        "h2o, window of 32 pooled": {**h2o, **SNAP},
+        "h2o, window of 32 pooled, adaptive heads": {**h2o, **SNAP, "heads": "adaptive"},
+        "a2sf": {"name": "a2sf", "budget": budget},
+        "a2sf, 0.95": {"name": "a2sf", "budget": budget, "factor": 0.95},
+        "a2sf, 0.95, pooled": {"name": "a2sf", "budget": budget, "factor": 0.95, "kernel": 5},
+        "keyformer": {"name": "keyformer", "budget": budget, "answer": 512},
+    }
+    return {f"{name}, {budget:.0%}".replace("%", " %"): [one] for name, one in made.items()}
+
+
+METHODS: dict[str, list[Any]] = {"dense": [], **_at(0.2), **_at(0.1)}
+
+
+def rows(
+    model: torch.nn.Module, tokenizer: Any, names: Sequence[str], sizes: Sizes, say: Callable[[str], None]
+) -> list[Row]:
+    """One row for each method of :data:`METHODS` that is named."""
+    measured = measure(model, tokenizer, list(names), sizes, say, METHODS)
+    return [{key: value for key, value in row.items() if key != "cache_bytes"} for row in measured]
