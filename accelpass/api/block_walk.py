@@ -20,6 +20,7 @@ from accelpass.ir.analyses.structure.linear import linears
 from accelpass.ir.core.capture import from_dynamo
 from accelpass.ir.core.graph import placeholders
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.tensors import FromInputs
 from accelpass.passes.core.base import Watch
 
 
@@ -59,6 +60,7 @@ class _Cut:
             self.inputs.append({path: site.operand() for path, site in here if path is not None})
         last = {read: at for at, stretch in enumerate(self.stretches) for n in stretch for read in n.all_input_nodes}
         self.dead = [[n for n, at in last.items() if at == number] for number in range(len(self.stretches))]
+        assert isinstance(program.tensors, FromInputs)
         self.binder = program.tensors.binder()
         program.gm.recompile()
 

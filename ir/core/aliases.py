@@ -63,7 +63,7 @@ def _gives_operand(node: fx.Node) -> bool:
     if not isinstance(held, FakeTensor):
         return False
     with held.fake_mode, torch.no_grad():
-        made = node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
+        made = node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
     return made is held
 
 
