@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from accelpass.backends.compile.pruned_graph import PrunedGraph, Run, Stage
-from accelpass.backends.runtime.rows import rows_of, write_rows
 from accelpass.backends.runtime.survivors import Survivors, keep_last
 from accelpass.ir.core.derived import DERIVED, StateSpec
 from accelpass.ir.kv.ledger import holding_of
+from accelpass.ir.transform.rows import rows_of, write_rows
 from accelpass.ir.transform.tokens import stream_name
 from accelpass.passes.token_pruning.rows_at_positions import importance_state
 

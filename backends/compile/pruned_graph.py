@@ -10,9 +10,9 @@ import sympy
 import torch
 from torch import Tensor
 
-from accelpass.backends.runtime.rows import rows_of
 from accelpass.backends.staged.stage import Held, Ref
 from accelpass.ir.core.tensors import Binder
+from accelpass.ir.transform.rows import rows_of
 from accelpass.ir.transform.tokens import Taken
 
 

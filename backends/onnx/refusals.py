@@ -9,13 +9,12 @@ from accelpass.backends.onnx.errors import ExportError
 from accelpass.passes.core.base import Pass
 from accelpass.passes.kv_cache.base import KVPass
 from accelpass.passes.token_pruning.base import TokenPruning
-from accelpass.passes.token_pruning.filter import PromptFilter
 
 
 def refuse_unexportable(passes: Sequence[Pass]) -> None:
     """Raise :class:`ExportError` for a pass whose work is not in one graph."""
     for p in passes:
-        if isinstance(p, PromptFilter | TokenPruning):
+        if isinstance(p, TokenPruning):
             raise ExportError(
                 f"{p.name} reads a prompt with graphs that hand the chosen tokens on, and remembers which those were; one ONNX "
                 f"file holds one graph without that state. Export without {p.name}; a prompt gets cheaper by sink_window, too"

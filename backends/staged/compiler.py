@@ -27,7 +27,6 @@ from accelpass.ir.core.graph import argument_name, hint, placeholders, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import OptionError, PassError
-from accelpass.ir.kv.ops import UNEVEN
 from accelpass.ir.kv.sites import kv_sites
 from accelpass.ir.transform.steps import LATENTS, TIMESTEP, user_input
 from accelpass.passes.core.base import Record
@@ -91,7 +90,7 @@ def staged_graph(
 
 def marks(chosen: Options) -> list[str]:
     """What tells a cache that policies have filled from others."""
-    return [UNEVEN for p in chosen.passes if isinstance(p, StagedPass) and p.uneven]
+    return [p.cache_mark for p in chosen.passes if p.cache_mark]
 
 
 def _builder(

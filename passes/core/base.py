@@ -97,6 +97,11 @@ class Pass:
     reads: ClassVar[frozenset[str]] = frozenset()
     claims: ClassVar[dict[str, str]] = {}
 
+    @property
+    def cache_mark(self) -> str:
+        """What tells a cache that the pass has filled from others, so that nothing else goes on with it; empty if nothing must."""
+        return ""
+
     def apply(self, program: Program, record: Record) -> None:
         """Rewrite ``program.graph``; put every site into ``record`` as taken, or skipped with a reason."""
         raise TypeError(f"{type(self).__name__} does not define apply()")

@@ -52,11 +52,6 @@ class StagedPass(SitePass):
     searching: ClassVar[bool] = False
     """A site that cannot do one action does the others all the same."""
 
-    @property
-    def uneven(self) -> bool:
-        """Whether layers of a cache may come to hold different numbers of tokens."""
-        return False
-
     def stack(self, program: Program) -> Sequence[StepBlock]:
         """The blocks that the graph is cut at; none to leave it as one. Changes nothing."""
         return ()

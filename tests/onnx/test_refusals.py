@@ -60,7 +60,7 @@ def test_passes_across_denoising_steps_of_a_model_without_any(tmp_path: Path, na
     refused(tmp_path, f"{name} has nothing to do.*export without it", name)
 
 
-@pytest.mark.parametrize("name", ["gemfilter", "lazyllm"])
+@pytest.mark.parametrize("name", ["lazyllm"])
 def test_passes_that_shorten_a_prompt(tmp_path: Path, name: str) -> None:
     refused(tmp_path, f"{name} reads a prompt with graphs.*Export without {name}", name)
 
