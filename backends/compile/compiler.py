@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.backends.compile.inductor import compile_whole
-from accelpass.backends.compile.prune_compiler import pruned_model, pruning_pass
 from accelpass.backends.compile.rewriting import captured, code_for, rewritten
 from accelpass.backends.kernels.cuda import block_sparse as block_sparse  # registers its kernel
 from accelpass.backends.kernels.cuda import kv_decode as kv_decode  # registers its kernel
@@ -212,16 +211,6 @@ def _canonical(
         report.seconds = time.perf_counter() - started
         steps = graph if isinstance(graph, SteppedGraph) else None
         return CompiledGraph(graph, None, chosen, options, report, models, calls, steps=steps)
-    pruning = pruning_pass(chosen)
-    if pruning is not None:
-        pruned = pruned_model(gm, program, example_inputs, chosen, pruning, report)
-        if pruned is not None:
-            report.seconds = time.perf_counter() - started
-            model, calls = pruned
-            return CompiledGraph(model, None, chosen, options, report, models, calls)
-        program = captured(gm, example_inputs, report)
-        tensors = program.tensors
-        assert isinstance(tensors, FromInputs)
     made = rewritten(program, example_inputs, chosen, report)
     binder, report.records, report.after = made.binder, made.records, made.cost
     with torch.no_grad():

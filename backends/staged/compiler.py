@@ -33,7 +33,7 @@ from accelpass.passes.core.base import Record
 from accelpass.passes.core.manager import ordered, run
 from accelpass.passes.core.options import Options
 from accelpass.passes.core.report import GraphReport, costs
-from accelpass.passes.core.staged import FULL, StagedPass
+from accelpass.passes.core.staged import FULL, PolicyPass
 from accelpass.passes.step_cache.base import StepPass
 
 
@@ -49,7 +49,7 @@ def staged_graph(
         OptionError: two passes choose.
         PassError: a pass that chooses by denoising step finds no input that tells it.
     """
-    choosing = [p for p in chosen.passes if isinstance(p, StagedPass) and p.stack(program)]
+    choosing = [p for p in chosen.passes if isinstance(p, PolicyPass) and p.stack(program)]
     if not choosing:
         return None
     if len(choosing) > 1:
@@ -78,7 +78,7 @@ def staged_graph(
         return graph, None
     sites = kv_sites(program)  # before the graph is used up
     tokens = tokens_of(value(sites[0].new[0]).shape[2], tensors) if sites else None
-    policy = PolicyGraph(build, choosing[0])
+    policy = PolicyGraph(build, choosing[0], tensors.model)
     made = policy.model([hint(a) if isinstance(a, torch.SymInt) else a for a in inputs])
     if tokens is None:
         return policy, None
@@ -99,7 +99,7 @@ def _builder(
     chosen: Options,
     report: GraphReport,
     symbolic: bool,
-    passes: Sequence[StagedPass],
+    passes: Sequence[PolicyPass],
 ) -> Callable[[Sequence[Any]], StagedModel]:
     """Compiles for the sizes of a call."""
     source, tensors = copied(gm), program.tensors
@@ -142,7 +142,7 @@ def _builder(
     return build
 
 
-def _arguments(program: Program, by: StagedPass) -> Arguments:
+def _arguments(program: Program, by: PolicyPass) -> Arguments:
     """
     Raises:
         PassError: there is no input that tells the timestep.

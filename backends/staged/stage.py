@@ -35,7 +35,8 @@ class Stage:
     Attributes:
         given: where its arguments come from; made: names of what it returns.
         keeps: what later calls recall, by name.
-        layouts: how values lie in memory that it reads or makes, by name.
+        layouts: how values lie in memory that it reads or makes, and what it recalls, by name.
+        size: equal for stages whose values fit each other; see :meth:`PolicyPass.size`.
         flops: of the stage; ``attention`` those of attention's products alone.
     """
 
@@ -46,6 +47,7 @@ class Stage:
     layouts: Mapping[str, Hashable] = field(default_factory=dict)
     flops: int = 0
     attention: int = 0
+    size: str = ""
 
     @property
     def reads(self) -> list[Ref]:

@@ -12,6 +12,10 @@ from torch.utils._pytree import tree_leaves
 from accelpass.ir.core.tensors import TensorSource
 
 T = TypeVar("T")
+BLOCK = "step_block"
+"""Key of ``meta``: the number of the block that a node is the end of; -1 for all nodes in front of the blocks."""
+NAME = "step_name"
+"""Key of ``meta``: under which name a value of the model is known in every variant of the graph."""
 
 
 @dataclass

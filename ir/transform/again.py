@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from accelpass.ir.analyses.axes.axes import Axes, axes
+from accelpass.ir.analyses.axes.axes import Axes, Dim, axes
 from accelpass.ir.core.graph import aten, is_call, known, mutates, refresh, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.ops import KV_APPEND
@@ -26,8 +26,7 @@ _COMPARED = (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge)
 def again(program: Program, found: Prompt, region: Sequence[fx.Node], rows: fx.Node, positions: fx.Node) -> None:
     """Let the graph return, and store, what the model makes of the chosen tokens alone.
 
-    What was there stays as far as the choice needs it. Sizes that the graph was captured with follow the tokens: symbolic
-    ones are computed anew, numbers are known from the axis analysis.
+    What was there stays as far as the choice needs it.
 
     Args:
         region: the model's calls, in order.
@@ -38,15 +37,53 @@ def again(program: Program, found: Prompt, region: Sequence[fx.Node], rows: fx.N
     """
     graph, count = program.graph, int(value(rows).shape[1])
     (output,) = graph.find_nodes(op="output")
-    own = list(dict.fromkeys(output.all_input_nodes))
     short = {one.node: _taken(program, one, rows, positions) for one in found.inputs}
-    symbolic = isinstance(found.tokens, torch.SymInt) and not known(found.tokens == found.tokens.node.hint)
-    with graph.inserting_before(output):
-        made = _substituted(region, short) if symbolic else _resized(program, found, region, short, count)
-    output.args = fx.map_arg(output.args, lambda n: made.get(n, n) if n in own else n)
+    if not is_symbolic(found.tokens):
+        _refuse_numbers(region, int(found.tokens))
+    first, known_axes = found.rows, program.analysis(axes)
+    dim = known_axes.of(first.node)[first.dims[0]]
+    try:
+        with graph.inserting_before(output):
+            made = on_rows(known_axes, region, short, dim, count, anew=True)
+    except CannotResize as cause:
+        raise NoPrompt(f"the first prompt is not filtered (later ones of other lengths are): {cause}") from cause
+    replaced(program, region, made)
+
+
+def is_symbolic(size: Any) -> bool:
+    """Whether a size may be another at another call."""
+    return isinstance(size, torch.SymInt) and not known(size == size.node.hint)
+
+
+def on_rows(
+    known_axes: Axes, region: Sequence[fx.Node], rows: Mapping[fx.Node, Any], dim: Dim, count: Any, anew: bool = False
+) -> dict[fx.Node, Any]:
+    """Copies of calls for ``count`` rows of a dimension, at the graph's insertion point; by original.
+
+    Sizes that the graph was captured with follow: symbolic ones are computed anew, numbers are known from the axis analysis.
+
+    Args:
+        rows: what is read in the place of values that have the dimension.
+        anew: see :class:`Resizer`.
+
+    Raises:
+        CannotResize: an operation means something else for other rows.
+    """
+    if is_symbolic(dim.size):
+        return _substituted(region, rows, dim.size, count)
+    resizer = Resizer(region[0].graph, known_axes, dim, count, _unexpected, anew)
+    for node, fewer in rows.items():
+        resizer.put(node, fewer)
+    return dict(zip(region, resizer.copy(region, region), strict=True))
+
+
+def replaced(program: Program, region: Sequence[fx.Node], made: Mapping[fx.Node, Any]) -> None:
+    """Let the graph return the copies, and erase of the originals what nothing else reads."""
+    (output,) = program.graph.find_nodes(op="output")
+    output.args = fx.map_arg(output.args, lambda n: made.get(n, n))
     for node in reversed(region):
-        if is_call(node, KV_APPEND) or not (node.users or mutates(node)):
-            graph.erase_node(node)
+        if made.get(node, node) is not node and (is_call(node, KV_APPEND) or not (node.users or mutates(node))):
+            program.graph.erase_node(node)
     program.changed()
 
 
@@ -69,17 +106,17 @@ def _taken(program: Program, one: Any, rows: fx.Node, positions: fx.Node) -> Any
     return splice(program, trace(program, taken, operands), operands, output)[0]
 
 
-def _substituted(region: Sequence[fx.Node], short: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
-    """Copies of the calls that depend on ``short``; sizes that are computed from it become numbers."""
-    env: dict[fx.Node, Any] = dict(short)
-
-    def at(held: Any) -> Any:
-        return env.get(held, held) if isinstance(held, fx.Node) else held
-
-    for node in region:
-        if env.keys().isdisjoint(node.all_input_nodes):
+def _substituted(
+    region: Sequence[fx.Node], rows: Mapping[fx.Node, Any], tokens: torch.SymInt, count: Any
+) -> dict[fx.Node, Any]:
+    """Copies of the calls that depend on ``rows``, or on how many there are; sizes that come of a number become numbers."""
+    env: dict[fx.Node, Any] = dict(rows)
+    for node in _with_sizes(region):
+        if isinstance(value(node), torch.SymInt) and known(value(node) == tokens):
+            env[node] = count
+        if node.op != "call_function" or node in env or env.keys().isdisjoint(node.all_input_nodes):
             continue
-        args, kwargs = map_aggregate((node.args, node.kwargs), at)
+        args, kwargs = map_aggregate((node.args, node.kwargs), lambda n: env.get(n, n) if isinstance(n, fx.Node) else n)
         assert isinstance(args, tuple) and isinstance(kwargs, dict)
         mode = getattr(value(node), "fake_mode", None) or nullcontext()  # a call without tensors would make a real one
         with torch.no_grad(), mode:
@@ -93,21 +130,15 @@ def _substituted(region: Sequence[fx.Node], short: Mapping[fx.Node, Any]) -> dic
     return env
 
 
-def _resized(
-    program: Program, found: Prompt, region: Sequence[fx.Node], short: Mapping[fx.Node, Any], count: int
-) -> dict[fx.Node, Any]:
-    _refuse_numbers(region, int(found.tokens))
-    known_axes: Axes = program.analysis(axes)
-    first = found.rows
-    dim = known_axes.of(first.node)[first.dims[0]]
-    resizer = Resizer(program.graph, known_axes, dim, count, _unexpected, anew=True)
-    for node, fewer in short.items():
-        resizer.put(node, fewer)
-    try:
-        made = resizer.copy(region, region)
-    except CannotResize as cause:
-        raise NoPrompt(f"the first prompt is not filtered (later ones of other lengths are): {cause}") from cause
-    return dict(zip(region, made, strict=True))
+def _with_sizes(region: Sequence[fx.Node]) -> list[fx.Node]:
+    """The calls, and what computes the sizes that they read, in order."""
+    found, front = dict.fromkeys(region), list(region)
+    while front:
+        for node in front.pop().all_input_nodes:
+            if node not in found and isinstance(value(node), torch.SymInt | torch.SymFloat):
+                found[node] = None
+                front.append(node)
+    return sorted(found)
 
 
 def _unexpected(node: fx.Node, dim: int) -> fx.Node:

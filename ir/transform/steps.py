@@ -19,15 +19,13 @@ from accelpass.ir.analyses.axes.flow import VIEWS, bare, between, reached_from
 from accelpass.ir.analyses.structure.block import Block, Sublayer, blocks
 from accelpass.ir.attention.recognition.detect import Attention
 from accelpass.ir.core.graph import argument_name, aten, fake_mode, is_call, mutates, placeholders, root, value
+from accelpass.ir.core.program import BLOCK as BLOCK
+from accelpass.ir.core.program import NAME as NAME
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.transform.tokens import decoder_blocks
 
-BLOCK = "step_block"
-"""Key of ``meta``: the number of the block that a node is the end of; -1 for all nodes in front of the blocks."""
 SURVIVORS = "survivors:"
-NAME = "step_name"
-"""Key of ``meta``: under which name a value of the model is known in every variant of the graph."""
 
 
 class StepError(AccelpassError, ValueError):
