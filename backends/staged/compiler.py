@@ -23,7 +23,7 @@ from accelpass.backends.staged.model import StagedModel
 from accelpass.backends.staged.stage import Code, Compile
 from accelpass.backends.staged.variants import Variants
 from accelpass.ir.core.capture import cut_said
-from accelpass.ir.core.graph import argument_name, hint, placeholders, value
+from accelpass.ir.core.graph import argument_name, placeholders, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import OptionError, PassError
@@ -70,7 +70,8 @@ def staged_graph(
         chosen = replace(chosen, passes=tuple(bound))
     passes = tuple(p for p in chosen.passes if p.name == choosing[0].name)
     symbolic = any(isinstance(n, torch.SymInt) for node in placeholders(program.gm) for n in _sizes(value(node)))
-    build = _builder(gm, program, chosen, report, symbolic, passes)  # type: ignore[arg-type]
+    # What steps keep has the sizes of one run; a policy that needs nothing but the call is compiled for any.
+    build = _builder(gm, program, chosen, report, symbolic and by_step, passes)  # type: ignore[arg-type]
     if at is not None:
         graph = SteppedGraph(build, passes, at, (asked, chosen.skip_sites, chosen.lowering))  # type: ignore[arg-type]
         if not symbolic:
@@ -79,7 +80,7 @@ def staged_graph(
     sites = kv_sites(program)  # before the graph is used up
     tokens = tokens_of(value(sites[0].new[0]).shape[2], tensors) if sites else None
     policy = PolicyGraph(build, choosing[0], tensors.model)
-    made = policy.model([hint(a) if isinstance(a, torch.SymInt) else a for a in inputs])
+    made = policy.model(inputs)
     if tokens is None:
         return policy, None
     counts = tuple((at, (*form, *marks(chosen))) for at, form, _ in made.caches)

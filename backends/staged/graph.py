@@ -35,9 +35,13 @@ class StagedGraph(ABC):
     @abstractmethod
     def __call__(self, *args: Any) -> Any: ...
 
+    def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """Those of a call that it is compiled for."""
+        return tuple(a for a in args if isinstance(a, int) and not isinstance(a, bool))
+
     def model(self, args: Sequence[Any]) -> StagedModel:
         """The stages for a call's sizes, compiled if they are new."""
-        sizes = tuple(a for a in args if isinstance(a, int) and not isinstance(a, bool))
+        sizes = self.sizes(args)
         if sizes not in self.models:
             with self._building, torch.no_grad():
                 if sizes not in self.models:
@@ -52,6 +56,9 @@ class PolicyGraph(StagedGraph):
     policy: PolicyPass
     owner: int | None = None
     """The position of one of the model's own tensors."""
+
+    def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return ()  # symbolic ones stay so
 
     def __call__(self, *args: Any) -> Any:
         model = self.model(args)

@@ -117,10 +117,16 @@ def key_of(part: Part) -> Hashable:
 
 def layout(held: Any) -> Hashable:
     if isinstance(held, Tensor):
-        return tuple(held.shape), held.stride(), held.dtype, held.device, held.storage_offset()
+        sizes = (tuple(map(_plain, each)) for each in (held.shape, held.stride()))
+        return *sizes, held.dtype, held.device, _plain(held.storage_offset())
     if isinstance(held, tuple | list):
         return tuple(map(layout, held))
-    return type(held).__name__, held if isinstance(held, int | float | bool | str) else None
+    return type(held).__name__, _plain(held) if isinstance(held, int | float | bool | str | torch.SymInt) else None
+
+
+def _plain(size: Any) -> Any:
+    """A size, by name if it is symbolic, so that comparing two adds no guard."""
+    return str(size) if isinstance(size, torch.SymInt) else size
 
 
 def attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
