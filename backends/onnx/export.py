@@ -21,7 +21,7 @@ from accelpass.backends.onnx.capture import Captured, bound, captured, tensors_b
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.backends.onnx.examples import others
 from accelpass.backends.onnx.functional import Functional, fixed, functional
-from accelpass.backends.onnx.refusals import refuse_left_out, refuse_unexportable
+from accelpass.backends.onnx.refusals import refuse_left_out
 from accelpass.backends.onnx.report import ExportReport, Written
 from accelpass.backends.onnx.stepped import step_graphs, step_pass, with_state
 from accelpass.backends.onnx.translation.activations import StaticRanges
@@ -97,7 +97,6 @@ def wanted(
     chosen = parse({"passes": list(passes), "plan": plan, "skip_sites": dict(skip_sites or {}), "debug": debug})
     # Passes that torch.compile has by default choose kernels of its own compilers.
     picked = tuple(p for p in chosen.passes if p.name in chosen.asked)
-    refuse_unexportable(picked)
     if activations != "qdq":
         return Wanted(chosen, picked, Form(opset, contrib, activations == "int8"))
     if contrib:

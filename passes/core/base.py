@@ -82,6 +82,8 @@ class Pass:
         edits, reads: aspects of sites; see :class:`accelpass.passes.SitePass`. Who reads runs after who edits.
         claims: what the pass assumes of the model as a whole, by aspect, in words that a user reads: two passes that say different
             things of one aspect cannot be combined.
+        reads_back: with a key/value cache it reads numbers back on the host at each step, so that no file can hold it.
+        for_prompts: it acts on prompts whose keys and values stand in an ``accelpass.KVCache``, or in none.
     """
 
     name: ClassVar[str]
@@ -96,6 +98,8 @@ class Pass:
     edits: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset()
     claims: ClassVar[dict[str, str]] = {}
+    reads_back: ClassVar[bool] = False
+    for_prompts: ClassVar[bool] = False
 
     @property
     def cache_mark(self) -> str:

@@ -53,6 +53,8 @@ class TokenPruning(PolicyPass):
     edits: ClassVar[frozenset[str]] = frozenset({"attention.rows"})
     reads: ClassVar[frozenset[str]] = frozenset({"attention.blocks"})
     claims: ClassVar[dict[str, str]] = {"tokens": "each layer chooses the tokens that the next one reads"}
+    reads_back: ClassVar[bool] = True
+    for_prompts: ClassVar[bool] = True
     sizes: ClassVar[tuple[int, ...]] = (16, 64)
     """How many tokens blocks take up in one piece, besides a call's own number."""
 

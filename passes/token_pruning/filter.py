@@ -33,6 +33,7 @@ class PromptFilter(Pass):
 
     phase: ClassVar[str] = "structure"
     reads: ClassVar[frozenset[str]] = frozenset({"block.steps"})
+    for_prompts: ClassVar[bool] = True
     claims: ClassVar[dict[str, str]] = {
         "calls": "a prompt is read once",
         "tokens": "the tokens of a prompt are chosen once, for all layers",
