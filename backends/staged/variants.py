@@ -65,7 +65,8 @@ class Variants:
         started = time.perf_counter()
         dense, blocks = self._captured()
         assert isinstance(dense.tensors, FromInputs)
-        places = [(p, place) for p in self.passes for place in p.places(blocks)]
+        several = len(self.passes) > 1  # each has the blocks that its options name; of one alone all are shown
+        places = [(p, site) for p in self.passes for site in (p.chosen_places if several else p.places)(blocks)]
         sites: Sites = [[(p, place.path) for p, place in places if place.block.number == b.number] for b in blocks]
         owner = {place.path: place.block.number for _, place in places}
         streams = tuple(("value", block.outputs[0].meta[NAME]) for block in blocks)

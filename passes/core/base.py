@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol, Self, get_type_hints
 
+import torch
 from torch import Tensor
 
 from accelpass.ir.attention.spec.spec import AttentionSpec
@@ -100,6 +101,14 @@ class Pass:
     claims: ClassVar[dict[str, str]] = {}
     reads_back: ClassVar[bool] = False
     for_prompts: ClassVar[bool] = False
+
+    def bound(self, artefacts: Mapping[str, Tensor], device: torch.device) -> Pass:
+        """The pass with the tensors of its plan, where it reads them before it sees a graph.
+
+        Raises:
+            PlanError: it cannot do without, and there are none.
+        """
+        return self
 
     @property
     def cache_mark(self) -> str:

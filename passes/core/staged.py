@@ -20,7 +20,7 @@ from accelpass.ir.core.graph import aten, call, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.resize import CannotResize
 from accelpass.ir.transform.steps import BLOCK, NAME, Module, StepBlock
-from accelpass.passes.core.base import Done, Pass, Skip
+from accelpass.passes.core.base import Done, Pass, Skip, Take
 from accelpass.passes.core.site_pass import Edits, SitePass
 
 FULL = "full"
@@ -47,6 +47,8 @@ class Site:
 class PolicyPass(Pass):
     """Runs a model in stages: its policy chooses, for each call, in which of its variants each block is computed."""
 
+    by_step: ClassVar[bool] = False
+    """The policy is that of denoising steps, which the backend has; else it is :meth:`run`."""
     searching: ClassVar[bool] = False
     """A site that cannot do one action does the others all the same."""
 
@@ -57,6 +59,10 @@ class PolicyPass(Pass):
     @abstractmethod
     def places(self, blocks: Sequence[StepBlock]) -> list[Site]:
         """The sites, in the order in which the model runs them."""
+
+    def chosen_places(self, blocks: Sequence[StepBlock]) -> list[Site]:
+        """Those of :meth:`places` that the user's options admit."""
+        return self.places(blocks)
 
     @abstractmethod
     def ways(self, paths: Sequence[str], can: Callable[[str], bool]) -> Iterable[tuple[str, ...]]:
@@ -87,6 +93,9 @@ class StagedPass(PolicyPass, SitePass):
 
     phase: ClassVar[str] = "attention"
     edits: ClassVar[frozenset[str]] = frozenset({"block.steps"})
+
+    def chosen_places(self, blocks: Sequence[StepBlock]) -> list[Site]:
+        return [site for site in self.places(blocks) if isinstance(self.wanted(site.path), Take)]
 
     @abstractmethod
     def acted(self, program: Program, site: Site, action: str) -> str:
