@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 import accelpass
-from accelpass import KVCache
+from accelpass import KVCache, PassError
+from accelpass.passes.core.staged import FULL
+from accelpass.passes.token_pruning.lazyllm import LazyLLM
 from tests.passes.gemfilter_truth import KEEP, built, chosen, logits, prompt_of, steps
 from tests.passes.step_truth import DeltaBlock, denoise, fast_attention
 from tests.passes.test_ditfastattn import TIMES, model_of
@@ -86,3 +90,29 @@ def test_two_policies_that_run_the_stages_themselves():
     fast = compiled(model, {"name": "lazyllm", "keep": [0.5], "layers": [0]}, {"name": "skip_layers", "least": 2})
     with pytest.raises(Exception, match="lazyllm and skip_layers both choose what a block computes"):
         logits(fast, KVCache(model, 40), prompt_of(1, 20), *steps(count=1))
+
+
+@dataclass(frozen=True)
+class Unforeseen(LazyLLM):
+    """Takes twenty tokens up at once, in a variant that a test names."""
+
+    action: str = FULL
+    name: ClassVar[str] = "unforeseen"
+
+    def pieces(self, missing: Tensor, count: int, own: int) -> list[tuple[str, Tensor]]:
+        return [(self.action, torch.zeros((missing.shape[0], 20), dtype=torch.long))]
+
+
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        ("20 rows", r"unforeseen: model.layers.1 was not compiled as '20 rows'; name it in ways\(\), which gave 16 rows"),
+        ("16 rows", r"unforeseen: model.layers.1 as '16 rows' takes positions:1 of \[1, 16\], and was given \[1, 20\]; give"),
+    ],
+)
+def test_sizes_and_variants_that_nobody_declared(action: str, said: str):
+    model, ids = built(), prompt_of(1, 20)
+    fast, cache = compiled(model, Unforeseen(keep=(0.5,), layers=(0,), action=action)), KVCache(model, 40)
+    logits(fast, cache, ids)
+    with pytest.raises(PassError, match=said):
+        logits(fast, cache, *steps(count=1))
