@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -250,7 +250,7 @@ def _finished(
 def with_plan(want: Wanted, by: StepPass) -> tuple[Wanted, StepPass]:
     """What was asked for, with the tensors of the plan in the pass that chooses by step."""
     plan = want.chosen.plan
-    bound_ = by.bound({} if plan is None else plan.tensors, torch.device("cpu"))
+    bound_ = cast(StepPass, by.bound({} if plan is None else plan.tensors, torch.device("cpu")))
     return replace(want, passes=tuple(bound_ if p is by else p for p in want.passes)), bound_
 
 

@@ -158,7 +158,7 @@ def _check(stages: Mapping[Key, Stage]) -> None:
             if kind != "value":
                 continue
             likely = variants[makers[name]] if name in makers else []
-            alike = [s for s in likely if name in s.made or s.size == stage.size]
+            alike: list[Stage | None] = [s for s in likely if name in s.made or s.size == stage.size]
             for maker in alike or [None]:
                 seen = None if maker is None or name not in maker.made else maker.layouts.get(name, ())
                 if seen is None or not _fits(seen, stage.layouts.get(name, seen)):

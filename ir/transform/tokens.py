@@ -186,8 +186,9 @@ def _see_as_the_last(program: Program, node: fx.Node) -> None:
     for at, extra in enumerate(extras):
         held = value(extra)
         if held.dim() > 1 and known(held.shape[-2] == tokens):
-            with program.graph.inserting_before(node):
+            with program.graph.inserting_after(extra):
                 last = call(program.graph, extra, aten.slice.Tensor, extra, held.dim() - 2, -1, sys.maxsize)
+            with program.graph.inserting_after(last):
                 # Its strides say how many tokens the call has, which a stage of other rows could not name.
                 extras[at] = call(program.graph, extra, aten.clone.default, last, memory_format=torch.contiguous_format)
     node.args = (*node.args[:3], extras, *node.args[4:])

@@ -67,7 +67,7 @@ class TokenPruning(PolicyPass):
         """
 
     @abstractmethod
-    def shown(self, stretch: int, stretches: int) -> str:
+    def told(self, stretch: int, stretches: int) -> str:
         """What is done in one stretch of blocks, for the report."""
 
     def why_not(self, program: Program) -> str | None:
@@ -135,7 +135,7 @@ class TokenPruning(PolicyPass):
             return
         for stretch in found:
             shown = f"{stretch.blocks[0]} to {stretch.blocks[-1]}" if len(stretch.blocks) > 1 else stretch.blocks[0]
-            record.take(shown, Done(self.shown(stretch.number, len(found))))
+            record.take(shown, Done(self.told(stretch.number, len(found))))
 
     def _prompt(self, program: Program, found: Sequence[Stretch], keep: Sequence[float]) -> None:
         """All tokens of an empty context."""
@@ -215,7 +215,7 @@ class TokenPruning(PolicyPass):
             last.meta |= {BLOCK: -1, NAME: NEW if last is new else f"pruning.{last.name}"}
         ends_with(program, tail, memory.taken(tail.next, "out", new, tail))
         for stretch in reversed(found):
-            rows, named = new, {}
+            rows, named = new, dict[str, fx.Node]()
             if stretch.number:
                 rows, named = self._taken_up(program, stretch, memory, tables, count, known_axes)
             self._store(program, stretch, named, stretch is found[-1])

@@ -106,8 +106,14 @@ class Unforeseen(LazyLLM):
 @pytest.mark.parametrize(
     ("action", "said"),
     [
-        ("20 rows", r"unforeseen: model.layers.1 was not compiled as '20 rows'; name it in ways\(\), which gave 16 rows"),
-        ("16 rows", r"unforeseen: model.layers.1 as '16 rows' takes positions:1 of \[1, 16\], and was given \[1, 20\]; give"),
+        (
+            "20 rows",
+            r"unforeseen: model.layers.1 was not compiled as '20 rows'; name it in ways\(\), which gave 16 rows",
+        ),
+        (
+            "16 rows",
+            r"unforeseen: model.layers.1 as '16 rows' takes positions:1 of \[1, 16\], and was given \[1, 20\]; give",
+        ),
     ],
 )
 def test_sizes_and_variants_that_nobody_declared(action: str, said: str):
