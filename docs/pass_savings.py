@@ -12,12 +12,9 @@ import accelpass
 from accelpass.passes.core.base import Calibrated, CalibratedOnLoss, Pass
 from accelpass.passes.core.registry import registered
 from accelpass.passes.kv_cache.base import KVPass
-from accelpass.passes.sparse_attention.base import SparseAttention
 from accelpass.passes.sparse_attention.span_pass import SpanPass
 from accelpass.passes.step_cache.base import Searched, StepPass
 from accelpass.passes.structure.sdpa_rewrite import SdpaRewrite
-from accelpass.passes.token_pruning.base import TokenPruning
-from accelpass.passes.token_pruning.filter import PromptFilter
 from accelpass.view.grouping import alike, collapse
 from accelpass.view.report import Report
 from accelpass.view.text import flops, size
@@ -85,13 +82,13 @@ def _generated(cls: type[Pass], options: dict[str, Any]) -> tuple[str, Report, l
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=512, max_position_embeddings=1024)
     model = LlamaForCausalLM(config).eval()
-    own = (KVPass, SpanPass, SparseAttention, TokenPruning, PromptFilter)
+    own = (KVPass, SpanPass)
     given: dict[str, Any] = {"passes": [{"name": cls.name, **options}], "lowering": "eager"}
     ids = torch.randint(0, 512, (1, PROMPT + ANSWER))
     if issubclass(cls, Calibrated | CalibratedOnLoss) and not options:
         given["plan"] = accelpass.calibrate(model, [ids[:, :128], ids[:, 128:256]], given.pop("passes"), progress=False)
     fast = torch.compile(model, backend="accelpass", options=given)
-    if issubclass(cls, own):
+    if issubclass(cls, own) or cls.for_prompts:
         cache, kind = accelpass.KVCache(model, CAPACITY), "an `accelpass.KVCache`"
     else:
         cache, kind = new_cache(model, CAPACITY), "a static cache"

@@ -135,12 +135,16 @@ def test_passes_across_steps_are_written_for_each_variant(folder):
     assert_stands_alone(folder)
 
 
-def test_a_graph_whose_tokens_are_dropped_is_written_and_not_measured(folder):
-    fast = compiled(tiny_llama(2), {"name": "lazyllm", "keep": [0.5], "layers": [0]})
+def test_a_prompt_whose_tokens_are_dropped_is_measured_and_what_takes_them_up_is_not(folder):
+    model = tiny_llama(2)
+    fast = compiled(model, {"name": "lazyllm", "keep": [0.5], "layers": [0]})
+    cache = accelpass.KVCache(model, capacity=16)
     with torch.no_grad():
-        fast(torch.arange(1, 9)[None], use_cache=False)
-    (graph,) = graphs(folder)
-    assert "what earlier steps" in graph["unmeasured"]
+        fast(torch.arange(1, 9)[None], past_key_values=cache)
+        fast(torch.tensor([[3]]), past_key_values=cache)
+    prompt, *later = graphs(folder)
+    assert prompt["unmeasured"] == "" and len(later) == 3  # in full, on 16 rows, on 64
+    assert all("what earlier steps" in graph["unmeasured"] for graph in later)
     assert_stands_alone(folder)
 
 

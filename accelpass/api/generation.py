@@ -55,13 +55,9 @@ def cache_for(model: Any, length: int, options: dict[str, Any]) -> Any:
         CacheError: they change how keys and values are kept, and the model keeps them otherwise.
     """
     from accelpass.passes.core.options import parse
-    from accelpass.passes.sparse_attention.base import SparseAttention
-    from accelpass.passes.token_pruning.base import TokenPruning
-    from accelpass.passes.token_pruning.filter import PromptFilter
 
     # In a static cache a prompt's keys are as many as the cache is long, and no pass can tell that they are its own.
-    for_prompts = (SparseAttention, TokenPruning, PromptFilter)
-    if not changes_cache(options) and not any(isinstance(p, for_prompts) for p in parse(options).passes):
+    if not changes_cache(options) and not any(p.for_prompts for p in parse(options).passes):
         return new_cache(model, length)
     from accelpass.caches.kv_cache import KVCache
 

@@ -21,7 +21,6 @@ from accelpass.ir.transform.steps import LATENTS, user_input
 from accelpass.passes.core.base import Pass, Record
 from accelpass.passes.core.manager import Observer, watched
 from accelpass.passes.core.report import GraphReport
-from accelpass.passes.step_cache.base import StepPass
 from accelpass.testing.findings import Finding, failed, passed, skipped
 from accelpass.testing.numbers import attempt
 from accelpass.testing.subjects import Subject
@@ -123,9 +122,8 @@ def _lie(nodes: Sequence[fx.Node]) -> str:
 
 def _apply(trial: Trial, p: Pass, program: Program, record: Record) -> None:
     program.artefacts = trial.tensors
-    if isinstance(p, StepPass):
-        latents = user_input(program, *LATENTS)
-        p = p.bound(trial.tensors, torch.device("cpu") if latents is None else value(latents).device)
+    latents = user_input(program, *LATENTS)
+    p = p.bound(trial.tensors, torch.device("cpu") if latents is None else value(latents).device)
     with torch.no_grad():
         p.apply(program, record)
 

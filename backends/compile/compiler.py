@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from accelpass.backends.compile.filtered import FilteredPrompt, Part, WholePrompt, filtered
 from accelpass.backends.compile.inductor import compile_whole
-from accelpass.backends.compile.prune_compiler import pruned_model, pruning_pass
 from accelpass.backends.compile.rewriting import captured, code_for, rewritten
 from accelpass.backends.kernels.cuda import block_sparse as block_sparse  # registers its kernel
 from accelpass.backends.kernels.cuda import kv_decode as kv_decode  # registers its kernel
 from accelpass.backends.runtime.caches import CacheCalls
 from accelpass.backends.runtime.owners import Owners
+from accelpass.backends.runtime.survivors import Choices
 from accelpass.backends.staged.by_step import SteppedGraph
 from accelpass.backends.staged.compiler import marks, staged_graph
 from accelpass.ir.core import autocast
@@ -30,11 +29,9 @@ from accelpass.ir.core.derived import refuse_uncompiled_calls
 from accelpass.ir.core.graph import placeholders
 from accelpass.ir.core.tensors import Binder, FromInputs
 from accelpass.ir.errors import AccelpassError, DefaultPassFailed, GraphError, PassError
-from accelpass.ir.kv.sites import kv_sites
 from accelpass.ir.torch_private import allow_recompilations, frame_of
 from accelpass.passes.core.options import Options, parse
 from accelpass.passes.core.report import GraphReport, measure
-from accelpass.passes.token_pruning.filter import PromptFilter
 
 _COMPILED: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 
@@ -55,7 +52,7 @@ class CompiledGraph:
     models: Owners = field(repr=False)
     caches: CacheCalls | None = None
     steps: SteppedGraph | None = None
-    prompt: FilteredPrompt | WholePrompt | None = None
+    choices: Choices | None = None
     is_cast: bool = False
     """Autocast was on around the call and is part of the graph: it is off while the graph runs."""
 
@@ -83,9 +80,8 @@ class CompiledGraph:
         return made
 
     def _run(self, args: Sequence[Any]) -> Any:
-        if self.prompt is not None:
-            return self.prompt(args)
-        return self.fn(*(args if self.binder is None else self.binder(args)))
+        made = self.fn(*(args if self.binder is None else self.binder(args)))
+        return made if self.choices is None else self.choices.note(args, made)
 
 
 def graphs_of(module: torch.nn.Module) -> list[CompiledGraph]:
@@ -215,22 +211,6 @@ def _canonical(
         report.seconds = time.perf_counter() - started
         steps = graph if isinstance(graph, SteppedGraph) else None
         return CompiledGraph(graph, None, chosen, options, report, models, calls, steps=steps)
-    pruning = pruning_pass(chosen)
-    if pruning is not None:
-        pruned = pruned_model(gm, program, example_inputs, chosen, pruning, report)
-        if pruned is not None:
-            report.seconds = time.perf_counter() - started
-            model, calls = pruned
-            return CompiledGraph(model, None, chosen, options, report, models, calls)
-        program = captured(gm, example_inputs, report)
-        tensors = program.tensors
-        assert isinstance(tensors, FromInputs)
-    filters = [p.name for p in chosen.passes if isinstance(p, PromptFilter)]
-    is_later = any(not s.is_prompt for s in kv_sites(program))
-    if filters and not is_later and (short := filtered(gm, program, example_inputs, chosen, report)) is not None:
-        binder = short.second.binder
-        report.seconds, report.derived_bytes = time.perf_counter() - started, binder.derived_bytes()
-        return CompiledGraph(short.second.fn, binder, chosen, options, report, models, short.caches, prompt=short)
     made = rewritten(program, example_inputs, chosen, report)
     binder, report.records, report.after = made.binder, made.records, made.cost
     with torch.no_grad():
@@ -238,9 +218,9 @@ def _canonical(
     fn = code_for(program.gm, inputs, chosen, made.exact, report)
     report.seconds = time.perf_counter() - started
     report.derived_bytes = binder.derived_bytes()
-    caches = CacheCalls.of(made.uses, tensors, [*filters, *marks(chosen)]) if made.uses else None
-    whole = WholePrompt(Part(fn, binder), tensors.model) if filters and not is_later else None
-    return CompiledGraph(fn, binder, chosen, options, report, models, caches, prompt=whole)
+    text = [*(program.survivors or {}).values()]
+    caches = CacheCalls.of(made.uses, tensors, marks(chosen), text) if made.uses else None
+    return CompiledGraph(fn, binder, chosen, options, report, models, caches, choices=Choices.of(program))
 
 
 def _plain(

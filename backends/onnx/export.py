@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -21,7 +21,7 @@ from accelpass.backends.onnx.capture import Captured, bound, captured, tensors_b
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.backends.onnx.examples import others
 from accelpass.backends.onnx.functional import Functional, fixed, functional
-from accelpass.backends.onnx.refusals import refuse_left_out, refuse_unexportable
+from accelpass.backends.onnx.refusals import refuse_left_out
 from accelpass.backends.onnx.report import ExportReport, Written
 from accelpass.backends.onnx.stepped import step_graphs, step_pass, with_state
 from accelpass.backends.onnx.translation.activations import StaticRanges
@@ -97,7 +97,6 @@ def wanted(
     chosen = parse({"passes": list(passes), "plan": plan, "skip_sites": dict(skip_sites or {}), "debug": debug})
     # Passes that torch.compile has by default choose kernels of its own compilers.
     picked = tuple(p for p in chosen.passes if p.name in chosen.asked)
-    refuse_unexportable(picked)
     if activations != "qdq":
         return Wanted(chosen, picked, Form(opset, contrib, activations == "int8"))
     if contrib:
@@ -251,7 +250,7 @@ def _finished(
 def with_plan(want: Wanted, by: StepPass) -> tuple[Wanted, StepPass]:
     """What was asked for, with the tensors of the plan in the pass that chooses by step."""
     plan = want.chosen.plan
-    bound_ = by.bound({} if plan is None else plan.tensors, torch.device("cpu"))
+    bound_ = cast(StepPass, by.bound({} if plan is None else plan.tensors, torch.device("cpu")))
     return replace(want, passes=tuple(bound_ if p is by else p for p in want.passes)), bound_
 
 

@@ -1,4 +1,4 @@
-"""Which passes cannot be written as ONNX, or not without what they need; each said before the model is looked at."""
+"""Which passes cannot be written as ONNX for a call; said before the model is looked at."""
 
 from __future__ import annotations
 
@@ -8,23 +8,17 @@ from typing import Any
 from accelpass.backends.onnx.errors import ExportError
 from accelpass.passes.core.base import Pass
 from accelpass.passes.kv_cache.base import KVPass
-from accelpass.passes.token_pruning.base import TokenPruning
-from accelpass.passes.token_pruning.filter import PromptFilter
-
-
-def refuse_unexportable(passes: Sequence[Pass]) -> None:
-    """Raise :class:`ExportError` for a pass whose work is not in one graph."""
-    for p in passes:
-        if isinstance(p, PromptFilter | TokenPruning):
-            raise ExportError(
-                f"{p.name} reads a prompt with graphs that hand the chosen tokens on, and remembers which those were; one ONNX "
-                f"file holds one graph without that state. Export without {p.name}; a prompt gets cheaper by sink_window, too"
-            )
 
 
 def refuse_left_out(passes: Sequence[Pass], cache: Any) -> None:
-    """Raise :class:`ExportError` for a pass that rewrites a key/value cache, if there is none among the arguments."""
+    """Raise :class:`ExportError` for a pass that rewrites a key/value cache, if there is none among the arguments, and with one
+    for a pass whose later steps read numbers back on the host."""
     for p in passes:
+        if p.reads_back and cache is not None:
+            raise ExportError(
+                f"{p.name} reads back at each step after the prompt how much there is to compute, and a file runs without a host. "
+                f"Export the prompt alone, without past_key_values, or leave {p.name} out"
+            )
         if isinstance(p, KVPass) and cache is None:
             raise ExportError(
                 f"{p.name} changes how a key/value cache is kept, and the model is called without one. Give the state: "

@@ -54,6 +54,7 @@ class CacheCalls:
         is_prompt: the graph is for empty caches.
         model: the position of one of the model's own tensors, or None.
         layers: how each keeps its tokens.
+        text: how many tokens the caller gives, of which a pass stores some alone.
     """
 
     counts: tuple[tuple[int, tuple[str, ...]], ...]
@@ -61,16 +62,21 @@ class CacheCalls:
     is_prompt: bool
     model: int | None
     layers: tuple[Kept, ...]
+    text: Tokens | None = None
 
     @staticmethod
-    def of(uses: Sequence[CacheUse], tensors: FromInputs, marks: Sequence[str] = ()) -> CacheCalls:
+    def of(
+        uses: Sequence[CacheUse], tensors: FromInputs, marks: Sequence[str] = (), text: Sequence[Any] = ()
+    ) -> CacheCalls:
         """
         Args:
             marks: names of passes without which a cache that they filled cannot be gone on with.
+            text: how many tokens the caller gives, if that is known.
         """
         counts = tuple((tensors.position(u.count), (*u.form, *marks)) for u in uses)
         layers = tuple(Kept.of(use, tensors) for use in uses)
-        return CacheCalls(counts, tokens_of(uses[0].tokens, tensors), uses[0].is_prompt, tensors.model, layers)
+        given = tokens_of(text[0], tensors) if text else None
+        return CacheCalls(counts, tokens_of(uses[0].tokens, tensors), uses[0].is_prompt, tensors.model, layers, given)
 
     def check(self, args: Sequence[Any]) -> list[Holding]:
         """What the layers hold before the call.
@@ -92,9 +98,11 @@ class CacheCalls:
     def note(self, args: Sequence[Any], holdings: Sequence[Holding]) -> None:
         """Remember what the call has stored."""
         tokens, model = self.tokens(args), self._owner(args)
-        tails = iter(made_tails())
+        tails, left_out = iter(made_tails()), 0 if self.text is None else self.text(args) - tokens
         for holding, (_, form), layer in zip(holdings, self.counts, self.layers, strict=True):
             holding.add(tokens, form, model)
+            if left_out:
+                holding.dropped, holding.kept = left_out, tokens
             holding.method, holding.site, holding.by_position = layer.method, layer.site, layer.by_position
             if layer.stepper is not None:
                 holding.tail, holding.buffers = next(tails), layer.tensors(args)

@@ -20,8 +20,10 @@ from accelpass.passes.step_cache.base import StepPass
 
 def planned(made: StagedModel, passes: Sequence[StepPass]) -> list[Ran]:
     """The calls of the run that the schedule is for; none while a pass still searches."""
-    calls = 0 if any(p.searching for p in passes) else max((p.run_length for p in passes), default=0)
-    times = next((p.timesteps for p in passes if p.timesteps), tuple(map(float, range(calls))))
+    times = next((p.timesteps for p in passes if p.timesteps), ())
+    calls = len(times) or max((p.run_length for p in passes), default=0)
+    calls = 0 if any(p.searching for p in passes) else calls
+    times = times[:calls] or tuple(map(float, range(calls)))
     rows = [planned_row(made, step, 0) for step in range(calls)]
     return [
         Ran(Tick(step, 0, step == 0), time, row, *made.flops(row), made)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from accelpass.backends.runtime.caches import Tokens, tokens_of
+from accelpass.ir.core.program import Program
+from accelpass.ir.core.tensors import FromInputs
+from accelpass.ir.transform.steps import SURVIVORS
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +28,40 @@ class Survivors:
     path: str
     kept: Tensor
     tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """What a graph's last outputs say of the tokens that went on.
+
+    Attributes:
+        places: the modules that chose; tokens: how many there were to choose from, told from a call's arguments.
+        model: position of one of the model's own tensors, or None.
+    """
+
+    places: tuple[str, ...]
+    tokens: tuple[Tokens, ...]
+    model: int | None
+
+    @staticmethod
+    def of(program: Program) -> Choices | None:
+        """None if no pass chooses among the tokens of this graph."""
+        if program.survivors is None:
+            return None
+        tensors = program.tensors
+        assert isinstance(tensors, FromInputs)
+        places = tuple(name.removeprefix(SURVIVORS) for name in program.remembered)
+        tokens = tuple(tokens_of(program.survivors[path], tensors) for path in places)
+        return Choices(places, tokens, tensors.model)
+
+    def note(self, args: Sequence[Any], made: Sequence[Any]) -> Sequence[Any]:
+        """Keep what a call has chosen; returns the model's own results."""
+        own = len(made) - len(self.places)
+        # Copies, because a graph that is replayed writes its results to one place.
+        rows = zip(self.places, made[own:], self.tokens, strict=True)
+        found = [Survivors(path, kept.clone(), tokens(args)) for path, kept, tokens in rows]
+        keep_last(None if self.model is None else args[self.model], found)
+        return made[:own]
 
 
 _LAST: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

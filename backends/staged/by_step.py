@@ -178,7 +178,7 @@ def possible_row(model: StagedModel, step: int, branch: int, held: Callable[[str
 
 def _operand(model: StagedModel, name: str, step: int) -> Tensor | None:
     """A tensor that a step reads and that the plan holds, not an earlier step."""
-    steps = (p for p in model.passes if isinstance(p, StepPass))
+    steps = cast(list[StepPass], model.passes)
     return next((t for p in steps if (t := p.operand(name, step)) is not None), None)
 
 

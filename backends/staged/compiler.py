@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -22,11 +23,10 @@ from accelpass.backends.staged.model import StagedModel
 from accelpass.backends.staged.stage import Code, Compile
 from accelpass.backends.staged.variants import Variants
 from accelpass.ir.core.capture import cut_said
-from accelpass.ir.core.graph import argument_name, hint, placeholders, value
+from accelpass.ir.core.graph import argument_name, placeholders, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import OptionError, PassError
-from accelpass.ir.kv.ops import UNEVEN
 from accelpass.ir.kv.sites import kv_sites
 from accelpass.ir.torch_private import FakeTensorMode
 from accelpass.ir.transform.steps import LATENTS, TIMESTEP, user_input
@@ -34,7 +34,7 @@ from accelpass.passes.core.base import Record
 from accelpass.passes.core.manager import ordered, run
 from accelpass.passes.core.options import Options
 from accelpass.passes.core.report import GraphReport, costs
-from accelpass.passes.core.staged import FULL, StagedPass
+from accelpass.passes.core.staged import FULL, PolicyPass
 from accelpass.passes.step_cache.base import StepPass
 
 
@@ -47,40 +47,38 @@ def staged_graph(
         program: the captured graph.
 
     Raises:
-        OptionError: two passes choose.
+        OptionError: two passes choose for one block.
         PassError: a pass that chooses by denoising step finds no input that tells it.
     """
-    choosing = [p for p in chosen.passes if isinstance(p, StagedPass) and p.stack(program)]
+    choosing = [p for p in chosen.passes if isinstance(p, PolicyPass) and p.stack(program)]
     if not choosing:
         return None
-    if len(choosing) > 1:
-        raise OptionError(
-            f"{' and '.join(p.name for p in choosing)} both choose what a block computes; use one of them"
-        )
     ordered(chosen.passes)  # refuses what does not go together
-    tensors, by_step = program.tensors, isinstance(choosing[0], StepPass)
+    _refuse_rivals(choosing, program)
+    tensors, by_step = program.tensors, choosing[0].by_step
     assert isinstance(tensors, FromInputs)
     at = _arguments(program, choosing[0]) if by_step else None
     if chosen.plan is not None:
         chosen.plan.check(program)
     asked = chosen.passes
-    if by_step:
-        artefacts = {} if chosen.plan is None else chosen.plan.tensors
-        device = inputs[at.latents].device if at is not None else torch.device("cpu")
-        bound = (p.bound(artefacts, device) if isinstance(p, StepPass) else p for p in chosen.passes)
-        chosen = replace(chosen, passes=tuple(bound))
-    passes = tuple(p for p in chosen.passes if p.name == choosing[0].name)
-    symbolic = any(isinstance(n, torch.SymInt) for node in placeholders(program.gm) for n in _sizes(value(node)))
-    build = _builder(gm, program, chosen, report, symbolic, passes)  # type: ignore[arg-type]
     if at is not None:
-        graph = SteppedGraph(build, passes, at, (asked, chosen.skip_sites, chosen.lowering))  # type: ignore[arg-type]
+        artefacts = {} if chosen.plan is None else chosen.plan.tensors
+        device = inputs[at.latents].device
+        chosen = replace(chosen, passes=tuple(p.bound(artefacts, device) for p in chosen.passes))
+    names = {p.name for p in choosing}
+    passes = cast(list[StepPass], [p for p in chosen.passes if p.name in names])
+    symbolic = any(isinstance(n, torch.SymInt) for node in placeholders(program.gm) for n in _sizes(value(node)))
+    # What steps keep has the sizes of one run; a policy that needs nothing but the call is compiled for any.
+    build = _builder(gm, program, chosen, report, symbolic and by_step, passes)
+    if at is not None:
+        graph = SteppedGraph(build, tuple(passes), at, (asked, chosen.skip_sites, chosen.lowering))
         if not symbolic:
             graph.model(inputs)
         return graph, None
     sites = kv_sites(program)  # before the graph is used up
     tokens = tokens_of(value(sites[0].new[0]).shape[2], tensors) if sites else None
-    policy = PolicyGraph(build, choosing[0])
-    made = policy.model([hint(a) if isinstance(a, torch.SymInt) else a for a in inputs])
+    policy = PolicyGraph(build, choosing[0], tensors.model)
+    made = policy.model(inputs)
     if tokens is None:
         return policy, None
     counts = tuple((at, (*form, *marks(chosen))) for at, form, _ in made.caches)
@@ -89,9 +87,29 @@ def staged_graph(
     )
 
 
+def _refuse_rivals(choosing: Sequence[PolicyPass], program: Program) -> None:
+    """Policies of denoising steps may share a model if each has blocks of its own; another one runs the stages alone.
+
+    Raises:
+        OptionError: names both passes, and the block.
+    """
+    for one, other in itertools.combinations(choosing, 2):
+        both = f"{one.name} and {other.name} both choose what a block computes"
+        if not (one.by_step and other.by_step):
+            raise OptionError(f"{both}, each at calls of its own choice; use one of them")
+        if one.searching or other.searching:
+            raise OptionError(f"{both}, and one still searches; search alone, and combine what was found")
+        blocks = one.stack(program)
+        mine, its = ({place.block.number for place in p.chosen_places(blocks)} for p in (one, other))
+        if shared := sorted(mine & its):
+            raise OptionError(
+                f"{both} ({blocks[shared[0]].path}, for one); use one of them there (include=, exclude= choose sites)"
+            )
+
+
 def marks(chosen: Options) -> list[str]:
     """What tells a cache that policies have filled from others."""
-    return [UNEVEN for p in chosen.passes if isinstance(p, StagedPass) and p.uneven]
+    return [p.cache_mark for p in chosen.passes if p.cache_mark]
 
 
 def _builder(
@@ -100,7 +118,7 @@ def _builder(
     chosen: Options,
     report: GraphReport,
     symbolic: bool,
-    passes: Sequence[StagedPass],
+    passes: Sequence[PolicyPass],
 ) -> Callable[[Sequence[Any]], StagedModel]:
     """Compiles for the sizes of a call."""
     source, tensors = copied(gm), program.tensors
@@ -132,8 +150,8 @@ def _builder(
         model = Variants(capture, passes, rewrite, lower, code, chosen.free_weights).compiled()
         assert isinstance(tensors, FromInputs)
         refuse_released(tensors, model.derived, args)
-        steps = [p for p in passes if isinstance(p, StepPass)]
-        if steps:
+        if passes[0].by_step:
+            steps = cast(Sequence[StepPass], passes)
             describe(report, model, planned(model, steps), steps)
         else:
             report.records = list(combined(model.records).values())
@@ -143,7 +161,7 @@ def _builder(
     return build
 
 
-def _arguments(program: Program, by: StagedPass) -> Arguments:
+def _arguments(program: Program, by: PolicyPass) -> Arguments:
     """
     Raises:
         PassError: there is no input that tells the timestep.

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
+from accelpass.backends.runtime.survivors import Survivors, keep_last
 from accelpass.backends.staged.linker import Execution
 from accelpass.backends.staged.model import StagedModel
 from accelpass.ir.errors import PassError
 from accelpass.ir.kv.ledger import holding_of
-from accelpass.passes.core.staged import StagedPass
+from accelpass.passes.core.staged import PolicyPass
 
 
 @dataclass(eq=False)
@@ -33,9 +35,13 @@ class StagedGraph(ABC):
     @abstractmethod
     def __call__(self, *args: Any) -> Any: ...
 
+    def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """Those of a call that it is compiled for."""
+        return tuple(a for a in args if isinstance(a, int) and not isinstance(a, bool))
+
     def model(self, args: Sequence[Any]) -> StagedModel:
         """The stages for a call's sizes, compiled if they are new."""
-        sizes = tuple(a for a in args if isinstance(a, int) and not isinstance(a, bool))
+        sizes = self.sizes(args)
         if sizes not in self.models:
             with self._building, torch.no_grad():
                 if sizes not in self.models:
@@ -47,23 +53,34 @@ class StagedGraph(ABC):
 class PolicyGraph(StagedGraph):
     """Runs the policy of a pass that needs nothing but the call itself."""
 
-    policy: StagedPass
+    policy: PolicyPass
+    owner: int | None = None
+    """The position of one of the model's own tensors."""
+
+    def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return ()  # symbolic ones stay so
 
     def __call__(self, *args: Any) -> Any:
         model = self.model(args)
-        call = Call(self.policy, model, model.begin(args), args)
+        given: dict[str, Tensor] = {}
+        call = Call(self.policy, model, model.begin(args, given.__getitem__), args, given)
         call.begin()
-        return self.policy.run(call)
+        made = self.policy.run(call)
+        if call.survivors and self.owner is not None:
+            keep_last(args[self.owner], call.survivors)
+        return made
 
 
 @dataclass(eq=False)
 class Call:
     """See :class:`accelpass.passes.core.staged.StagedCall`."""
 
-    policy: StagedPass
+    policy: PolicyPass
     model: StagedModel
     execution: Execution
     args: Sequence[Any]
+    given: dict[str, Tensor]
+    survivors: list[Survivors] = field(default_factory=list)
 
     @property
     def blocks(self) -> range:
@@ -91,7 +108,32 @@ class Call:
                 f"{self.policy.name}: {self.path(number)} was not compiled as {action!r}; name it in ways(), which gave "
                 f"{', '.join(known)}"
             )
+        for name, tensor in self.given.items():
+            shape = self.model.stages[number, variant].layouts.get(name, ((),))[0]  # type: ignore[index]
+            if name in dict(stage.recalls).values() and any(
+                isinstance(size, int) and size != now for size, now in zip(shape, tensor.shape, strict=True)
+            ):
+                raise PassError(
+                    f"{self.policy.name}: {self.path(number)} as {action!r} takes {name} of {list(shape)}, and was given "
+                    f"{list(tensor.shape)}; give it as many rows as one of the sizes that ways() declares"
+                )
         self.execution.run(stage)
+
+    def give(self, name: str, tensor: Tensor) -> None:
+        self.given[name] = tensor
+
+    def value(self, name: str) -> Tensor:
+        found: Tensor = self.execution.values[self.model.linked.place["value", name]]
+        return found
+
+    def counter(self, number: int) -> Tensor:
+        within = f"{self.path(number)}."
+        last = [at for at, _, kept in self.model.caches if kept.site.startswith(within)][-1]
+        found: Tensor = self.args[last]
+        return found
+
+    def went_on(self, path: str, kept: Tensor, tokens: int) -> None:
+        self.survivors.append(Survivors(path, kept, tokens))
 
     def early(self, number: int) -> tuple[Any, ...]:
         place, values = self.model.linked.place, self.execution.values

@@ -157,7 +157,9 @@ def _check(stages: Mapping[Key, Stage]) -> None:
         for kind, name in stage.given:
             if kind != "value":
                 continue
-            for maker in variants[makers[name]] if name in makers else [None]:
+            likely = variants[makers[name]] if name in makers else []
+            alike: list[Stage | None] = [s for s in likely if name in s.made or s.size == stage.size]
+            for maker in alike or [None]:
                 seen = None if maker is None or name not in maker.made else maker.layouts.get(name, ())
                 if seen is None or not _fits(seen, stage.layouts.get(name, seen)):
                     raise PassError(

@@ -18,7 +18,7 @@ from accelpass.backends.staged.linker import Execution, Key, LinkedGraph, link
 from accelpass.backends.staged.stage import Ref, Stage
 from accelpass.ir.core.tensors import Binder
 from accelpass.passes.core.base import Record
-from accelpass.passes.core.staged import FULL, StagedPass
+from accelpass.passes.core.staged import FULL, PolicyPass
 
 Actions = tuple[str, ...]
 Row = tuple[Actions, ...]
@@ -42,7 +42,7 @@ class StagedModel:
         caches: cache layers that it appends to: position of each one's counter, how tokens are stored, and who keeps them.
     """
 
-    sites: list[list[tuple[StagedPass, str]]]
+    sites: list[list[tuple[PolicyPass, str]]]
     paths: list[str]
     stages: dict[Key, Stage]
     arguments: int
@@ -63,7 +63,7 @@ class StagedModel:
         return link(self.stages, self.results, [*given, *(("derived", what) for what in self.order)])
 
     @property
-    def passes(self) -> list[StagedPass]:
+    def passes(self) -> list[PolicyPass]:
         """Those that choose."""
         return list({id(p): p for p, _ in itertools.chain.from_iterable(self.sites)}.values())
 
@@ -71,7 +71,7 @@ class StagedModel:
     def full(self) -> Row:
         return tuple(all_full(block) for block in self.sites)
 
-    def chosen(self, number: int, action: Callable[[StagedPass, str], str]) -> Actions:
+    def chosen(self, number: int, action: Callable[[PolicyPass, str], str]) -> Actions:
         """The variant of a block in which each site does as it is told; those that cannot compute all."""
         return tuple(FULL if (p.name, path) in self.disabled else action(p, path) for p, path in self.sites[number])
 

@@ -34,7 +34,8 @@ class Stage:
     Attributes:
         given: where its arguments come from; made: names of what it returns.
         keeps: what later calls recall, by name.
-        layouts: how values lie in memory that it reads or makes, by name.
+        layouts: how values lie in memory that it reads or makes, and what it recalls, by name.
+        size: equal for stages whose values fit each other; see :meth:`PolicyPass.size`.
         flops: of the stage; ``attention`` those of attention's products alone.
     """
 
@@ -45,6 +46,7 @@ class Stage:
     layouts: Mapping[str, Hashable] = field(default_factory=dict)
     flops: int = 0
     attention: int = 0
+    size: str = ""
 
     @property
     def reads(self) -> list[Ref]:
@@ -114,10 +116,16 @@ def key_of(part: Part) -> Hashable:
 
 def layout(held: Any) -> Hashable:
     if isinstance(held, Tensor):
-        return tuple(held.shape), held.stride(), held.dtype, held.device, held.storage_offset()
+        sizes = (tuple(map(_plain, each)) for each in (held.shape, held.stride()))
+        return *sizes, held.dtype, held.device, _plain(held.storage_offset())
     if isinstance(held, tuple | list):
         return tuple(map(layout, held))
-    return type(held).__name__, held if isinstance(held, int | float | bool | str) else None
+    return type(held).__name__, _plain(held) if isinstance(held, int | float | bool | str | torch.SymInt) else None
+
+
+def _plain(size: Any) -> Any:
+    """A size, by name if it is symbolic, so that comparing two adds no guard."""
+    return str(size) if isinstance(size, torch.SymInt) else size
 
 
 def attribute(gm: fx.GraphModule, node: fx.Node) -> Any:

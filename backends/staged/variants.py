@@ -24,9 +24,9 @@ from accelpass.ir.errors import PassError, SpecConflict
 from accelpass.ir.kv.lower import CacheUse
 from accelpass.ir.transform.steps import BLOCK, NAME, StepBlock, prepare
 from accelpass.passes.core.base import Record
-from accelpass.passes.core.staged import FULL, StagedPass
+from accelpass.passes.core.staged import FULL, PolicyPass
 
-Sites = list[list[tuple[StagedPass, str]]]
+Sites = list[list[tuple[PolicyPass, str]]]
 Nodes = Mapping[int, list[fx.Node]]
 """The calls of the graph by block; -1 in front of the first, their number after the last."""
 Flops = Mapping[int, tuple[int, int]]
@@ -47,7 +47,7 @@ class Variants:
     """
 
     capture: Callable[[], Program]
-    passes: Sequence[StagedPass]
+    passes: Sequence[PolicyPass]
     rewrite: Callable[[Program], list[Record]]
     lower: Callable[[Program], list[CacheUse]]
     code: Code
@@ -65,7 +65,8 @@ class Variants:
         started = time.perf_counter()
         dense, blocks = self._captured()
         assert isinstance(dense.tensors, FromInputs)
-        places = [(p, place) for p in self.passes for place in p.places(blocks)]
+        several = len(self.passes) > 1  # each has the blocks that its options name; of one alone all are shown
+        places = [(p, site) for p in self.passes for site in (p.chosen_places if several else p.places)(blocks)]
         sites: Sites = [[(p, place.path) for p, place in places if place.block.number == b.number] for b in blocks]
         owner = {place.path: place.block.number for _, place in places}
         streams = tuple(("value", block.outputs[0].meta[NAME]) for block in blocks)
@@ -137,7 +138,8 @@ class Variants:
             pairs = zip(block, chosen[at], strict=True)
             actions = tuple(FULL if (p.name, path) in refused else action for (p, path), action in pairs)
             if (at, actions) not in self._stages:
-                self._compile(program, (at, actions), nodes, flops, keeps=keeps.get(at, ()))
+                size = " ".join(filter(None, (p.size(action) for (p, _), action in zip(block, actions, strict=True))))
+                self._compile(program, (at, actions), nodes, flops, keeps=keeps.get(at, ()), size=size)
         # A site that cannot do all that is planned does nothing: half a plan would read what nobody kept.
         self._disabled |= {(p.name, path) for p, path in everything if (p.name, path) in refused and not p.searching}
         where = {node: at for at, inside in nodes.items() for node in inside}
@@ -152,6 +154,7 @@ class Variants:
         flops: Flops,
         wanted: frozenset[str] = frozenset(),
         keeps: Sequence[tuple[str, fx.Node]] = (),
+        size: str = "",
     ) -> None:
         mode, tensors, part = fake_mode(program.gm), program.tensors, part_of(nodes[key[0]], wanted)
         assert mode is not None and isinstance(tensors, FromInputs)
@@ -166,8 +169,10 @@ class Variants:
             elif kind == "recalled":
                 self._recalls[what] = layout(value(node))
         layouts = {_called(n, where): layout(value(n)) for n in (*part.given, *part.made) if n.op == "call_function"}
+        pairs = zip(given, part.given, strict=True)
+        layouts |= {what: layout(value(n)) for (kind, what), n in pairs if kind == "recalled"}
         made = tuple(_called(n, where) for n in part.made)
-        self._stages[key] = Stage(fn, given, made, kept, layouts, *flops[key[0]])
+        self._stages[key] = Stage(fn, given, made, kept, layouts, *flops[key[0]], size)
 
     def _note_caches(self, uses: Sequence[tuple[int, tuple[str, ...], Kept]], editors: Sequence[str]) -> None:
         """A cache layer is one thing to all variants.
@@ -196,7 +201,7 @@ def _by_pass(sites: Sites, chosen: list[Actions]) -> dict[str, dict[str, str]]:
     return actions
 
 
-def _ways_of(block: list[tuple[StagedPass, str]], disabled: set[tuple[str, str]]) -> list[Actions]:
+def _ways_of(block: list[tuple[PolicyPass, str]], disabled: set[tuple[str, str]]) -> list[Actions]:
     """Every combination of actions that occurs at a block, the model's own first."""
     chosen = []
     for p, sites in itertools.groupby(block, lambda site: site[0]):

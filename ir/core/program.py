@@ -12,6 +12,10 @@ from accelpass.ir.core.tensors import TensorSource
 from accelpass.ir.torch_private import tree_leaves
 
 T = TypeVar("T")
+BLOCK = "step_block"
+"""Key of ``meta``: the number of the block that a node is the end of; -1 for all nodes in front of the blocks."""
+NAME = "step_name"
+"""Key of ``meta``: under which name a value of the model is known in every variant of the graph."""
 
 
 @dataclass
@@ -29,7 +33,8 @@ class Program:
         cut: where a graph break made this graph a piece of the model; empty if it is the whole.
         edited: which pass edited an aspect of a site, by (aspect, path).
         unwritten: names of inputs (counters of cache layers) that a pass has left unwritten on purpose.
-        refused: why what a pass asks of the backend cannot be done for this graph, by the pass's name.
+        survivors: by module that chose some of a prompt's tokens, how many there were; which ones, ascending ``(batch, kept)``,
+            is remembered as ``survivors:PATH``. None where no pass chooses.
     """
 
     gm: fx.GraphModule
@@ -40,9 +45,9 @@ class Program:
     pins: int = 0
     remembered: list[str] = field(default_factory=list)
     cut: str = ""
-    refused: dict[str, str] = field(default_factory=dict)
     edited: dict[tuple[str, str], str] = field(default_factory=dict)
     unwritten: set[str] = field(default_factory=set)
+    survivors: dict[str, Any] | None = None
     _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def results(self) -> tuple[list[Any], list[fx.Node], list[fx.Node]]:

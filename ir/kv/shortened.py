@@ -13,10 +13,9 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.spec.block_select import MASKS
 from accelpass.ir.attention.spec.op import spec_of
-from accelpass.ir.core.derived import DERIVED, StateSpec
+from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import aten, call, is_call, known, placeholders, through, value
 from accelpass.ir.core.program import Program
-from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.transform.prompt import positions_of
 from accelpass.ir.transform.splice import splice, trace
@@ -31,21 +30,31 @@ def seen_state(capacity: int) -> StateSpec:
     return StateSpec("tokens.seen", (capacity,), torch.bool, "sequence", fill=1, batched=True)
 
 
-def note(count: Tensor, capacity: int, rows: int, moved: Tensor, seen: Tensor) -> None:
-    """Remember that a prompt was shortened.
+def note(program: Program, chosen: fx.Node, seen: fx.Node, moved: fx.Node, visible: fx.Node) -> None:
+    """Let a prompt's graph remember that it was shortened.
 
     Args:
-        count: the counter of the cache's first layer.
-        rows: how many tokens of each sequence were left out; ``moved`` those that are no padding, ``(batch,)``.
-        seen: ``(batch, kept)``, False where a kept token is padding.
+        chosen: the rows that are left, ``(batch, kept)``; ``seen``, False where one of them is padding.
+        moved: how many tokens that are no padding were left out, ``(batch,)``; visible: ``(batch, tokens)``.
     """
-    (dropped,) = DERIVED.get([count], DROPPED.recipe()).tensors
-    (valid,) = DERIVED.get([count], seen_state(capacity).recipe()).tensors
-    with torch.no_grad():
-        dropped[:, 0] = rows
-        dropped[:, 1] = moved
+    sites = kv_sites(program)
+    if not sites:
+        return
+    first, tensors = sites[0], program.tensors
+    states = [tensors.state(first.count, spec) for spec in (DROPPED, seen_state(first.capacity))]
+
+    def run(
+        dropped: Tensor, valid: Tensor, chosen: Tensor, seen: Tensor, moved: Tensor, visible: Tensor
+    ) -> list[Tensor]:
+        dropped.select(1, 0).fill_(visible.shape[1] - chosen.shape[1])
+        dropped.select(1, 1).copy_(moved)
         valid.fill_(True)
-        valid[:, : seen.shape[1]] = seen
+        valid.narrow(1, 0, seen.shape[1]).copy_(seen)
+        return []
+
+    operands = [*states, chosen, seen, moved, visible]
+    (output,) = program.graph.find_nodes(op="output")
+    splice(program, trace(program, run, operands), operands, output)
 
 
 def follow(program: Program) -> list[str]:
@@ -54,7 +63,6 @@ def follow(program: Program) -> list[str]:
     if not sites:
         return []
     first, graph, tensors = sites[0], program.graph, program.tensors
-    assert isinstance(tensors, FromInputs)
     dropped = tensors.state(first.count, DROPPED)
     seen = tensors.state(first.count, seen_state(first.capacity))
     positions, done = positions_of(program), []
@@ -128,6 +136,6 @@ def mask(given: Tensor, count: Tensor, seen: Tensor, dropped: Tensor, kind: str,
     if kind == "add":
         low = torch.finfo(given.dtype).min
         own = torch.where(allowed, given if hides else 0.0, low).to(given.dtype)
-    else:
-        own = allowed if kind == "keep" else allowed.logical_not()
-    return torch.where(short, own, given)
+        return torch.where(short, own, given)
+    own = allowed if kind == "keep" else allowed.logical_not()
+    return (short & own) | (short.logical_not() & given)  # ONNX Runtime has no choice between truth values

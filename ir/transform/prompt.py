@@ -1,8 +1,7 @@
-"""A graph that reads a prompt: its attentions in order, which inputs carry its tokens, and the same graph for fewer of them."""
+"""A graph that reads a prompt: its attentions in order, and which inputs carry its tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,6 @@ from accelpass.ir.attention.spec.block_select import MASKS
 from accelpass.ir.core.graph import (
     argument_name,
     aten,
-    fake_mode,
-    is_call,
     known,
     mutates,
     through,
@@ -27,17 +24,13 @@ from accelpass.ir.core.graph import (
     written_inputs,
 )
 from accelpass.ir.core.program import Program
-from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.kv.sites import kv_sites
-from accelpass.ir.transform.resize import CannotResize, Resizer
 
 POSITIONS = ("position_ids", "cache_position", "positions", "position")
 _BY_TOKEN = ("mask", "type")
 """Parts of the names of integer inputs that say something of each token, and are no positions."""
 _LAYOUT = (aten.to, aten._to_copy, aten.view, aten.reshape, aten.unsqueeze, aten.expand, aten.clone, aten.contiguous)
-_ARITHMETIC = (aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.pow, aten.full, aten.remainder)
-_COMPARED = (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge)
 
 HIDDEN = -1e4
 """A mask hides a key with at most this."""
@@ -53,12 +46,12 @@ class TokenInput:
     """One input that depends on how many tokens there are.
 
     Attributes:
-        argument: its position among a call's arguments.
+        node: the graph's input.
         role: ``rows`` (an entry for each token), ``positions`` or ``count`` (their number).
         dims: its dimensions of tokens.
     """
 
-    argument: int
+    node: fx.Node
     role: str
     dims: tuple[int, ...] = ()
 
@@ -178,17 +171,14 @@ def _is_causal(attention: Attention) -> bool:
 
 
 def _inputs(program: Program, found: Axes, token: Dim, batch: Any) -> list[TokenInput]:
-    tensors = program.tensors
-    if not isinstance(tensors, FromInputs):
-        raise NoPrompt("an exported graph is for one length of prompt")
     looked_up = {through(e.indices, *_LAYOUT) for e in program.analysis(embeddings)}
     made, ambiguous = [], []
-    for node in tensors.callers():
+    for node in program.tensors.callers():
         given = value(node)
         if not node.users:
             continue
         if isinstance(given, torch.SymInt) and known(given == token.size):
-            made.append(TokenInput(tensors.position(node), "count"))
+            made.append(TokenInput(node, "count"))
         if not isinstance(given, Tensor):
             continue
         dims = tuple(i for i, d in enumerate(found.of(node)) if d.leaves == token.leaves)
@@ -203,7 +193,7 @@ def _inputs(program: Program, found: Axes, token: Dim, batch: Any) -> list[Token
             raise NoPrompt(f"the input {argument_name(node)} is shared by all sequences, which keep different tokens")
         if node in looked_up and role == "rows" and not any(part in argument_name(node) for part in _BY_TOKEN):
             ambiguous.append(argument_name(node))
-        made.append(TokenInput(tensors.position(node), role, dims))
+        made.append(TokenInput(node, role, dims))
     if not any(i.role == "rows" for i in made):
         raise NoPrompt("no input has an entry for each token")
     if len(ambiguous) > 1:
@@ -229,62 +219,3 @@ def positions_of(program: Program) -> list[fx.Node]:
     """The inputs in which a caller passes positions."""
     nodes = [n for n in program.tensors.callers() if n.users]
     return [n for n in nodes if isinstance(value(n), Tensor) and argument_name(n) in POSITIONS]
-
-
-def shorten(program: Program, inputs: Sequence[TokenInput], count: int) -> None:
-    """Make a graph of static sizes one for ``count`` tokens, which are a prompt of their own.
-
-    To be done before attentions are inserted. The inputs keep their places.
-
-    Raises:
-        NoPrompt: some operation means something else for fewer tokens; the graph is of no use any more.
-    """
-    graph, tensors, mode = program.graph, program.tensors, fake_mode(program.gm)
-    found: Axes = program.analysis(axes)
-    assert isinstance(tensors, FromInputs) and mode is not None
-    nodes = tensors.inputs_nodes
-    carriers = [(nodes[i.argument], i.dims) for i in inputs if i.dims]
-    dim = found.of(carriers[0][0])[carriers[0][1][0]]
-    region = [n for n in graph.nodes if n.op == "call_function"]
-    _refuse_numbers(region, int(dim.size))
-    (output,) = graph.find_nodes(op="output")
-    results: list[fx.Node] = list(output.all_input_nodes)
-    resizer = Resizer(graph, found, dim, count, _unexpected, anew=True)
-    stand_ins: dict[fx.Node, fx.Node] = {}
-    for node, dims in carriers:
-        shape = [count if i in dims else s for i, s in enumerate(value(node).shape)]
-        with graph.inserting_after(node), mode:
-            stand_ins[node] = graph.placeholder(f"{node.name}_short")
-            stand_ins[node].meta["val"] = torch.empty(shape, dtype=value(node).dtype, device=value(node).device)
-        resizer.put(node, stand_ins[node])
-    try:
-        with graph.inserting_before(output):
-            made = resizer.copy(region, results)
-    except CannotResize as cause:
-        raise NoPrompt(f"the first prompt is not filtered (later ones of other lengths are): {cause}") from cause
-    output.args = fx.map_arg(output.args, dict(zip(results, made, strict=True)).__getitem__)
-    for node in reversed(region):
-        graph.erase_node(node)
-    for node, short in stand_ins.items():
-        short.replace_all_uses_with(node)
-        node.meta["val"] = value(short)
-        graph.erase_node(short)
-    graph.lint()
-    program.gm.recompile()
-    program.changed()
-
-
-def _unexpected(node: fx.Node, dim: int) -> fx.Node:
-    raise CannotResize(f"{node.name} has a row for each token, and is no input of the call")
-
-
-def _refuse_numbers(region: Sequence[fx.Node], tokens: int) -> None:
-    """A number that the graph computes with and that equals the number of tokens may be just that."""
-    for node in region:
-        numbers = [
-            n for n in (*node.args, *node.kwargs.values()) if isinstance(n, int | float) and not isinstance(n, bool)
-        ]
-        if is_call(node, *_ARITHMETIC, *_COMPARED) and tokens in numbers:
-            raise NoPrompt(
-                f"the first prompt is not filtered: {node.name} computes with {tokens}, which may be its length"
-            )

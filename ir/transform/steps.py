@@ -19,14 +19,13 @@ from accelpass.ir.analyses.axes.flow import VIEWS, bare, between, reached_from
 from accelpass.ir.analyses.structure.block import Block, Sublayer, blocks
 from accelpass.ir.attention.recognition.detect import Attention
 from accelpass.ir.core.graph import argument_name, aten, fake_mode, is_call, mutates, placeholders, root, value
+from accelpass.ir.core.program import BLOCK as BLOCK
+from accelpass.ir.core.program import NAME as NAME
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.transform.tokens import decoder_blocks
 
-BLOCK = "step_block"
-"""Key of ``meta``: the number of the block that a node is the end of; -1 for all nodes in front of the blocks."""
-NAME = "step_name"
-"""Key of ``meta``: under which name a value of the model is known in every variant of the graph."""
+SURVIVORS = "survivors:"
 
 
 class StepError(AccelpassError, ValueError):
@@ -187,7 +186,8 @@ def drop_dead_writes(graph: fx.Graph) -> None:
                 if user not in own and root(user) is start:
                     own.append(user)
                     front.append(user)
-        if any(map(mutates, own)) and all(user in own for n in own for user in n.users):
+        written = {root(target) for node in own for target in mutates(node)}
+        if written and written.issubset(own) and all(user in own for n in own for user in n.users):
             for node in sorted(own, reverse=True):
                 graph.erase_node(node)
             graph.eliminate_dead_code()
@@ -262,6 +262,19 @@ def recall_new(program: Program, name: str, shape: Sequence[Any], dtype: torch.d
     devices = (held.device for n in placeholders(program.gm) if isinstance(held := value(n), Tensor))
     with mode:
         return program.tensors.recall(name, torch.empty(tuple(shape), dtype=dtype, device=next(devices)))
+
+
+def survived(program: Program, path: str, rows: fx.Node, tokens: Any) -> None:
+    """Tell which of ``tokens`` tokens of a prompt went on from a module: ``rows``, ascending, ``(batch, kept)``.
+
+    An exported graph has nobody to tell.
+    """
+    if program.door == "export":
+        return
+    if program.survivors is None:
+        program.survivors = {}
+    program.survivors[path] = tokens
+    remember(program, f"{SURVIVORS}{path}", rows)
 
 
 def remember(program: Program, name: str, node: fx.Node) -> None:

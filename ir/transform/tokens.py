@@ -1,15 +1,11 @@
-"""A decoder cut where tokens leave it: the stretches of blocks between, each of which can run on any rows of its stream.
-
-Every value of the graph that a stretch reads and that has rows of tokens (the stream, rotary tables, masks) becomes an
-input of its own, so that whoever runs the graph can hand in the rows that are left (:func:`cut`).
-"""
+"""A decoder as stretches of blocks, each of which can run on any rows of its stream: tokens leave between two of them."""
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,31 +15,16 @@ from accelpass.ir.analyses.axes.axes import Axes, axes
 from accelpass.ir.analyses.axes.flow import reached_from
 from accelpass.ir.analyses.structure.block import Block, blocks
 from accelpass.ir.attention.spec.op import is_attention
-from accelpass.ir.core.graph import aten, call, fake_mode, is_call, known, mutates, value
-from accelpass.ir.core.program import Program
-from accelpass.ir.core.tensors import FromInputs
+from accelpass.ir.core.graph import aten, call, known, mutates, value
+from accelpass.ir.core.program import BLOCK, NAME, Program
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.kv.ops import KV_APPEND, KV_READ
-from accelpass.ir.transform.resize import CannotResize, Resizer
+from accelpass.ir.kv.ops import KV_READ
+from accelpass.ir.transform.again import on_rows, replaced
+from accelpass.ir.transform.resize import CannotResize
 
 
 class CannotCut(AccelpassError):
     """Says why no token can leave the stream of this graph."""
-
-
-@dataclass(frozen=True)
-class Taken:
-    """An input that holds some rows of a value.
-
-    Attributes:
-        source: the value's number among the graph's pinned values.
-        dims: its dimensions of tokens.
-        is_table: it is computed for each token by itself (a rotary table), so its rows may be kept for later calls.
-    """
-
-    source: int
-    dims: tuple[int, ...]
-    is_table: bool
 
 
 @dataclass(eq=False)
@@ -53,40 +34,22 @@ class Stretch:
     Attributes:
         number: counted from 0; all tokens of the call run through stretch 0 and what precedes it.
         blocks: their module paths.
-        attentions: the semantic attentions, in order; after :func:`cut` those that were made for other rows.
-        end: the stream after it.
-        taken: inputs by name that :func:`cut` made.
+        start, end: the stream in front of it and after it, ``(batch, tokens, channels)``.
+        region: its calls, in order; attentions: the semantic ones.
+        rows: values from outside that have a row for each token, and in which dimensions: rotary tables, masks.
     """
 
     number: int
     blocks: tuple[str, ...]
-    attentions: list[fx.Node]
+    start: fx.Node
     end: fx.Node
-    taken: dict[str, Taken] = field(default_factory=dict)
+    region: list[fx.Node]
+    attentions: list[fx.Node]
+    rows: dict[fx.Node, tuple[int, ...]]
 
-
-@dataclass(eq=False)
-class Cut:
-    """A graph cut for pruning.
-
-    Attributes:
-        batch: sequences.
-        tokens: rows of the stream in the graph as it was captured; may be symbolic.
-        width: channels of the stream; ``dtype`` its dtype.
-        pins: how many of the graph's pinned values are ends of stretches; values that others take rows of follow.
-    """
-
-    stretches: list[Stretch]
-    batch: Any
-    tokens: Any
-    width: int
-    dtype: torch.dtype
-    pins: int
-
-
-def stream_name(number: int) -> str:
-    """The input that stands for the stream in front of a stretch; of the number after the last, for the model's end."""
-    return f"stream:{number}"
+    def tables(self) -> dict[fx.Node, int]:
+        """Those of :attr:`rows` that are computed for each token by itself, so that their rows may be kept, and where tokens are."""
+        return {n: d[0] for n, d in self.rows.items() if len(d) == 1 and not any(map(is_attention, n.users))}
 
 
 def decoder_blocks(program: Program) -> list[Block]:
@@ -107,56 +70,85 @@ def decoder_blocks(program: Program) -> list[Block]:
     return found
 
 
-def cut(program: Program, ends: Sequence[int], sizes: Sequence[int] | None = None) -> Cut:
-    """Cut the graph after the blocks ``ends``; to be done before any pass runs.
-
-    Args:
-        ends: numbers of blocks after which tokens leave; ascending, not the last block.
-        sizes: rows of each stretch after the first, for a graph of static sizes; None to leave them as they are.
+def stretches(program: Program, ends: Sequence[int]) -> list[Stretch]:
+    """The stretches that end after the blocks ``ends`` (ascending, without the last) and after the last. Changes nothing.
 
     Raises:
         CannotCut: a stretch reads something that cannot be had for fewer tokens; says what.
     """
     found = decoder_blocks(program)
     streams = [found[0].input, *(found[e].output for e in ends), found[-1].output]
-    _hoist(program, streams[0])
-    continues = any(True for _ in program.graph.find_nodes(op="call_function", target=KV_READ))
-    if continues:
-        for node in [n for n in program.graph.nodes if is_attention(n) and n > streams[1]]:
-            _see_as_the_last(program, node)
-        program.changed()
     known_axes: Axes = program.analysis(axes)
-    tokens = known_axes.of(streams[0])[1]
-    if not tokens.leaves:
+    if not known_axes.of(streams[0])[1].leaves:
         raise CannotCut("the axis analysis cannot follow the dimension of tokens")
     reached = reached_from(program, streams[0])
-    limits = [0, *(e + 1 for e in ends), len(found)]
-    stretches, regions = [], []
     order = {node: at for at, node in enumerate(program.graph.nodes)}
+    limits = [0, *(e + 1 for e in ends), len(found)]
+    made = []
     for number, (start, end) in enumerate(itertools.pairwise(streams)):
         inside = found[limits[number] : limits[number + 1]]
         region = [n for n in sorted(reached, key=order.__getitem__) if order[start] < order[n] <= order[end]]
+        rows = _Rows(program, known_axes, streams[0], reached).of(region) if number else {}
         attentions = [n for n in region if is_attention(n)]
-        stretches.append(Stretch(number, tuple(b.path for b in inside), attentions, end))
-        regions.append(region)
-    tail = [n for n in reached if order[n] > order[streams[-1]] and n.op == "call_function"]
-    _check_reads(reached, streams, regions, tail)
-    like = value(streams[0])
-    made = Cut(stretches, like.shape[0], tokens.size, int(like.shape[2]), like.dtype, len(stretches))
-    cutter = _Cutter(program, known_axes, tokens.leaves, reached, made)
-    cutter.end(streams[-1], tail)
-    for stretch in reversed(stretches[1:]):  # a later one no longer reads what an earlier one is about to lose
-        at = stretch.number
-        cutter.isolate(stretch, streams[at], regions[at], None if sizes is None else sizes[at - 1])
-    if continues:
-        for stretch in stretches:
-            for name, what in stretch.taken.items():
-                if not what.is_table:
-                    raise CannotCut(f"{name} mixes tokens, so its rows cannot be kept for later calls")
-    cutter.pin()
-    program.changed()
-    program.graph.eliminate_dead_code()
+        made.append(Stretch(number, tuple(b.path for b in inside), start, end, region, attentions, rows))
+    _check_reads(program, made, [n for n in reached if order[n] > order[streams[-1]]])
     return made
+
+
+def ready(program: Program, ends: Sequence[int]) -> list[Stretch]:
+    """As :func:`stretches`, with what does not depend on the stream in front of it.
+
+    Where the graph reads a filled cache, each query of a later stretch sees what the last one does.
+    """
+    found = stretches(program, ends)
+    _hoist(program, found[0].start)
+    if any(True for _ in program.graph.find_nodes(op="call_function", target=KV_READ)):
+        for stretch in found[1:]:
+            for node in stretch.attentions:
+                _see_as_the_last(program, node)
+        program.changed()
+    return stretches(program, ends)
+
+
+def on_fewer(stretch: Stretch, rows: Mapping[fx.Node, fx.Node], count: Any, known_axes: Axes) -> dict[fx.Node, Any]:
+    """Copies of a stretch for ``count`` tokens, by original, at the graph's insertion point.
+
+    Args:
+        rows: what is read in the place of its stream and of its :attr:`Stretch.rows`; count: a number, or a node that holds it.
+        known_axes: of the graph as it was captured.
+
+    Raises:
+        CannotCut: an operation means something else for other rows; nothing reads the copies yet.
+    """
+    try:
+        return on_rows(known_axes, stretch.region, rows, known_axes.of(stretch.start)[1], count)
+    except CannotResize as cause:
+        raise CannotCut(str(cause)) from cause
+
+
+def take_over(program: Program, stretch: Stretch, made: Mapping[fx.Node, Any], label: str = "") -> None:
+    """Let a stretch be its copies; ``label`` tells their values from those of the same stretch on other rows."""
+    for old in stretch.region:
+        new = made.get(old)
+        if isinstance(new, fx.Node):
+            new.meta |= {BLOCK: old.meta.pop(BLOCK)} if BLOCK in old.meta else {}
+            new.meta |= {NAME: f"{old.meta[NAME]} on {label}"} if NAME in old.meta else {}
+    stretch.attentions = [made[n] for n in stretch.attentions]
+    stretch.end, region = made[stretch.end], stretch.region
+    stretch.region = [new for n in region if isinstance(new := made.get(n), fx.Node)]
+    replaced(program, region, made)
+
+
+def ends_with(program: Program, tail: fx.Node, whole: fx.Node) -> None:
+    """Let what follows the last stretch, the model's end, read ``whole`` in the place of the stream ``tail``."""
+    own = program.results()[0]
+    for user in list(tail.users):
+        if user.op != "output" and user > whole:
+            user.replace_input_with(tail, whole)
+    (output,) = program.graph.find_nodes(op="output")
+    rest = output.args[0][len(own) :]
+    output.args = ((*(whole if n is tail else n for n in own), *rest),)
+    program.changed()
 
 
 def _hoist(program: Program, stream: fx.Node) -> None:
@@ -178,6 +170,8 @@ def _hoist(program: Program, stream: fx.Node) -> None:
         if node > stream:
             last.append(node)
             last = node
+            if BLOCK in stream.meta:
+                node.meta[BLOCK] = -1
     program.changed()
 
 
@@ -193,99 +187,59 @@ def _see_as_the_last(program: Program, node: fx.Node) -> None:
         held = value(extra)
         if held.dim() > 1 and known(held.shape[-2] == tokens):
             with program.graph.inserting_after(extra):
-                extras[at] = call(program.graph, extra, aten.slice.Tensor, extra, held.dim() - 2, -1, sys.maxsize)
+                last = call(program.graph, extra, aten.slice.Tensor, extra, held.dim() - 2, -1, sys.maxsize)
+            with program.graph.inserting_after(last):
+                # Its strides say how many tokens the call has, which a stage of other rows could not name.
+                extras[at] = call(program.graph, extra, aten.clone.default, last, memory_format=torch.contiguous_format)
     node.args = (*node.args[:3], extras, *node.args[4:])
 
 
-def _check_reads(
-    reached: set[fx.Node], streams: Sequence[fx.Node], regions: Sequence[Sequence[fx.Node]], tail: Sequence[fx.Node]
-) -> None:
+def _check_reads(program: Program, found: Sequence[Stretch], tail: Sequence[fx.Node]) -> None:
     """Nothing but the stream goes from one stretch to a later one, or to the model's end."""
-    for at, region in enumerate([*regions[1:], tail], 1):
-        inside = {*region, streams[at]}
-        for node in region:
-            for read in node.all_input_nodes:
-                if read in reached and read not in inside:
-                    raise CannotCut(f"{node.name} reads {read.name}, which is computed before tokens leave")
+    made = {n: at for at, stretch in enumerate(found) for n in stretch.region}
+    readers = [(node, stretch.number, stretch.start) for stretch in found for node in stretch.region]
+    readers += [(node, len(found), found[-1].end) for node in tail if node.op == "call_function"]
+    for node, number, start in readers:
+        for read in node.all_input_nodes:
+            if read is not start and made.get(read, number) < number:
+                raise CannotCut(f"{node.name} reads {read.name}, which is computed before tokens leave")
+    for node in program.results()[0]:
+        if isinstance(node, fx.Node) and node in made and node is not found[-1].end:
+            raise CannotCut(f"the graph returns {node.name}, which has a row for each token between two blocks")
 
 
 @dataclass
-class _Cutter:
+class _Rows:
+    """Finds the values from outside that have rows of tokens, and in which dimensions."""
+
     program: Program
     axes: Axes
-    leaves: tuple[Any, ...]
+    stream: fx.Node
     reached: set[fx.Node]
-    made: Cut
-    sources: list[fx.Node] = field(default_factory=list)
 
-    def isolate(self, stretch: Stretch, start: fx.Node, region: list[fx.Node], size: int | None) -> None:
-        """Let the stretch read inputs of its own, of ``size`` rows."""
-        resize = size is not None and not known(size == self.made.tokens)
-        rows = self._rows(region)
-        taken: dict[fx.Node, fx.Node] = {}
-
-        def input_for(outer: fx.Node, size: Any) -> fx.Node:
-            if outer not in taken:
-                dims = (1,) if outer is start else rows[outer]
-                taken[outer] = self._input(stretch, outer, start, dims, size)
-            return taken[outer]
-
-        if not resize:
-            for node in region:
-                for outer in node.all_input_nodes:
-                    if outer is start or outer in rows:
-                        node.replace_input_with(outer, input_for(outer, None))
-            return
-        graph = self.program.graph
-        resizer = Resizer(graph, self.axes, self.axes.of(start)[1], int(size or 0), lambda n, _: n)
-        for outer in (start, *rows):
-            resizer.put(outer, input_for(outer, size))
-        try:
-            with graph.inserting_before(region[0]):
-                (end,) = resizer.copy(region, [stretch.end])
-        except CannotResize as cause:
-            raise CannotCut(str(cause)) from cause
-        stretch.attentions = [resizer.copied(n) for n in stretch.attentions]
-        stretch.end = end
-        for node in reversed(region):
-            if not node.users or is_call(node, KV_APPEND):
-                graph.erase_node(node)
-
-    def end(self, stream: fx.Node, tail: Sequence[fx.Node]) -> None:
-        """What follows the last stretch reads the stream of all tokens."""
-        users = [u for u in stream.users if u.op == "output" or u in set(tail)]
-        if users:
-            whole = self._recall(stream_name(len(self.made.stretches)), value(stream))
-            for user in users:
-                user.replace_input_with(stream, whole)
-
-    def pin(self) -> None:
-        """Keep ends and sources alive and known, whatever passes do."""
-        pins = [*(s.end for s in self.made.stretches), *self.sources]
-        (output,) = self.program.graph.find_nodes(op="output")
-        output.args = ((*output.args[0], *pins),)
-        self.program.pins = len(pins)
-
-    def _rows(self, region: Sequence[fx.Node]) -> dict[fx.Node, tuple[int, ...]]:
-        """Values from outside that have rows of tokens, and in which dimensions."""
+    def of(self, region: Sequence[fx.Node]) -> dict[fx.Node, tuple[int, ...]]:
         rows: dict[fx.Node, tuple[int, ...]] = {}
         for node in region:
             for outer in node.all_input_nodes:
                 if outer in self.reached or not isinstance(value(outer), Tensor):
                     continue
-                dims = self._row_dims(outer, node)
+                dims = self._dims(outer, node)
                 if dims:
                     rows[outer] = tuple(sorted({*rows.get(outer, ()), *dims}))
+        for outer, dims in rows.items():
+            if 0 in dims or value(outer).dim() < 2:
+                raise CannotCut(f"{outer.name} has tokens in the place of the batch")
         return rows
 
-    def _row_dims(self, outer: fx.Node, user: fx.Node) -> tuple[int, ...]:
-        mine = tuple(i for i, d in enumerate(self.axes.of(outer)) if d.leaves == self.leaves)
+    def _dims(self, outer: fx.Node, user: fx.Node) -> tuple[int, ...]:
+        token = self.axes.of(self.stream)[1]
+        mine = tuple(i for i, d in enumerate(self.axes.of(outer)) if d.leaves == token.leaves)
         if mine or is_attention(user) or self.program.tensors.is_constant(outer) or self._is_constant(outer):
             return mine
         # One token: its dimension has size 1 and may have no axis; it stands below that of what it is combined with.
         shape, dims = value(outer).shape, self.axes.of(user)
-        at = next((i for i, d in enumerate(dims) if d.leaves == self.leaves), None)
-        if at is None or not isinstance(self.made.tokens, int) or self.made.tokens != 1:
+        at = next((i for i, d in enumerate(dims) if d.leaves == token.leaves), None)
+        if at is None or not known(token.size == 1):
             return ()
         place = at - (len(dims) - len(shape))
         return (place,) if place >= 0 and shape[place] == 1 else ()
@@ -302,26 +256,3 @@ class _Cutter:
                 return False
             front += one.all_input_nodes
         return True
-
-    def _input(self, stretch: Stretch, outer: fx.Node, start: fx.Node, dims: tuple[int, ...], size: Any) -> fx.Node:
-        if outer is start:
-            name = stream_name(stretch.number)
-        else:
-            if outer not in self.sources:
-                self.sources.append(outer)
-            if 0 in dims or value(outer).dim() < 2:
-                raise CannotCut(f"{outer.name} has tokens in the place of the batch")
-            source = self.made.pins + self.sources.index(outer)
-            name = f"rows:{stretch.number}:{source}"
-            table = len(dims) == 1 and not any(is_attention(u) for u in outer.users)
-            stretch.taken[name] = Taken(source, dims, table)
-        return self._recall(name, value(outer), dims, size)
-
-    def _recall(self, name: str, like: Tensor, dims: tuple[int, ...] = (), size: Any = None) -> fx.Node:
-        mode, tensors = fake_mode(self.program.gm), self.program.tensors
-        assert mode is not None and isinstance(tensors, FromInputs)
-        shape = [size if i in dims and size is not None else s for i, s in enumerate(like.shape)]
-        if dims:  # each sequence has rows of its own
-            shape[0] = self.made.batch
-        with mode:
-            return tensors.recall(name, torch.empty(shape, dtype=like.dtype, device=like.device))

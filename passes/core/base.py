@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol, Self, get_type_hints
 
+import torch
 from torch import Tensor
 
 from accelpass.ir.attention.spec.spec import AttentionSpec
@@ -86,6 +87,8 @@ class Pass:
         edits, reads: aspects of sites; see :class:`accelpass.passes.SitePass`. Who reads runs after who edits.
         claims: what the pass assumes of the model as a whole, by aspect, in words that a user reads: two passes that say different
             things of one aspect cannot be combined.
+        reads_back: with a key/value cache it reads numbers back on the host at each step, so that no file can hold it.
+        for_prompts: it acts on prompts whose keys and values stand in an ``accelpass.KVCache``, or in none.
     """
 
     name: ClassVar[str]
@@ -100,6 +103,21 @@ class Pass:
     edits: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset()
     claims: ClassVar[dict[str, str]] = {}
+    reads_back: ClassVar[bool] = False
+    for_prompts: ClassVar[bool] = False
+
+    def bound(self, artefacts: Mapping[str, Tensor], device: torch.device) -> Pass:
+        """The pass with the tensors of its plan, where it reads them before it sees a graph.
+
+        Raises:
+            PlanError: it cannot do without, and there are none.
+        """
+        return self
+
+    @property
+    def cache_mark(self) -> str:
+        """What tells a cache that the pass has filled from others, so that nothing else goes on with it; empty if nothing must."""
+        return ""
 
     def apply(self, program: Program, record: Record) -> None:
         """Rewrite ``program.graph``; put every site into ``record`` as taken, or skipped with a reason."""

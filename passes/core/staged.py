@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from torch import fx
+from torch import Tensor, fx
 
 from accelpass.ir.attention.lowering.lower import memory_order
 from accelpass.ir.attention.recognition.insert import inverse
@@ -20,7 +20,7 @@ from accelpass.ir.core.graph import aten, call, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.resize import CannotResize
 from accelpass.ir.transform.steps import BLOCK, NAME, Module, StepBlock
-from accelpass.passes.core.base import Done, Skip
+from accelpass.passes.core.base import Done, Pass, Skip, Take
 from accelpass.passes.core.site_pass import Edits, SitePass
 
 FULL = "full"
@@ -44,18 +44,13 @@ class Site:
 
 
 @dataclass(frozen=True)
-class StagedPass(SitePass):
-    """Chooses, for each call and site, one of a few actions; :data:`FULL` is the model's own computation."""
+class PolicyPass(Pass):
+    """Runs a model in stages: its policy chooses, for each call, in which of its variants each block is computed."""
 
-    phase: ClassVar[str] = "attention"
-    edits: ClassVar[frozenset[str]] = frozenset({"block.steps"})
+    by_step: ClassVar[bool] = False
+    """The policy is that of denoising steps, which the backend has; else it is :meth:`run`."""
     searching: ClassVar[bool] = False
     """A site that cannot do one action does the others all the same."""
-
-    @property
-    def uneven(self) -> bool:
-        """Whether layers of a cache may come to hold different numbers of tokens."""
-        return False
 
     def stack(self, program: Program) -> Sequence[StepBlock]:
         """The blocks that the graph is cut at; none to leave it as one. Changes nothing."""
@@ -65,6 +60,10 @@ class StagedPass(SitePass):
     def places(self, blocks: Sequence[StepBlock]) -> list[Site]:
         """The sites, in the order in which the model runs them."""
 
+    def chosen_places(self, blocks: Sequence[StepBlock]) -> list[Site]:
+        """Those of :meth:`places` that the user's options admit."""
+        return self.places(blocks)
+
     @abstractmethod
     def ways(self, paths: Sequence[str], can: Callable[[str], bool]) -> Iterable[tuple[str, ...]]:
         """The variants of a block: every combination of actions that may be chosen for its sites.
@@ -73,6 +72,31 @@ class StagedPass(SitePass):
             can: whether a site can do anything but :data:`FULL`.
         """
 
+    def size(self, action: str) -> str:
+        """Equal for actions whose values fit each other; empty for those that compute all rows of a call."""
+        return ""
+
+    def shown(self, action: str) -> str:
+        """What a picture calls an action."""
+        return action
+
+    def run(self, call: StagedCall) -> tuple[Any, ...]:
+        """The policy: run the stages of one call, and return the model's results."""
+        for number in call.blocks:
+            call.run(number, FULL)
+        return call.results()
+
+
+@dataclass(frozen=True)
+class StagedPass(PolicyPass, SitePass):
+    """Chooses, for each call and site, one of a few actions; :data:`FULL` is the model's own computation."""
+
+    phase: ClassVar[str] = "attention"
+    edits: ClassVar[frozenset[str]] = frozenset({"block.steps"})
+
+    def chosen_places(self, blocks: Sequence[StepBlock]) -> list[Site]:
+        return [site for site in self.places(blocks) if isinstance(self.wanted(site.path), Take)]
+
     @abstractmethod
     def acted(self, program: Program, site: Site, action: str) -> str:
         """Do it; returns what was done, for the report.
@@ -80,10 +104,6 @@ class StagedPass(SitePass):
         Raises:
             CannotResize, SpecConflict: it cannot be done there; nothing that the graph returns has changed.
         """
-
-    def shown(self, action: str) -> str:
-        """What a picture calls an action."""
-        return action
 
     def asked(self, program: Program, site: Site) -> str:
         """The action of a site in this variant of the graph."""
@@ -97,12 +117,6 @@ class StagedPass(SitePass):
             return Done(self.acted(edit.program, site, action))
         except CannotResize as cause:
             return Skip(f"{action}: {cause}")
-
-    def run(self, call: StagedCall) -> tuple[Any, ...]:
-        """The policy: run the stages of one call, and return the model's results."""
-        for number in call.blocks:
-            call.run(number, FULL)
-        return call.results()
 
 
 class StagedCall(Protocol):
@@ -123,8 +137,20 @@ class StagedCall(Protocol):
         """Run a block in one of its variants.
 
         Raises:
-            PassError: it was not compiled in that variant.
+            PassError: it was not compiled in that variant, or for tensors of other sizes than those that were given.
         """
+
+    def give(self, name: str, tensor: Tensor) -> None:
+        """What blocks that run from now on find under a name that a rewritten site recalls."""
+
+    def value(self, name: str) -> Tensor:
+        """A value that a stage has made, by its name in all variants."""
+
+    def counter(self, number: int) -> Tensor:
+        """The counter of the cache layer that a block appends to, with which its state lives."""
+
+    def went_on(self, path: str, kept: Tensor, tokens: int) -> None:
+        """Tell which of so many tokens went on from a module: positions, ascending, ``(batch, kept)``."""
 
     def early(self, number: int) -> tuple[Any, ...]:
         """The model's results, were this block, which ran last, the end of the stack."""

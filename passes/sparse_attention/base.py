@@ -35,6 +35,7 @@ class SparseAttention(SitePass):
 
     phase: ClassVar[str] = "attention"
     edits: ClassVar[frozenset[str]] = frozenset({"attention.blocks"})
+    for_prompts: ClassVar[bool] = True
     nothing: ClassVar[str] = "no attention was recognised"
 
     @abstractmethod

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, fx
 
 from accelpass.ir.attention.spec.spec import AttentionSpec
@@ -57,14 +56,7 @@ class StepPass(StagedPass):
     scheduler: str = field(default="", kw_only=True)
 
     claims: ClassVar[dict[str, str]] = {"calls": "denoising steps follow one another"}
-
-    def bound(self, artefacts: Mapping[str, Tensor], device: torch.device) -> StepPass:
-        """The pass with the tensors of its plan.
-
-        Raises:
-            PlanError: it cannot do without, and there are none.
-        """
-        return self
+    by_step: ClassVar[bool] = True
 
     def stack(self, program: Program) -> Sequence[StepBlock]:
         return program.analysis(step_blocks)

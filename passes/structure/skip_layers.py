@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from accelpass.ir.core.program import Program
+from accelpass.ir.kv.ops import UNEVEN
 from accelpass.passes.core.staged import FULL, StagedCall
 from accelpass.passes.structure.decoder_blocks import OUT, DecoderBlocks
 
@@ -53,8 +54,8 @@ class SkipLayers(DecoderBlocks):
             raise self.fail("start", f"a position from 0, below horizon={self.horizon}")
 
     @property
-    def uneven(self) -> bool:
-        return self.least is not None
+    def cache_mark(self) -> str:
+        return UNEVEN if self.least is not None else ""
 
     def fixed(self, program: Program) -> bool:
         return self.least is None

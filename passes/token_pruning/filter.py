@@ -9,22 +9,21 @@ from typing import ClassVar
 from torch import Tensor
 
 from accelpass.ir.core.program import Program
-from accelpass.ir.kv.ops import KV_APPEND
-from accelpass.ir.kv.shortened import follow
+from accelpass.ir.kv.shortened import follow, note
 from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.transform.again import again
 from accelpass.ir.transform.prompt import NoPrompt, Prompt, prompt
 from accelpass.ir.transform.splice import splice, trace
-from accelpass.ir.transform.steps import drop_dead_writes
-from accelpass.passes.core.base import Done, Pass, Record
+from accelpass.ir.transform.steps import drop_dead_writes, survived
+from accelpass.passes.core.base import Done, Pass, Record, Skip
 from accelpass.passes.token_pruning.look import chosen, operands_of
 
 
 @dataclass(frozen=True)
 class PromptFilter(Pass):
-    """A prompt is read twice: by a graph that ends where the tokens are chosen, and by the model, which reads these alone.
+    """A prompt is read twice, in one graph: up to the attention that chooses the tokens, and by the model, which reads these alone.
 
-    The backend compiles both (:mod:`accelpass.backends.compile.filtered`). Tokens after the prompt see the chosen ones only; their
-    graphs are made to count as the cache does by :meth:`apply`.
+    Tokens after the prompt see the chosen ones only; their graphs are made to count as the cache does.
 
     Attributes:
         keep: how many tokens are chosen; a prompt of no more is read as it is.
@@ -33,10 +32,16 @@ class PromptFilter(Pass):
     keep: int = 1024
 
     phase: ClassVar[str] = "structure"
+    reads: ClassVar[frozenset[str]] = frozenset({"block.steps"})
+    for_prompts: ClassVar[bool] = True
     claims: ClassVar[dict[str, str]] = {
         "calls": "a prompt is read once",
         "tokens": "the tokens of a prompt are chosen once, for all layers",
     }
+
+    @property
+    def cache_mark(self) -> str:
+        return self.name
 
     @abstractmethod
     def layer_of(self, found: Prompt) -> int:
@@ -56,43 +61,36 @@ class PromptFilter(Pass):
             seen: which tokens are no padding, ``(batch, tokens)``.
         """
 
-    def look(self, program: Program, found: Prompt) -> str:
-        """Cut the graph off where tokens are chosen. It returns their positions, and what else :func:`chosen` says."""
-        attention = found.attentions[self.layer_of(found)]
-        assert attention.node is not None
-        operands, seen = operands_of(attention.node)
-        results = splice(
-            program,
-            trace(program, lambda q, k, *extras: chosen(self.choose, seen, q, k, extras), operands),
-            operands,
-            attention.node,
-        )
-        (output,) = program.graph.find_nodes(op="output")
-        output.args = (tuple(results),)
-        for append in program.graph.find_nodes(op="call_function", target=KV_APPEND):
-            program.graph.erase_node(append)
-        drop_dead_writes(program.graph)
-        program.gm.recompile()
-        program.changed()
-        return attention.path
-
     def apply(self, program: Program, record: Record) -> None:
-        """Graphs of a prompt that is not shortened say why; those of later tokens follow the short sequence."""
         sites = kv_sites(program)
         if sites and not all(s.is_prompt for s in sites):
             done = follow(program)
             record.take("later tokens", Done(f"{' and '.join(done) or 'counters'} follow the short sequence"))
             return
-        if self.name in program.refused:
-            record.skip("prompt", program.refused[self.name])
-            return
+        program.survivors = {}
+        before = set(program.graph.nodes)
         try:
-            found = prompt(program)
-            layer = found.attentions[self.layer_of(found)]
-            record.skip("prompt", f"{layer.path}: a prompt of at most {self.keep} tokens is read as it is")
+            self._shorten(program, record)
         except NoPrompt as why:
+            for node in reversed(list(program.graph.nodes)):
+                if node not in before:
+                    program.graph.erase_node(node)
             record.skip("prompt", str(why))
 
-    def shortens(self, found: Prompt) -> bool:
-        """Whether a prompt is long enough; of a symbolic length this adds the guard that it always is, or never."""
-        return bool(found.tokens > self.keep)
+    def _shorten(self, program: Program, record: Record) -> None:
+        found = prompt(program)
+        attention = found.attentions[self.layer_of(found)]
+        if isinstance(record.wants(attention.path), Skip):
+            raise NoPrompt(f"{attention.path}, whose queries would choose, is named in skip_sites")
+        if not found.tokens > self.keep:  # of a symbolic length this adds the guard that it always is, or never
+            raise NoPrompt(f"{attention.path}: a prompt of at most {self.keep} tokens is read as it is")
+        region = [n for n in program.graph.nodes if n.op == "call_function"]
+        assert attention.node is not None
+        operands, masks = operands_of(attention.node)
+        traced = trace(program, lambda q, k, *extras: chosen(self.choose, masks, q, k, extras), operands)
+        rows, positions, seen, moved, visible = splice(program, traced, operands, attention.node)
+        again(program, found, region, rows, positions)
+        note(program, rows, seen, moved, visible)
+        survived(program, attention.path, rows, found.tokens)
+        drop_dead_writes(program.graph)
+        record.take(attention.path, Done(f"its queries choose {self.keep} of the prompt's tokens"))

@@ -56,7 +56,7 @@ class LazyLLM(TokenPruning):
         made = dict(zip(self.layers or spread, self.keep, strict=True))
         return {at: share for at, share in sorted(made.items()) if 0 <= at < layers - 1}
 
-    def shown(self, stretch: int, stretches: int) -> str:
+    def told(self, stretch: int, stretches: int) -> str:
         if stretch == 0:
             return "all tokens"
         return f"{self.keep[min(stretch, len(self.keep)) - 1]:.0%} of the tokens of the blocks before"

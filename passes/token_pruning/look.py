@@ -32,13 +32,14 @@ def chosen(choose: Choose, masks: Sequence[Step], q: Tensor, k: Tensor, extras: 
 
     Returns:
         ``rows (batch, kept)``, ascending; their ``positions`` among the kept tokens, padding not counted; ``seen``, False
-        where one is padding; ``moved (batch,)``, how many tokens that are no padding were left out.
+        where one is padding; ``moved (batch,)``, how many tokens that are no padding were left out; ``visible (batch,
+        tokens)``, which are none.
     """
     seen = visible(masks, q, k, extras)
     rows = choose(q[:, :, -1], k, seen)
     kept = seen.gather(1, rows)
     positions = (kept.long().cumsum(1) - 1).clamp_min(0)
-    return [rows, positions, kept, seen.long().sum(1) - kept.long().sum(1)]
+    return [rows, positions, kept, seen.long().sum(1) - kept.long().sum(1), seen]
 
 
 def visible(masks: Sequence[Step], q: Tensor, k: Tensor, extras: Sequence[Tensor]) -> Tensor:

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.derived import DERIVED, StateSpec
 from accelpass.ir.kv.banks import RowFormat, buffer, put_rows
+from accelpass.ir.kv.ledger import holding_of
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage, bank
 
 
@@ -63,6 +64,12 @@ class RowsAtPositions(Storage):
     @staticmethod
     def _positions(new: New) -> Tensor:
         return new.given["rows"] if "rows" in new.given else new.positions[:, 0]
+
+
+def importance_of(count: Tensor) -> Tensor:
+    """What the last query's attention gave to each position, in the scored layer with this counter, ``(batch, capacity)``."""
+    found: Tensor = DERIVED.get([count], importance_state(holding_of(count).room).recipe()).tensors[0]
+    return found
 
 
 def importance_state(capacity: int) -> StateSpec:

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from accelpass.ir.core.capture import from_dynamo
+from accelpass.ir.core.graph import placeholders
 from accelpass.ir.core.program import Program
-from accelpass.ir.core.tensors import FromInputs
-from accelpass.ir.transform.prompt import NoPrompt, TokenInput, shorten
+from accelpass.ir.transform.again import again
+from accelpass.ir.transform.prompt import NoPrompt, Prompt, TokenInput
+from accelpass.ir.transform.steps import recall_new
 
 TOKENS, FEWER, WIDTH = 13, 5, 8
 
@@ -32,15 +34,17 @@ def captured(model: Callable[..., Any], *args: Any) -> tuple[Program, list[Any]]
 
 
 def shortened(model: Callable[..., Any], x: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
-    """(the shortened graph, the model) on some rows of ``x`` ``(1, tokens, ...)``."""
+    """(the graph for chosen rows, the model) on some rows of ``x`` ``(1, tokens, ...)``."""
     program, inputs = captured(model, x)
-    tensors = program.tensors
-    assert isinstance(tensors, FromInputs)
     at = next(i for i, given in enumerate(inputs) if given is x)
-    shorten(program, [TokenInput(at, "rows", (1,))], len(rows))
-    inputs[at] = x[:, rows]
+    tokens = TokenInput(placeholders(program.gm)[at], "rows", (1,))
+    region = [n for n in program.graph.nodes if n.op == "call_function"]
+    chosen, places = (recall_new(program, name, (1, len(rows)), torch.int64) for name in ("rows", "positions"))
     with torch.no_grad():
-        (got,) = program.gm(*inputs)
+        again(program, Prompt((), (), 1, x.shape[1], (tokens,)), region, chosen, places)
+        program.gm.recompile()
+        # The newest input stands behind the others.
+        (got,) = program.gm(*inputs, torch.tensor([rows]), torch.arange(len(rows))[None])
         return got, model(x[:, rows])
 
 

@@ -73,7 +73,6 @@ def test_a_pipelines_steps(cli: Callable[..., Result], tmp_path: Path) -> None:
         (["smollm2-135", "-o", "m.onnx"], "did you mean 'smollm2-135m'"),
         (["smollm2-135m", "-o", "m.onnx", "--passes", "int9_weights"], "did you mean 'int8_weights'"),
         (["smollm2-135m", "-o", "m.onnx", "--opset", "9"], "opset=9 is not supported; use 18 to 23"),
-        (["smollm2-135m", "-o", "m.onnx", "--passes", "lazyllm"], "Export without lazyllm"),
         (["digits-dit", "-o", "m.onnx", "--cache", "64"], "this model makes images; leave --cache out"),
         (["digits-dit", "-o", "m.onnx", "--ask", "eleven"], "digits-dit draws the digits 0 to 9"),
         (["smollm2-135m", "-o", "m.onnx", "--texts", "none.txt"], "there is no such file"),

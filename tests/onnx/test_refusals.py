@@ -60,9 +60,13 @@ def test_passes_across_denoising_steps_of_a_model_without_any(tmp_path: Path, na
     refused(tmp_path, f"{name} has nothing to do.*export without it", name)
 
 
-@pytest.mark.parametrize("name", ["gemfilter", "lazyllm"])
-def test_passes_that_shorten_a_prompt(tmp_path: Path, name: str) -> None:
-    refused(tmp_path, f"{name} reads a prompt with graphs.*Export without {name}", name)
+def test_a_pass_that_reads_back_at_each_step(tmp_path: Path) -> None:
+    model = llama(layers=2)
+    cache = {"past_key_values": accelpass.KVCache(model, capacity=8)}
+    refused(
+        tmp_path, "lazyllm reads back at each step.*without past_key_values", "lazyllm", model=model,
+        args=(IDS[:1],), kwargs=cache,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.passes.gemfilter_truth import (
     FAMILIES,
     KEEP,
     LAYER,
+    LAYERS,
     NEW,
     answered,
     built,
@@ -74,10 +75,11 @@ def test_the_first_graph_ends_at_the_layer_and_reads_nothing_behind_it():
     ids = prompt_of(1, 30)
     rows, fast = chosen(model, ids), compiled(model)
     logits(fast, KVCache(model, 64), ids)
-    first = graphs_of(model)[0].prompt.first
-    nodes = list(first.fn.graph.nodes)
-    assert sum("attention" in str(n.target) for n in nodes) == LAYER
+    nodes = list(graphs_of(model)[0].fn.graph.nodes)
+    assert sum("attention" in str(n.target) for n in nodes) == LAYER + LAYERS
     assert not any(n.target is KV_APPEND for n in nodes)
+    choice = next(at for at, n in enumerate(nodes) if n.target is torch.ops.aten.topk.default)
+    assert sum("attention" in str(n.target) for n in nodes[:choice]) == LAYER
     with torch.no_grad():
         for layer in model.model.layers[LAYER + 1 :]:
             for weight in layer.parameters():

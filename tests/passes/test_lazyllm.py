@@ -28,9 +28,9 @@ from transformers import (
 import accelpass
 from accelpass import KVCache
 from accelpass.backends.compile.compiler import graphs_of
-from accelpass.backends.compile.pruned import best, kept
 from accelpass.ir.errors import CacheError, OptionError, SpecConflict
 from accelpass.passes.core.plan import Plan
+from accelpass.passes.token_pruning.base import best, kept
 from accelpass.passes.token_pruning.lazyllm import LazyLLM
 from tests.passes.lazy_oracle import LazyOracle
 from tests.sweep import sweep
