@@ -79,7 +79,7 @@ def demo(
     """Ask a small real model one question, with plain torch.compile and with int8 weights, and compare."""
     output.check_page(html)
     from accelpass.api.compare import compare, first_layers, parts
-    from accelpass.view.pace import paced
+    from accelpass.cli.pace import paced
 
     options = {"passes": ["int8_weights"], "lowering": lowering.value}
     rounds, layers = 3, 6 if quick else 30

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from accelpass.ir.analyses.axes.axes import Axis
 from accelpass.ir.attention.lowering.lower import like_in_memory, renew_origin
@@ -25,6 +24,7 @@ from accelpass.ir.attention.spec.op import is_attention
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import aten, call, is_call, known, value
 from accelpass.ir.core.program import Program
+from accelpass.ir.torch_private import tree_leaves
 from accelpass.ir.transform.changed_axes import CannotShrink, ChangedAxes
 from accelpass.ir.transform.kept import (
     Leaves,

@@ -155,10 +155,10 @@ def _hoist(program: Program, stream: fx.Node) -> None:
     """Put what does not depend on the stream in front of it, equal values once."""
     reached = reached_from(program, stream)
     inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
-    last = max(inputs[-1], *(n for n in program.graph.nodes if n.op == "get_attr"), stream)
+    last = max(inputs[-1], stream)
     same: dict[Any, fx.Node] = {}
     for node in list(program.graph.nodes):
-        if node.op != "call_function" or node in reached:
+        if node.op not in ("call_function", "get_attr") or node in reached:
             continue
         pure = not mutates(node) and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
         key = (node.target, str(node.args), str(node.kwargs))

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from accelpass.ir.analyses.structure.output_head import OutputHead, output_heads
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import aten, value
 from accelpass.ir.core.program import Program
+from accelpass.ir.torch_private import FakeTensor
 from accelpass.passes.core.base import Done, Skip, Take, Verdict
 from accelpass.passes.core.site_pass import Edits, SitePass
 

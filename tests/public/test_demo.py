@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from accelpass.api.compare import compare, parts
 from accelpass.cli import main as cli
-from accelpass.view.pace import Pace, paced
+from accelpass.cli.pace import Pace, paced
 from tests.public.conftest import tiny_llama
 
 
