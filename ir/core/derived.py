@@ -84,7 +84,7 @@ class Recipe:
             made = {a: i.fn(*sources[a:b]) for i, _, a, b in parts if i}
             return self.fn(*(made[a][o] if i else sources[a] for i, o, a, _ in parts))
 
-        return Recipe((self.key, *((i.key if i else None, o, a, b) for i, o, a, b in parts)), fn, first=self.first)
+        return Recipe((self.key, *((i.key if i else None, o, a, b) for i, o, a, b in parts)), fn)
 
 
 def is_released(tensor: Tensor) -> bool:

@@ -94,6 +94,11 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha1(tensor.detach().float().cpu().numpy().tobytes()).hexdigest()
 
 
+def called(recipe: Recipe, paths: Sequence[str]) -> str:
+    """The path of what a recipe makes of tensors with these paths."""
+    return "+".join(dict.fromkeys(paths[:1] if recipe.first else paths))
+
+
 @dataclass(frozen=True)
 class _Group:
     """One derivation: the positions of its sources among the graph's inputs, and its recipe."""
@@ -112,16 +117,12 @@ class FromInputs(TensorSource):
         self.paths = paths
         self._position = {n: i for i, n in enumerate(placeholders(gm))}
         self._derived: dict[fx.Node, tuple[_Group, int]] = {}
+        self._called: dict[fx.Node, str] = {}
         self.recalled = {}
 
     def path(self, node: fx.Node) -> str | None:
         found = self.paths.get(node)
-        if found is None and node in self._derived:
-            group, _ = self._derived[node]
-            nodes = list(self._position)
-            named = group.positions[:1] if group.recipe.first else group.positions
-            return "+".join(self._named(nodes[p]) for p in named)
-        return found[0] if found else None
+        return found[0] if found else self._called.get(node)
 
     def _named(self, node: fx.Node) -> str:
         """The path of model state; of a user's input, which anchors state, its name."""
@@ -154,6 +155,7 @@ class FromInputs(TensorSource):
         for index, (name, fake) in enumerate(zip(names, shapes, strict=True)):
             node = append_placeholder(self.gm, name, fake)
             self._derived[node] = (group, index)
+            self._called[node] = called(recipe, [self.path(n) or n.name for n in nodes])
             made.append(node)
         return made
 
@@ -307,16 +309,14 @@ class FromModule(TensorSource):
         self.gm = gm
         self._written = written_inputs(gm.graph)
         self._derived: dict[fx.Node, list[fx.Node]] = {}
-        self._renamed: dict[fx.Node, fx.Node] = {}
+        self._called: dict[fx.Node, str] = {}
         self.recalled = {}
         self.states: dict[fx.Node, tuple[fx.Node, StateSpec]] = {}
         """Declared state: its node, the input that it lives with, and what was declared."""
 
     def path(self, node: fx.Node) -> str | None:
-        if node in self._renamed:
-            return str(self._renamed[node].target)
-        if node in self._derived:
-            return "+".join(str(n.target) for n in self._derived[node])
+        if node in self._called:
+            return self._called[node]
         if node in self.states:
             return None
         return str(node.target) if isinstance(self._attribute(node), Tensor) else None
@@ -347,8 +347,7 @@ class FromModule(TensorSource):
             fake = nodes[0].meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
             node.meta["val"] = fake
             self._derived[node] = [s for n in nodes for s in self.sources(n)]
-            if recipe.first:
-                self._renamed[node] = self._derived[node][0]
+            self._called[node] = called(recipe, [self.path(n) or n.name for n in nodes])
             made.append(node)
         return made
 
