@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from accelpass.ir.analyses.axes.axes import Axes, axes
-from accelpass.ir.attention.spec import steps
-from accelpass.ir.attention.spec.op import attend, is_attention, set_spec, spec_of
-from accelpass.ir.attention.spec.spec import All, AttentionSpec
+from accelpass.ir.attention.spec.op import is_attention, set_spec, spec_of
 from accelpass.ir.core.graph import aten, call, value, written_inputs
 from accelpass.ir.core.program import BLOCK, NAME, Program
 from accelpass.ir.kv.layer import give
@@ -34,6 +32,7 @@ from accelpass.passes.core.base import Done, Record
 from accelpass.passes.core.site_pass import claim
 from accelpass.passes.core.staged import FULL, PolicyPass, Site, StagedCall
 from accelpass.passes.kv_cache.base import NO_CACHE, cannot_store
+from accelpass.passes.token_pruning.choice import best, importance_in, kept
 from accelpass.passes.token_pruning.memory import Memory, computed, inserted
 from accelpass.passes.token_pruning.rows_at_positions import RowsAtPositions, importance_of
 
@@ -146,7 +145,7 @@ class TokenPruning(PolicyPass):
         made: list[dict[fx.Node, Any]] = []
         chosen_rows, streams = [rows], [end]
         for stretch, share in zip(found[1:], keep, strict=True):
-            importance = _importance(program, scored[-1], anchor)
+            importance = importance_in(program, scored[-1], anchor)
             chosen, rows = inserted(program, anchor, _choice(share), importance, rows)
             given = {stretch.start: inserted(program, anchor, lambda x, c: [rows_of(x, c)], end, chosen)[0]}
             for outer, dims in stretch.rows.items():
@@ -319,21 +318,6 @@ def on(size: int) -> str:
     return f"{size} rows"
 
 
-def kept(tokens: Any, share: float) -> Any:
-    """How many of so many tokens, a number or a symbolic one, go on."""
-    if share == 1:
-        return tokens
-    if isinstance(tokens, int):
-        return max(1, int(share * tokens))
-    return torch.sym_max(1, torch.sym_int(share * tokens))
-
-
-def best(importance: Tensor, count: Any) -> Tensor:
-    """The ``count`` most important tokens, the last always, of equal ones the first; ascending int64 ``(batch, count)``."""
-    score = torch.cat([importance[:, :-1], torch.full_like(importance[:, -1:], float("inf"))], 1)
-    return score.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
-
-
 def _counted(stream: Tensor) -> list[Tensor]:
     return [torch.arange(stream.shape[1], device=stream.device).expand(stream.shape[0], -1).contiguous()]
 
@@ -386,20 +370,3 @@ def _tables(found: Sequence[Stretch]) -> dict[fx.Node, int]:
 def _masked(node: fx.Node) -> bool:
     """A mask is computed from the call (padding), which HF gives causal models alone along with causality."""
     return bool(spec_of(node).before) and spec_of(node).bias == "tensor"
-
-
-def _importance(program: Program, node: fx.Node, before: fx.Node) -> fx.Node:
-    """The probabilities of the last query, mean over heads, float32 ``(batch, tokens)``."""
-    q, k, v = node.args[:3]
-    spec = spec_of(node)
-    operands = [q, k, v, *node.args[3]]
-    (made,) = inserted(program, before, lambda q, k, v, *extras: [last_row(q, k, v, extras, spec)], *operands)
-    return made
-
-
-def last_row(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
-    """The probabilities of the last of several queries, mean over heads: float32 ``(batch, k_tokens)``."""
-    # The last query sees everything that a causal cut leaves to it.
-    own = replace(spec, causal=False, select=All(), statistics=frozenset({"column_sums"}))
-    _, found = attend(q[:, :, -1:], k, v, steps.of_last(extras, q.shape[2]), own)
-    return found["column_sums"].sum(1) / q.shape[1]

@@ -30,7 +30,7 @@ from accelpass import KVCache
 from accelpass.backends.compile.compiler import graphs_of
 from accelpass.ir.errors import CacheError, OptionError, SpecConflict
 from accelpass.passes.core.plan import Plan
-from accelpass.passes.token_pruning.base import best, kept
+from accelpass.passes.token_pruning.choice import best, kept
 from accelpass.passes.token_pruning.lazyllm import LazyLLM
 from tests.passes.lazy_oracle import LazyOracle
 from tests.sweep import sweep

@@ -1,0 +1,48 @@
+"""What each token is worth for the last one, and which go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from accelpass.ir.attention.spec import steps
+from accelpass.ir.attention.spec.op import attend, spec_of
+from accelpass.ir.attention.spec.spec import All, AttentionSpec
+from accelpass.ir.core.program import Program
+from accelpass.passes.token_pruning.memory import inserted
+
+
+def kept(tokens: Any, share: float) -> Any:
+    """How many of so many tokens, a number or a symbolic one, go on."""
+    if share == 1:
+        return tokens
+    if isinstance(tokens, int):
+        return max(1, int(share * tokens))
+    return torch.sym_max(1, torch.sym_int(share * tokens))
+
+
+def best(importance: Tensor, count: Any) -> Tensor:
+    """The ``count`` most important tokens, the last always, of equal ones the first; ascending int64 ``(batch, count)``."""
+    score = torch.cat([importance[:, :-1], torch.full_like(importance[:, -1:], float("inf"))], 1)
+    return score.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
+
+
+def importance_in(program: Program, node: fx.Node, before: fx.Node) -> fx.Node:
+    """The probabilities of the last query, mean over heads, float32 ``(batch, tokens)``."""
+    q, k, v = node.args[:3]
+    spec = spec_of(node)
+    operands = [q, k, v, *node.args[3]]
+    (made,) = inserted(program, before, lambda q, k, v, *extras: [last_row(q, k, v, extras, spec)], *operands)
+    return made
+
+
+def last_row(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
+    """The probabilities of the last of several queries, mean over heads: float32 ``(batch, k_tokens)``."""
+    # The last query sees everything that a causal cut leaves to it.
+    own = replace(spec, causal=False, select=All(), statistics=frozenset({"column_sums"}))
+    _, found = attend(q[:, :, -1:], k, v, steps.of_last(extras, q.shape[2]), own)
+    return found["column_sums"].sum(1) / q.shape[1]
