@@ -41,6 +41,7 @@ GUIDES = {
     "token_pruning": "token-pruning.md",
     "pruning": "structured-pruning.md",
     "step_cache": "diffusion.md",
+    "quantization": "quantization.md",
 }
 """The guide of each family, by the folder that its passes are in."""
 NEEDS: tuple[tuple[type, str], ...] = (

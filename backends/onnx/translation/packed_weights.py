@@ -142,7 +142,7 @@ class Expansion:
         zero, bias = (*([] if not weight.symmetric else [None]), *more, None)[:2]
         group = weight.group_size
         if self.contrib:
-            points = None if zero is None else self._form(zero, "packed", lambda z: _packed(z.astype(np.uint8)))
+            points = None if zero is None else self._form(zero, "packed", lambda z: _packed(_whole(z)))
             y = self._n_bits(e, x, q, 4, group, scale, points, group)
         else:
             symmetric, form = zero is None, "columns" if self.rounded else "int4"
@@ -152,9 +152,7 @@ class Expansion:
 
             codes = self._form(q, form, lambda codes: _int4(turned(_nibbles(codes, group)), symmetric))
             scales = self._form(scale, form, turned) if self.rounded else scale
-            points = (
-                [] if zero is None else [self._form(zero, form, lambda z: _int4(turned(z.astype(np.uint8)), False))]
-            )
+            points = [] if zero is None else [self._form(zero, form, lambda z: _int4(turned(_whole(z)), False))]
             axis = int(not self.rounded)
             y = self._product(e, x, e("DequantizeLinear", codes, scales, *points, axis=axis, block_size=group))
         e.finish(y, bias, x)
@@ -176,7 +174,7 @@ class Expansion:
     def _int4_matrix(self, e: Emit, weight: Int4, q: Any, scale: Any, zero: Any = None) -> None:
         group, symmetric = weight.group_size, zero is None
         codes = self._form(q, "stacked", lambda codes: _int4(_nibbles(codes, group), symmetric))
-        points = [] if zero is None else [self._form(zero, "stacked", lambda z: _int4(z.astype(np.uint8), False))]
+        points = [] if zero is None else [self._form(zero, "stacked", lambda z: _int4(_whole(z), False))]
         e.finish_as(e("DequantizeLinear", codes, scale, *points, axis=-1, block_size=group))
 
     def _product(self, e: Emit, x: ir.Value, w: ir.Value) -> ir.Value:
@@ -353,6 +351,17 @@ def _packed(codes: np.ndarray) -> np.ndarray:
     """Two codes a byte, the first in the low nibble; an odd last one stands alone."""
     even = np.pad(codes, (*[(0, 0)] * (codes.ndim - 1), (0, codes.shape[-1] % 2)))
     return (even[..., ::2] | (even[..., 1::2] << 4)).astype(np.uint8)
+
+
+def _whole(points: np.ndarray) -> np.ndarray:
+    """Zero points as the integers that the standard has for them."""
+    whole = points.round()
+    if (whole != points).any() or whole.min() < 0 or whole.max() > 15:
+        raise ExportError(
+            "zero points of an int4 weight are fractions, or no codes, for which ONNX has no operator: use a pass that keeps them whole "
+            "(int4_weights, gptq, awq) in place of the one that packed it"
+        )
+    return whole.astype(np.uint8)
 
 
 def _int4(codes: np.ndarray, symmetric: bool) -> np.ndarray:
