@@ -201,7 +201,7 @@ class OneDoor(OnSilu):
     """Another thing for an exported program."""
 
     def insert(self, program, node):
-        return call(program.graph, node, aten.mul.Scalar, node, 3.0 if program.door == "export" else 2.0)
+        return call(program.graph, node, aten.mul.Scalar, node, 3.0 if program.frontend == "export" else 2.0)
 
 
 @dataclass(frozen=True)

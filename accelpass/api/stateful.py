@@ -17,7 +17,7 @@ from accelpass.backends.runtime.step_clock import Declared, declared
 from accelpass.backends.runtime.survivors import forget_last
 from accelpass.ir.core.derived import DERIVED, StateSpec
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.kv import ledger
+from accelpass.ir.kv import holdings
 
 if TYPE_CHECKING:
     from accelpass.caches.kv_cache import KVCache
@@ -50,7 +50,7 @@ def named_tensors(fast: Any) -> dict[int, tuple[str, Tensor]]:
 def counters_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The counters of all cache layers that hold tokens which the model with these tensors wrote."""
     mine = {id(t) for t in tensors}
-    found = ((count, h.model() if h.model is not None else None) for count, h in ledger.holdings())
+    found = ((count, h.model() if h.model is not None else None) for count, h in holdings.holdings())
     return [count for count, by in found if by is not None and id(by) in mine]
 
 
@@ -152,8 +152,8 @@ def reset(fast: Any) -> None:
     for known in RUNS.all_of(tensors):
         known.reset()
     for count in counters_of(tensors):
-        ledger.clear(count)
-        empty = ledger.holding_of(count).empty
+        holdings.clear(count)
+        empty = holdings.holding_of(count).empty
         if empty is not None:
             empty()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from accelpass.api.stateful import caches_of
-from accelpass.ir.kv import ledger
+from accelpass.ir.kv import holdings
 from accelpass.view.grouping import runs
 
 if TYPE_CHECKING:
@@ -70,6 +70,6 @@ def layers_alike(cache: CacheReport) -> list[tuple[str, LayerBytes]]:
 
 def _layer(layer: KVLayer) -> LayerBytes:
     buffers: dict[str, int] = {}
-    for name, t in ledger.buffers_of(layer.count):
+    for name, t in holdings.buffers_of(layer.count):
         buffers[name] = buffers.get(name, 0) + t.numel() * t.element_size()
     return LayerBytes(buffers, sum(buffers.values()), layer.dense_nbytes())

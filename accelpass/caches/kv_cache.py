@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from accelpass.ir.errors import CacheError
-from accelpass.ir.kv import ledger
+from accelpass.ir.kv import holdings
 from accelpass.ir.kv import ops as _ops  # registers the ops
 
 assert _ops
@@ -39,13 +39,13 @@ class KVLayer(CacheLayerMixin):
         super().__init__()
         del self.keys, self.values  # the mixin's, which would be None
         # As text: of two caches' numbers Dynamo would make a symbolic one, and buffers want to know their size.
-        self._capacity, self._batch_size, self._window = str(ledger.room_for(capacity)), str(batch_size), str(window)
+        self._capacity, self._batch_size, self._window = str(holdings.room_for(capacity)), str(batch_size), str(window)
         self.count = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.fresh = True
         self.record_past = False
         self.token_bytes = 0
         self.is_initialized = True
-        ledger.register(self.count, capacity, _renewing(self))
+        holdings.register(self.count, capacity, _renewing(self))
 
     def __getattr__(self, name: str) -> Any:
         if name in ("keys", "values"):
@@ -105,18 +105,18 @@ class KVLayer(CacheLayerMixin):
         """
         if self.fresh or torch.compiler.is_compiling():
             return 0 if self.fresh else self.count[0]
-        return self.count[0] + ledger.holding_of(self.count).dropped
+        return self.count[0] + holdings.holding_of(self.count).dropped
 
     def get_max_length(self) -> int:
         return self.capacity
 
     def reset(self) -> None:
-        ledger.clear(self.count)
+        holdings.clear(self.count)
         self.fresh = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        ledger.holding_of(self.count).tail = None
-        for _, buffer in ledger.buffers_of(self.count):
+        holdings.holding_of(self.count).tail = None
+        for _, buffer in holdings.buffers_of(self.count):
             buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
 
     def activate_past_recording(self) -> None:
@@ -130,7 +130,7 @@ class KVLayer(CacheLayerMixin):
             CacheError: they are not held, are of a prompt that was shortened, or were no candidates of the last call and a pass
                 has evicted or rounded for them.
         """
-        holding, removed = ledger.holding_of(self.count), abs(tokens_to_remove)
+        holding, removed = holdings.holding_of(self.count), abs(tokens_to_remove)
         if not removed or not holding.tokens:
             return
         if _ops.UNEVEN in (holding.form or ()):
@@ -144,7 +144,7 @@ class KVLayer(CacheLayerMixin):
         """A layer of its own that holds the same: a prompt that is read once can be answered several times."""
         twin = KVLayer(self.capacity, self.batch_size, self.count.device, self.window)
         twin.fresh, twin.token_bytes = self.fresh, self.token_bytes
-        ledger.copy(self.count, twin.count)
+        holdings.copy(self.count, twin.count)
         return twin
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -154,11 +154,11 @@ class KVLayer(CacheLayerMixin):
         raise CacheError("a KVCache keeps its batch size; make one for the sequences that go on")
 
     def __repr__(self) -> str:
-        return f"KVLayer({ledger.holding_of(self.count).tokens} of {self.capacity} tokens)"
+        return f"KVLayer({holdings.holding_of(self.count).tokens} of {self.capacity} tokens)"
 
 
 def _renewing(layer: KVLayer) -> Callable[[], None]:
-    """Makes the layer fresh. The ledger keeps this as long as the layer's counter lives, so it must not keep the layer."""
+    """Makes the layer fresh. It is kept as long as the layer's counter lives, so it must not keep the layer."""
     alive = weakref.ref(layer)
 
     def renew() -> None:
@@ -226,7 +226,7 @@ class KVCache(Cache):
         Raises:
             CacheError: see :meth:`KVLayer.crop`.
         """
-        for holding in (ledger.holding_of(layer.count) for layer in self.layers):
+        for holding in (holdings.holding_of(layer.count) for layer in self.layers):
             if holding.tokens:
                 holding.check_crop(abs(tokens_to_remove))
         super().crop(tokens_to_remove)
@@ -241,7 +241,7 @@ class KVCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes of all that is stored: scales, scores and positions, and what candidates of the last call need, included."""
-        tails = (ledger.holding_of(layer.count).tail for layer in self.layers)
+        tails = (holdings.holding_of(layer.count).tail for layer in self.layers)
         held = sum(t.numel() * t.element_size() for _, _, t in self.buffers())
         return held + sum(tail.nbytes() for tail in tails if tail is not None)
 
@@ -251,12 +251,12 @@ class KVCache(Cache):
 
     def buffers(self) -> list[tuple[int, str, Tensor]]:
         """Layer, name and tensor of everything that is stored."""
-        return [(i, n, t) for i, layer in enumerate(self.layers) for n, t in ledger.buffers_of(layer.count)]
+        return [(i, n, t) for i, layer in enumerate(self.layers) for n, t in holdings.buffers_of(layer.count)]
 
     @property
     def seen(self) -> int:
         """Tokens of each sequence so far."""
-        return max(ledger.holding_of(layer.count).tokens for layer in self.layers)
+        return max(holdings.holding_of(layer.count).tokens for layer in self.layers)
 
     def __repr__(self) -> str:
         return (

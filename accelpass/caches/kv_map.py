@@ -13,7 +13,7 @@ import accelpass
 from accelpass.api.generation import greedy
 from accelpass.caches.cache_report import CacheReport
 from accelpass.ir.errors import CacheError
-from accelpass.ir.kv import ledger
+from accelpass.ir.kv import holdings
 from accelpass.view.grouping import alike, collapse
 
 if TYPE_CHECKING:
@@ -108,8 +108,8 @@ def kept(cache: KVCache, layer: int, sequence: int = 0) -> Tensor:
         CacheError: the layer stores rows in an order that it does not tell.
     """
     count = cache.layers[layer].count
-    seen = ledger.holding_of(count).tokens
-    buffers = {name.removeprefix("kv."): t for name, t in ledger.buffers_of(count)}
+    seen = holdings.holding_of(count).tokens
+    buffers = {name.removeprefix("kv."): t for name, t in holdings.buffers_of(count)}
     positions = buffers.get("positions")
     if positions is None:
         rows = buffers.get("keys", buffers.get("keys.codes"))

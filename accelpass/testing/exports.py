@@ -1,4 +1,4 @@
-"""The same pass through the other door: ``torch.export``, and from there to ONNX."""
+"""The same pass through the other frontend: ``torch.export``, and from there to ONNX."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from accelpass.ir.core.graph import hint
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import PassError
-from accelpass.ir.kv import ledger
+from accelpass.ir.kv import holdings
 from accelpass.ir.kv.sites import kv_sites
 from accelpass.ir.torch_private import tree_leaves
 from accelpass.passes.core.base import Record
@@ -211,8 +211,8 @@ def _run(program: Program, example_inputs: Sequence[Any]) -> list[Tensor]:
     if isinstance(tensors := program.tensors, FromInputs):
         for site in program.analysis(kv_sites):
             at = tensors.position(site.count)
-            ledger.register(given[at], site.capacity)
-            ledger.copy(example_inputs[at], given[at])
+            holdings.register(given[at], site.capacity)
+            holdings.copy(example_inputs[at], given[at])
         mine = {id(a) for a in given}
         args = [a if id(a) in mine else _copied(a) for a in tensors.arguments(given)]
     devices = {a.device for a in args if isinstance(a, Tensor) and a.device.type == "cuda"}

@@ -179,7 +179,7 @@ def with_state(captured: Captured, by: StepPass) -> None:
     own, _, remembered = program.results()
     (output,) = graph.find_nodes(op="output")
     output.args = ((*own, *remembered),)
-    program.pins = 0
+    program.kept_alive = 0
     graph.eliminate_dead_code()
     captured.outputs += [f"present.{name}" for name in program.remembered]
     for node, name in program.tensors.recalled.items():

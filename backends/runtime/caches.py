@@ -13,7 +13,7 @@ from accelpass.ir.core.derived import DERIVED, StateSpec
 from accelpass.ir.core.graph import size_among
 from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import GraphError
-from accelpass.ir.kv.ledger import Holding, holding_of
+from accelpass.ir.kv.holdings import Holding, holding_of
 from accelpass.ir.kv.lower import CacheUse
 from accelpass.ir.kv.tail import Stepper, made_tails
 

@@ -15,7 +15,7 @@ from accelpass.backends.runtime.survivors import Survivors, keep_last
 from accelpass.backends.staged.linker import Execution
 from accelpass.backends.staged.model import StagedModel
 from accelpass.ir.errors import PassError
-from accelpass.ir.kv.ledger import holding_of
+from accelpass.ir.kv.holdings import holding_of
 from accelpass.passes.core.staged import PolicyPass
 
 

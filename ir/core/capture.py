@@ -1,4 +1,4 @@
-"""Two doors into one IR: a Dynamo graph and an exported program both become pre-dispatch ATen.
+"""Two frontends of one IR: a Dynamo graph and an exported program both become pre-dispatch ATen.
 
 Dynamo's graph has many spellings for one operation (``@``, ``torch.matmul``, ``.matmul``); retracing it gives one, the
 same as ``torch.export``'s. Dynamo still owns the graph that it passes to a backend, so nothing here edits it.

@@ -25,10 +25,10 @@ class Program:
     Attributes:
         gm: graph in pre-dispatch ATen; never the graph that Dynamo owns.
         tensors: paths and values of the model's own tensors.
-        door: ``dynamo`` or ``export``.
+        frontend: ``dynamo`` or ``export``.
         artefacts: tensors from calibration, by name.
         actions: what each step-caching pass, by name, does at each site of this variant of the graph.
-        pins: how many outputs of the graph, after the model's own, only keep a block's streams alive.
+        kept_alive: how many outputs of the graph, after the model's own, only keep a block's streams alive.
         remembered: names of the graph's last outputs, which later denoising steps read.
         cut: where a graph break made this graph a piece of the model; empty if it is the whole.
         edited: which pass edited an aspect of a site, by (aspect, path).
@@ -39,10 +39,10 @@ class Program:
 
     gm: fx.GraphModule
     tensors: TensorSource
-    door: str
+    frontend: str
     artefacts: Mapping[str, Tensor] = field(default_factory=dict)
     actions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    pins: int = 0
+    kept_alive: int = 0
     remembered: list[str] = field(default_factory=list)
     cut: str = ""
     edited: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -51,11 +51,11 @@ class Program:
     _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def results(self) -> tuple[list[Any], list[fx.Node], list[fx.Node]]:
-        """The graph's outputs: the model's own, those that :attr:`pins` counts, and those that :attr:`remembered` names."""
+        """The graph's outputs: the model's own, those that :attr:`kept_alive` counts, and those that :attr:`remembered` names."""
         (output,) = self.graph.find_nodes(op="output")
         everything: list[Any] = tree_leaves(output.args[0])
         kept = len(everything) - len(self.remembered)
-        own = kept - self.pins
+        own = kept - self.kept_alive
         return everything[:own], everything[own:kept], everything[kept:]
 
     @property

@@ -25,7 +25,7 @@ def signature(program: Program) -> Signature:
     """The signature of the graph as it is now."""
     (output,) = program.graph.find_nodes(op="output")
     results: Any = output.args[0]
-    if further := program.pins + len(program.remembered):  # no results of the model
+    if further := program.kept_alive + len(program.remembered):  # no results of the model
         results = results[: len(results) - further]
     outputs = tuple(_described(value(n)) for n in tree_leaves(results))
     inputs = (n for n in written_inputs(program.graph) if not program.tensors.is_state(n))

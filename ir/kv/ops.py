@@ -14,7 +14,7 @@ from torch import Tensor
 
 from accelpass.ir.core.derived import DERIVED, StateSpec
 from accelpass.ir.errors import CacheError
-from accelpass.ir.kv.ledger import holding_of
+from accelpass.ir.kv.holdings import holding_of
 from accelpass.ir.torch_private import has_stopped_compiling
 
 DENSE = "dense"
@@ -32,7 +32,7 @@ def dense_state(k: Tensor, v: Tensor, capacity: int) -> tuple[StateSpec, StateSp
 
 
 def form(k: Tensor, v: Tensor, *how: str) -> tuple[str, ...]:
-    """What tells one way of storing tokens from another (see :class:`~accelpass.ir.kv.ledger.Holding`).
+    """What tells one way of storing tokens from another (see :class:`~accelpass.ir.kv.holdings.Holding`).
 
     Args:
         how: the storage and the format of its rows; none for all tokens as they are.

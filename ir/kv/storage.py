@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention.lowering.one_row import fence, powers
+from accelpass.ir.attention.lowering.one_row import materialise, unnormalised_softmax
 from accelpass.ir.attention.spec import steps
 from accelpass.ir.attention.spec.block_select import MASKS
 from accelpass.ir.attention.spec.spec import AttentionMass, AttentionSpec, Places, ScoreTap, Select, Store
@@ -167,7 +167,7 @@ class Segment:
 
     def chosen(self, bank: Rows) -> Rows:
         """The rows of ``bank`` that are read; chosen ones are copied, so that the loops over them look up no places."""
-        return bank if self.rows is None else [fence(rows) for rows in taken_rows(bank, self.rows)]
+        return bank if self.rows is None else [materialise(rows) for rows in taken_rows(bank, self.rows)]
 
 
 class Attended(NamedTuple):
@@ -198,7 +198,7 @@ class Query:
         self._before = [s for s in spec.before if not (skip and s.kind in MASKS)]
         scaled = q.float() * spec.scale
         if self.one:
-            scaled = fence(scaled)
+            scaled = materialise(scaled)
         self.q = scaled.unflatten(1, (-1, spec.groups))
 
     @staticmethod
@@ -271,7 +271,7 @@ class Query:
         if kernel is not None and plain:
             return kernel(self, segments, want)
         logits = [self.logits(s) for s in segments]
-        weights, share = powers(logits)
+        weights, share = unnormalised_softmax(logits)
         out = None
         for segment, weight in zip(segments, weights, strict=True):
             values, format = segment.chosen(segment.values), segment.value_format or segment.format

@@ -72,7 +72,7 @@ def _constant(program: Program, tensor: Tensor) -> fx.Node:
         index += 1
     name = f"_traced_constant{index}"
     program.gm.register_buffer(name, tensor)
-    if program.door == "dynamo":
+    if program.frontend == "dynamo":
         name_buffers(program.gm, program.gm)
     made = program.graph.get_attr(name)
     mode = fake_mode(program.gm)

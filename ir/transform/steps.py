@@ -227,10 +227,10 @@ def prepare(program: Program, stack: Callable[[Program], Sequence[StepBlock]] = 
         if node is last:
             break
     # A block's streams are there whatever the blocks after it read.
-    pins = [node for block in found for node in block.outputs if node.users]
+    alive = [node for block in found for node in block.outputs if node.users]
     (output,) = program.graph.find_nodes(op="output")
-    output.args = ((*output.args[0], *pins),)
-    program.pins = len(pins)
+    output.args = ((*output.args[0], *alive),)
+    program.kept_alive = len(alive)
     for block in found:
         max(block.outputs).meta[BLOCK] = block.number
     for node in program.graph.nodes:
@@ -269,7 +269,7 @@ def survived(program: Program, path: str, rows: fx.Node, tokens: Any) -> None:
 
     An exported graph has nobody to tell.
     """
-    if program.door == "export":
+    if program.frontend == "export":
         return
     if program.survivors is None:
         program.survivors = {}

@@ -1,4 +1,4 @@
-"""Passes by name. Ours and third parties' come through one door: the entry-point group ``accelpass.passes``.
+"""Passes by name. Ours and third parties' come through one entry: the entry-point group ``accelpass.passes``.
 
 What is wrong with one entry never takes another's passes away: it is told once as a warning, and is an error when the pass is
 asked for by name.

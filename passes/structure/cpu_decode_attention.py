@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.attention import Attention, SdpaCall
-from accelpass.ir.attention.lowering.one_row import fence, powers, row_scores, row_sum
+from accelpass.ir.attention.lowering.one_row import materialise, row_scores, row_sum, unnormalised_softmax
 from accelpass.ir.core.graph import value
 from accelpass.passes.core.base import Done, Skip, Take, Verdict
 from accelpass.passes.core.site_pass import Edits
@@ -57,13 +57,13 @@ class CpuDecodeAttention(SdpaRewrite):
 
 def one_row(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, groups: int, scale: float) -> Tensor:
     """The output ``(batch, heads, 1, width)`` of ``scaled_dot_product_attention`` for queries ``(batch, heads, 1, d)``."""
-    rows = fence(q.float() * scale).squeeze(2).unflatten(1, (-1, groups))
+    rows = materialise(q.float() * scale).squeeze(2).unflatten(1, (-1, groups))
     scores = row_scores(rows, k)
     if mask is not None:
         if mask.dim() == 4:
             mask = mask.unflatten(1, (-1, groups) if mask.shape[1] != 1 else (1, 1)).squeeze(3)
         hidden = mask.dtype == torch.bool
         scores = scores.masked_fill(mask.logical_not(), float("-inf")) if hidden else scores + mask.float()
-    (weights,), share = powers([scores])
+    (weights,), share = unnormalised_softmax([scores])
     out = row_sum(weights, v) * share
     return out.flatten(1, 2).unsqueeze(2).to(q.dtype)

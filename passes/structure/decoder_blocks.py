@@ -44,7 +44,7 @@ class DecoderBlocks(StagedPass):
             return str(cause)
         if self.fixed(program):
             return None
-        if program.door == "export":
+        if program.frontend == "export":
             return "the host chooses at each call which layers compute, and an exported graph runs without it"
         sites = program.analysis(kv_sites)
         if not sites:

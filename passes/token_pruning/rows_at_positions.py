@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accelpass.ir.core.derived import DERIVED, StateSpec
 from accelpass.ir.kv.banks import RowFormat, buffer, put_rows
-from accelpass.ir.kv.ledger import holding_of
+from accelpass.ir.kv.holdings import holding_of
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage, bank
 
 

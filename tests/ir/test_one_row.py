@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accelpass.ir.attention.lowering.one_row import powers, row_scores, row_sum
+from accelpass.ir.attention.lowering.one_row import row_scores, row_sum, unnormalised_softmax
 from accelpass.ir.kv.banks import Quantized
 
 SIZES = {
@@ -50,14 +50,14 @@ def test_one_softmax_over_several_scores(lengths):
     """Long ones are reduced in chunks, with and without a rest."""
     scores = [torch.randn(2, 3, 2, n) for n in lengths]
     scores[1][..., 4:] = float("-inf")
-    made, share = powers(scores)
+    made, share = unnormalised_softmax(scores)
     torch.testing.assert_close(torch.cat(made, -1) * share, torch.cat(scores, -1).softmax(-1))
 
 
 @pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("length", [4, 1100])
 def test_a_query_that_sees_no_key(hidden, length):
-    (made,), share = powers([torch.full((1, 1, 2, length), hidden)])
+    (made,), share = unnormalised_softmax([torch.full((1, 1, 2, length), hidden)])
     weights = made * share
     # As under torch: hidden by -inf there is nothing to attend to; hidden by the lowest number, all keys are equal.
     expected = 0.0 if hidden == float("-inf") else 1 / length
@@ -68,5 +68,5 @@ def test_a_query_that_sees_no_key(hidden, length):
 def test_a_score_that_is_not_a_number_is_told(length):
     scores = torch.zeros(1, 1, 1, length)
     scores[..., 2] = float("nan")
-    (made,), share = powers([scores])
+    (made,), share = unnormalised_softmax([scores])
     assert (made * share).isnan().all()

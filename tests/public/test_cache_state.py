@@ -11,7 +11,7 @@ import torch
 
 import accelpass
 from accelpass.api.generation import cache_for, greedy
-from accelpass.ir.kv import ledger
+from accelpass.ir.kv import holdings
 from accelpass.view.report import Report
 from tests.public.conftest import LAYERS, tiny_llama
 
@@ -76,7 +76,7 @@ def test_report_shows_the_caches(mixed: tuple[Any, Any, Report], tmp_path: Path)
 
 def test_reset_empties_the_caches_of_this_model_alone(mixed: tuple[Any, Any, Report]) -> None:
     gc.collect()
-    others = len(ledger.holdings())
+    others = len(holdings.holdings())
     model = tiny_llama()
     fast, cache, first = filled(model, "h2o")
     second = accelpass.KVCache(model, CAPACITY)
@@ -95,7 +95,7 @@ def test_reset_empties_the_caches_of_this_model_alone(mixed: tuple[Any, Any, Rep
 
     del cache, second
     gc.collect()
-    assert len(ledger.holdings()) == others, "a cache that nobody holds is gone"
+    assert len(holdings.holdings()) == others, "a cache that nobody holds is gone"
     assert accelpass.state(fast) == []
 
 

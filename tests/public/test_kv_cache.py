@@ -24,7 +24,7 @@ from transformers import (
 import accelpass
 from accelpass import CacheError, KVCache, ReleasedWeightError
 from accelpass.backends import compiled_graphs, graphs_of
-from accelpass.ir.kv import ledger
+from accelpass.ir.kv import holdings
 from accelpass.models_zoo import tiny
 from tests.packing import dequantize_int4, dequantize_int8, pack_int4, pack_int8
 from tests.passes.kv_truth import fed
@@ -347,11 +347,11 @@ def test_with_packed_weights(kv, weights):
 
 
 def test_room_for_a_capacity():
-    rooms = [ledger.room_for(c) for c in range(1, 20000)]
+    rooms = [holdings.room_for(c) for c in range(1, 20000)]
     assert all(c <= room < c * 17 / 16 + 8 for c, room in enumerate(rooms, 1))
     assert rooms == sorted(rooms)
-    assert [ledger.room_for(room) for room in rooms] == rooms, "a room has itself for room"
-    assert ledger.room_for(4096) == 4096 and ledger.room_for(4160) == 4352
+    assert [holdings.room_for(room) for room in rooms] == rooms, "a room has itself for room"
+    assert holdings.room_for(4096) == 4096 and holdings.room_for(4160) == 4352
     assert len(set(rooms[:8192])) < 130
 
 

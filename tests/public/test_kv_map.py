@@ -15,7 +15,7 @@ import accelpass
 from accelpass.caches.kv_map import FEW_BITS, GONE, KEPT, KVMap, Step, kept, pick_layers, record
 from accelpass.ir.core.derived import DERIVED, StateSpec
 from accelpass.ir.errors import AccelpassError, CacheError
-from accelpass.ir.kv import ledger
+from accelpass.ir.kv import holdings
 from accelpass.view.drawing import MissingExtra
 from accelpass.view.kv_map_picture import check_target, draw, figure
 from tests.public.conftest import LAYERS, tiny_llama
@@ -28,7 +28,7 @@ def holding(seen: int, **buffers: Tensor) -> Any:
     """A cache whose layers hold these buffers."""
     cache = accelpass.KVCache(tiny_llama(), 6)
     for layer in cache.layers:
-        ledger.holding_of(layer.count).tokens = seen
+        holdings.holding_of(layer.count).tokens = seen
         for name, t in buffers.items():
             spec = StateSpec(f"kv.{name}", tuple(t.shape[1:]), t.dtype, "sequence", batched=True)
             DERIVED.get([layer.count], spec.recipe()).tensors[0].copy_(t)

@@ -25,17 +25,17 @@ def row_scores(q: Tensor, keys: Tensor) -> Tensor:
     return per_group(q, lambda one: (one.unsqueeze(-2) * _beside(wide, one)).sum(-1))
 
 
-def powers(scores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+def unnormalised_softmax(scores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """One softmax over several scores: ``exp(scores - max)`` in memory, and the factor ``(..., 1)`` that makes all add up to 1.
 
     A weighted sum of few columns is multiplied with the factor faster than its many weights are. Without any key that may be
     seen, all is zero.
     """
     # In memory, so that what gave a score is not repeated by each loop over it.
-    scores = [fence(one) if _is_long(one) else one for one in scores]
+    scores = [materialise(one) if _is_long(one) else one for one in scores]
     top = functools.reduce(torch.maximum, (_reduced(one, torch.amax, torch.maximum) for one in scores))
     top = top.clamp_min(torch.finfo(torch.float32).min)  # of a row without keys: -inf - -inf is not a number
-    made = [fence(torch.exp(one - top)) for one in scores]
+    made = [materialise(torch.exp(one - top)) for one in scores]
     whole = functools.reduce(torch.add, (_reduced(one, torch.sum, torch.add) for one in made))
     return made, 1 / whole.clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -45,7 +45,7 @@ def _reduced(x: Tensor, reduce: Callable[..., Tensor], join: Callable[[Tensor, T
     if not _is_long(x):
         return reduce(x, -1, keepdim=True)
     whole = x.shape[-1] // _CHUNK * _CHUNK
-    chunks = fence(reduce(x[..., :whole].unflatten(-1, (-1, _CHUNK)), -1))
+    chunks = materialise(reduce(x[..., :whole].unflatten(-1, (-1, _CHUNK)), -1))
     out = reduce(chunks, -1, keepdim=True)
     return out if whole == x.shape[-1] else join(out, reduce(x[..., whole:], -1, keepdim=True))
 
@@ -86,7 +86,7 @@ def by_chunks(weights: Tensor, rows: Sequence[Tensor], summed: Callable[[Tensor,
     count, rest = divmod(n, _CHUNK)
     whole = n - rest
     chunks = [r[:, :, :whole].unflatten(2, (count, _CHUNK)) for r in rows]
-    out = fence(summed(weights[..., :whole].unflatten(-1, (count, _CHUNK)), chunks)).sum(-2)
+    out = materialise(summed(weights[..., :whole].unflatten(-1, (count, _CHUNK)), chunks)).sum(-2)
     return out + summed(weights[..., whole:], [r[:, :, whole:] for r in rows]) if rest else out
 
 
@@ -105,7 +105,7 @@ def _beside(rows: Tensor, like: Tensor) -> Tensor:
     return rows.unsqueeze(2) if like.dim() == rows.dim() else rows
 
 
-def fence(x: Tensor) -> Tensor:
+def materialise(x: Tensor) -> Tensor:
     """``x`` in memory before a loop reads it many times (see :func:`accelpass.ir.core.graph.stored`)."""
     if x.is_contiguous() and all(isinstance(n, int) for n in x.shape):
         return torch.as_strided(x, x.shape, x.stride())
