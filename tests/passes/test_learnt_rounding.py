@@ -318,3 +318,32 @@ def test_a_plan_of_another_width(stack) -> None:
     with pytest.raises(Exception, match="factors for layers") as caught:
         answer(stack, data(1)[0]["x"], plan=damaged)
     assert PlanError.__name__ in repr(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_exported_with_what_was_learnt(stack, name, tmp_path) -> None:
+    """The file is compared with torch, plan and all, by the export itself."""
+    plan = accelpass.calibrate(stack, data(), [{"name": name, "group_size": 64}], progress=False)
+    x = data(1, seed=9)[0]["x"]
+    report = accelpass.export_onnx(stack, (x,), tmp_path / "model.onnx", plan=plan)
+    assert report.difference is not None and report.difference < 1e-4
+    assert report.weights_after < 0.25 * report.weights_before
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "hqq"])
+def test_saved_and_loaded(stack, name, tmp_path) -> None:
+    x, entry = data(1, seed=9)[0]["x"], {"name": name, "group_size": 64}
+    chosen = (
+        {"passes": [entry]} if name == "hqq" else {"plan": accelpass.calibrate(stack, data(), [entry], progress=False)}
+    )
+    torch._dynamo.reset()
+    fast = torch.compile(stack, backend="accelpass", options={"lowering": "eager", **chosen})
+    with torch.no_grad():
+        want = fast(x)
+    accelpass.save(fast, tmp_path / "packed")
+    torch._dynamo.reset()
+    again = Stack().eval()
+    again.load_state_dict(stack.state_dict())
+    loaded = accelpass.load(again, tmp_path / "packed", **({} if name == "hqq" else chosen))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), want)
