@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 from accelpass.ir import attention
 from accelpass.ir.analyses.structure.block import blocks
 from accelpass.ir.analyses.structure.linear import linears
-from accelpass.ir.core.capture import from_dynamo
 from accelpass.ir.core.graph import placeholders
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import FromInputs
@@ -46,12 +45,9 @@ class _Cut:
         order = {node: at for at, node in enumerate(program.graph.nodes)}
         nodes = list(order)
         bounds = sorted({max(order[n] for n in outputs) + 1 for outputs in ends if all(n in order for n in outputs)})
-        inner = [n for n in nodes if n.op not in ("placeholder", "output")]
-        if not bounds:  # no blocks: all of it is one
-            bounds = [order[inner[-1]] + 1]
         self.stretches = [
             [n for n in nodes[start:end] if n.op not in ("placeholder", "output")]
-            for start, end in itertools.pairwise([0, *bounds])
+            for start, end in itertools.pairwise([0, *(bounds or [len(nodes)])])  # no blocks: all of it is one
         ]
         self.weights = {p: n for n in placeholders(program.gm) if (p := program.tensors.path(n)) is not None}
         for stretch in self.stretches:
@@ -141,9 +137,8 @@ def walk(
     held: list[_Held] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        program = from_dynamo(gm, inputs)
+        program = attention.captured(gm, inputs)
         with torch.no_grad():
-            attention.insert(program)
             cut = _Cut(program)
 
         def begin(*given: Any) -> Any:

@@ -15,7 +15,6 @@ from accelpass.api.loss_study import LossStudy, parted
 from accelpass.caches.kv_cache import KVCache
 from accelpass.ir import attention
 from accelpass.ir.analyses.structure.linear import linears
-from accelpass.ir.core.capture import from_dynamo
 from accelpass.ir.core.derived import DERIVED
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import FromInputs
@@ -110,10 +109,9 @@ class _Runner:
 
     def _run(self, begin: Callable[[Program], Sequence[tuple[fx.Node, Watch]]], what: str) -> None:
         def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-            program = from_dynamo(gm, inputs)
+            program = attention.captured(gm, inputs)
             assert isinstance(program.tensors, FromInputs)
             with torch.no_grad():
-                attention.insert(program)
                 watched = begin(program)
                 attention.lower(program)
             (output,) = program.graph.find_nodes(op="output")
@@ -141,10 +139,7 @@ def _captured(model: nn.Module, batch: Mapping[str, Any], cached: bool) -> Progr
     programs: list[Program] = []
 
     def collect(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        program = from_dynamo(gm, inputs)
-        with torch.no_grad():
-            attention.insert(program)
-        programs.append(program)
+        programs.append(attention.captured(gm, inputs))
         return gm.forward
 
     given = _without_cache(model, batch)

@@ -19,7 +19,6 @@ from accelpass.ir import attention
 from accelpass.ir.attention.spec.block_select import not_a_prompt
 from accelpass.ir.attention.spec.op import ATTENTION, is_attention
 from accelpass.ir.attention.spec.spec import AttentionSpec
-from accelpass.ir.core.capture import from_dynamo
 from accelpass.ir.errors import OptionError, PassError
 from accelpass.ir.torch_private import SET_GRAD_ENABLED, recompile_limit
 from accelpass.passes.core.base import Attend
@@ -151,9 +150,7 @@ class LossStudy:
         return labels, int(counts[0])
 
     def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        program = from_dynamo(gm, inputs)
-        with torch.no_grad():
-            attention.insert(program)
+        program = attention.captured(gm, inputs)
         part = 0
 
         def number(node: fx.Node) -> int:

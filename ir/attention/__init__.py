@@ -9,7 +9,7 @@ from accelpass.ir.attention.lowering import fused as fused  # registers its lowe
 from accelpass.ir.attention.lowering.lower import Lowering, Lowerings, NoLowering, lower, register_lowering
 from accelpass.ir.attention.lowering.sdpa import SdpaCall, sdpa_call
 from accelpass.ir.attention.recognition.detect import Attention, NearMiss, Survey, detect, near_misses, survey
-from accelpass.ir.attention.recognition.insert import insert
+from accelpass.ir.attention.recognition.insert import captured, insert
 from accelpass.ir.attention.spec.block_select import Blocks, BlockSelect
 from accelpass.ir.attention.spec.op import attend, is_attention, set_spec, spec_of, want
 from accelpass.ir.attention.spec.spec import (
@@ -50,6 +50,7 @@ __all__ = [
     "Store",
     "Survey",
     "attend",
+    "captured",
     "detect",
     "insert",
     "is_attention",

@@ -82,10 +82,12 @@ class LearntRounding(WeightOnly, Calibrated):
         """What is kept of each of the weights ``(out, in)``, float32, that read one input."""
 
     def calibrate(self, program: Program, run: Run) -> dict[str, Tensor]:
-        groups: dict[fx.Node, dict[str, SharedWeight]] = {}
+        # Weights that read one input are fitted together, if they have the same settings.
+        groups: dict[tuple[fx.Node, str], dict[str, SharedWeight]] = {}
         for site in self.find(program):
             if (path := self._learns(site, program)) is not None:
-                groups.setdefault(site.uses[0].operand(), {})[path] = site  # type: ignore[union-attr]
+                key = site.uses[0].operand(), repr(self.at(site.paths))  # type: ignore[union-attr]
+                groups.setdefault(key, {})[path] = site
         learnt: dict[str, Tensor] = {}
         for block in run.blocks("inputs of linears"):
             inside = [group for group in groups.values() if group.keys() <= block.weights]
@@ -115,8 +117,8 @@ class LearntRounding(WeightOnly, Calibrated):
             w = program.tensors.value(site.weight)
             assert w is not None
             weights.append((w.t() if site.transposed else w).detach().float())
-        passes = self.at([path for site in group.values() for path in site.paths])
-        return dict(zip(group, passes.learn(weights, moments), strict=True))
+        here = self.at(group[first].paths)
+        return dict(zip(group, here.learn(weights, moments), strict=True))
 
     def _learns(self, site: SharedWeight, program: Program) -> str | None:
         """The path of a weight that has one use, a plain linear, and is wanted."""

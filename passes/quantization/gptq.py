@@ -106,15 +106,21 @@ class GPTQ(LearntRounding, Int4Weights):
 
     def recipe(self, site: SharedWeight, edit: Edits) -> Recipe:
         plain, form = super().recipe(site, edit), self.spec.weight
-        found = [self.learnt(site, edit.program, part) for part in (*form.operands, "probe")]
-        kept = [t for t in found if t is not None]
-        if len(kept) < len(found):
+        assert isinstance(form, Int4)
+        kept = {part: self.learnt(site, edit.program, part) for part in ("q", "scale", "zero", "probe")}
+        q, scale, zero, probe = kept.values()
+        if q is None or scale is None or probe is None:
             return plain
-        *packed, probe = kept
+        packed = [t for t in (q, scale, zero) if t is not None]
         outputs, inputs = (int(s) for s in (shape(site.weight)[::-1] if site.transposed else shape(site.weight)))
-        if packed[0].shape[0] != outputs or form.width(packed) != inputs:
+        if (q.shape[0], form.width(packed)) != (outputs, inputs):
             raise PlanError(
                 f"{self.name}: the plan's codes for {site.path} are not those of a weight of {outputs} x {inputs}"
+            )
+        if (scale.shape[1], zero is None) != (inputs // form.group_size, form.symmetric):
+            raise PlanError(
+                f"{self.name}: the plan's codes for {site.path} have groups of {inputs // scale.shape[1]}, "
+                f"{'no' if zero is None else 'with'} zero points, which is not {form.shown()}; calibrate with the options that you use"
             )
 
         def stored(w: Tensor) -> tuple[Tensor, ...]:

@@ -347,3 +347,25 @@ def test_saved_and_loaded(stack, name, tmp_path) -> None:
     loaded = accelpass.load(again, tmp_path / "packed", **({} if name == "hqq" else chosen))
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), want)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gptq_refuses_codes_of_other_options(stack, symmetric) -> None:
+    """Typed options go before the plan's, whose codes are then not of their form."""
+    entry = {"name": "gptq", "group_size": 64, "symmetric": symmetric}
+    plan = accelpass.calibrate(stack, data(), [entry], progress=False)
+    for other in ({"group_size": 32}, {"symmetric": not symmetric}):
+        with pytest.raises(Exception, match="calibrate with the options that you use"):
+            answer(stack, data(1)[0]["x"], plan=plan, passes=[{**entry, **other}])
+
+
+def test_weights_of_one_input_with_settings_of_their_own() -> None:
+    model = tiny_lm()
+    sites = {"*.up_proj": {"group_size": 64}}
+    plan = accelpass.calibrate(
+        model, [{"ids": IDS}], [{"name": "gptq", "group_size": 32, "sites": sites}], progress=False
+    )
+    held = {key: t.shape[1] for key, t in plan.tensors.items() if key.endswith("/scale")}
+    up, gate = (held[f"gptq/layers.0.{name}.weight/scale"] for name in ("up_proj", "gate_proj"))
+    assert gate == 2 * up
+    assert answer(model, IDS, plan=plan).isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,18 @@ from accelpass.ir.attention.recognition.effects import writes
 from accelpass.ir.attention.recognition.region import Operand, dimension
 from accelpass.ir.attention.recognition.score_steps import aten
 from accelpass.ir.attention.spec.op import ATTENTION
+from accelpass.ir.core.capture import from_dynamo
 from accelpass.ir.core.graph import call, root, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.splice import KEPT
+
+
+def captured(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
+    """The program of a graph of Dynamo's, with its attentions as semantic nodes."""
+    program = from_dynamo(gm, inputs)
+    with torch.no_grad():
+        insert(program)
+    return program
 
 
 def insert(program: Program) -> list[Attention]:
