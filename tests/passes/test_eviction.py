@@ -22,7 +22,7 @@ from tests.passes import eviction_truth as truth
 from tests.passes.eviction_truth import Budget
 from tests.passes.kv_truth import attending, fed
 from tests.passes.test_kv_methods import CAPACITY, compiled, llama, tokens
-from tests.passes.test_kv_storage import Layer
+from tests.passes.test_kv_storage import Layer, follows
 from tests.sweep import quick, sweep
 
 SHAPES = st.tuples(
@@ -40,16 +40,7 @@ def against(oracle: truth.Evicting, tap: ScoreTap, shape: Any) -> None:
         sinks=given.sinks, kernel=given.kernel, answer=given.answer, shares=given.safeguard,
     )  # fmt: skip
     layer = Layer(store, Floats(), batch, groups, width, prompt + sum(more) + 3, seed)
-    remembered: dict[str, Any] = {}
-    for count in (prompt, *more):
-        q, out = layer.feed(count)
-        want = oracle.attend(remembered, q, layer.k, layer.v, layer.scale, None, 0)
-        positions = layer.held["positions"]
-        for b in range(batch):
-            for h in range(2):
-                stored = sorted(positions[b, h][positions[b, h] >= 0].tolist())
-                assert stored == remembered["alive"][b, h].nonzero()[:, 0].tolist(), f"after {layer.k.shape[2]} tokens"
-        assert torch.allclose(out, want, atol=2e-4)
+    follows(layer, oracle, (prompt, *more))
 
 
 @settings(max_examples=15, deadline=None)

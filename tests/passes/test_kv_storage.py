@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,6 +64,20 @@ class Layer:
             out = self.storage.extend(self.held, new, query, self.layout, self.format)
         self.count += tokens
         return q, out
+
+
+def follows(layer: Layer, oracle: Any, counts: Iterable[int]) -> None:
+    """Whether a layer that evicts attends as its oracle does, and keeps the same tokens, call by call."""
+    remembered: dict[str, Any] = {}
+    for count in counts:
+        q, out = layer.feed(count)
+        want = oracle.attend(remembered, q, layer.k, layer.v, layer.scale, None, 0)
+        positions = layer.held["positions"]
+        for b in range(positions.shape[0]):
+            for h in range(positions.shape[1]):
+                stored = sorted(positions[b, h][positions[b, h] >= 0].tolist())
+                assert stored == remembered["alive"][b, h].nonzero()[:, 0].tolist(), f"after {layer.k.shape[2]} tokens"
+        assert torch.allclose(out, want, atol=2e-4)
 
 
 def against(storage: Storage, oracle: kv_truth.Oracle, shape: Any, format: RowFormat | None = None) -> None:

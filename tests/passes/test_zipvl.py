@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +15,7 @@ from tests.passes import eviction_truth as truth
 from tests.passes.kv_truth import attending, fed
 from tests.passes.test_eviction import SHAPES
 from tests.passes.test_kv_methods import CAPACITY, compiled, llama, tokens
-from tests.passes.test_kv_storage import Layer
+from tests.passes.test_kv_storage import Layer, follows
 from tests.sweep import sweep
 
 
@@ -35,16 +33,7 @@ def test_it_keeps_what_the_oracle_keeps(shape, threshold, newest, most, bits):
         else ByMassInTiers(most, newest, bits, score=probes, threshold=threshold)
     )
     layer = Layer(store, Floats(), batch, groups, width, prompt + sum(more) + 3, seed)
-    oracle, remembered = truth.ZipVL(threshold, newest, most, bits), dict[str, Any]()
-    for count in (prompt, *more):
-        q, out = layer.feed(count)
-        want = oracle.attend(remembered, q, layer.k, layer.v, layer.scale, None, 0)
-        positions = layer.held["positions"]
-        for b in range(batch):
-            for h in range(2):
-                stored = sorted(positions[b, h][positions[b, h] >= 0].tolist())
-                assert stored == remembered["alive"][b, h].nonzero()[:, 0].tolist(), f"after {layer.k.shape[2]} tokens"
-        assert torch.allclose(out, want, atol=2e-4)
+    follows(layer, truth.ZipVL(threshold, newest, most, bits), (prompt, *more))
 
 
 @settings(max_examples=10, deadline=None)
