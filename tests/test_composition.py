@@ -21,7 +21,13 @@ TOGETHER = {
     *(("gemfilter", other) for other in (*STORES, "tidaldecode")),
 }
 """Pairs that must work on one model, not only be refused."""
-SAMPLE = [("h2o", "kv_window"), ("tokencache", "ditfastattn")]
+SAMPLE = [
+    ("h2o", "kv_window"),
+    ("tokencache", "ditfastattn"),
+    ("gemfilter", "int4_weights"),
+    ("smoothquant", "horizontal_fusion"),
+    ("keyformer", "kv_quant"),
+]
 BENCH = bench()
 
 

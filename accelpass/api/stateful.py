@@ -64,15 +64,19 @@ def caches_of(tensors: Iterable[Tensor]) -> list[KVCache]:
     return [cache for cache in live_caches() if any(id(layer.count) in counters for layer in cache.layers)]
 
 
-def state(fast: Any) -> list[StateBuffer]:
+def state(fast: Any, history: bool = False) -> list[StateBuffer]:
     """Every buffer that passes keep for this model, of every cache that holds its tokens, and of its sampling runs.
 
     Empty if none was declared or the model has not run yet. A cache that was reset belongs to no model until it is filled.
+
+    Args:
+        history: list as well what a sampling run's next call is recognised by: the latents and results of its last steps
+            and copies of its small inputs. Passes read none of it.
     """
-    return [buffer for buffer, _ in _remembered(fast)]
+    return [buffer for buffer, _ in _remembered(fast, history)]
 
 
-def _remembered(fast: Any) -> list[tuple[StateBuffer, Tensor]]:
+def _remembered(fast: Any, history: bool = False) -> list[tuple[StateBuffer, Tensor]]:
     known = named_tensors(fast)
     tensors = [t for _, t in known.values()]
     found = [_buffer(spec, known[anchor][0], t) for spec, anchor, t in DERIVED.states(tensors)]
@@ -80,10 +84,11 @@ def _remembered(fast: Any) -> list[tuple[StateBuffer, Tensor]]:
         for index, layer in enumerate(cache.layers):
             owner = f"cache {number}, layer {index}"
             found += [_buffer(spec, owner, t) for spec, _, t in DERIVED.states([layer.count])]
-    runs = [run for known in RUNS.all_of(tensors) for run in known.all() if run.memory.held]
+    runs = [run for known in RUNS.all_of(tensors) for run in known.all() if run.memory.held or (history and run.past)]
     for number, run in enumerate(runs, 1):
         owner = f"sampling run {number}" if number > 1 else "sampling run"
-        found += [_buffer(spec, owner, t) for spec, t in run.memory.states()]
+        held = [*run.memory.states(), *(run.history() if history else ())]
+        found += [_buffer(spec, owner, t) for spec, t in held]
     return found
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from accelpass.backends.runtime.continuity import STEPS, Past
 from accelpass.backends.runtime.run_memory import RunMemory
 from accelpass.backends.runtime.step_clock import Clock, Tick
+from accelpass.ir.core.derived import StateSpec
 
 if TYPE_CHECKING:
     from accelpass.backends.staged.model import StagedModel
@@ -51,6 +52,11 @@ class Seen:
         if self._ref() is not t:
             return False
         return self._holds(t) if t.is_inference() else t._version == self._version
+
+    @property
+    def kept(self) -> Tensor | None:
+        """The copy that values are compared with; None of a large input."""
+        return self._copy
 
     def equal(self, t: Tensor) -> bool:
         return self.same(t) or (self._copy is not None and self._holds(t))
@@ -188,6 +194,18 @@ class Run:
         self.clock.done(tick, time, latents)
         self._times, self._thread = call.times, weakref.ref(threading.current_thread())
         self.passed.clear()
+
+    def history(self) -> list[tuple[StateSpec, Tensor]]:
+        """What the next call is recognised by: latents and results of the last steps, and copies of small inputs."""
+        named = []
+        for ago, step in enumerate(reversed(self.past), 1):
+            named.append((f"latents[-{ago}]", step.latents))
+            named += [(f"result {number}[-{ago}]", t) for number, t in enumerate(step.results, 1)]
+        for b in self.branches:
+            named += [
+                (f"{name} (call {b.number + 1})", seen.kept) for name, seen in b.given.items() if seen.kept is not None
+            ]
+        return [(StateSpec(name, tuple(t.shape), t.dtype, "sampling_run"), t) for name, t in named]
 
     def new_branch(self, tick: Tick) -> Branch:
         taken = {b.number for b in self.branches}

@@ -55,9 +55,11 @@ def markdown(rows: Iterable[Row], samples: int) -> str:
         counts: Counter[str] = sum((Counter({c: r.get(c, 0) for c in COUNTED}) for r in mine), Counter())
         ended = sum("failed" in r for r in mine)
         lines.append(
-            f"| {title} | {len(mine)} | {counts['same']} | {counts['incomparable']} | {counts['uncompiled']} "
+            f"| {title} | {len([r for r in mine if 'unbuilt' not in r])} | {counts['same']} | {counts['incomparable']} | {counts['uncompiled']} "
             f"| {counts['wrong']} | {ended} |"
         )
+    if unbuilt := [r["key"].split("/")[1] for r in rows if "unbuilt" in r]:
+        lines += ["", "Not measured, as no tiny one could be built: " + ", ".join(sorted(unbuilt)) + "."]
     bad = [r for r in rows if r.get("wrong") or "failed" in r]
     if bad:
         lines += ["", "Not as eager:", ""]

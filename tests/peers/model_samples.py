@@ -13,6 +13,7 @@ from torch import nn
 from accelpass.models_zoo import tiny, tiny_diffusers
 from accelpass.models_zoo.tiny_shrink import shrunk
 from tests.fuzz.judge import rounded
+from tests.peers import denoisers
 from tests.peers.case import DEFAULT, ROUNDED, Row, Sample, add, judge
 
 DECODERS = ("llama", "gpt2", "qwen2", "mistral", "gemma2", "phi", "gpt_neox", "opt", "falcon", "bloom")
@@ -115,6 +116,20 @@ def denoiser_row(name: str) -> Callable[[Row], None]:
     return body
 
 
+def denoiser_class_row(kind: type[nn.Module]) -> Callable[[Row], None]:
+    def body(row: Row) -> None:
+        try:
+            model, given = denoisers.built(kind)
+        except Exception as error:  # the report names it
+            row["unbuilt"] = " ".join(str(error).split())[:120]
+            return
+        sample = Sample(kind.__name__, model, (), given)
+        for dynamic in (False, None):
+            add(row, f"dynamic={dynamic}", judge(sample, dynamic))
+
+    return body
+
+
 def warm_up() -> None:
     """Import here what every child would."""
     for module in ("transformers.models.llama.modeling_llama", "transformers.generation.candidate_generator"):
@@ -125,4 +140,5 @@ def warm_up() -> None:
 def rows() -> dict[str, Callable[[Row], None]]:
     """What is measured, by key."""
     found = {f"generation/{family}": generation_row(family) for family in (*DECODERS, *SEQ2SEQ)}
-    return found | {f"denoiser/{name}": denoiser_row(name) for name in tiny_diffusers.NAMES}
+    found |= {f"denoiser/{name}": denoiser_row(name) for name in tiny_diffusers.NAMES}
+    return found | {f"denoiser/{name}": denoiser_class_row(kind) for name, kind in denoisers.classes().items()}

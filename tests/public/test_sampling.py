@@ -135,8 +135,12 @@ def test_state_reset_and_declared_runs(pipe: Any) -> None:
         (f"{s}:residual", (4, 3, 256, 32)) for s in SITES
     }
     assert all(b.owner == "sampling run" and b.lifetime == "sampling_run" and b.bytes == 4 * 256 * 96 * 4 for b in kept)
+    past = {b.name: b for b in accelpass.state(fast, history=True)[len(kept) :]}
+    assert {f"{name}[-{ago}]" for name in ("latents", "result 1") for ago in (1, 2, 3)} <= set(past)
+    assert past["latents[-1]"].shape == (4, 1, 32, 32) and past["latents[-1]"].bytes == 4 * 32 * 32 * 4
+    assert "class_labels (call 1)" in past, list(past)
     accelpass.reset(fast)
-    assert accelpass.state(fast) == []
+    assert accelpass.state(fast) == accelpass.state(fast, history=True) == []
     with accelpass.sampling_run(fast):
         assert torch.equal(images(pipe, fast, steps=3), truth)
         assert len(accelpass.state(fast)) == 2 * len(SITES)
