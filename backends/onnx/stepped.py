@@ -151,6 +151,7 @@ def step_graphs(
                     captured.program.actions = {by.name: dict(zip(paths, row, strict=True))}
                     made.graphs[name] = graph = finish(captured)
                     made.sources[name] = captured.sources
+                    _refuse_beside_weights(by, graph)
                     skipped |= {path for r in graph.records if r.name == by.name for path in r.skipped}
                 files.append(known[row])
             made.calls.append(files)
@@ -158,6 +159,16 @@ def step_graphs(
             return made
         # A site that cannot do all that is planned does nothing: half a plan would read what nobody kept.
         refused |= skipped
+
+
+def _refuse_beside_weights(by: StepPass, graph: Graph) -> None:
+    """What lives with a weight is written by the blocks that run; in one file for a step it cannot be told which of them do."""
+    if graph.made.states:
+        others = [r.name for r in graph.records if r.name != by.name and r.took]
+        raise ExportError(
+            f"{graph.made.states[0].name} is remembered beside a weight ({' or '.join(others)}), and the files of {by.name} leave "
+            f"blocks out that would write it; export without one of them"
+        )
 
 
 def _sites(by: StepPass, program: Program) -> list[str]:

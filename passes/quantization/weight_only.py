@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -92,9 +92,8 @@ class WeightOnly(SitePass):
         transposed = {s.transposed for s in group if not isinstance(s, Embedding)}
         if len(transposed) > 1:
             return Skip("the weight is used both as (out, in) and as (in, out)")
-        readers = sum(len(self._entry_users(weight, s)) for s in group)
-        if readers < len(weight.users):
-            return Skip(f"{len(weight.users) - readers} other use(s) of the weight need its float form")
+        if others := _other_readers(site):
+            return Skip(f"{len(others)} other use(s) of the weight need its float form")
         if value(weight).dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Skip(f"the weight is {value(weight).dtype}; float32, bfloat16 and float16 are packed")
         verdicts = (self.fits(s) for s in group if not isinstance(s, Embedding))
@@ -103,11 +102,6 @@ class WeightOnly(SitePass):
         if isinstance(verdict, Take) and real is not None and not is_released(real) and not _finite(real):
             return Skip("the weight holds NaN or infinity")
         return verdict
-
-    @staticmethod
-    def _entry_users(weight: fx.Node, site: Any) -> list[fx.Node]:
-        """The direct users of ``weight`` through which ``site`` reads it."""
-        return [u for u in weight.users if u is site.node or _leads_to(u, site.node)]
 
     def rewrite(self, site: SharedWeight, edit: Edits) -> Done:
         """Let every use read the packed weight; returns what that did to its bytes."""
@@ -118,14 +112,15 @@ class WeightOnly(SitePass):
         packed = program.tensors.derive([weight], self.recipe(site, edit), names)
         form = f"{'x'.join(str(int(s)) for s in shape(weight))} {spec.weight.part}"
         done = Done(form, _bytes(weight), sum(map(_bytes, packed)))
+        entries = {use.node: [use.node, *_way(use)][-1] for use in group}
         for use in group:
             with graph.inserting_before(use.node):
                 if isinstance(use, Embedding):
                     dtype = value(use.node).dtype
                     new = call(graph, use.node, EMBEDDING, use.node.args[1], packed, spec.to_json(), dtype)
                 elif isinstance(use, ExpertStack):
-                    entry = self._entry_users(weight, use)
-                    for user in entry:
+                    user = entries[use.node]
+                    if weight in user.all_input_nodes:  # not where another product has read it through the same gather
                         with graph.inserting_before(user):
                             w = call(graph, user, MATRIX, packed, spec.to_json(), value(weight).dtype)
                             if use.transposed:
@@ -163,6 +158,17 @@ def _finite(w: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _leads_to(node: fx.Node, target: fx.Node, depth: int = 4) -> bool:
-    """Whether ``target`` reads ``node`` through a few views."""
-    return depth > 0 and any(u is target or _leads_to(u, target, depth - 1) for u in node.users)
+def _way(use: Use) -> list[fx.Node]:
+    """What lies between a use and its weight (casts, transposes, a gather of experts), the last reading the weight itself."""
+    found, node = list[fx.Node](), use.weight_operand()
+    while node is not use.weight:
+        found.append(node)
+        node = node.args[0]
+    return found
+
+
+def _other_readers(site: SharedWeight) -> list[fx.Node]:
+    """Nodes that read the weight, or what is made of it on the way to a use, and are no use of it."""
+    ways = [node for use in site.uses for node in _way(use)]
+    known = {*ways, *(use.node for use in site.uses)}
+    return [user for node in dict.fromkeys([site.weight, *ways]) for user in node.users if user not in known]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +17,7 @@ from accelpass import ExportError
 from accelpass.backends.onnx import runtime
 from accelpass.backends.onnx.examples import others
 from accelpass.backends.onnx.functional import Functional
-from accelpass.ir.analyses.structure.linear import linears
-from accelpass.ir.core.derived import StateSpec
-from accelpass.ir.core.graph import aten, call
-from accelpass.ir.core.program import Program
-from accelpass.passes.core.base import Done, Pass, Record
+from tests.onnx.counting import Counting
 from tests.onnx.files import far
 from tests.passes.test_kv_methods import llama
 
@@ -176,25 +171,6 @@ def test_what_onnx_runtime_says_is_shown_whole(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("onnxruntime.InferenceSession", fails)
     with pytest.raises(ExportError, match=r"long the cause. Try another opset than 23 .opset=21, say."):
         accelpass.export_onnx(nn.Linear(8, 8).eval(), (torch.ones(1, 8),), tmp_path / "m.onnx")
-
-
-@dataclass(frozen=True)
-class Counting(Pass):
-    """A third party's pass: adds to each linear how often it was called, which it remembers beside the weight."""
-
-    name: ClassVar[str] = "counting"
-    phase: ClassVar[str] = "fusion"
-    summary: ClassVar[str] = ""
-
-    def apply(self, program: Program, record: Record) -> None:
-        for site in program.analysis(linears):
-            calls = program.tensors.state(site.weight, StateSpec("calls", (1,), torch.float32, "model"))
-            with program.graph.inserting_after(site.node):
-                more = call(program.graph, site.node, aten.add_.Tensor, calls, 1.0)
-            with program.graph.inserting_after(more):
-                made = call(program.graph, site.node, aten.add.Tensor, site.node, more)
-            site.node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
-            record.take(site.path, Done("counted"))
 
 
 def test_state_that_lives_with_a_weight(tmp_path: Path) -> None:

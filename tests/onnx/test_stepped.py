@@ -13,6 +13,7 @@ import accelpass
 from accelpass.models_zoo import digits
 from accelpass.passes.step_cache.ditfastattn import DiTFastAttn
 from examples.onnx_denoise import Denoiser, sample
+from tests.onnx.counting import Counting
 from tests.passes.test_ditfastattn import PATHS, TIMES, model_of
 from tests.sweep import quick
 
@@ -74,6 +75,16 @@ def test_the_files_follow_the_schedule(which, tmp_path):
         full, shared = (report.files[i].operators for i in (0, 2))
         products = [sum(of.get(kind, 0) for kind in ("MatMul", "Gemm", "Attention")) for of in (full, shared)]
         assert products[1] < products[0] // 2  # what a step shares is not in its file
+
+
+def test_state_beside_a_weight_is_refused(tmp_path):
+    model, call = model_of("dit")
+    passes = [*PASSES["delta_cache"], Counting()]
+    with pytest.raises(
+        EXPORT_ERROR, match=r"weight.calls is remembered beside a weight \(counting\), .* of delta_cache leave"
+    ):
+        accelpass.export_onnx(model, (), tmp_path / "m.onnx", passes, kwargs=noisy(call, 0), steps=4)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_plan_for_another_number_of_steps(tmp_path):

@@ -238,6 +238,23 @@ def test_a_weight_with_another_use_stays_float():
     assert why == "1 other use(s) of the weight need its float form"
 
 
+def test_rows_of_a_weight_that_its_own_linear_multiplies_are_another_use():
+    """The table is indexed, not looked up by ``embedding``; what was indexed leads to the linear as its input, not its weight."""
+
+    class Indexed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, ids):
+            return torch.nn.functional.linear(self.weight[ids], self.weight)
+
+    model, ids = Indexed().eval(), torch.randint(64, (2, 5))
+    with torch.no_grad():
+        assert relative_error(compiled(model, "int8_weights")(ids), model(ids)) < 1e-5
+    assert list(records(model)["int8_weights"].skipped.values()) == ["1 other use(s) of the weight need its float form"]
+
+
 def test_a_convolution_is_named_and_left():
     model = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4)).eval()
     with torch.no_grad():

@@ -47,6 +47,10 @@ class Linear:
         assert isinstance(operand, fx.Node)
         return operand
 
+    def weight_operand(self) -> fx.Node:
+        """What is multiplied: the weight, or what casts, transposes and slices made of it."""
+        return _read(self.node, 2 if is_call(self.node, aten.addmm) else 1)
+
 
 @dataclass(frozen=True)
 class Embedding:
@@ -56,6 +60,9 @@ class Embedding:
     weight: fx.Node
     indices: fx.Node
     path: str
+
+    def weight_operand(self) -> fx.Node:
+        return _read(self.node, 0)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,15 @@ class ExpertStack:
     path: str
     in_features: int
     transposed: bool
+
+    def weight_operand(self) -> fx.Node:
+        return _read(self.node, 1)
+
+
+def _read(node: fx.Node, position: int) -> fx.Node:
+    operand = node.args[position]
+    assert isinstance(operand, fx.Node)
+    return operand
 
 
 def linears(program: Program) -> list[Linear]:
