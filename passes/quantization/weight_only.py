@@ -89,6 +89,8 @@ class WeightOnly(SitePass):
         for use in group:
             if isinstance(use, Linear) and use.kind.endswith("_conv"):
                 return Skip(f"a {use.kind} keeps its float weight")
+        if not value(weight).numel():
+            return Skip("the weight has no entries")
         transposed = {s.transposed for s in group if not isinstance(s, Embedding)}
         if len(transposed) > 1:
             return Skip("the weight is used both as (out, in) and as (in, out)")

@@ -254,20 +254,21 @@ def _plain(program: Program, options: Options) -> Iterator[Ran]:
 def rounded(model: nn.Module) -> nn.Module:
     """A copy with the weights that ``int8_weights`` packed for the compiled graphs rounded as it rounds them."""
     twin = copy.deepcopy(model)
-    tensors = {
-        **dict(twin.named_parameters(remove_duplicate=False)),
-        **dict(twin.named_buffers(remove_duplicate=False)),
-    }
+    its = dict(zip(map(id, _held(model)), _held(twin), strict=True))
     done: set[int] = set()
-    for binder in (g.binder for g in graphs_of(model) if g.binder is not None):
-        for group in binder.groups:
+    for graph in graphs_of(model):
+        for group in () if graph.binder is None else graph.binder.groups:
             for position, transposed in _packed(group.recipe.key, group.positions):
-                weight = tensors[binder.paths[position]]
-                if id(weight) not in done:
-                    done.add(id(weight))
-                    with torch.no_grad():
-                        weight.copy_(_rounded(weight, transposed))
+                for weight in graph.models.read_at([position]):  # of each part of the model that ran the graph
+                    if id(weight) in its and id(weight) not in done:
+                        done.add(id(weight))
+                        with torch.no_grad():
+                            its[id(weight)].copy_(_rounded(its[id(weight)], transposed))
     return twin
+
+
+def _held(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def _packed(key: tuple[Any, ...], positions: Sequence[int]) -> list[tuple[int, bool]]:

@@ -255,6 +255,13 @@ def test_rows_of_a_weight_that_its_own_linear_multiplies_are_another_use():
     assert list(records(model)["int8_weights"].skipped.values()) == ["1 other use(s) of the weight need its float form"]
 
 
+def test_a_weight_without_entries_is_left():
+    model, x = nn.Sequential(nn.Linear(8, 0), nn.Linear(0, 64), nn.Linear(64, 64)).eval(), torch.randn(2, 8)
+    with torch.no_grad():
+        assert compiled(model, "int8_weights")(x).shape == (2, 64)
+    assert list(records(model)["int8_weights"].skipped.values()) == ["the weight has no entries"] * 2
+
+
 def test_a_convolution_is_named_and_left():
     model = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4)).eval()
     with torch.no_grad():
