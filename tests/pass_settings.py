@@ -93,6 +93,8 @@ SETTINGS: dict[str, Setting] = {
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),
     "int8_dynamic": Setting({}, ("mlp", "prompt", "encoder")),
     "int4_weights": Setting({"group_size": 32}, ("mlp", "prompt")),
+    "weight_format": Setting({"format": "mxfp4"}, ("mlp", "prompt")),
+    "mixed_precision": Setting({"group_size": 32}, ("mlp", "prompt")),
     "hqq": Setting({"group_size": 32}, ("mlp", "prompt")),
     "gptq": Setting({"group_size": 32}, ("mlp", "prompt")),
     "awq": Setting({"group_size": 32}, ("mlp", "prompt"), tensors=_factors("awq")),

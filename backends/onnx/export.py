@@ -24,6 +24,7 @@ from accelpass.backends.onnx.functional import Functional, fixed, functional
 from accelpass.backends.onnx.refusals import refuse_left_out
 from accelpass.backends.onnx.report import ExportReport, Written
 from accelpass.backends.onnx.stepped import step_graphs, step_pass, with_state
+from accelpass.backends.onnx.translation import packed_weights
 from accelpass.backends.onnx.translation.activations import StaticRanges
 from accelpass.backends.onnx.translation.masked_attention import lowerings
 from accelpass.backends.onnx.translation.translate import Form, check_opset, constant_bytes, summary, translated
@@ -35,7 +36,7 @@ from accelpass.ir.attention.spec.spec import All
 from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv import lower as kv
-from accelpass.ir.linear.lower import make_plain
+from accelpass.ir.linear.lower import make_plain, unpack_others
 from accelpass.passes.core.base import Pass, Record
 from accelpass.passes.core.manager import Observer, run
 from accelpass.passes.core.options import Options, parse
@@ -281,7 +282,8 @@ def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[st
         notes = _masked(program)
         # Kernels of torch's are no operators of ONNX.
         attention.lower(program, lowerings(want.form.opset))
-        make_plain(program)
+        others = unpack_others(program, packed_weights.FORMATS, make_plain(program))
+        notes += [f"weights in {form} are unpacked by operators of the standard in each call" for form in others]
     program.graph.eliminate_dead_code()
     program.changed()
     _refuse_fixed(found, want.who)

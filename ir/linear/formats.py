@@ -1,7 +1,8 @@
-"""The formats of weights that the library has: int8 with a scale for each row, int4 with a scale for each group."""
+"""Formats of weights in whole numbers: int8 with a scale for each row, int4 and int3 with a scale for each group."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,22 +49,40 @@ class Int8(WeightFormat):
 
 
 @dataclass(frozen=True)
-class Int4(WeightFormat):
-    """``q`` uint8 (out, in / 2), groups of ``group_size`` columns; ``scale`` float32 (out, in / group_size), ``zero`` too.
+class Grouped(WeightFormat):
+    """Codes of a few bits, 0 to ``2 ** bits - 1``, and a scale for each group of ``group_size`` columns; maybe a zero point.
 
-    Byte j of a group holds the group's column j in its low nibble and column j + group_size / 2 in its high one.
-    W = (nibble - zero) * scale. Symmetric: no ``zero``, which is 8 throughout; nibbles less 8 are -8..7, and the scale is
-    signed so that the largest magnitude of a group is -8 exactly, and one of the other sign may be clipped to 7.
-    Otherwise [min(w, 0), max(w, 0)] is 0..15, with a whole zero point, so that 0.0 stays exact.
+    ``scale`` and ``zero`` are float32 ``(out, in / group_size)``. W = (code - zero) * scale. Symmetric: no ``zero``, which is
+    half the range throughout; the scale is signed so that the largest magnitude of a group is the lowest code exactly, and one
+    of the other sign may be clipped. Otherwise [min(w, 0), max(w, 0)] is the whole range, with a whole zero point, so that 0.0
+    stays exact.
     """
 
-    part: ClassVar[str] = "int4"
+    bits: ClassVar[int]
     group_size: int = 64
     symmetric: bool = True
 
     @property
     def operands(self) -> tuple[str, ...]:
         return ("q", "scale") if self.symmetric else ("q", "scale", "zero")
+
+    @property
+    def most(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The code of 0 where there are no zero points."""
+        return 2 ** (self.bits - 1)
+
+    @abstractmethod
+    def stored(self, codes: Tensor) -> Tensor:
+        """Codes ``(..., groups, group_size)``, uint8, as bytes ``(..., groups, bytes)``."""
+
+    @abstractmethod
+    def read(self, stored: Tensor) -> Tensor:
+        """The inverse of :meth:`stored`."""
 
     def pack(self, w: Tensor) -> tuple[Tensor, ...]:
         grouped = self.grouped(w)
@@ -77,42 +96,86 @@ class Int4(WeightFormat):
     def grid(self, grouped: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point ``(..., groups)`` of groups, whose extremes are the outermost codes."""
         if self.symmetric:
-            return grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8, None
+            return grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1) / -self.middle, None
         low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
-        scale = (high - low) / 15
+        scale = (high - low) / self.most
         return scale, (-low / torch.where(scale == 0, 1.0, scale)).round()
 
     def codes(self, grouped: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """The nearest codes, 0 to 15, as floats in the shape of ``grouped``."""
+        """The nearest codes, as floats in the shape of ``grouped``."""
         steps = grouped / torch.where(scale == 0, 1.0, scale).unsqueeze(-1)
-        return (steps + (8 if zero is None else zero.unsqueeze(-1))).round().clamp(0, 15)
+        return (steps + (self.middle if zero is None else zero.unsqueeze(-1))).round().clamp(0, self.most)
 
     def meant(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """The numbers that codes stand for, in their shape."""
-        return (codes - (8.0 if zero is None else zero.unsqueeze(-1))) * scale.unsqueeze(-1)
+        return (codes - (float(self.middle) if zero is None else zero.unsqueeze(-1))) * scale.unsqueeze(-1)
 
     def written(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, ...]:
         """The operands, from codes ``(..., out, groups, group_size)``."""
-        low_half, high_half = codes.nan_to_num(0.0).to(torch.uint8).chunk(2, -1)
-        q = (low_half | (high_half << 4)).flatten(-2)
+        q = self.stored(codes.nan_to_num(0.0).to(torch.uint8)).flatten(-2)
         return (q, scale) if zero is None else (q, scale, zero)
 
     def unpack(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         q, scale, zero = (*packed, None)[:3]
         assert q is not None and scale is not None
         groups = scale.shape[-1]
-        stored = q.reshape(*q.shape[:-1], groups, self.group_size // 2)
-        nibbles = torch.cat([stored & 15, stored >> 4], -1).float()
-        return self.meant(nibbles, scale, zero).reshape(*q.shape[:-1], groups * self.group_size).to(dtype)
+        codes = self.read(q.reshape(*q.shape[:-1], groups, self.group_size * self.bits // 8)).float()
+        return self.meant(codes, scale, zero).reshape(*q.shape[:-1], groups * self.group_size).to(dtype)
 
     def width(self, packed: Packed) -> int:
-        return 2 * packed[0].shape[-1]
+        return packed[0].shape[-1] * 8 // self.bits
 
     def check(self, in_features: int) -> Verdict:
-        if in_features % self.group_size:
-            said = f"{in_features} input channels are not a multiple of group_size={self.group_size}"
-            return Skip(f"{said}; {_fitting(in_features)}")
-        return Take()
+        return whole_groups(in_features, self.group_size)
+
+
+@dataclass(frozen=True)
+class Int4(Grouped):
+    """``q`` uint8 (out, in / 2): byte j of a group holds its column j in the low nibble, column j + group_size / 2 in the high one.
+
+    Symmetric codes less 8 are -8..7.
+    """
+
+    part: ClassVar[str] = "int4"
+    bits: ClassVar[int] = 4
+
+    def stored(self, codes: Tensor) -> Tensor:
+        low_half, high_half = codes.chunk(2, -1)
+        return low_half | (high_half << 4)
+
+    def read(self, stored: Tensor) -> Tensor:
+        return torch.cat([stored & 15, stored >> 4], -1)
+
+
+@dataclass(frozen=True)
+class Int3(Grouped):
+    """``q`` uint8 (out, in * 3 / 8): of a group the lowest bits of all columns, then the middle ones, then the highest.
+
+    Bit i of byte j of a plane is column 8 j + i. Symmetric codes less 4 are -4..3.
+    """
+
+    part: ClassVar[str] = "int3"
+    bits: ClassVar[int] = 3
+
+    def stored(self, codes: Tensor) -> Tensor:
+        columns = codes.unflatten(-1, (self.group_size // 8, 8))
+        places = torch.arange(8, dtype=torch.uint8, device=codes.device)
+        planes = [(((columns >> bit) & 1) << places).sum(-1, dtype=torch.uint8) for bit in range(self.bits)]
+        return torch.cat(planes, -1)
+
+    def read(self, stored: Tensor) -> Tensor:
+        places = 2 ** torch.arange(8, dtype=torch.int32, device=stored.device)
+        bits = stored.int().unsqueeze(-1) // places % 2  # shifts of bytes have no right translation to ONNX
+        low, middle, high = bits.flatten(-2).chunk(self.bits, -1)
+        return low + 2 * middle + 4 * high
+
+
+def whole_groups(in_features: int, group_size: int) -> Verdict:
+    """Whether a width is a number of groups."""
+    if in_features % group_size:
+        said = f"{in_features} input channels are not a multiple of group_size={group_size}"
+        return Skip(f"{said}; {_fitting(in_features)}")
+    return Take()
 
 
 def _fitting(in_features: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,22 @@ def lower(program: Program) -> None:
     program.gm.recompile()
 
 
+def unpack_others(program: Program, formats: Collection[str], tracer: Tracer) -> list[str]:
+    """Replace the semantic ops on weights in formats that are not named by their definition; returns which those were.
+
+    For a target that has forms of its own for some formats.
+    """
+    found = dict[str, None]()
+    for node in [n for n in program.graph.nodes if is_packed(n)]:
+        weight = linear_spec(node).weight
+        if weight.part not in formats:
+            with program.graph.inserting_before(node), torch.no_grad():
+                new = _lowered(Emit(program.graph, node, tracer), TRACED)
+            _replace(node, new)
+            found[weight.shown()] = None
+    return list(found)
+
+
 def make_plain(program: Program) -> Tracer:
     """Write what a spec has besides the weight's format around the product: rounding of the input, choice of a weight, residual.
 
@@ -146,9 +162,9 @@ def _residual(x: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
     return [F.linear(F.linear(x.float(), a.float()), b.float())]
 
 
-def _lowered(e: Emit) -> fx.Node:
+def _lowered(e: Emit, lowering: Lowering | None = None) -> fx.Node:
     node, spec = e.like, linear_spec(e.like)
-    lowering = lowering_of(spec.weight, value(node).device.type)
+    lowering = lowering or lowering_of(spec.weight, value(node).device.type)
     packed, first, dtype = spec.of_weight(operands_of(node)), node.args[0], value(node).dtype
     if node.target is MATRIX:
         return lowering.matrix(e, spec.weight, packed, dtype)

@@ -13,7 +13,8 @@ from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import shape
 from accelpass.ir.core.tensors import digest, placed
 from accelpass.ir.errors import PassError, PlanError
-from accelpass.ir.linear.formats import Int4
+from accelpass.ir.linear.formats import Grouped, Int3, Int4
+from accelpass.ir.linear.spec import LinearSpec
 from accelpass.ir.torch_private import FakeTensor
 from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.quantization.calibrated import InputMoments, Learnt, LearntRounding
@@ -34,12 +35,14 @@ class GPTQ(LearntRounding, Int4Weights):
     model had: with others a plan is refused.
 
     Attributes:
+        bits: 4, or 3, for which there is no kernel: a weight is unpacked where it is multiplied.
         damping: share of the mean of the Hessian's diagonal that is added to it.
         order: round columns by the size of their Hessian entry, largest first (the authors' ``act_order``); groups are then made of
             the columns as they stand in the weight, with the scales of the weight before any rounding.
         group_size, symmetric: see ``int4_weights``.
     """
 
+    bits: int = 4
     damping: float = 0.01
     order: bool = False
 
@@ -49,9 +52,15 @@ class GPTQ(LearntRounding, Int4Weights):
     sequential: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if self.bits not in (3, 4):
+            raise self.fail("bits", "3 or 4")
         if not 0 < self.damping <= 1:
             raise self.fail("damping", "a number above 0, up to 1")
         super().__post_init__()
+
+    @property
+    def spec(self) -> LinearSpec:
+        return LinearSpec((Int3 if self.bits == 3 else Int4)(self.group_size, self.symmetric))
 
     def learn(self, weights: Sequence[Tensor], moments: InputMoments) -> list[Learnt]:
         inverse, dead, order = self._inverse(moments.products)
@@ -76,7 +85,7 @@ class GPTQ(LearntRounding, Int4Weights):
 
     def _rounded(self, weight: Tensor, inverse: Tensor, dead: Tensor, order: Tensor) -> Learnt:
         form = self.spec.weight
-        assert isinstance(form, Int4)
+        assert isinstance(form, Grouped)
         w = torch.where(dead, 0.0, weight)
         scale, zero = form.grid(form.grouped(w))
         w, codes = w[:, order], torch.empty_like(w)
@@ -106,7 +115,7 @@ class GPTQ(LearntRounding, Int4Weights):
 
     def recipe(self, site: SharedWeight, edit: Edits) -> Recipe:
         plain, form = super().recipe(site, edit), self.spec.weight
-        assert isinstance(form, Int4)
+        assert isinstance(form, Grouped)
         kept = {part: self.learnt(site, edit.program, part) for part in ("q", "scale", "zero", "probe")}
         q, scale, zero, probe = kept.values()
         if q is None or scale is None or probe is None:

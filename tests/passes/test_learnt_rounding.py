@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import accelpass
 from accelpass.backends import graphs_of
 from accelpass.ir.errors import OptionError, PassError, PlanError
-from accelpass.ir.linear.formats import Int4
+from accelpass.ir.linear.formats import Int3, Int4
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.core.registry import make
 from accelpass.passes.quantization.calibrated import InputMoments
@@ -127,6 +127,22 @@ def test_gptq_equals_algorithm_1(sizes, group) -> None:
     nearest = form.unpack(form.pack(w), torch.float32)
     lost = [float((x @ (v - w).t()).pow(2).sum()) for v in (kept.weight, nearest, want)]
     assert lost[0] < lost[1] and abs(lost[0] - lost[2]) < 0.05 * lost[2]
+
+
+def test_gptq_in_three_bits(stack: Stack) -> None:
+    rng = torch.Generator().manual_seed(3)
+    w = torch.randn(24, 128, generator=rng)
+    x = torch.randn(400, 128, generator=rng) @ torch.randn(128, 128, generator=rng)
+    (kept,) = make({"name": "gptq", "bits": 3, "group_size": 32}).learn([w], moments_of(x))
+    form = Int3(32)
+    lost = [float((x @ (v - w).t()).pow(2).sum()) for v in (kept.weight, form.unpack(form.pack(w), torch.float32))]
+    assert lost[0] < 0.9 * lost[1]
+    made, held = {"name": "gptq", "bits": 3, "group_size": 32}, data(1, seed=5)[0]["x"]
+    plan = accelpass.calibrate(stack, data(), [made], progress=False)
+    far = [float((answer(stack, held, **o) - stack(held)).norm()) for o in ({"plan": plan}, {"passes": [made]})]
+    assert far[0] < far[1]
+    with pytest.raises(PlanError, match=r"not int3|not those of a weight"):
+        answer(stack, held, plan=plan, passes=[{**made, "group_size": 64}])
 
 
 @settings(max_examples=examples(8), deadline=None)

@@ -36,6 +36,8 @@ OPSET = 21
 """The first whose DequantizeLinear takes int4 and blocks."""
 _FLOAT, _ROUNDED = 1, 4
 """``accuracy_level`` of MatMulNBits: products of floats, as the pass defines them; activations rounded to int8 by blocks."""
+FORMATS = (Int8.part, Int4.part)
+"""Of weights, that are written as they are; others are unpacked by the graph."""
 _BLOCKS = (256, 128, 64, 32, 16)
 
 
@@ -66,10 +68,6 @@ class Expansion:
             weight = LinearSpec.from_json(node.attributes["spec"].as_string()).weight
             at, count = int(node.op_type != "Matrix"), len(weight.operands)
             first, packed, rest = node.inputs[:at], node.inputs[at : at + count], node.inputs[at + count :]
-            if (node.op_type, weight.part) not in self._functions():
-                raise ExportError(
-                    f"there is no ONNX form of weights in the format {weight.shown()}; leave out its pass"
-                )
             self._functions()[node.op_type, weight.part](Emit(node), weight, *first, *packed, *rest)
             if node.op_type == "Linear":
                 multiplied.add(_name(packed[0]))
