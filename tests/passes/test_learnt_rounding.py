@@ -141,7 +141,7 @@ def test_gptq_in_three_bits(stack: Stack) -> None:
     plan = accelpass.calibrate(stack, data(), [made], progress=False)
     far = [float((answer(stack, held, **o) - stack(held)).norm()) for o in ({"plan": plan}, {"passes": [made]})]
     assert far[0] < far[1]
-    with pytest.raises(PlanError, match=r"not int3|not those of a weight"):
+    with pytest.raises(Exception, match=r"which is not int3.group_size=64"):  # wrapped by Dynamo
         answer(stack, held, plan=plan, passes=[{**made, "group_size": 64}])
 
 
