@@ -5,6 +5,8 @@ from .api.calibration import calibrate as calibrate
 from .api.compiling import compile as compile
 from .api.compiling import explain as explain
 from .api.compiling import refresh as refresh
+from .api.evaluation import Quality as Quality
+from .api.evaluation import evaluate as evaluate
 from .api.onnx_export import export_onnx as export_onnx
 from .api.packed import load as load
 from .api.packed import save as save

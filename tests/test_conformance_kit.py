@@ -356,6 +356,28 @@ def test_a_registered_pass_conforms():
     assert check_pass("int8_weights", models=["mlp"], oracle=rounded, examples=2, others=["int4_weights"]).ok
 
 
+@dataclass(frozen=True)
+class IdleAtIdentity(OnSilu):
+    name: ClassVar[str] = "idle"
+
+    def apply(self, program, record):
+        if self.scale == 1.0:
+            record.skip("mlp", "nothing to scale")
+        else:
+            super().apply(program, record)
+
+
+def test_a_pass_that_takes_nothing_at_its_identity_is_composed_elsewhere():
+    (idle,) = kit(IdleAtIdentity, "composition", others=["int8_weights"]).of("composition")
+    assert idle.status == "skipped" and "no pair would run: give composed_at=" in idle.what
+    (made,) = kit(
+        IdleAtIdentity, "composition", others=["int8_weights"], composed_at={"scale": 1.05}, options={"scale": 1.05}
+    ).of("composition")
+    assert made.status == "passed" and "both rewrite one model" in made.what
+    with pytest.raises(OptionError, match="scal"):
+        kit(IdleAtIdentity, "composition", composed_at={"scal": 1.0})
+
+
 def test_every_registered_pass_has_a_setting():
     assert set(SETTINGS) == {name for name, kind in registered().items() if kind.__module__.startswith("accelpass.")}
 

@@ -13,9 +13,18 @@ from torch import Tensor
 from accelpass.api.lookup import Found, find
 from accelpass.api.stateful import named_tensors
 from accelpass.ir.core.derived import DERIVED, Recipe, is_released, owns_storage
+from accelpass.ir.core.tensors import digest
 from accelpass.ir.errors import AccelpassError, PlanError
 from accelpass.passes.core.options import Options
-from accelpass.passes.core.plan import describe, fingerprint, read_json, read_tensors, refuse_difference, write_json
+from accelpass.passes.core.plan import (
+    Plan,
+    describe,
+    fingerprint,
+    read_json,
+    read_tensors,
+    refuse_difference,
+    write_json,
+)
 from accelpass.view.grouping import alike, collapse
 
 FORMAT = 2
@@ -54,10 +63,11 @@ def save(fast: Any, folder: str | Path) -> None:
         if is_released(tensor):
             raise AccelpassError(f"{name} was released and is not packed; load the model again")
     tensors |= {f"float.{n}": t.detach().clone().contiguous() for n, t in floats.items()}
+    options = found.graphs[-1].options
+    learnt = _learnt(options.plan, tensors)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(target / TENSORS))
-    options = found.graphs[-1].options
     content = {
         "format": FORMAT,
         "passes": [describe(p) for p in options.passes],
@@ -65,12 +75,13 @@ def save(fast: Any, folder: str | Path) -> None:
         "entries": entries,
         "floats": sorted(floats),
         "fingerprint": fingerprint(module),
+        "plan": None if options.plan is None else {"settings": options.plan.settings, "tensors": learnt},
     }
     write_json(target / MANIFEST, content)
 
 
 def load(model: torch.nn.Module, folder: str | Path, **options: Any) -> Any:
-    """``model`` compiled with the saved passes, options and packed weights; nothing is packed again.
+    """``model`` compiled with the saved passes, plan, options and packed weights; nothing is packed again.
 
     The float memory of the packed weights is released, so the model may have been built with random weights.
 
@@ -97,6 +108,9 @@ def load(model: torch.nn.Module, folder: str | Path, **options: Any) -> Any:
             for e in content["entries"]
         ]
         floats = {n: tensors[f"float.{n}"] for n in content["floats"]}
+        if (plan := content.get("plan")) is not None:
+            learnt = {name: tensors[key] for name, key in plan["tensors"].items()}
+            saved = {**saved, "plan": Plan(plan["settings"], here, learnt)}
     except (KeyError, TypeError) as cause:
         raise PlanError(f"{source} is damaged: {cause} is missing") from cause
     model.load_state_dict(floats, strict=False)
@@ -106,6 +120,17 @@ def load(model: torch.nn.Module, folder: str | Path, **options: Any) -> Any:
     for key, group, made in entries:
         DERIVED.seed(group, Recipe(key, _unpackable), made)
     return torch.compile(model, backend="accelpass", options={"passes": content["passes"], **saved, **options})
+
+
+def _learnt(plan: Plan | None, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """By name, under which key a plan's tensors are among what is written: codes that are packed already are not written twice."""
+    known = {(t.dtype, t.shape, digest(t)): key for key, t in tensors.items() if key.startswith("packed.")}
+    found = {}
+    for name, t in ({} if plan is None else plan.tensors).items():
+        found[name] = key = known.get((t.dtype, t.shape, digest(t)), f"plan.{name}")
+        if key not in tensors:
+            tensors[key] = t.detach().cpu().contiguous()
+    return found
 
 
 def _settings(options: Options) -> dict[str, Any]:

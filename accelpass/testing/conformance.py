@@ -95,6 +95,7 @@ def check_pass(
     *,
     options: Mapping[str, Any] | None = None,
     identity: Mapping[str, Any] | None = None,
+    composed_at: Mapping[str, Any] | None = None,
     oracle: Oracle | None = None,
     models: Sequence[str | Subject] | None = None,
     others: Iterable[str | type[Pass] | Pass] | None = None,
@@ -116,6 +117,8 @@ def check_pass(
         given: the pass: a class, which need not be registered, a registered name, or an object.
         options: at which it does its work on the small models.
         identity: options, laid over those, at which it must equal the dense model; the class's ``identity`` if not given.
+        composed_at: options, laid over ``options``, at which it is composed with other passes; the identity setting by default.
+            For a pass that finds nothing to do there: pairs may then be as far from the dense model as both passes together.
         oracle: ``oracle(model, p)`` gets a copy of the model, and returns the method once more, written eagerly: what is
             called in the model's place. Shapes, inputs and weights are drawn by hypothesis.
         models: names of :data:`accelpass.testing.SUBJECTS`, or models of your own; all by default.
@@ -141,7 +144,16 @@ def check_pass(
     for name in (*checks, *skip):
         if name not in CHECKS:
             raise OptionError(f"no check {name!r}{nearest(name, CHECKS)}; known: {', '.join(CHECKS)}")
-    trial = Trial.of(given, options, identity, tensors=dict(tensors or {}), lowering=lowering, tolerance=tolerance)
+    trial = Trial.of(
+        given,
+        options,
+        identity,
+        tensors=dict(tensors or {}),
+        lowering=lowering,
+        tolerance=tolerance,
+        composed=None if composed_at is None else dict(composed_at),
+    )
+    trial.beside()  # options that it does not have are told now
     subjects = [subject(s) for s in (models if models is not None else SUBJECTS)]
     if not subjects:
         raise OptionError(f"models=[] leaves nothing to run; known: {', '.join(SUBJECTS)}")

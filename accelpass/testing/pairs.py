@@ -9,7 +9,6 @@ from typing import Literal
 from torch import Tensor, nn
 
 from accelpass.ir.errors import AccelpassError
-from accelpass.passes.core.base import Pass
 from accelpass.testing.findings import Finding, failed, passed, skipped
 from accelpass.testing.subjects import Subject
 from accelpass.testing.trial import Trial, cause, difference, fresh, is_refusal, reasons, run, told, took
@@ -81,7 +80,7 @@ class Bench:
             fresh()
             model = subject.build(0)
             try:
-                outputs = run(subject, trial.compile(model, [_set(trial)]), model)
+                outputs = run(subject, trial.compile(model, [trial.beside()]), model)
                 why = "; ".join(dict.fromkeys(reasons(model, trial.name).values()))
                 self._alone[key] = Alone(len(took(model, trial.name)), outputs, why)
             except Exception as error:
@@ -115,7 +114,7 @@ class Bench:
                     a.name, b.name, subject.name, "apart", f"{t.name} alone refuses the {subject.name}: {known.why}"
                 )
         fresh()
-        model, passes = subject.build(0), [_set(a), _set(b)]
+        model, passes = subject.build(0), [a.beside(), b.beside()]
         merged = Trial(a.kind, tensors={**a.tensors, **b.tensors}, lowering=self.lowering)
         try:
             got = run(subject, merged.compile(model, passes), model)
@@ -139,7 +138,7 @@ class Bench:
     def _expected(self, a: Trial, b: Trial, subject: Subject, got: list[Tensor]) -> tuple[float, float, str, str]:
         """How far the outputs are from what is right, how far they may be, what that is, and what is to be said of it."""
         dense = self.dense(subject)
-        rounding = [t for t in (a, b) if t.identity is None]
+        rounding = [t for t in (a, b) if not t.is_dense_in_pairs]
         if not rounding:
             return difference(got, dense), TOLERANCE, "the dense model's", ""
         if len(rounding) == 1:
@@ -164,15 +163,20 @@ class Bench:
         )
 
 
-def _set(trial: Trial) -> Pass:
-    return trial.made(identity=trial.identity is not None)
-
-
 def check_composition(trial: Trial, others: Sequence[Trial], subjects: Sequence[Subject]) -> Iterator[Finding]:
     """The pass beside each other one, typed before and after it."""
     bench = Bench(subjects, trial.lowering)
     if not bench.subjects:
         yield skipped("composition", "all models", "; ".join(s.missing or "" for s in subjects))
+        return
+    alone = [bench.alone(trial, s) for s in bench.subjects]
+    if not any(a.sites or a.refused for a in alone):
+        setting = "composed_at=" if trial.composed is not None else "its identity setting"
+        yield skipped(
+            "composition",
+            "all models",
+            f"{trial.name} takes nothing at {setting} on these models, so no pair would run: give composed_at=, options at which it does",
+        )
         return
     for other in others:
         try:

@@ -33,6 +33,7 @@ class Trial:
         tensors: what a plan holds for it.
         lowering: ``eager``, ``aten`` or ``inductor``.
         tolerance: relative difference that counts as equal.
+        composed: options, laid over ``options``, for a run beside another pass; the identity if None.
     """
 
     kind: type[Pass]
@@ -41,6 +42,7 @@ class Trial:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     lowering: str = "eager"
     tolerance: float = TOLERANCE
+    composed: Mapping[str, Any] | None = None
 
     @classmethod
     def of(
@@ -78,6 +80,17 @@ class Trial:
         """The pass object."""
         laid = {**self.options, **(self.identity or {})} if identity else self.options
         return self.kind.from_options(dict(laid))
+
+    @property
+    def is_dense_in_pairs(self) -> bool:
+        """Whether it equals the dense model as it is set beside another pass."""
+        return self.composed is None and self.identity is not None
+
+    def beside(self) -> Pass:
+        """The pass object as it is set beside another one."""
+        if self.composed is not None:
+            return self.kind.from_options({**self.options, **self.composed})
+        return self.made(identity=self.identity is not None)
 
     def compile(
         self, model: nn.Module, passes: Sequence[Pass], backend: Any = "accelpass", **more: Any

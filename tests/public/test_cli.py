@@ -8,33 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from accelpass.api.generation import Generated
 from accelpass.cli.arguments import passes_from
-from accelpass.cli.main import app
 from accelpass.ir.errors import OptionError
-from tests.public.conftest import tiny_llama
-
-
-@pytest.fixture
-def cli() -> Callable[..., Result]:
-    return lambda *words: CliRunner().invoke(app, [str(w) for w in words])
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Hugging Face model folder with a tokenizer of single characters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("tiny")
-    tiny_llama(1).save_pretrained(path)
-    words = {c: i for i, c in enumerate(["<unk>", *map(chr, range(32, 127))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
-    return path
 
 
 def test_passes(cli: Callable[..., Result]) -> None:

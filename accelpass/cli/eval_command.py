@@ -1,0 +1,72 @@
+"""What ``accelpass eval`` does: perplexity with and without passes, and how far the predictions are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from accelpass.cli import output, text_data
+from accelpass.cli.loading import load, options_of
+from accelpass.cli.options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    Lowering,
+    LoweringOption,
+    ModelArgument,
+    PassesOption,
+)
+from accelpass.cli.terminal import UsageMistake, guarded, step
+
+
+@guarded
+def evaluate(
+    model: ModelArgument,
+    passes: PassesOption = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="A plan from calibration.")] = None,
+    data: text_data.DataOption = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens that are scored.")] = 4096,
+    window: Annotated[int, typer.Option("--window", min=2, help="Tokens that are read at once.")] = 1024,
+    lowering: LoweringOption = Lowering.inductor,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Score a language model on text with and without passes: perplexity, agreement, divergence."""
+    options = options_of(passes, lowering)
+    text_data.checked(data)
+    if plan is not None:
+        from accelpass.passes.core.plan import Plan
+
+        options["plan"] = Plan.load(plan)
+    from accelpass.api.evaluation import evaluate as scored
+
+    with step(f"Loading {model}", tokens) as update:
+        loaded, tokenizer = load(model, device, dtype, generates=True)
+        ids = text_data.ids_of(tokenizer, data)[:, :tokens].to(device)
+        if ids.shape[1] < 2:
+            raise UsageMistake(f"--data {data}: the text has {ids.shape[1]} tokens; two are needed")
+        update(f"Scoring {ids.shape[1]} tokens")
+        found = scored(loaded, ids, options, window, update)
+    if as_json:
+        output.as_json({"model": model, **found.to_dict()})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "perplexity", "agreement", "divergence", box=None, padding=(0, 3, 0, 0))
+    table.add_row("without passes", f"{found.dense:.3f}", "", "")
+    table.add_row("with", f"{found.perplexity:.3f}", f"{100 * found.agreement:.1f} %", f"{found.divergence:.4f} nats")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"perplexity is {found.ratio:.3f} of the dense model's, over {found.tokens} tokens")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    command: Callable[..., None] = evaluate
+    app.command("eval")(command)
