@@ -24,6 +24,7 @@ from accelpass.backends.onnx.functional import Functional, fixed, functional
 from accelpass.backends.onnx.refusals import refuse_left_out
 from accelpass.backends.onnx.report import ExportReport, Written
 from accelpass.backends.onnx.stepped import step_graphs, step_pass, with_state
+from accelpass.backends.onnx.translation import activations as rounding
 from accelpass.backends.onnx.translation import packed_weights
 from accelpass.backends.onnx.translation.activations import StaticRanges
 from accelpass.backends.onnx.translation.masked_attention import lowerings
@@ -244,7 +245,10 @@ def _finished(
     update(f"Translating{kind}")
     translation, notes = translated(made, found.wishes, want.form, after, want.who, theirs)
     notes += [note for note in (found.note, about, *masked) if note]
-    tolerance = runtime.tolerance_of(dtype, runtime.rounds_inputs(found.program.graph))
+    tolerance = runtime.tolerance_of(dtype)
+    if runtime.rounds_inputs(found.program.graph):
+        # What lies near a half may be rounded to either side: no further than rounding goes by itself.
+        tolerance = max(tolerance, rounding.effect_of_rounding(made))
     return Graph(made, records, translation, before, notes, tolerance)
 
 

@@ -20,14 +20,9 @@ _STEPS = 8
 """The same of a shorter dtype, in steps of its rounding: sums are rounded in another order, several times on the way."""
 
 
-_CODE = 1 / 127
-"""The same of a model whose inputs of products are rounded to eight bits, the largest of which is 127: what lies near a half may
-be rounded to either side of it."""
-
-
-def tolerance_of(dtype: torch.dtype, rounds: bool = False) -> float:
-    """How far an output may be off, over its largest value, where the model computes in ``dtype``; see :func:`rounds_inputs`."""
-    return max(TOLERANCE, _STEPS * torch.finfo(dtype).eps, _CODE if rounds else 0.0)
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far an output may be off, over its largest value, where the model computes in ``dtype``."""
+    return max(TOLERANCE, _STEPS * torch.finfo(dtype).eps)
 
 
 def rounds_inputs(graph: torch.fx.Graph) -> bool:

@@ -99,6 +99,29 @@ class StaticRanges:
         return plain
 
 
+def effect_of_rounding(made: Functional) -> float:
+    """By how much the rounding of inputs to integers, a pass's, changes the outputs of the example call, over the largest."""
+    given = [made.inputs[name].clone() for name in made.inputs]
+    with torch.no_grad():
+        outputs = _Unrounded(made.gm, garbage_collect_values=False).run(*given)
+    return _far(_run(made, made.inputs), _own(made, outputs))
+
+
+class _Unrounded(fx.Interpreter):
+    """Runs linears whose inputs are rounded to integers on what was rounded."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not is_linear(n) or value(n.args[0]).is_floating_point():
+            return super().run_node(n)
+        codes = n.args[0]
+        while isinstance(codes, fx.Node) and codes.target is not torch.ops.aten.round.default:
+            codes = codes.args[0]
+        if not isinstance(codes, fx.Node):  # integers of the model's own
+            return super().run_node(n)
+        rest = self.map_nodes_to_values(n.args[1:], n)
+        return n.target(self.env[codes.args[0]].float(), *rest)  # type: ignore[operator]
+
+
 class _Watching(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, found: dict[str, tuple[float, float]]) -> None:
         super().__init__(gm)
@@ -118,6 +141,11 @@ def _run(
     given = [inputs[name].clone() for name in made.inputs]
     with torch.no_grad():
         outputs = made.gm(*given) if found is None else _Watching(made.gm, found).run(*given)
+    return _own(made, outputs)
+
+
+def _own(made: Functional, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The model's outputs; state is no output of its."""
     return [t for name, t in zip(made.outputs, outputs, strict=True) if not name.startswith("present.")]
 
 
