@@ -9,6 +9,7 @@ from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.banks import Quantized
+from accelpass.ir.kv.rotated import Rotated
 from accelpass.ir.kv.rows import BITS
 from accelpass.ir.kv.sites import KVSite
 from accelpass.passes.core.base import Skip
@@ -25,6 +26,8 @@ class KVQuant(KVPass):
     Attributes:
         bits: 8, 4, 3 or 2.
         groups: groups of channels in a row.
+        rotate: turn rows by a Hadamard matrix before they are rounded, and queries likewise, as QuaRot does with keys (section 4.3;
+            values, too, here): channels with outliers are spread over all. Heads of 64, 128, 256 channels.
 
     Raises:
         OptionError: other bits, or no group.
@@ -32,10 +35,13 @@ class KVQuant(KVPass):
 
     name: ClassVar[str] = "kv_quant"
     summary: ClassVar[str] = "keys and values of a KVCache in 8, 4, 3 or 2 bits, rounded by token and group of channels"
-    paper: ClassVar[str] = "the rounding of MiKV, arXiv 2402.18096"
+    paper: ClassVar[str] = (
+        "the rounding of MiKV, arXiv 2402.18096; rotate: Ashkboos et al. 2024, QuaRot, arXiv 2404.00456"
+    )
     edits: ClassVar[frozenset[str]] = frozenset({"attention.format"})
     bits: int = 4
     groups: int = 2
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -50,7 +56,12 @@ class KVQuant(KVPass):
         why = cannot_pack(site, self.groups)
         if why is not None:
             return Skip(why)
-        return spec.edited(by=self.name, format=Quantized(self.bits, self.groups)), f"rows in {self.bits} bits"
+        if not self.rotate:
+            return spec.edited(by=self.name, format=Quantized(self.bits, self.groups)), f"rows in {self.bits} bits"
+        widths = [int(value(operand).shape[-1]) for operand in site.new]
+        if odd := [w for w in widths if w & (w - 1)]:
+            return Skip(f"{odd[0]} channels are no power of two, which rotate=True needs")
+        return spec.edited(by=self.name, format=Rotated(self.bits, self.groups)), f"turned rows in {self.bits} bits"
 
 
 def cannot_pack(site: KVSite, groups: int) -> str | None:

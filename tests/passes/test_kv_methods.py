@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from accelpass import KVCache
+from accelpass.ir.kv.rotated import hadamard
 from tests.passes import kv_truth
 from tests.passes.kv_truth import attending, fed
 from tests.sweep import quick, sweep
@@ -124,18 +125,23 @@ def test_compiled_by_inductor(which):
     assert error(llama(), oracle(), passes, tokens(1, 20, *[1] * 5), "inductor") < most
 
 
-@pytest.mark.parametrize("bits", sweep(3, 2, 4, 8))
-def test_kv_quant(bits):
+@pytest.mark.parametrize(("bits", "rotate"), sweep((3, False), (3, True), (2, False), (4, True), (8, False), fast=2))
+def test_kv_quant(bits, rotate):
     """Every stored row is rounded; the prompt's own attention is exact."""
+
+    def rounded(x):
+        turn = hadamard if rotate else (lambda x: x)
+        return turn(kv_truth.quant_rows(turn(x), bits, x.shape[-1] // 2))
 
     class Rounded(kv_truth.Oracle):
         def attend(self, layer, q, k, v, scale, mask, index):
             if "b" in layer:
-                k, v = (kv_truth.quant_rows(x, bits, x.shape[-1] // 2) for x in (k, v))
+                k, v = rounded(k), rounded(v)
             layer["b"] = True
             return kv_truth.mixed(kv_truth.probabilities(q, k, scale, mask), v)
 
-    assert error(llama(), Rounded(), [{"name": "kv_quant", "bits": bits}], tokens(2, 17, *[1] * 6)) < 1e-5
+    made = {"name": "kv_quant", "bits": bits, "rotate": rotate}
+    assert error(llama(), Rounded(), [made], tokens(2, 17, *[1] * 6)) < (1e-3 if rotate else 1e-5)
 
 
 @pytest.mark.parametrize("window", sweep(3, 32))

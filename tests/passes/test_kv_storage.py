@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from accelpass.ir.attention import AttentionSpec, Step, attend
 from accelpass.ir.kv.banks import Floats, Quantized, RowFormat
+from accelpass.ir.kv.rotated import Rotated, hadamard
 from accelpass.ir.kv.rows import BITS, dequantize_rows, quantize_rows, row_bytes
 from accelpass.ir.kv.storage import KERNELS, Layout, New, Query, Storage
 from accelpass.passes.kv_cache.kv_window import SinksAndNewest
@@ -187,6 +188,36 @@ def test_products_with_stored_rows(bits, width, groups, rows, seed):
     whole = format.decode(stored, torch.float32)
     assert torch.allclose(format.scores(q, stored), q @ whole.transpose(-1, -2), atol=1e-3)
     assert torch.allclose(format.mixed(weights, stored), weights @ whole, atol=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from(BITS), st.sampled_from([8, 64, 128]), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**31)
+)
+def test_products_with_turned_rows(bits, width, groups, rows, seed):
+    """Against a Hadamard matrix by its definition, and rounding of the turned rows."""
+    random = torch.Generator().manual_seed(seed)
+    matrix = torch.ones(1, 1)
+    while len(matrix) < width:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    matrix = matrix / width**0.5
+    x = torch.randn(2, 3, rows, width, generator=random)
+    assert torch.allclose(hadamard(x), x @ matrix, atol=1e-4) and torch.allclose(hadamard(hadamard(x)), x, atol=1e-4)
+    format = Rotated(bits)
+    stored = format.encode(x)
+    held = kv_truth.quant_rows(x @ matrix, bits, width // 2) @ matrix.t()
+    whole = format.decode(stored, torch.float32)
+    assert float(((whole - held).abs() > 1e-3).float().mean()) < 0.05, "but for codes beside a half"
+    q, weights = (torch.randn(2, 3, groups, n, generator=random) for n in (width, rows))
+    assert torch.allclose(format.scores(q, stored), q @ whole.transpose(-1, -2), atol=2e-3)
+    assert torch.allclose(format.mixed(weights, stored), weights @ whole, atol=2e-3)
+
+
+def test_turning_makes_outlier_channels_cost_less():
+    x = torch.randn(1, 2, 200, 64, generator=torch.Generator().manual_seed(0))
+    x[..., 5] *= 30
+    lost = [float((f.decode(f.encode(x), torch.float32) - x).pow(2).mean()) for f in (Quantized(3), Rotated(3))]
+    assert lost[1] < 0.5 * lost[0]
 
 
 @pytest.mark.parametrize("storage", [HeavyHitters(0.2, 0.2), Tiers(0.2, 0.2, 2)], ids=["h2o", "mikv"])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from accelpass.ir.kv.banks import Quantized, RowFormat, Rows
+from accelpass.ir.kv.banks import Floats, Quantized, RowFormat, Rows
 from accelpass.ir.kv.decode import PackedRows, Store, merge
 from accelpass.ir.kv.storage import KERNELS, Attended, Query, Segment
 
@@ -31,7 +31,7 @@ def attend_with_kernel(query: Query, segments: Sequence[Segment], want: Sequence
             bias, valid = (None if bias is None else _by_slot(bias, segment.rows, segment.keys[0].shape[2])), None
         elif valid is not None:
             valid = valid.expand(-1, segment.keys[0].shape[1], -1)
-        keys, values = _store(segment.format, segment.keys), _store(segment.format, segment.values)
+        keys, values = (_store(segment.format, held, query.dtype) for held in (segment.keys, segment.values))
         dtype = torch.float32 if several else query.dtype
         parts.append(
             kv_decode(q, keys, values, scale=1.0, rows=rows, valid=valid, bias=bias, want=tuple(asked), dtype=dtype)
@@ -49,11 +49,11 @@ def attend_with_kernel(query: Query, segments: Sequence[Segment], want: Sequence
     return Attended(out.to(query.dtype).unsqueeze(2), mass, logits)
 
 
-def _store(format: RowFormat, rows: Rows) -> Store:
+def _store(format: RowFormat, rows: Rows, dtype: torch.dtype) -> Store:
     if isinstance(format, Quantized):
         codes, step, low = rows
         return PackedRows(codes, step, low, format.bits)
-    return rows[0]
+    return rows[0] if isinstance(format, Floats) else format.decode(rows, dtype)  # which the kernel cannot read itself
 
 
 def _by_slot(bias: Tensor, rows: Tensor | None, slots: int) -> Tensor:
