@@ -119,7 +119,7 @@ class _Unrounded(fx.Interpreter):
         if not isinstance(codes, fx.Node):  # integers of the model's own
             return super().run_node(n)
         rest = self.map_nodes_to_values(n.args[1:], n)
-        return n.target(self.env[codes.args[0]].float(), *rest)  # type: ignore[operator]
+        return n.target(self.env[codes.args[0]].float(), *rest)
 
 
 class _Watching(fx.Interpreter):
