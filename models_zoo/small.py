@@ -77,6 +77,18 @@ def encoder(seed: int = 0, layers: int = 2) -> Any:
         return BertModel(config).eval()
 
 
+def tower(seed: int = 0, layers: int = 2) -> Any:
+    """A ViT that classifies images of 3 x 24 x 24: a class token and 16 patches; needs transformers."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, image_size=24, patch_size=6,
+        initializer_range=0.25, num_labels=10,
+    )  # fmt: skip
+    with _seeded(seed):
+        return ViTForImageClassification(config).eval()
+
+
 def denoiser(seed: int = 0, layers: int = 2) -> Any:
     """A class-conditional DiT over latents of 4 x 8 x 8 (16 tokens); needs diffusers."""
     from diffusers import DiTTransformer2DModel

@@ -101,6 +101,14 @@ def _encoder(fast: Any, model: nn.Module, shape: Shape) -> Iterator[Tensor]:
     yield fast(input_ids=shape.ids(small.VOCABULARY)).last_hidden_state
 
 
+def _pixels(shape: Shape) -> Tensor:
+    return torch.randn((shape.batch, 3, 24, 24), generator=torch.Generator().manual_seed(shape.seed))
+
+
+def _tower(fast: Any, model: nn.Module, shape: Shape) -> Iterator[Tensor]:
+    yield fast(pixel_values=_pixels(shape)).logits
+
+
 TIMES = (9.0, 7.0, 5.0, 3.0)
 """Timesteps of the denoiser's run."""
 
@@ -156,6 +164,15 @@ SUBJECTS: dict[str, Subject] = {
             export=lambda shape: ((), {"input_ids": shape.ids(small.VOCABULARY)}),
             needs=("transformers",),
             about="a BERT",
+        ),
+        Subject(
+            "tower",
+            small.tower,
+            _tower,
+            export=lambda shape: ((), {"pixel_values": _pixels(shape)}),
+            shapes=_BATCHES,
+            needs=("transformers",),
+            about="a ViT that classifies images of 16 patches",
         ),
         Subject(
             "denoiser",
