@@ -21,7 +21,9 @@ def _one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
 
 
-def zip_image(x: Tensor, keys: Tensor, scores: Tensor, first: int, dominant: int, contextual: int) -> tuple[Tensor, Tensor]:
+def zip_image(
+    x: Tensor, keys: Tensor, scores: Tensor, first: int, dominant: int, contextual: int
+) -> tuple[Tensor, Tensor]:
     """One image, after the authors' code: tokens ``(dominant + contextual, channels)``, and their places among the patches.
 
     The class token is one of the dominant ones; ``scores`` are of patches.
