@@ -96,3 +96,73 @@ def answered(model: Any, given: dict[str, Tensor], *passes: Any, capacity: int =
         more = {"attention_mask": mask, "position_ids": position, "logits_to_keep": 1}
         made.append(fast(input_ids=word, past_key_values=cache, **more).logits)
     return torch.cat(made, 1), fast
+
+
+def generated(model: Any, given: dict[str, Tensor], *passes: Any) -> tuple[Tensor, Any]:
+    """Logits ``(texts, NEW, words)`` of the words that ``generate`` answers with, and the model."""
+    torch._dynamo.reset()
+    model.compile(backend="accelpass", options={"passes": list(passes), "lowering": "eager"})
+    cache = accelpass.KVCache(model, capacity=96, batch_size=len(given["input_ids"]))
+    made = model.generate(
+        **given,
+        past_key_values=cache,
+        max_new_tokens=NEW,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(list(made.logits), 1), model
+
+
+@torch.no_grad()
+def embedded(model: Any, given: dict[str, Tensor]) -> Tensor:
+    """One text as the language model reads it, ``(1, tokens, channels)``."""
+    embeds: Tensor = model.get_input_embeddings()(given["input_ids"]).clone()
+    if "pixel_values" in given:
+        embeds[given["input_ids"] == IMAGE] = torch.cat(
+            list(model.model.get_image_features(given["pixel_values"]).pooler_output)
+        )
+    return embeds
+
+
+@torch.no_grad()
+def pruned_answer(model: Any, given: dict[str, Tensor], layer: int, choose: Any, run: Any = None) -> Tensor:
+    """What one text is answered with if from ``layer`` on only the chosen tokens of the prompt are read.
+
+    Everything is computed anew for each word, without a cache.
+
+    Args:
+        choose: the tokens of the prompt that go on, from queries, keys ``(heads, tokens, d)`` and values of the layer before.
+        run: runs a layer in another way than the model: number, module, states, mask, rotary rows, which tokens these are.
+    """
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    text, x = model.model.language_model, embedded(model, given)
+    padding = int((given["attention_mask"][0] == 0).sum())
+    prompt, words, chosen = x.shape[1], [], None
+    for _ in range(NEW):
+        at = torch.arange(x.shape[1])
+        position = (at - padding).clamp_min(0)[None]
+        states = x
+        for number, block in enumerate(text.layers):
+            if number == layer:
+                at = torch.cat([chosen, torch.arange(prompt, x.shape[1])])
+                states, position = states[:, at], position[:, at]
+            cos, sin = text.rotary_emb(states, position)
+            a = block.self_attn
+            mask = (at[:, None] >= at) & ((at >= padding) | (at[:, None] < padding))
+            if number == layer - 1 and chosen is None:
+                h = block.input_layernorm(states)
+                q, k, v = (p(h).unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
+                q, k = apply_rotary_pos_emb(q, k, cos, sin)
+                groups = q.shape[1] // k.shape[1]
+                chosen = choose(q[0], k[0].repeat_interleave(groups, 0), v[0].repeat_interleave(groups, 0), mask[-1])
+            if run is not None:
+                states = run(number, block, states, mask, (cos, sin), at)
+            else:
+                states = block(
+                    states, attention_mask=mask[None, None], position_embeddings=(cos, sin), position_ids=position
+                )
+        words.append(model.lm_head(text.norm(states[:, -1:])))
+        x = torch.cat([x, model.get_input_embeddings()(words[-1].argmax(-1))], 1)
+    return torch.cat(words, 1)
