@@ -157,17 +157,15 @@ class VisualPruning(Pass):
         mine = [site for site in sites if site.path in behind]
         if not mine:
             return
-        anchor = mine[-1].append
-        (length, every) = inserted(program, _start(program), _all, sites[0].new[0])
+        length, every = inserted(program, sites[0].append, _all, sites[0].new[0])
         (output,) = program.graph.find_nodes(op="output")
         Memory(program, sites[0]).note(output, 1, every if rows is None else rows)
-        assert anchor is not None
         for site in mine:
             self._store(program, site)
             give(site.append, {} if rows is None else {"rows": rows, "advance": length}, {})
 
     def _later(self, program: Program, sites: Sequence[KVSite], behind: Sequence[KVSite]) -> None:
-        start = _start(program)
+        start = sites[0].append  # the layer counts its tokens there
         memory = Memory(program, sites[0])
         (new,) = inserted(program, start, _positions, sites[0].count, sites[0].new[0])
         have = memory.note(start, 1, new)
@@ -217,10 +215,6 @@ def _all(k: Tensor) -> list[Tensor]:
 
 def _positions(count: Tensor, k: Tensor) -> list[Tensor]:
     return [count[:, None] + torch.arange(k.shape[2], device=count.device)]
-
-
-def _start(program: Program) -> fx.Node:
-    return next(n for n in program.graph.nodes if n.op == "call_function")
 
 
 def _attentions(block: Block) -> list[fx.Node]:
