@@ -15,6 +15,7 @@ from accelpass.ir.analyses.axes.axes import Axes, Dim, axes
 from accelpass.ir.core.graph import aten, call, is_call, known, mutates, refresh, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.ops import KV_APPEND
+from accelpass.ir.torch_private import enable_python_dispatcher
 from accelpass.ir.transform.prompt import NoPrompt, Prompt
 from accelpass.ir.transform.resize import CannotResize, Resizer
 from accelpass.ir.transform.rows import rows_of
@@ -131,7 +132,8 @@ def _substituted(
         args, kwargs = map_aggregate((node.args, node.kwargs), lambda n: env.get(n, n) if isinstance(n, fx.Node) else n)
         assert isinstance(args, tuple) and isinstance(kwargs, dict)
         mode = getattr(value(node), "fake_mode", None) or nullcontext()  # a call without tensors would make a real one
-        with torch.no_grad(), mode:
+        # Composite operators (masked_scatter) compute with symbolic sizes in Python alone.
+        with torch.no_grad(), mode, enable_python_dispatcher():
             new = node.graph.call_function(node.target, args, kwargs)
             new.meta = {key: node.meta[key] for key in KEPT if key in node.meta}
             refresh(new)
