@@ -145,7 +145,7 @@ class VisualFilter(Pass):
             raise NoPrompt(f"the projector cannot be had for fewer tokens: {cause}") from cause
         made = copies[entry.features] if way else left.stream
         assert isinstance(made, fx.Node)
-        return made
+        return inserted(program, entry.node, lambda features: [features.reshape(-1, width)], made)[0]
 
 
 def patch_stream(tower: Tower, entry: Entry) -> fx.Node:
