@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -41,6 +42,7 @@ __all__ = [
     "copy_sources",
     "cpu_multiplies_bfloat16",
     "cpu_multiplies_int8",
+    "enable_python_dispatcher",
     "forget_compilations",
     "frame_of",
     "has_stopped_compiling",

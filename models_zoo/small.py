@@ -77,6 +77,51 @@ def encoder(seed: int = 0, layers: int = 2) -> Any:
         return BertModel(config).eval()
 
 
+def tower(seed: int = 0, layers: int = 2) -> Any:
+    """A ViT that classifies images of 3 x 24 x 24: a class token and 16 patches; needs transformers."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, image_size=24, patch_size=6,
+        initializer_range=0.25, num_labels=10,
+    )  # fmt: skip
+    with _seeded(seed):
+        return ViTForImageClassification(config).eval()
+
+
+IMAGE = 9
+"""The word in whose places :class:`Seeing` puts what it sees."""
+
+
+class Seeing(nn.Module):
+    """A Llama that reads words and the patches of images: a CLIP tower with a class token, a projector, masked scatter."""
+
+    def __init__(self, layers: int = 2) -> None:
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        super().__init__()
+        config = CLIPVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=24, patch_size=6,
+            initializer_factor=4.0,
+        )  # fmt: skip
+        self.tower, self.projector = CLIPVisionModel(config), nn.Linear(32, 32)
+        self.text = decoder(layers=layers)
+        self.config = self.text.config
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None, **given: Any) -> Any:
+        embeds = self.text.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            seen = self.projector(self.tower(pixel_values).last_hidden_state[:, 1:])
+            embeds = embeds.masked_scatter((input_ids == IMAGE).unsqueeze(-1), seen)
+        return self.text(inputs_embeds=embeds, **given)
+
+
+def seeing(seed: int = 0, layers: int = 2) -> Seeing:
+    """An image is 16 words; needs transformers."""
+    with _seeded(seed):
+        return Seeing(layers).eval()
+
+
 def denoiser(seed: int = 0, layers: int = 2) -> Any:
     """A class-conditional DiT over latents of 4 x 8 x 8 (16 tokens); needs diffusers."""
     from diffusers import DiTTransformer2DModel

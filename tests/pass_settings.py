@@ -112,6 +112,10 @@ SETTINGS: dict[str, Setting] = {
     "pbs_attn": Setting({"block": 4, "segment": 8, "threshold": 0.5}, ("prompt", "decoder"), looks_ahead=LAST),
     "sink_window": Setting({"density": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
     "moa": Setting({"alpha": 0.0, "beta": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
+    "tome": Setting({"merge": 3}, ("tower",)),
+    "visionzip": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
+    "hired": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
+    "fastv": Setting({"layer": 1}, ("seeing",), looks_ahead=LAST),
     "gemfilter": Setting({"keep": 8}, looks_ahead=LAST),
     "lazyllm": Setting({"keep": (0.5,)}, ("prompt", "decoder"), looks_ahead=LAST),
     # A sampling run of another batch size is compiled for it.

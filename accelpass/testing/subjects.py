@@ -101,6 +101,32 @@ def _encoder(fast: Any, model: nn.Module, shape: Shape) -> Iterator[Tensor]:
     yield fast(input_ids=shape.ids(small.VOCABULARY)).last_hidden_state
 
 
+def _pixels(shape: Shape) -> Tensor:
+    return torch.randn((shape.batch, 3, 24, 24), generator=torch.Generator().manual_seed(shape.seed))
+
+
+def _tower(fast: Any, model: nn.Module, shape: Shape) -> Iterator[Tensor]:
+    yield fast(pixel_values=_pixels(shape)).logits
+
+
+def _seeing(fast: Any, model: nn.Module, shape: Shape) -> Iterator[Tensor]:
+    from accelpass.caches.kv_cache import KVCache
+
+    cache = KVCache(model, capacity=64, batch_size=shape.batch)  # type: ignore[arg-type]
+    ids, keep = _words_and_image(shape), {} if shape.every_token else {"logits_to_keep": 1}
+    prompt = {"input_ids": ids[:, : shape.length], "pixel_values": _pixels(shape)}
+    yield fast(**prompt, past_key_values=cache, **keep).logits
+    for at in range(shape.length, shape.length + STEPS):
+        yield fast(input_ids=ids[:, at : at + 1], past_key_values=cache, **keep).logits
+
+
+def _words_and_image(shape: Shape) -> Tensor:
+    ids = shape.ids(small.VOCABULARY, STEPS)
+    ids = ids.masked_fill(ids == small.IMAGE, small.IMAGE + 1)
+    ids[:, 1:17] = small.IMAGE
+    return ids
+
+
 TIMES = (9.0, 7.0, 5.0, 3.0)
 """Timesteps of the denoiser's run."""
 
@@ -156,6 +182,24 @@ SUBJECTS: dict[str, Subject] = {
             export=lambda shape: ((), {"input_ids": shape.ids(small.VOCABULARY)}),
             needs=("transformers",),
             about="a BERT",
+        ),
+        Subject(
+            "tower",
+            small.tower,
+            _tower,
+            export=lambda shape: ((), {"pixel_values": _pixels(shape)}),
+            shapes=_BATCHES,
+            needs=("transformers",),
+            about="a ViT that classifies images of 16 patches",
+        ),
+        Subject(
+            "seeing",
+            small.seeing,
+            _seeing,
+            causal=True,
+            delimited=True,
+            needs=("transformers",),
+            about="a Llama that reads an image among its words, with an accelpass.KVCache",
         ),
         Subject(
             "denoiser",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.core.derived import DERIVED, StateSpec
-from accelpass.ir.core.graph import size_among
+from accelpass.ir.core.graph import size_among, value
 from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import GraphError
 from accelpass.ir.kv.holdings import Holding, holding_of
@@ -117,8 +117,21 @@ def tokens_of(number: int | torch.SymInt, tensors: FromInputs) -> Tokens:
         return lambda args: number
     found = size_among(tensors.inputs_nodes, number)
     if found is None:
-        raise GraphError(f"no input of the graph says how many tokens ({number}) it appends to the cache")
+        return _computed(number, tensors)
     position, dim = tensors.position(tensors.inputs_nodes[found[0]]), found[1]
     if dim is None:
         return lambda args: int(args[position])
     return lambda args: int(args[position].shape[dim])
+
+
+def _computed(number: torch.SymInt, tensors: FromInputs) -> Tokens:
+    """A number that is computed from one size of an input: a text without the tokens that are left out of it."""
+    expression = number.node.expr
+    for node in tensors.inputs_nodes:
+        held = value(node)
+        sizes = [held] if isinstance(held, torch.SymInt) else list(held.shape) if isinstance(held, Tensor) else []
+        for size in sizes:
+            if isinstance(size, torch.SymInt) and expression.free_symbols == {size.node.expr}:
+                read, symbol = tokens_of(size, tensors), size.node.expr
+                return lambda args: int(expression.subs(symbol, read(args)))
+    raise GraphError(f"no input of the graph says how many tokens ({number}) it appends to the cache")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from accelpass.ir.analyses.axes.axes import Axes, Dim, axes
-from accelpass.ir.core.graph import aten, is_call, known, mutates, refresh, value
+from accelpass.ir.core.graph import aten, call, is_call, known, mutates, refresh, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.ops import KV_APPEND
+from accelpass.ir.torch_private import enable_python_dispatcher
 from accelpass.ir.transform.prompt import NoPrompt, Prompt
 from accelpass.ir.transform.resize import CannotResize, Resizer
 from accelpass.ir.transform.rows import rows_of
@@ -23,7 +25,14 @@ _ARITHMETIC = (aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.pow, aten
 _COMPARED = (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge)
 
 
-def again(program: Program, found: Prompt, region: Sequence[fx.Node], rows: fx.Node, positions: fx.Node) -> None:
+def again(
+    program: Program,
+    found: Prompt,
+    region: Sequence[fx.Node],
+    rows: fx.Node,
+    positions: fx.Node,
+    others: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+) -> None:
     """Let the graph return, and store, what the model makes of the chosen tokens alone.
 
     What was there stays as far as the choice needs it.
@@ -31,13 +40,17 @@ def again(program: Program, found: Prompt, region: Sequence[fx.Node], rows: fx.N
     Args:
         region: the model's calls, in order.
         rows: of each sequence the chosen tokens, ascending, ``(batch, kept)``; positions: where each stands then, the same.
+        others: what is read in the place of values from outside the region.
 
     Raises:
         NoPrompt: some operation means something else for fewer tokens; what the graph returns is as it was.
     """
-    graph, count = program.graph, int(value(rows).shape[1])
+    graph = program.graph
     (output,) = graph.find_nodes(op="output")
-    short = {one.node: _taken(program, one, rows, positions) for one in found.inputs}
+    with graph.inserting_before(output):
+        count = value(rows).shape[1]
+        count = count if isinstance(count, int) else call(graph, rows, aten.sym_size.int, rows, 1)
+    short = {one.node: _taken(program, one, rows, positions, count) for one in found.inputs} | dict(others)
     if not is_symbolic(found.tokens):
         _refuse_numbers(region, int(found.tokens))
     first, known_axes = found.rows, program.analysis(axes)
@@ -87,16 +100,16 @@ def replaced(program: Program, region: Sequence[fx.Node], made: Mapping[fx.Node,
     program.changed()
 
 
-def _taken(program: Program, one: Any, rows: fx.Node, positions: fx.Node) -> Any:
-    """An input with the chosen tokens alone."""
-    kept, (output,) = int(value(rows).shape[1]), program.graph.find_nodes(op="output")
+def _taken(program: Program, one: Any, rows: fx.Node, positions: fx.Node, count: Any) -> Any:
+    """An input with the chosen tokens alone; ``count`` is how many."""
+    (output,) = program.graph.find_nodes(op="output")
     if one.role == "count":
-        return kept
+        return count
 
     def taken(given: Tensor, rows: Tensor, positions: Tensor) -> list[Tensor]:
         if one.role == "positions":
             own = given.dim() == 2 and known(given.shape[0] == rows.shape[0])
-            places = positions if own else torch.arange(kept, device=rows.device).expand(*given.shape[:-1], -1)
+            places = positions if own else torch.arange(rows.shape[1], device=rows.device).expand(*given.shape[:-1], -1)
             return [places.to(given.dtype).contiguous()]
         for dim in one.dims:
             given = rows_of(given, rows, dim)
@@ -119,7 +132,8 @@ def _substituted(
         args, kwargs = map_aggregate((node.args, node.kwargs), lambda n: env.get(n, n) if isinstance(n, fx.Node) else n)
         assert isinstance(args, tuple) and isinstance(kwargs, dict)
         mode = getattr(value(node), "fake_mode", None) or nullcontext()  # a call without tensors would make a real one
-        with torch.no_grad(), mode:
+        # Composite operators (masked_scatter) compute with symbolic sizes in Python alone.
+        with torch.no_grad(), mode, enable_python_dispatcher():
             new = node.graph.call_function(node.target, args, kwargs)
             new.meta = {key: node.meta[key] for key in KEPT if key in node.meta}
             refresh(new)

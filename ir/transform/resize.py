@@ -42,24 +42,28 @@ class _Sizes:
     parts: dict[Leaves, list[tuple[int, bool]]] = field(default_factory=dict)
     """Of a joined axis: how long each part was, and whether it has fewer rows now."""
 
-    def of(self, dim: Dim) -> int:
+    def of(self, dim: Dim) -> Any:
         """The size of a dimension now.
 
         Raises:
             CannotResize: it holds a part of a sequence of merged axes.
         """
-        leaves, size = dim.leaves, int(dim.size)
-        for key, new in self.new.items():
-            for start in range(len(leaves) - len(key) + 1):
-                if leaves[start : start + len(key)] == key:
-                    old = math.prod(int(a.size) for a in key)
-                    return size // old * new
-            if len(key) > 1 and set(key) & set(leaves):
-                raise CannotResize(f"it works on {dim.name} apart from the rest of the grid")
-        return size
+        key = self._key(dim)
+        return dim.size if key is None else dim.size // math.prod(int(a.size) for a in key) * self.new[key]
 
     def changes(self, dim: Dim) -> bool:
-        return self.of(dim) != int(dim.size)
+        key = self._key(dim)
+        return key is not None and self.new[key] != math.prod(int(a.size) for a in key)
+
+    def _key(self, dim: Dim) -> Leaves | None:
+        """The sequence of axes in a dimension of which there are other rows now."""
+        leaves = dim.leaves
+        for key in self.new:
+            if any(leaves[start : start + len(key)] == key for start in range(len(leaves) - len(key) + 1)):
+                return key
+            if len(key) > 1 and set(key) & set(leaves):
+                raise CannotResize(f"it works on {dim.name} apart from the rest of the grid")
+        return None
 
 
 @dataclass
@@ -142,7 +146,7 @@ class Resizer:
             given: Any = args[1]
             if len(given) != len(dims):
                 raise CannotResize(f"{node.name} ({node.target}) changes the number of dimensions")
-            args[1] = [s if s == -1 else self._sizes.of(d) for s, d in zip(given, dims, strict=True)]
+            args[1] = [self._size_in(s, d) for s, d in zip(given, dims, strict=True)]
         elif is_call(node, aten.unflatten):
             at = args[1] % value(node.args[0]).dim()
             args[2] = [self._sizes.of(d) for d in dims[at : at + len(args[2])]]
@@ -167,6 +171,13 @@ class Resizer:
             self._note_join(node)
         self._check(node, new)
         return new
+
+    def _size_in(self, given: Any, dim: Dim) -> Any:
+        """What a view is given for a dimension; a size that only run time knows is left for the view to find."""
+        if not self._sizes.changes(dim):
+            return given
+        size = self._sizes.of(dim)
+        return size if isinstance(size, int) else -1
 
     def _made_anew(self, node: fx.Node, args: list[Any]) -> None:
         changed = any(map(self._sizes.changes, self.axes.of(node)))

@@ -65,6 +65,13 @@ def splice(program: Program, traced: fx.GraphModule, operands: Sequence[fx.Node]
     return results
 
 
+def inserted(
+    program: Program, before: fx.Node, run: Callable[..., Sequence[Tensor]], *operands: fx.Node
+) -> list[fx.Node]:
+    """What a plain torch function computes of nodes, in front of ``before``."""
+    return splice(program, trace(program, run, operands), operands, before)
+
+
 def _constant(program: Program, tensor: Tensor) -> fx.Node:
     """A tensor that the function made while it was traced (a list of blocks), as a buffer of the graph."""
     index = 0

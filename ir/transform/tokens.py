@@ -78,15 +78,26 @@ def stretches(program: Program, ends: Sequence[int]) -> list[Stretch]:
     """
     found = decoder_blocks(program)
     streams = [found[0].input, *(found[e].output for e in ends), found[-1].output]
+    limits = [0, *(e + 1 for e in ends), len(found)]
+    return stretches_between(program, streams, [found[a:b] for a, b in itertools.pairwise(limits)])
+
+
+def stretches_between(program: Program, streams: Sequence[fx.Node], blocks: Sequence[Sequence[Block]]) -> list[Stretch]:
+    """The stretches between points of one stream of ``(batch, tokens, channels)``, the first and last included. Changes nothing.
+
+    Args:
+        blocks: of each stretch, for those who read its name.
+
+    Raises:
+        CannotCut: a stretch reads something that cannot be had for fewer tokens; says what.
+    """
     known_axes: Axes = program.analysis(axes)
     if not known_axes.of(streams[0])[1].leaves:
         raise CannotCut("the axis analysis cannot follow the dimension of tokens")
     reached = reached_from(program, streams[0])
     order = {node: at for at, node in enumerate(program.graph.nodes)}
-    limits = [0, *(e + 1 for e in ends), len(found)]
     made = []
-    for number, (start, end) in enumerate(itertools.pairwise(streams)):
-        inside = found[limits[number] : limits[number + 1]]
+    for number, ((start, end), inside) in enumerate(zip(itertools.pairwise(streams), blocks, strict=True)):
         region = [n for n in sorted(reached, key=order.__getitem__) if order[start] < order[n] <= order[end]]
         rows = _Rows(program, known_axes, streams[0], reached).of(region) if number else {}
         attentions = [n for n in region if is_attention(n)]

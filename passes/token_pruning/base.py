@@ -12,11 +12,12 @@ from torch import Tensor, fx
 
 from accelpass.ir.analyses.axes.axes import Axes, axes
 from accelpass.ir.attention.spec.op import is_attention, set_spec, spec_of
-from accelpass.ir.core.graph import aten, call, value, written_inputs
+from accelpass.ir.core.graph import value, written_inputs
 from accelpass.ir.core.program import BLOCK, NAME, Program
 from accelpass.ir.kv.layer import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
-from accelpass.ir.transform.rows import rows_of, write_rows
+from accelpass.ir.transform.sequence import Rows, ShrinkingSequence
+from accelpass.ir.transform.splice import inserted
 from accelpass.ir.transform.steps import StepBlock, decoder_stack, recall_new, survived
 from accelpass.ir.transform.tokens import (
     CannotCut,
@@ -33,7 +34,7 @@ from accelpass.passes.core.site_pass import claim
 from accelpass.passes.core.staged import FULL, PolicyPass, Site, StagedCall
 from accelpass.passes.kv_cache.base import NO_CACHE, cannot_store
 from accelpass.passes.token_pruning.choice import best, importance_in, kept
-from accelpass.passes.token_pruning.memory import Memory, computed, inserted
+from accelpass.passes.token_pruning.memory import Memory, computed
 from accelpass.passes.token_pruning.rows_at_positions import RowsAtPositions, importance_of
 
 NEW = "pruning.positions"
@@ -138,30 +139,18 @@ class TokenPruning(PolicyPass):
 
     def _prompt(self, program: Program, found: Sequence[Stretch], keep: Sequence[float]) -> None:
         """All tokens of an empty context."""
-        anchor, tokens = found[-1].end.next, value(found[0].start).shape[1]
-        (rows,) = inserted(program, anchor, _counted, found[0].start)
-        every, end, scored = rows, found[0].end, found[0].attentions
-        whole, tables, known_axes = end, _tables(found), program.analysis(axes)
-        made: list[dict[fx.Node, Any]] = []
-        chosen_rows, streams = [rows], [end]
+        tokens, tables = value(found[0].start).shape[1], _tables(found)
+        run = ShrinkingSequence(program, found)
+        anchor, (every,) = run.anchor, run.make(_counted, found[0].start)
+        chosen_rows, streams = [every], [run.stream]
         for stretch, share in zip(found[1:], keep, strict=True):
-            importance = importance_in(program, scored[-1], anchor)
-            chosen, rows = inserted(program, anchor, _choice(share), importance, rows)
-            given = {stretch.start: inserted(program, anchor, lambda x, c: [rows_of(x, c)], end, chosen)[0]}
-            for outer, dims in stretch.rows.items():
-                given[outer] = inserted(program, anchor, _taken(dims), outer, rows)[0]
-            with program.graph.inserting_before(anchor):
-                made.append(on_fewer(stretch, given, _size(program, rows, anchor), known_axes))
-            end, scored = made[-1][stretch.end], [made[-1][n] for n in stretch.attentions]
-            (whole,) = inserted(program, anchor, _written, whole, rows, end)
-            chosen_rows.append(rows)
-            streams.append(end)
+            importance = importance_in(program, run.attentions[-1], anchor)
+            run.go_on(stretch, Rows(run.make(_choice(share), importance)[0]))
+            assert run.rows is not None
+            chosen_rows.append(run.rows)
+            streams.append(run.stream)
         sites = program.analysis(kv_sites)
-        tail = found[-1].end
-        for stretch, copies in zip(found[:0:-1], made[::-1], strict=True):
-            if stretch is found[-1]:
-                ends_with(program, tail, whole)
-            take_over(program, stretch, copies)
+        run.finish()
         for stretch in found[1:]:
             survived(program, stretch.blocks[0], chosen_rows[stretch.number], tokens)
         if not sites:
@@ -330,36 +319,8 @@ def _positions(count: Tensor, stream: Tensor) -> list[Tensor]:
     return [count[:, None] + torch.arange(stream.shape[1], device=count.device)]
 
 
-def _choice(share: float) -> Callable[[Tensor, Tensor], list[Tensor]]:
-    def run(importance: Tensor, rows: Tensor) -> list[Tensor]:
-        chosen = best(importance, kept(importance.shape[1], share))
-        return [chosen, rows.gather(1, chosen)]
-
-    return run
-
-
-def _taken(dims: Sequence[int]) -> Callable[[Tensor, Tensor], list[Tensor]]:
-    def run(x: Tensor, rows: Tensor) -> list[Tensor]:
-        for dim in dims:
-            x = rows_of(x, rows, dim)
-        return [x]
-
-    return run
-
-
-def _written(whole: Tensor, rows: Tensor, new: Tensor) -> list[Tensor]:
-    whole = whole.clone()
-    write_rows(whole, rows, new)
-    return [whole]
-
-
-def _size(program: Program, rows: fx.Node, before: fx.Node) -> Any:
-    """How many rows there are: a number, or the node that holds it."""
-    size = value(rows).shape[1]
-    if isinstance(size, int):
-        return size
-    with program.graph.inserting_before(before):
-        return call(program.graph, rows, aten.sym_size.int, rows, 1)
+def _choice(share: float) -> Callable[[Tensor], list[Tensor]]:
+    return lambda importance: [best(importance, kept(importance.shape[1], share))]
 
 
 def _tables(found: Sequence[Stretch]) -> dict[fx.Node, int]:

@@ -13,7 +13,7 @@ from accelpass.ir.attention.spec import steps
 from accelpass.ir.attention.spec.op import attend, spec_of
 from accelpass.ir.attention.spec.spec import All, AttentionSpec
 from accelpass.ir.core.program import Program
-from accelpass.passes.token_pruning.memory import inserted
+from accelpass.ir.transform.splice import inserted
 
 
 def kept(tokens: Any, share: float) -> Any:

@@ -5,7 +5,7 @@ Each has a row for no token after those of the capacity. All lives with the coun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,7 @@ from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.transform.rows import rows_of, write_rows
-from accelpass.ir.transform.splice import splice, trace
-
-
-def inserted(
-    program: Program, before: fx.Node, run: Callable[..., Sequence[Tensor]], *operands: fx.Node
-) -> list[fx.Node]:
-    """What a plain torch function computes of nodes, in front of ``before``."""
-    return splice(program, trace(program, run, operands), operands, before)
+from accelpass.ir.transform.splice import inserted
 
 
 def have_state(number: int, capacity: int) -> StateSpec:

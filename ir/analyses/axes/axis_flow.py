@@ -24,7 +24,7 @@ RULES: dict[str, Rule] = {}
 # Element-wise without saying so in their tags, or with more than one result.
 _ELEMENTWISE = (
     "copy where complex polar square float_power true_divide relu6 selu isfinite logical_and logical_or "
-    "logical_xor __and__ __or__ __xor__ lerp masked_scatter max min floor_divide"
+    "logical_xor __and__ __or__ __xor__ lerp max min floor_divide"
 )
 # One result of the shape of the first operand, which no reordering along a dimension changes.
 _SAME = (
@@ -174,6 +174,17 @@ def elementwise(flow: Flow, node: fx.Node) -> Any:
     first = held[0] if isinstance(held, list | tuple) else held
     out = flow.broadcast([(flow.of(n), shape(n)) for n in tensors], first.shape, node.name)
     return [out] * len(held) if isinstance(held, list | tuple) else out
+
+
+@rule("masked_scatter")
+def _masked_scatter(flow: Flow, node: fx.Node) -> Dims:
+    """The source fills what the mask shows, in order: its rows are nobody's, its channels those of what it fills."""
+    text, mask, source = node.args[:3]
+    out = flow.broadcast([(flow.of(n), shape(n)) for n in (text, mask)], shape(node), node.name)
+    filled = shape(source)
+    if len(filled) > 1 and same_size(filled[-1], shape(node)[-1]):
+        out[-1] = flow.together(out[-1], flow.of(source)[-1])
+    return out
 
 
 def _same(flow: Flow, node: fx.Node) -> Any:

@@ -1,0 +1,120 @@
+"""VisionZip: the tokens that the class token looks at, and a few that sum up the others (arXiv 2412.04467)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from accelpass.ir.analyses.structure.vision import Tower
+from accelpass.ir.attention.spec.op import attend, spec_of
+from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.program import Program
+from accelpass.ir.transform.prompt import NoPrompt
+from accelpass.ir.transform.splice import inserted
+from accelpass.passes.token_pruning.visual import Left, VisualFilter, attention_of, best, class_attention
+
+
+@dataclass(frozen=True)
+class VisionZip(VisualFilter):
+    """Of each image the language model reads a share of tokens: dominant ones, and contextual ones merged from the rest.
+
+    Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models". Dominant are the patches to which the
+    class token pays most in the tower's last block, the sum over heads, and the class token itself, which stands first
+    (authors' code). Of the rest every so many-th is a contextual token; each other goes to the one whose key, the mean over
+    heads, is most alike, and their mean is added to it (authors' code). A tower without a class token is ranked by what all
+    patches together pay to each (paper, appendix).
+
+    The merged tokens are put in the places of the dominant patches, and of those that others were merged into (inferred: the
+    paper's text closes up, so places are nothing but an order).
+
+    Attributes:
+        keep: share of an image's tokens that is read, the class token counted.
+        contextual: share of these that are contextual.
+    """
+
+    keep: float = 0.11
+    contextual: float = 0.16
+
+    name: ClassVar[str] = "visionzip"
+    summary: ClassVar[str] = "a language model reads the visual tokens that the class token looks at, and merged others"
+    paper: ClassVar[str] = "VisionZip, arXiv 2412.04467"
+    identity: ClassVar[dict[str, Any] | None] = {"keep": 1.0}
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise self.fail("keep", "a share above 0, at most 1 (1 leaves out nothing)")
+        if not 0 <= self.contextual < 1:
+            raise self.fail("contextual", "a share of what is kept, from 0, below 1")
+
+    def counts(self, patches: int) -> tuple[int, int]:
+        """Of an image with so many patches: dominant tokens (the class token among them), contextual ones."""
+        kept = max(1, int(patches * self.keep))
+        merged = min(int(kept * self.contextual), kept - 1)
+        return kept - merged, merged
+
+    def leave(self, program: Program, tower: Tower, before: fx.Node) -> Left:
+        dominant, contextual = self.counts(tower.patches)
+        if dominant + contextual >= tower.patches:
+            raise NoPrompt(f"{tower.path}: all of its {tower.patches} patches are read")
+        node = attention_of(tower, -1)
+        if tower.first:
+            scores = class_attention(program, tower, -1, before)
+        else:
+            operands = [*node.args[:3], *node.args[3]]
+            (scores,) = inserted(program, before, partial(_paid, spec_of(node)), *operands)
+        run = partial(zipped, tower.first, dominant, contextual)
+        keys = node.args[1]
+        assert isinstance(keys, fx.Node)
+        stream, places = inserted(program, before, run, tower.end, keys, scores)
+        return Left(places, stream)
+
+
+def zipped(first: int, dominant: int, contextual: int, x: Tensor, keys: Tensor, scores: Tensor) -> list[Tensor]:
+    """The tokens that are left, ``(images, dominant + contextual, channels)``, and their places among all patches.
+
+    Args:
+        first: tokens in front of the patches.
+        x: the tower's stream, ``(images, tokens, channels)``; keys: ``(images, heads, tokens, d)``; scores: ``(images, patches)``.
+    """
+    patches = x[:, first:]
+    images, count, width = patches.shape
+    top = best(scores, dominant - bool(first))
+    rest = torch.ones_like(scores, dtype=torch.bool).scatter(1, top, False)
+    others = rest.long().sort(dim=1, descending=True, stable=True).indices[:, : count - top.shape[1]]
+    metric = F.normalize(keys[:, :, first:].float().mean(1), dim=-1)
+    kept = [x[:, :1]] if first else []
+    kept.append(patches.gather(1, top.unsqueeze(-1).expand(-1, -1, width)))
+    standing = top
+    if contextual:
+        step = max(1, others.shape[1] // contextual)
+        at = torch.arange(0, others.shape[1], step, device=x.device)[:contextual]
+        is_target = torch.zeros(others.shape[1], dtype=torch.bool, device=x.device).index_fill(0, at, True)
+        away = is_target.long().sort(stable=True).indices[: others.shape[1] - contextual]
+        targets, going = others[:, at], others[:, away]
+        alike = torch.matmul(_rows(metric, going), _rows(metric, targets).mT)
+        to = F.one_hot(alike.argmax(-1), contextual).to(x.dtype)
+        sums = torch.matmul(to.mT, _rows(patches, going))
+        kept.append(_rows(patches, targets) + sums / to.sum(1).clamp_min(1).unsqueeze(-1))
+        standing = torch.cat([top, targets], 1)
+    free = torch.ones_like(scores, dtype=torch.bool).scatter(1, standing, False)
+    if first:  # the class token takes the place of a patch that is left out
+        standing = torch.cat([standing, free.long().argmax(1, keepdim=True)], 1)
+    places = standing.sort(-1).values + count * torch.arange(images, device=x.device).unsqueeze(-1)
+    return [torch.cat(kept, 1), places.flatten()]
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    return x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _paid(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> list[Tensor]:
+    """What all patches pay to each, summed over heads: ``(images, patches)``."""
+    from dataclasses import replace
+
+    _, found = attend(q, k, v, extras, replace(spec, statistics=frozenset({"column_sums"})))
+    return [found["column_sums"].sum(1)]

@@ -1,0 +1,251 @@
+"""The base of passes that choose, in a vision tower, which of its tokens a language model reads."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from accelpass.ir.analyses.axes.axes import axes
+from accelpass.ir.analyses.axes.flow import CASTS, bare
+from accelpass.ir.analyses.structure.vision import Entry, Tower, vision
+from accelpass.ir.attention.spec import steps
+from accelpass.ir.attention.spec.op import spec_of
+from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.graph import aten, is_call, known, value
+from accelpass.ir.core.program import Program
+from accelpass.ir.kv.shortened import follow, note
+from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.transform.again import again, on_rows
+from accelpass.ir.transform.prompt import NoPrompt, prompt
+from accelpass.ir.transform.resize import CannotResize
+from accelpass.ir.transform.splice import inserted
+from accelpass.ir.transform.steps import drop_dead_writes, survived
+from accelpass.passes.core.base import Done, Pass, Record, Skip
+from accelpass.passes.token_pruning.look import operands_of, visible
+
+ONE_GRAPH = (
+    "the tower is in another graph than the language model, so no token can be left out of both. transformers checks the "
+    "number of image tokens on the host: set TRANSFORMERS_DISABLE_TORCH_CHECK=1, and call the model once before it is compiled"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Left:
+    """What is left of the patches of all images of a call.
+
+    Attributes:
+        places: which patches' places in the text stay, of all images one after the other, ascending int64 ``(kept,)``.
+        stream: what the projector reads, ``(images, kept of each, channels)``; None for the patches themselves.
+    """
+
+    places: fx.Node
+    stream: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class VisualFilter(Pass):
+    """The language model reads fewer visual tokens: their places are left out of the text, which closes up.
+
+    The caller goes on passing ids, masks and positions of the whole text, as the processor made them. The tokens that are left
+    get the positions 0, 1, 2 ..., and the cache holds these alone; graphs of later tokens count as the cache does.
+    """
+
+    phase: ClassVar[str] = "structure"
+    reads: ClassVar[frozenset[str]] = frozenset({"block.steps"})
+    for_prompts: ClassVar[bool] = True
+    claims: ClassVar[dict[str, str]] = {
+        "calls": "a prompt is read once",
+        "tokens": "the vision tower chooses the tokens that all layers of the language model read",
+    }
+
+    @property
+    def cache_mark(self) -> str:
+        return self.name
+
+    @abstractmethod
+    def leave(self, program: Program, tower: Tower, before: fx.Node) -> Left:
+        """Choose, in front of ``before``.
+
+        Raises:
+            NoPrompt: this tower does not tell its tokens apart, or has no more than are kept; says why.
+        """
+
+    def apply(self, program: Program, record: Record) -> None:
+        sites = kv_sites(program)
+        if sites and not all(s.is_prompt for s in sites):
+            done = follow(program)
+            record.take("later tokens", Done(f"{' and '.join(done) or 'counters'} follow the short sequence"))
+            return
+        program.survivors = {}
+        before = set(program.graph.nodes)
+        try:
+            self._shorten(program, record)
+        except NoPrompt as why:
+            for node in reversed(list(program.graph.nodes)):
+                if node not in before:
+                    program.graph.erase_node(node)
+            record.skip("image", str(why))
+
+    def _shorten(self, program: Program, record: Record) -> None:
+        entry, tower = _entry(program)
+        if isinstance(record.wants(tower.path), Skip):
+            raise NoPrompt(f"{tower.path} is named in skip_sites")
+        found = prompt(program)
+        region = [n for n in program.graph.nodes if n.op == "call_function"]
+        made_of = _above(entry.features)
+        stream = patch_stream(tower, entry)
+        (images, patches), texts = value(stream).shape[:2], found.batch
+        if not isinstance(images, int) or not isinstance(patches, int):
+            raise NoPrompt(f"{tower.path}: how many images and patches there are, only run time knows")
+        if not known(value(entry.features).numel() == images * patches * value(entry.node).shape[-1]):
+            raise NoPrompt(
+                f"{entry.features.name}: the text has not one place for each of {images} x {patches} patches "
+                f"{tuple(value(entry.features).shape)}: the projector pools them, or packs tiles with tokens between"
+            )
+        left = self.leave(program, tower, entry.node)
+        kept = value(left.places).shape[0]
+        if not isinstance(texts, int) or (images * patches - kept) % texts:
+            raise NoPrompt(f"{images} images of {texts} texts cannot leave the same number of tokens out of each text")
+        features = self._projected(program, entry, stream, left)
+        attention = found.attentions[0].node
+        assert attention is not None and entry.mask is not None
+        (q, k, *extras), masks = operands_of(attention)
+        run = partial(_rows, texts, images * patches, masks)
+        anchor = max(attention, entry.node, features, left.places, key=_order(program).__getitem__)
+        rows, positions, seen, moved, seen_all = inserted(
+            program, anchor.next, run, entry.mask, left.places, q, k, *extras
+        )
+        again(program, found, [n for n in region if n not in made_of], rows, positions, {entry.features: features})
+        note(program, rows, seen, moved, seen_all)
+        survived(program, tower.path, rows, found.tokens)
+        drop_dead_writes(program.graph)
+        record.take(tower.path, Done(f"{kept} of {images * patches} visual tokens are read"))
+
+    def _projected(self, program: Program, entry: Entry, stream: fx.Node, left: Left) -> fx.Node:
+        """The features of what is left, made of fewer patches where the choice gives as many of each image."""
+        width = value(entry.node).shape[-1]
+        if left.stream is None:
+            run = lambda features, places: [features.reshape(-1, width).index_select(0, places)]  # noqa: E731
+            (made,) = inserted(program, entry.node, run, entry.features, left.places)
+            return made
+        known_axes = program.analysis(axes)
+        order = _order(program)
+        way = [n for n in entry.projector if order[n] > order[stream]]
+        try:
+            with program.graph.inserting_before(entry.node):
+                count = value(left.stream).shape[1]
+                copies = on_rows(known_axes, way, {stream: left.stream}, known_axes.of(stream)[1], count, anew=True)
+        except CannotResize as cause:
+            raise NoPrompt(f"the projector cannot be had for fewer tokens: {cause}") from cause
+        made = copies[entry.features] if way else left.stream
+        assert isinstance(made, fx.Node)
+        return inserted(program, entry.node, lambda features: [features.reshape(-1, width)], made)[0]
+
+
+def patch_stream(tower: Tower, entry: Entry) -> fx.Node:
+    """The patches alone, ``(images, patches, channels)``: the tower's stream, or its slice behind the first tokens.
+
+    Raises:
+        NoPrompt: the projector reads the first tokens too.
+    """
+    if not tower.first:
+        return tower.end
+    for node in entry.projector:
+        if is_call(node, aten.slice) and bare(node.args[0], *CASTS) is tower.end and node.args[1:3] == (1, tower.first):
+            return node
+    raise NoPrompt(f"{tower.path}: the language model reads the tower's first {tower.first} tokens too")
+
+
+def first_row(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
+    """The probabilities of the first query, float32 ``(images, heads, tokens)``: one row beside the fused attention."""
+    k = k.repeat_interleave(spec.groups, 1) if spec.groups > 1 else k
+    scores = torch.matmul(q[:, :, :1].float(), k.float().mT) * spec.scale
+    first = [e[..., :1, :] if e.dim() > 1 and e.shape[-2] == q.shape[2] else e for e in extras]
+    return steps.apply(scores, spec.before, first).softmax(-1).squeeze(2)
+
+
+def attention_of(tower: Tower, block: int) -> fx.Node:
+    """The attention of a block of a tower."""
+    (node, *_) = [a.node for s in tower.blocks[block].sublayers for a in s.attentions]
+    assert node is not None
+    return node
+
+
+def class_attention(program: Program, tower: Tower, block: int, before: fx.Node) -> fx.Node:
+    """What the class token pays each patch in a block, summed over heads: float32 ``(images, patches)``."""
+    node = attention_of(tower, block)
+    spec, first = spec_of(node), tower.first
+    operands = [*node.args[:2], *node.args[3]]
+
+    def run(q: Tensor, k: Tensor, *extras: Tensor) -> list[Tensor]:
+        return [first_row(q, k, extras, spec)[..., first:].sum(1)]
+
+    return inserted(program, before, run, *operands)[0]
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """The ``count`` highest scores of each row, of equal ones the first: ascending int64 ``(rows, count)``."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
+
+
+def _entry(program: Program) -> tuple[Entry, Tower]:
+    found = program.analysis(vision)
+    if not found.entries:
+        if found.missed:
+            raise NoPrompt("; ".join(f"{path} is no tower: {why}" for path, why in found.missed.items()))
+        read = "no language model reads a vision tower in this graph" if found.towers else "text alone is read as it is"
+        raise NoPrompt(read)
+    if len(found.entries) > 1:
+        raise NoPrompt(f"images enter the text in {len(found.entries)} places")
+    (entry,) = found.entries
+    if entry.tower is None:
+        raise NoPrompt(ONE_GRAPH)
+    if entry.mask is None:
+        raise NoPrompt(f"{entry.node.name} joins image and text: no places in the text's ids say where the image is")
+    return entry, entry.tower
+
+
+def _rows(
+    texts: int, patches: int, masks: Any, mask: Tensor, places: Tensor, q: Tensor, k: Tensor, *extras: Tensor
+) -> list[Tensor]:
+    """The tokens of each text that are read; results as those of :func:`.look.chosen`.
+
+    Args:
+        mask: True where a token is a place for a patch, ``(texts, tokens, ...)``; places: see :class:`Left`.
+    """
+    mask = mask.flatten(2)[:, :, 0] if mask.dim() > 2 else mask
+    kept = torch.zeros(patches, dtype=torch.bool, device=mask.device).index_fill(0, places, True)
+    number = (mask.flatten().long().cumsum(0) - 1).clamp(0, patches - 1).view(mask.shape)
+    stays = mask.logical_not() | kept[number]
+    left = mask.shape[1] - (patches - places.shape[0]) // texts
+    if texts > 1:
+        torch._assert_async(
+            (stays.sum(1) == left).all(),
+            "visual tokens are left out of several texts: each must have the same number of images",
+        )
+    rows = stays.long().sort(dim=1, descending=True, stable=True).indices[:, :left].sort(-1).values
+    seen = visible(masks, q, k, extras)
+    there = seen.gather(1, rows)
+    positions = (there.long().cumsum(1) - 1).clamp_min(0)
+    return [rows, positions, there, seen.long().sum(1) - there.long().sum(1), seen]
+
+
+def _above(node: fx.Node) -> set[fx.Node]:
+    """The node and all that it is computed from."""
+    found, front = {node}, [node]
+    while front:
+        for one in front.pop().all_input_nodes:
+            if one not in found:
+                found.add(one)
+                front.append(one)
+    return found
+
+
+def _order(program: Program) -> dict[fx.Node, int]:
+    return {node: at for at, node in enumerate(program.graph.nodes)}
