@@ -41,7 +41,7 @@ class CacheUse:
         tokens: how many tokens a call adds; a symbolic number names a size of an input.
         form: how they are stored.
         method, site: who keeps them, and where.
-        by_position: each token has a row of its own.
+        by_position: each token has a row of its own; by_mask: and several at once see what their mask says.
         buffers: where they are stored: inputs that states live with, and the states.
         stepper: takes candidates one by one, if the call stores some so.
     """
@@ -53,6 +53,7 @@ class CacheUse:
     method: str
     site: str
     by_position: bool
+    by_mask: bool
     buffers: tuple[tuple[fx.Node, StateSpec], ...] = ()
     stepper: Stepper | None = None
 
@@ -82,7 +83,7 @@ class _Lowering:
         how = () if layer.is_dense else (repr(layer.store), repr(layer.spec.format))
         method = {part: who for who, part in layer.spec.edits}.get("store", "the model")
         return CacheUse(
-            site.count, tokens, form_of(k, v, *how), site.is_prompt, method, site.path, layer.by_position,
+            site.count, tokens, form_of(k, v, *how), site.is_prompt, method, site.path, layer.by_position, layer.by_mask,
             tuple(layer.states.values()), stepper,
         )  # fmt: skip
 
