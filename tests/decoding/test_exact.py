@@ -48,12 +48,15 @@ def prompt(batch: int = 1) -> torch.Tensor:
     return torch.cat([ids, ids, ids[:, :2]], 1)
 
 
-SOME = [("dense", ("token_recycling", "draft_model")), ("h2o", ("prompt_lookup",))]
+SOME = [("dense", ("token_recycling", "draft_model"), 1), ("h2o", ("prompt_lookup",), 1)]
+"""Caches, decoders, and layers of the model: each is compiled for each size."""
 
 
-@pytest.mark.parametrize(("cache", "names"), sweep(*SOME, *((cache, tuple(DECODERS)) for cache in CACHES), fast=2))
-def test_greedy_texts_are_those_of_plain_decoding(cache, names):
-    model = settled(llama())
+@pytest.mark.parametrize(
+    ("cache", "names", "layers"), sweep(*SOME, *((cache, tuple(DECODERS), 2) for cache in CACHES), fast=2)
+)
+def test_greedy_texts_are_those_of_plain_decoding(cache, names, layers):
+    model = settled(llama(layers=layers))
     model.compile(backend="accelpass", options={"lowering": "eager", "passes": CACHES[cache]})
     want = model.generate(prompt(), past_key_values=KVCache(model, 160), **GREEDY)
     for name in names:
@@ -177,7 +180,7 @@ def test_a_streamer_sees_tokens_in_order():
 
 def test_a_loop_of_ones_own():
     """After it was prepared nothing is compiled for a step, however many texts and guesses there are."""
-    model = settled(llama())
+    model = settled(llama(layers=1))
     want = model.generate(prompt(), **GREEDY)
     fast = torch.compile(model, backend="accelpass", options={"lowering": "eager"})
     decoder, cache = decoding.prompt_lookup(**FEW), KVCache(model, 48)
