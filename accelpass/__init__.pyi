@@ -1,3 +1,4 @@
+from . import decoding as decoding
 from . import testing as testing
 from .api.bisection import Bisection as Bisection
 from .api.bisection import bisect as bisect

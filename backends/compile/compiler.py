@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.backends.compile.inductor import compile_whole
-from accelpass.backends.compile.rewriting import captured, code_for, rewritten
+from accelpass.backends.compile.rewriting import captured, code_for, compile_steps, rewritten
 from accelpass.backends.kernels.cuda import block_sparse as block_sparse  # registers its kernel
 from accelpass.backends.kernels.cuda import kv_decode as kv_decode  # registers its kernel
 from accelpass.backends.runtime.caches import CacheCalls
@@ -216,6 +216,7 @@ def _canonical(
     with torch.no_grad():
         inputs = binder(example_inputs)
     fn = code_for(program.gm, inputs, chosen, made.exact, report)
+    compile_steps(made.uses, chosen, made.exact, report)
     report.seconds = time.perf_counter() - started
     report.derived_bytes = binder.derived_bytes()
     text = [*(program.survivors or {}).values()]

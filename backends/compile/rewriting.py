@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from accelpass.backends.staged.linker import LinkedGraph
 from accelpass.ir import attention
 from accelpass.ir.core.capture import from_dynamo
 from accelpass.ir.core.derived import is_released
+from accelpass.ir.core.graph import placeholders, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import Binder, FromInputs
 from accelpass.ir.errors import ReleasedWeightError
@@ -170,6 +171,17 @@ def code_for(
         report.parts += len(fn.stages)
         report.parts_compiled += fn.compiled
     return fn
+
+
+def compile_steps(uses: Sequence[kv.CacheUse], chosen: Options, exact: bool, report: GraphReport) -> None:
+    """Compile how caches that evict take candidates one by one: once for all layers that are alike."""
+    steppers = {use.stepper.number: use.stepper for use in uses if use.stepper is not None}
+    started = time.perf_counter()
+    for stepper in steppers.values():
+        if chosen.lowering == "inductor" and isinstance(stepper.whole, fx.GraphModule):
+            inputs = [value(node) for node in placeholders(stepper.whole)]
+            stepper.whole = compile_graph(stepper.whole, inputs, replace(chosen, regions=False), exact)
+            report.seconds_compiling += time.perf_counter() - started
 
 
 def lowered(program: Program, chosen: Options) -> list[kv.CacheUse]:

@@ -31,13 +31,14 @@ class Kept:
     method: str
     site: str
     by_position: bool
+    by_mask: bool
     stepper: Stepper | None
     buffers: tuple[tuple[int, StateSpec], ...]
 
     @staticmethod
     def of(use: CacheUse, tensors: FromInputs) -> Kept:
         buffers = tuple((tensors.position(anchor), spec) for anchor, spec in use.buffers)
-        return Kept(use.method, use.site, use.by_position, use.stepper, buffers)
+        return Kept(use.method, use.site, use.by_position, use.by_mask, use.stepper, buffers)
 
     def tensors(self, args: Sequence[Any]) -> list[Tensor]:
         """The buffers of a call."""
@@ -103,7 +104,8 @@ class CacheCalls:
             holding.add(tokens, form, model)
             if left_out:
                 holding.dropped, holding.kept = left_out, tokens
-            holding.method, holding.site, holding.by_position = layer.method, layer.site, layer.by_position
+            holding.method, holding.site = layer.method, layer.site
+            holding.by_position, holding.by_mask = layer.by_position, layer.by_mask
             if layer.stepper is not None:
                 holding.tail, holding.buffers = next(tails), layer.tensors(args)
 

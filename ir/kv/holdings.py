@@ -45,6 +45,7 @@ class Holding:
         empty: puts the layer's owner back to its start.
         tail: the newest tokens, if the last call stored them so that they can be taken back; buffers: what they are stored in.
         by_position: each token has a row of its own, so that any of the newest can be forgotten.
+        by_mask: several tokens at once see what their mask says, each as if it had come alone.
         method, site: who keeps the tokens, and where, for messages.
     """
 
@@ -59,6 +60,7 @@ class Holding:
     tail: Tail | None = field(default=None, repr=False)
     buffers: Sequence[Tensor] = field(default=(), repr=False)
     by_position: bool = True
+    by_mask: bool = True
     method: str = "the model"
     site: str = ""
 
@@ -97,7 +99,7 @@ class Holding:
 
     def forget(self) -> None:
         self.tokens, self.form, self.model, self.dropped, self.kept = 0, None, None, 0, 0
-        self.tail, self.buffers, self.by_position = None, (), True
+        self.tail, self.buffers, self.by_position, self.by_mask = None, (), True, True
 
     def check_crop(self, tokens: int) -> None:
         """Refuse to take back so many of the newest tokens, before anything is changed.
@@ -176,7 +178,7 @@ def copy(count: Tensor, other: Tensor) -> None:
     mine, its = holding_of(count), holding_of(other)
     its.tokens, its.form, its.model = mine.tokens, mine.form, mine.model
     its.dropped, its.kept = mine.dropped, mine.kept
-    its.by_position, its.method, its.site = mine.by_position, mine.method, mine.site
+    its.by_position, its.by_mask, its.method, its.site = mine.by_position, mine.by_mask, mine.method, mine.site
 
 
 def clear(count: Tensor) -> None:

@@ -61,9 +61,14 @@ class Layer:
         return self.store.by_position and not (self.select is not None and self.select.states(self.layout))
 
     @property
+    def by_mask(self) -> bool:
+        """Several tokens at once see what their mask says, as they would alone; then a tree of them can be read."""
+        return isinstance(self.store, Positions) and self.select is None
+
+    @property
     def follows_positions(self) -> bool:
         """Several tokens at once are stored and attended to as they would be one by one; those of a prompt read no stored rows."""
-        return isinstance(self.store, Positions) and self.select is None and (self.is_dense or not self.site.is_prompt)
+        return self.by_mask and (self.is_dense or not self.site.is_prompt)
 
     @property
     def is_dense(self) -> bool:

@@ -26,10 +26,12 @@ from accelpass.ir.kv.ops import KV_APPEND
 from accelpass.ir.kv.ops import form as form_of
 from accelpass.ir.kv.sites import KVSite, candidates, kv_sites
 from accelpass.ir.kv.storage import Layout, New, Positions, RowSelect, Storage
-from accelpass.ir.kv.tail import KV_STEPS, Stepper
+from accelpass.ir.kv.tail import KV_STEPS, Stepper, whole_of
 from accelpass.ir.transform.splice import Tracer, trace_on
 
 _END = 2**63 - 1
+MOST_UNROLLED = 16
+"""Candidates of a call whose steps are one graph: each is an attention of its own, which takes its time to compile."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class CacheUse:
         tokens: how many tokens a call adds; a symbolic number names a size of an input.
         form: how they are stored.
         method, site: who keeps them, and where.
-        by_position: each token has a row of its own.
+        by_position: each token has a row of its own; by_mask: and several at once see what their mask says.
         buffers: where they are stored: inputs that states live with, and the states.
         stepper: takes candidates one by one, if the call stores some so.
     """
@@ -53,6 +55,7 @@ class CacheUse:
     method: str
     site: str
     by_position: bool
+    by_mask: bool
     buffers: tuple[tuple[fx.Node, StateSpec], ...] = ()
     stepper: Stepper | None = None
 
@@ -82,7 +85,7 @@ class _Lowering:
         how = () if layer.is_dense else (repr(layer.store), repr(layer.spec.format))
         method = {part: who for who, part in layer.spec.edits}.get("store", "the model")
         return CacheUse(
-            site.count, tokens, form_of(k, v, *how), site.is_prompt, method, site.path, layer.by_position,
+            site.count, tokens, form_of(k, v, *how), site.is_prompt, method, site.path, layer.by_position, layer.by_mask,
             tuple(layer.states.values()), stepper,
         )  # fmt: skip
 
@@ -290,6 +293,7 @@ class _Lowering:
             (output,) = traced.graph.find_nodes(op="output")
             handed = [tuple(value(n).shape) for n in output.args[0][1:]]
             self.steppers[key] = Stepper(traced, several, site.capacity, dims, handed[0] if handed else None)
+            self.steppers[key].whole = self._whole(self.steppers[key], own, masks, takes, list(given), buffers, fakes)
         stepper = self.steppers[key]
         with graph.inserting_before(before):
             operands = list(own), site.count, list(masks), takes, list(given), buffers
@@ -298,6 +302,20 @@ class _Lowering:
         if select is not None and select.gives:
             self.rows[select.gives] = rows
         return out, stepper
+
+    def _whole(
+        self, stepper: Stepper, own: Sequence[fx.Node], masks: Sequence[fx.Node], takes: Sequence[fx.Node],
+        given: Sequence[fx.Node], buffers: Sequence[fx.Node], fakes: Sequence[Tensor],
+    ) -> fx.GraphModule | None:  # fmt: skip
+        """The steps of a call as one graph, which a compiler can take; None if they are as many as a call has."""
+        tokens, some = value(own[1]).shape[2], self.candidates
+        operands = [*(value(n) for n in own), fakes[3], *(value(n) for n in (*masks, *takes, *given, *buffers))]
+        if not isinstance(tokens, int) or not isinstance(some, int) or tokens > MOST_UNROLLED:
+            return None
+        if not all(isinstance(size, int) for t in operands for size in t.shape):
+            return None
+        laid = [t.new_empty(t.shape) for t in operands]
+        return trace_on(self.program, whole_of(stepper, tokens, some, [len(masks), len(takes), len(given)]), laid)
 
 
 def _laid_out(wanted: Tensor) -> Callable[[Tensor], list[Tensor]]:

@@ -25,11 +25,13 @@ Step = Callable[..., Sequence[Tensor]]
 attention, and rows to hand on if there are any."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Stepper:
     """How layers that are alike take tokens one by one.
 
     Attributes:
+        whole: all steps of a call of known sizes as one graph, with the operands of the op in their order, each contiguous; a
+            compiler puts its code in its place. None: sizes are symbolic, and steps run one by one.
         one: takes one token; several: takes tokens that are no candidates.
         capacity: rows of the layer, for masks over positions.
         along: of each tensor that a pass gives, the dimension of tokens; None if it has none.
@@ -41,6 +43,7 @@ class Stepper:
     capacity: int
     along: tuple[int | None, ...]
     rows: tuple[int, ...] | None
+    whole: Callable[..., Sequence[Tensor]] | None = None
     number: int = field(default_factory=itertools.count().__next__)
 
     def __post_init__(self) -> None:
@@ -103,6 +106,15 @@ class Tail:
         """Bytes that are held so that tokens can be taken back."""
         return sum(t.numel() * t.element_size() for some in (self.before, *self.operands) for t in some)
 
+    def stepped(self, count: Tensor, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Store all of them: their attention, and the rows that each hands on, if there are any."""
+        results = self.store(count, buffers, self.tokens)
+        made = [torch.cat([one[0] for one in results], 2)]
+        rows = self.stepper.rows
+        if rows is not None:  # tokens that are no candidates attend to all, and hand nothing on
+            made.append(torch.stack([one[1] if len(one) > 1 else count.new_zeros(rows) for one in results]))
+        return made
+
     def take_back(self, count: Tensor, buffers: Sequence[Tensor], tokens: int) -> None:
         """Put the layer back as it was before the last ``tokens`` of those that are left."""
         self.left -= tokens
@@ -110,6 +122,25 @@ class Tail:
             for held, was in zip([count, *buffers], self.before, strict=True):
                 held.copy_(was)
             self.store(count, buffers, self.left)
+
+
+def whole_of(stepper: Stepper, tokens: int, candidates: int, parts: Sequence[int]) -> Step:
+    """All steps of a call, as a function of the op's operands in their order.
+
+    Args:
+        parts: how many masks, rows and given tensors there are.
+    """
+
+    def run(q: Tensor, k: Tensor, v: Tensor, count: Tensor, *more: Tensor) -> list[Tensor]:
+        groups, start = [], 0
+        for number in parts:
+            groups.append(more[start : start + number])
+            start += number
+        masks, rows, given = groups
+        tail = Tail(stepper, [], tokens, tokens - candidates, tokens, ((q, k, v), masks, rows, given))
+        return tail.stepped(count, more[start:])
+
+    return run
 
 
 class _Made(threading.local):
@@ -148,16 +179,15 @@ def kv_steps(
     """
     found, tokens = _STEPPERS[stepper], own[1].shape[2]
     # Copies: the tail outlives the call, whose memory a compiler uses again.
-    kept = tuple([t.clone() for t in some] for some in (own, masks, rows, given))
+    kept = tuple([t.clone(memory_format=torch.contiguous_format) for t in some] for some in (own, masks, rows, given))
     before = [t.clone() for t in (count, *buffers)]
     tail = Tail(found, before, tokens, tokens - candidates, tokens, kept)  # type: ignore[arg-type]
-    results = tail.store(count, buffers, tokens)
+    if found.whole is None:
+        made = tail.stepped(count, buffers)
+    else:
+        made = list(found.whole(*kept[0], count, *kept[1], *kept[2], *kept[3], *buffers))
     _MADE.tails.append(tail)
-    out = torch.cat([one[0] for one in results], 2)
-    if found.rows is None:
-        return out, count.new_empty(0)
-    # Tokens that are no candidates attend to all, and hand nothing on.
-    return out, torch.stack([one[1] if len(one) > 1 else count.new_zeros(found.rows) for one in results])
+    return made[0], made[1] if len(made) > 1 else count.new_empty(0)
 
 
 @kv_steps.register_fake

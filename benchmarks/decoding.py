@@ -1,0 +1,146 @@
+"""SmolLM2-135M with int8 weights: several tokens a step, on chat, summaries and code edits.
+
+``python -m benchmarks.decoding`` writes benchmarks/results/smollm2_decoding_cpu.json. Ways take turns on each prompt, in one process
+and through one compiled model; the first turn is not counted. Prompts are made of texts that packages ship.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
+from accelpass import KVCache, decoding
+from accelpass.models_zoo import smollm2
+from benchmarks.kv_tasks import prose
+from benchmarks.machine import cpu
+
+RESULT = Path(__file__).parent / "results" / "smollm2_decoding_cpu.json"
+PLAIN, PEER = "plain", "transformers' prompt lookup"
+QUESTIONS = (
+    "Explain in three paragraphs why the sky is blue.",
+    "Give me a recipe for pancakes, with a list of ingredients and numbered steps.",
+    "Write a short story about a lighthouse keeper who finds a letter.",
+)
+
+
+def ways() -> dict[str, dict[str, Any]]:
+    """What ``generate`` is given, by name; each decoder lives for all prompts, as a server's would."""
+    made = {
+        "prompt_lookup": decoding.prompt_lookup(),
+        "token_recycling, 7 guesses": decoding.token_recycling(7),
+        "jacobi": decoding.jacobi(4),
+        "self_draft, 12 of 30 layers left out": decoding.self_draft(range(9, 21), ["int8_weights"]),
+    }
+    return {PLAIN: {}, PEER: {"prompt_lookup_num_tokens": 7}} | {
+        name: {"custom_generate": decoder} for name, decoder in made.items()
+    }
+
+
+def prompts(count: int) -> dict[str, list[str]]:
+    """Prompts of each kind: questions, summaries of prose, and edits of a module of Python's library."""
+    text, code = prose(), Path(json.__file__).with_name("scanner.py").read_text()
+    apart = len(text) // count
+    parts = [text[i * apart : i * apart + 2400] for i in range(count)]
+    lines = code.splitlines()
+    pieces = ["\n".join(lines[i * 12 : i * 12 + 36]) for i in range(count)]
+    return {
+        "chat": list(QUESTIONS[:count]),
+        "summary": [f"Summarise this text, and quote its main sentences:\n\n{part}" for part in parts],
+        "code": [f"Repeat this code, with the name `string` changed to `text`:\n\n{piece}" for piece in pieces],
+    }
+
+
+class Clock:
+    """Stops nothing; notes when the first new token has come."""
+
+    def __init__(self) -> None:
+        self.first = 0.0
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.first = self.first or time.perf_counter()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+def timed(model: Any, ids: Tensor, cache: KVCache, new: int, how: dict[str, Any]) -> tuple[Tensor, float]:
+    """The text, and the seconds that its tokens after the first took."""
+    cache.reset()
+    clock = Clock()
+    text = model.generate(
+        ids, past_key_values=cache, max_new_tokens=new, do_sample=False,
+        stopping_criteria=StoppingCriteriaList([clock]), **how,
+    )  # fmt: skip
+    return text, time.perf_counter() - clock.first
+
+
+def measure(kinds: dict[str, list[str]], new: int, turns: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    model, tokenizer = smollm2.load(torch.float32)
+    model.compile(backend="accelpass", options={"passes": ["int8_weights"]})
+    given = ways()
+    rows = []
+    encoded = {
+        kind: [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
+            for text in texts
+        ]
+        for kind, texts in kinds.items()
+    }
+    longest = max(ids.shape[1] for some in encoded.values() for ids in some)
+    cache = KVCache(model, longest + new + 8)
+    for kind, texts in encoded.items():
+        for number, ids in enumerate(texts):
+            seconds: dict[str, list[float]] = {name: [] for name in given}
+            calls, same, plain, count = {}, {}, None, 0
+            for turn in range(turns + 1):
+                for name, how in given.items():
+                    text, took = timed(model, ids, cache, new, how)
+                    plain = text if plain is None else plain
+                    count, same[name] = plain.shape[1] - ids.shape[1], torch.equal(text, plain)
+                    decoder = how.get("custom_generate")
+                    if decoder is not None:
+                        calls[name] = round(decoder.statistics.tokens_per_call, 2)
+                    if turn:
+                        seconds[name].append(took)
+            medians = {name: statistics.median(some) for name, some in seconds.items()}
+            for name, median in medians.items():
+                rows.append(
+                    {
+                        "kind": kind,
+                        "prompt": number,
+                        "tokens": count,
+                        "name": name,
+                        "tokens_per_call": calls.get(name, ""),
+                        "tokens_per_second": round((count - 1) / median, 1),
+                        "against_plain": round(medians[PLAIN] / median, 2),
+                        "same_text": same[name],
+                    }
+                )
+            say(f"{kind} {number}: " + ", ".join(f"{name} {medians[PLAIN] / m:.2f}x" for name, m in medians.items()))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=3, help="of each kind")
+    parser.add_argument("--tokens", type=int, default=256, help="of an answer, at most")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--write", type=Path, default=RESULT)
+    asked = parser.parse_args()
+    rows = measure(prompts(asked.prompts), asked.tokens, asked.turns, lambda line: print(line, flush=True))
+    device = f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    asked.write.parent.mkdir(parents=True, exist_ok=True)
+    asked.write.write_text(json.dumps({"device": device, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
