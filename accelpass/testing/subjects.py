@@ -112,7 +112,7 @@ def _tower(fast: Any, model: nn.Module, shape: Shape) -> Iterator[Tensor]:
 def _seeing(fast: Any, model: nn.Module, shape: Shape) -> Iterator[Tensor]:
     from accelpass.caches.kv_cache import KVCache
 
-    cache = KVCache(model, capacity=64, batch_size=shape.batch)  # type: ignore[arg-type]
+    cache = KVCache(model, capacity=64, batch_size=shape.batch)
     ids, keep = _words_and_image(shape), {} if shape.every_token else {"logits_to_keep": 1}
     prompt = {"input_ids": ids[:, : shape.length], "pixel_values": _pixels(shape)}
     yield fast(**prompt, past_key_values=cache, **keep).logits

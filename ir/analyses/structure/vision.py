@@ -119,7 +119,7 @@ def _patches(program: Program) -> list[fx.Node]:
 
 def _is_patching(node: fx.Node) -> bool:
     stride = node.args[3] if len(node.args) > 3 else node.kwargs.get("stride", 1)
-    stride = [stride] if isinstance(stride, int) else list(stride)  # type: ignore[arg-type]
+    stride = [stride] if isinstance(stride, int) else list(stride)
     return any(known(s > 1) for s in stride)
 
 
@@ -154,7 +154,7 @@ def _first(program: Program, start: fx.Node) -> int:
     if joined is None:
         return 0
     parts: Any = joined.args[0]
-    at = (joined.args[1] if len(joined.args) > 1 else 0) % value(joined).dim()  # type: ignore[operator]
+    at = (joined.args[1] if len(joined.args) > 1 else 0) % value(joined).dim()
     if at != 1:
         return 0
     own = itertools.takewhile(lambda part: fixed(program, bare(part, *VIEWS, aten.repeat)), parts)
