@@ -37,6 +37,7 @@ __all__ = [
     "TorchDispatchMode",
     "TracingContext",
     "allow_recompilations",
+    "assert_async",
     "compile_with_inductor",
     "contracts_by_name",
     "copy_sources",
@@ -65,6 +66,9 @@ __all__ = [
     "tree_map",
     "tree_map_only",
 ]
+
+assert_async = torch._assert_async
+"""A check of a tensor inside a graph that nobody waits for."""
 
 ENTER_AUTOCAST, EXIT_AUTOCAST = _enter_autocast, _exit_autocast
 GET_DATA: Any = getattr(torch._C._autograd, "_get_data_attr", None)

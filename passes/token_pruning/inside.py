@@ -19,6 +19,7 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.kv.layer import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
+from accelpass.ir.torch_private import assert_async
 from accelpass.ir.transform.sequence import Rows, ShrinkingSequence
 from accelpass.ir.transform.splice import inserted
 from accelpass.ir.transform.steps import survived
@@ -198,7 +199,7 @@ def _left(each: int, left: int, mask: Tensor, importance: Tensor) -> list[Tensor
     """The tokens that go on, ascending: all of the text, and of the visual ones the ``left`` that are worth most."""
     mask = mask.flatten(2)[:, :, 0] if mask.dim() > 2 else mask
     if mask.shape[0] > 1:
-        torch._assert_async(
+        assert_async(
             (mask.sum(1) == each).all(),
             "visual tokens are taken out of several texts: each must have the same number of them",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -114,7 +114,5 @@ def _rows(x: Tensor, rows: Tensor) -> Tensor:
 
 def _paid(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> list[Tensor]:
     """What all patches pay to each, summed over heads: ``(images, patches)``."""
-    from dataclasses import replace
-
     _, found = attend(q, k, v, extras, replace(spec, statistics=frozenset({"column_sums"})))
     return [found["column_sums"].sum(1)]

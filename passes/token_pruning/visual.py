@@ -21,6 +21,7 @@ from accelpass.ir.core.graph import aten, is_call, known, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.shortened import follow, note
 from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.torch_private import assert_async
 from accelpass.ir.transform.again import again, on_rows
 from accelpass.ir.transform.prompt import NoPrompt, prompt
 from accelpass.ir.transform.resize import CannotResize
@@ -225,7 +226,7 @@ def _rows(
     stays = mask.logical_not() | kept[number]
     left = mask.shape[1] - (patches - places.shape[0]) // texts
     if texts > 1:
-        torch._assert_async(
+        assert_async(
             (stays.sum(1) == left).all(),
             "visual tokens are left out of several texts: each must have the same number of images",
         )
