@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,17 @@ SIZES = (1, 4, 8)
 
 @dataclass
 class Statistics:
-    """What the last request took: ``calls`` of the model after the prompt, and the ``tokens`` that they gave."""
+    """What the last request took: ``calls`` of the model after the prompt, the ``tokens`` that they gave, calls of each size."""
 
     calls: int = 0
     tokens: int = 0
     rows: dict[int, int] = field(default_factory=dict)
+
+    def note(self, rows: int, tokens: int) -> None:
+        """A call of so many rows, and the tokens that it gave."""
+        self.calls += 1
+        self.tokens += tokens
+        self.rows[rows] = self.rows.get(rows, 0) + 1
 
     @property
     def tokens_per_call(self) -> float:
@@ -147,7 +153,8 @@ class Decoder:
         for size in self.sizes:
             reader = Reader(model, cache, {"use_cache": True}, call)
             reader.first(ids)
-            request = _with_trees(Request(model, ids, None, None, 3 + size, generator=self.generator), reader)
+            request = Request(model, ids, None, None, 3 + size, generator=self.generator)
+            request = _with_cache(request, reader)
             proposal = self.proposer.start(request).propose([[0, 0, 0]] * len(ids), size - 1) if size > 1 else None
             proposal = Proposal(ids[:, :1]) if proposal is None else proposal
             tree = None if proposal.tree is None or proposal.count + 1 != size else proposal.tree
@@ -158,24 +165,19 @@ class Decoder:
         text = _Text(request, pad)
         pace, self.statistics = Pace(self.sizes, self.adaptive), Statistics()
         logits = reader.first(request.ids)
-        request = _with_trees(request, reader)
+        request = _with_cache(request, reader)
         drafter = self.proposer.start(request)
-        proposal, size, started = self._guided(drafter, text, 1), 1, time.perf_counter()
+        proposal, size, started = self._guided(drafter, text, 1), 1, 0.0  # the prompt's own call is not counted
         read = request.ids[:, -1:]
         while True:
             verified = self.acceptance(read, text.processed(read, logits, proposal), proposal, request)
             new, rows, accepted = text.add(verified, stops)
             reader.keep(text.length - 1, None if rows is None else rows[: new.shape[1]])
-            if self.statistics.calls:
+            if started:
                 pace.note(size, new.shape[1], time.perf_counter() - started)
-            else:
-                self.statistics.tokens = -new.shape[1]  # the prompt's own
-            self.statistics.calls += 1
-            self.statistics.tokens += new.shape[1]
-            self.statistics.rows[size] = self.statistics.rows.get(size, 0) + 1
+                self.statistics.note(read.shape[1], new.shape[1])
             yield new
             if text.is_done:
-                self.statistics.calls -= 1  # that of the prompt
                 return
             started = time.perf_counter()
             drafter.observe(verified, accepted)
@@ -183,10 +185,10 @@ class Decoder:
             room = _room(reader)
             sizes = pace.allowed(room if drafter.branches else min(request.max_length - text.length, room))
             proposal = self._guided(drafter, text, max(sizes, default=1))
-            size = proposal.count + 1
-            if proposal.tree is None and size > 1:
-                fitting = [s for s in sizes if s >= size] or sizes[-1:]
-                proposal, size = _filled(proposal, fitting[0] - 1, text), fitting[0]
+            size = 1 if not proposal.count else max(sizes)  # a tree has as many rows as it has, of those it was given
+            if proposal.tree is None and proposal.count:
+                size = next((some for some in sizes if some > proposal.count), size)
+                proposal = _filled(proposal, size - 1)
             read = torch.cat([text.last(), proposal.tokens], 1)
             logits = reader.read(read, proposal.tree)
 
@@ -206,7 +208,7 @@ class _Text:
         self.ids = request.ids.new_full((batch, max(request.max_length, self.length) + 1), pad)
         self.ids[:, : self.length] = request.ids
         self.host: list[list[int]] = request.ids.tolist()
-        self.copy = self.ids.cpu() if self.ids.is_cuda else self.ids
+        self.copy = self.ids.cpu()  # the same tensor, where it is there already
         self.live = [True] * batch
 
     @property
@@ -259,7 +261,7 @@ class _Text:
         return new.clone(), rows, accepted
 
 
-def _filled(proposal: Proposal, count: int, text: _Text) -> Proposal:
+def _filled(proposal: Proposal, count: int) -> Proposal:
     """A chain of just ``count`` guesses. What is missing is the last token again: any guess is as good, and may be right."""
     if proposal.count >= count:
         return proposal.cut(count)
@@ -278,10 +280,10 @@ def _room(reader: Reader) -> int:
     return 1 << 30 if most is None else most - reader.held
 
 
-def _with_trees(request: Request, reader: Reader) -> Request:
-    from dataclasses import replace
-
-    return replace(request, trees=request.batch == 1 and takes_trees(request.model, reader.cache))
+def _with_cache(request: Request, reader: Reader) -> Request:
+    """What the cache can do, which shows when it holds a prompt."""
+    trees = request.batch == 1 and takes_trees(request.model, reader.cache)
+    return replace(request, trees=trees, capacity=getattr(reader.cache, "capacity", 0))
 
 
 _REMEMBERING = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")

@@ -34,6 +34,7 @@ class Request:
         samples: tokens are drawn; otherwise they are the likeliest.
         generator: draws them; None for torch's own.
         trees: the cache can keep some rows of a call, and drop those between.
+        capacity: tokens that the cache has room for, 0 for any number; caches of one size share graphs.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class Request:
     samples: bool = False
     generator: torch.Generator | None = None
     trees: bool = False
+    capacity: int = 0
 
     @property
     def batch(self) -> int:

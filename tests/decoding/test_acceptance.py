@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from accelpass import KVCache, decoding
 from accelpass.decoding import Proposal, Request, exact
-from accelpass.decoding.token_recycling import CHILDREN
+from accelpass.decoding.recycling import CHILDREN
 from accelpass.decoding.tree import Tree, named
 from tests.sweep import examples, quick
 

@@ -44,7 +44,7 @@ class DraftModel(Proposer):
                 f"the draft {type(model).__name__} has a vocabulary of {size} tokens and the model one of {request.vocabulary}: "
                 "its token ids would mean other words. Use a draft with the model's own tokenizer."
             )
-        cache = self.cache(model, request.max_length + 1, request.batch)
+        cache = self.cache(model, max(request.max_length + 1, request.capacity), request.batch)
         kwargs = {"attention_mask": request.mask, "position_ids": request.positions, "use_cache": True}
         given = {name: value for name, value in kwargs.items() if value is not None}
         return _Draft(request, Reader(model, cache, given, None if self.call is None else self.call(model)))

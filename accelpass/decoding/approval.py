@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelpass.decoding.draft_model import DraftModel, _Draft
+from accelpass.decoding.drafts import DraftModel, _Draft
 from accelpass.decoding.driver import Decoder
 from accelpass.decoding.interfaces import DecodingError, Drafter, Proposal, Proposer, Request, Verified
 
