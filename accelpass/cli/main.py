@@ -1,4 +1,4 @@
-"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``bisect``, ``export``, ``kv-map``,
+"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``bisect``, ``export``, ``package``, ``kv-map``,
 ``search-steps``, ``sample``, ``passes``, ``new-pass``, ``zoo``."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from accelpass.cli import bisect_command, export_command, output
+from accelpass.cli import bisect_command, export_command, output, package_command
 from accelpass.cli.loading import load, makes_text, options_of
 from accelpass.cli.options import (
     QUESTION,
@@ -218,6 +218,7 @@ def explain(
 
 bisect_command.register(app)
 export_command.register(app)
+package_command.register(app)
 
 
 @app.command("kv-map")
