@@ -9,6 +9,8 @@ from .api.compiling import refresh as refresh
 from .api.evaluation import Quality as Quality
 from .api.evaluation import evaluate as evaluate
 from .api.onnx_export import export_onnx as export_onnx
+from .api.packages import open as open
+from .api.packages import package as package
 from .api.packed import load as load
 from .api.packed import save as save
 from .api.stateful import read as read
@@ -17,7 +19,11 @@ from .api.stateful import sampling_run as sampling_run
 from .api.stateful import state as state
 from .api.stateful import write as write
 from .api.step_search import search_steps as search_steps
-from .backends.onnx.errors import ExportError as ExportError
+from .backends.export.errors import ExportError as ExportError
+from .backends.package.errors import DamagedPackageError as DamagedPackageError
+from .backends.package.errors import PackageError as PackageError
+from .backends.package.errors import ProcessorMismatchError as ProcessorMismatchError
+from .backends.package.errors import TorchMismatchError as TorchMismatchError
 from .caches.kv_cache import KVCache as KVCache
 from .ir.errors import AccelpassError as AccelpassError
 from .ir.errors import CacheError as CacheError

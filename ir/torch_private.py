@@ -5,6 +5,7 @@ What a graph's inputs come from is Dynamo's to say (sources); AOTAutograd takes 
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -37,7 +38,9 @@ __all__ = [
     "TorchDispatchMode",
     "TracingContext",
     "allow_recompilations",
+    "archive_writer",
     "assert_async",
+    "compile_ahead",
     "compile_with_inductor",
     "contracts_by_name",
     "copy_sources",
@@ -46,11 +49,13 @@ __all__ = [
     "enable_python_dispatcher",
     "forget_compilations",
     "frame_of",
+    "handles_of",
     "has_stopped_compiling",
     "inductor_modes",
     "int8_product",
     "is_model_state",
     "keystr",
+    "library_runner",
     "mark_model_state",
     "name_buffers",
     "path_of",
@@ -58,6 +63,7 @@ __all__ = [
     "source_name",
     "source_of",
     "switches_forward_gradients",
+    "tensors_of",
     "traced_code",
     "traced_tensors",
     "tracing",
@@ -286,6 +292,58 @@ def compile_with_inductor(
             raise NoCompiler(str(failure.inner_exception)) from failure
         raise
     return compiled
+
+
+def compile_ahead(exported: torch.export.ExportedProgram, settings: Mapping[str, Any]) -> list[str]:
+    """AOTInductor's files for an exported program: a library, its source, and what its loader reads; constants are not in it.
+
+    Raises:
+        NoCompiler: there is no C++ compiler that works; any other error is Inductor's own.
+    """
+    import torch._inductor
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    args, kwargs = exported.example_inputs or ((), {})
+    config = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False, **settings}
+    try:
+        made: Any = torch._inductor.aot_compile(exported.module(check_guards=False), args, kwargs, options=config)
+    except InductorError as failure:
+        if isinstance(failure.inner_exception, InvalidCxxCompiler):
+            raise NoCompiler(str(failure.inner_exception)) from failure
+        raise
+    except InvalidCxxCompiler as failure:
+        raise NoCompiler(str(failure)) from failure
+    return [file for file in made if isinstance(file, str) and file]
+
+
+def archive_writer(path: str) -> Any:
+    """Writes an archive in torch's format: a zip file, nothing compressed, each record at a multiple of 64 bytes."""
+    from torch.export.pt2_archive import PT2ArchiveWriter
+
+    return PT2ArchiveWriter(path)
+
+
+def library_runner(path: str, runners: int) -> Any:
+    """What runs a library that AOTInductor compiled for the CPU; ``runners`` calls at once, and no compiler is imported."""
+    return torch._C._aoti.AOTIModelContainerRunnerCpu(path, runners)
+
+
+def handles_of(tensors: Sequence[Tensor]) -> tuple[list[int], list[Any]]:
+    """A handle for each tensor, as compiled libraries take them, and what Python holds it by; whoever is given one owns it."""
+    held: list[Any] = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return [pointer(capsule, None) for capsule in held], held
+
+
+def tensors_of(handles: Sequence[int], held: Sequence[Any] | None = None) -> list[Tensor]:
+    """The tensors behind handles, which are gone then."""
+    if held is None:
+        capsule = ctypes.pythonapi.PyCapsule_New
+        capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        held = [capsule(handle, None, None) for handle in handles]
+    made: list[Tensor] = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(list(held))
+    return made
 
 
 class NoCompiler(Exception):

@@ -83,13 +83,13 @@ def export(
     from accelpass.cli.arguments import passes_from
 
     require_packages(*(PACKAGES if verify else PACKAGES[:2]))
+    from accelpass.backends.export.files import writable
     from accelpass.backends.onnx.export import export as write
     from accelpass.backends.onnx.export import wanted
-    from accelpass.backends.onnx.files import writable
     from accelpass.models_zoo import resolve
 
     want = wanted(passes_from(passes or []) or (), plan, opset, contrib, activations)
-    writable(out)
+    writable(out, ".onnx")
     if texts is not None and not texts.is_file():
         raise UsageMistake(f"--texts {texts}: there is no such file")
     lines = [] if texts is None else [line for line in texts.read_text().splitlines() if line.strip()]

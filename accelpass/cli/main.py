@@ -1,4 +1,4 @@
-"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``bisect``, ``eval``, ``quantize``, ``export``, ``kv-map``,
+"""The command line: ``accelpass demo``, ``run``, ``bench``, ``explain``, ``bisect``, ``eval``, ``quantize``, ``export``, ``package``, ``kv-map``,
 ``search-steps``, ``sample``, ``passes``, ``new-pass``, ``zoo``."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from accelpass.cli import bisect_command, eval_command, export_command, output, quantize_command
+from accelpass.cli import bisect_command, eval_command, export_command, output, package_command, quantize_command
 from accelpass.cli.loading import load, makes_text, options_of
 from accelpass.cli.options import (
     QUESTION,
@@ -220,6 +220,7 @@ bisect_command.register(app)
 eval_command.register(app)
 quantize_command.register(app)
 export_command.register(app)
+package_command.register(app)
 
 
 @app.command("kv-map")

@@ -30,7 +30,7 @@ def compile_graph(
         code: parts that other graphs compiled, which gets what is new; see :func:`compile_repeating`.
     """
     if not exact:
-        chosen = replace(chosen, inductor={**_fused_multiply_add(), **chosen.inductor})
+        chosen = replace(chosen, inductor={**fused_multiply_add(), **chosen.inductor})
     # On a GPU the whole graph, launched in one sequence, is worth more than a short compilation.
     on_cpu = all(t.device.type == "cpu" for t in inputs if isinstance(t, Tensor))
     if chosen.regions and on_cpu:
@@ -56,7 +56,7 @@ def _with_known_sizes(gm: fx.GraphModule, inputs: list[Any]) -> list[Any]:
     ]
 
 
-def _fused_multiply_add() -> dict[str, Any]:
+def fused_multiply_add() -> dict[str, Any]:
     """One rounding in place of two: a tenth of an int4 product's time, and below the rounding of any packed weight."""
     name = contracts_by_name()
     return {name: "fast"} if name else {}

@@ -1,16 +1,12 @@
-"""What an export may raise, and the check that its packages are there."""
+"""The check that the packages of an ONNX export are there."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-from accelpass.ir.errors import AccelpassError
+from accelpass.backends.export.errors import ExportError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-class ExportError(AccelpassError):
-    """A model that cannot be written as ONNX; says which operator, pass or file is in the way, and the remedy."""
 
 
 def require_packages(*names: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from accelpass.backends.onnx.functional import Functional
+from accelpass.backends.export.functional import Functional
 
 
 def others(made: Functional, fixed: Mapping[str, object]) -> tuple[dict[str, Tensor], str]:

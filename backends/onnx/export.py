@@ -12,16 +12,17 @@ from typing import Any, cast
 import onnx_ir as ir
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from accelpass.backends.compile.rewriting import debug_of
+from accelpass.backends.export.capture import Captured, bound, captured, tensors_by_name
+from accelpass.backends.export.decoder import cache_of, decoding, refuse_kept
+from accelpass.backends.export.errors import ExportError
+from accelpass.backends.export.files import staged, writable
+from accelpass.backends.export.functional import Functional, functional
+from accelpass.backends.export.passes import applied, computed_in_full, refuse_guarded
+from accelpass.backends.export.refusals import refuse_left_out
 from accelpass.backends.onnx import files, runtime, stepped
-from accelpass.backends.onnx.cached import cache_of, decoding, manifest, refuse_kept, started, stateful
-from accelpass.backends.onnx.capture import Captured, bound, captured, tensors_by_name
-from accelpass.backends.onnx.errors import ExportError
+from accelpass.backends.onnx.cached import manifest, started, stateful
 from accelpass.backends.onnx.examples import others
-from accelpass.backends.onnx.functional import Functional, fixed, functional
-from accelpass.backends.onnx.refusals import refuse_left_out
 from accelpass.backends.onnx.report import ExportReport, Written
 from accelpass.backends.onnx.stepped import step_graphs, step_pass, with_state
 from accelpass.backends.onnx.translation import activations as rounding
@@ -32,14 +33,9 @@ from accelpass.backends.onnx.translation.translate import Form, check_opset, con
 from accelpass.backends.onnx.translation.translations import own_operators
 from accelpass.ir import attention
 from accelpass.ir.analyses.structure.cost import weight_bytes
-from accelpass.ir.attention.spec.op import spec_of
-from accelpass.ir.attention.spec.spec import All
-from accelpass.ir.core.graph import value
-from accelpass.ir.core.program import Program
 from accelpass.ir.kv import lower as kv
 from accelpass.ir.linear.lower import make_plain, unpack_others
 from accelpass.passes.core.base import Pass, Record
-from accelpass.passes.core.manager import Observer, run
 from accelpass.passes.core.options import Options, parse
 from accelpass.passes.core.plan import write_json
 from accelpass.passes.step_cache.base import StepPass
@@ -121,7 +117,7 @@ def export(
     calibration: Sequence[Mapping[str, Any]] = (),
 ) -> ExportReport:
     """See :func:`accelpass.export_onnx`."""
-    target = files.writable(path)
+    target = writable(path, ".onnx")
     given = bound(model, args, kwargs)
     if want.ranges is not None:
         want.ranges.calls = [tensors_by_name(bound(model, (), call)) for call in calibration]
@@ -155,7 +151,7 @@ def export(
         graphs[names["prompt"]] = _graph(model, given, dynamic_shapes, want, update, held, fresh=True)
         graphs[names["decode"]] = _graph(model, step, None, want, update, held, fresh=False)
     report = ExportReport([], want.form.opset, want.form.contrib)
-    with files.staged(target) as folder:
+    with staged(target) as folder:
         update("Writing")
         models = {name: graph.model for name, graph in graphs.items()}
         data = f"{target.name}.data"
@@ -269,59 +265,22 @@ def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[st
         PlanError: the plan is for another model.
         ExportError: a pass fixes a dimension that was to be dynamic.
     """
-    program, plan = found.program, want.chosen.plan
-    if plan is not None:
-        plan.check(program)
-        program.artefacts = plan.tensors
-    _refuse_fixed(found, "the model")
-
-    def after(program: Program, record: Record) -> None:
-        _refuse_fixed(found, f"the pass {record.name!r}")
-
-    debugging = debug_of(program, list(found.inputs.values()) + found.counts, want.chosen)
-    observers = [Observer(after), *([] if debugging is None else [debugging.observer])]
-    records = run(program, want.passes, observers, want.chosen.skip_sites)
+    program = found.program
+    records, debugging = applied(found, want.passes, want.chosen, want.who)
     with torch.no_grad():
         kv.lower(program)
-        notes = _masked(program)
+        notes = computed_in_full(program, "no operator of ONNX leaves blocks of keys out")
         # Kernels of torch's are no operators of ONNX.
         attention.lower(program, lowerings(want.form.opset))
         others = unpack_others(program, packed_weights.FORMATS, make_plain(program))
         notes += [f"weights in {form} are unpacked by operators of the standard in each call" for form in others]
     program.graph.eliminate_dead_code()
     program.changed()
-    _refuse_fixed(found, want.who)
+    refuse_guarded(found, want.who)
     if debugging is not None:
         debugging.lowered(program)
         notes.append(debugging.note)
     return records, weight_bytes(program), notes
-
-
-def _masked(program: Program) -> list[str]:
-    """What passes leave out of attentions, and a file computes all the same."""
-    sites: dict[str, int] = {}
-    for node in program.graph.nodes:
-        if attention.is_attention(node) and not isinstance((spec := spec_of(node)).select, All):
-            who = next(name for name, part in spec.edits if part == "select")
-            sites[who] = sites.get(who, 0) + 1
-    return [
-        f"{who}: {count} attentions are computed in full and masked, as no operator of ONNX leaves blocks of keys out: the "
-        "results are the pass's, the time is the dense model's or more"
-        for who, count in sites.items()
-    ]
-
-
-def _refuse_fixed(found: Captured, who: str) -> None:
-    """Whether a guard has given a dynamic dimension one size."""
-    for name, wishes in found.wishes.items():
-        for dim in wishes:
-            size = value(found.placeholder(name)).shape[dim]
-            if isinstance(size, torch.SymInt):
-                now = size.node.shape_env.simplify(size.node.expr)
-                if free_symbols(now):
-                    continue
-                raise fixed(name, dim, now, who)
-            raise fixed(name, dim, size, who)
 
 
 def compared(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accelpass.backends.onnx.errors import ExportError
+from accelpass.backends.export.errors import ExportError
 from accelpass.ir.core.graph import value
 from accelpass.ir.linear.op import is_linear
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx.graph import CodeGen
 
+from accelpass.backends.export.capture import Captured
+from accelpass.backends.export.errors import ExportError
 from accelpass.backends.onnx import runtime
-from accelpass.backends.onnx.capture import Captured
-from accelpass.backends.onnx.errors import ExportError
 from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.steps import prepare

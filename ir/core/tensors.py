@@ -372,8 +372,8 @@ class FromModule(TensorSource):
     def callers(self) -> list[fx.Node]:
         return [n for n in placeholders(self.gm) if n not in self.recalled]
 
-    def _attribute(self, node: fx.Node) -> Tensor | None:
-        if node.op != "get_attr":
+    def _attribute(self, node: object) -> Tensor | None:
+        if not isinstance(node, fx.Node) or node.op != "get_attr":  # operands of a packed linear are a list
             return None
         value: Any = self.gm
         for part in str(node.target).split("."):

@@ -157,3 +157,16 @@ def test_trees() -> None:
     assert torch_private.tree_map(lambda n: n + 1, tree) == {"a": [2, 3], "b": (4,)}
     assert torch_private.keystr(torch_private.tree_flatten_with_path(tree)[0][0][0]) == "['a'][0]"
     assert torch_private.tree_map_only(int, str, tree)["b"] == ("3",)
+
+
+def test_handles_and_archives(tmp_path: Path) -> None:
+    """What packages are written with and called through; libraries themselves are tested where packages are."""
+    given = [torch.arange(3.0), torch.ones(2, dtype=torch.int64)]
+    handles, held = torch_private.handles_of(given)
+    assert len(set(handles)) == 2 and all(handles)
+    assert all(map(torch.equal, torch_private.tensors_of(handles, held), given))
+    assert all(map(torch.equal, torch_private.tensors_of(torch_private.handles_of(given)[0]), given))
+    with torch_private.archive_writer(str(tmp_path / "a.pt2")) as writer:
+        writer.write_bytes("data/x", b"y" * 100)
+    content = (tmp_path / "a.pt2").read_bytes()
+    assert content.index(b"y" * 100) % 64 == 0

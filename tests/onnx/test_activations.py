@@ -13,7 +13,7 @@ from onnx.numpy_helper import to_array
 from torch import nn
 
 import accelpass
-from accelpass.backends.onnx.errors import ExportError
+from accelpass.backends.export.errors import ExportError
 from tests.onnx.files import ran
 from tests.packing import pack_int8
 from tests.small_models import tiny_lm

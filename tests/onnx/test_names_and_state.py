@@ -14,9 +14,9 @@ from transformers import BertConfig, BertModel
 
 import accelpass
 from accelpass import ExportError
+from accelpass.backends.export.functional import Functional
 from accelpass.backends.onnx import runtime
 from accelpass.backends.onnx.examples import others
-from accelpass.backends.onnx.functional import Functional
 from tests.onnx.counting import Counting
 from tests.onnx.files import far
 from tests.passes.test_kv_methods import llama
@@ -219,5 +219,5 @@ def test_a_cache_that_the_model_keeps(tmp_path: Path, passes: tuple[str, ...]) -
 
 
 def test_a_parameter_that_is_written_to(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="the model writes to scale, which an ONNX file cannot"):
+    with pytest.raises(ExportError, match="the model writes to scale, which a file cannot"):
         accelpass.export_onnx(Moves().eval(), (torch.ones(2),), tmp_path / "m.onnx")

@@ -118,9 +118,7 @@ class Counter(nn.Module):
 
 
 def test_a_model_that_writes_to_itself(tmp_path: Path) -> None:
-    refused(
-        tmp_path, "the model writes to seen, which an ONNX file cannot", model=Counter().eval(), args=(torch.ones(2),)
-    )
+    refused(tmp_path, "the model writes to seen, which a file cannot", model=Counter().eval(), args=(torch.ones(2),))
 
 
 def test_a_cache_that_is_not_empty(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 import torch.ao.quantization.fx._decomposed  # defines the operators of quantized_decomposed
 from torch import Tensor, fx
 
-from accelpass.backends.onnx.errors import ExportError
-from accelpass.backends.onnx.functional import Functional
+from accelpass.backends.export.errors import ExportError
+from accelpass.backends.export.functional import Functional
 from accelpass.ir.core.graph import value
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.op import is_linear, linear_spec, operands_of

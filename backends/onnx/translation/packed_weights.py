@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from accelpass.backends.onnx.errors import ExportError
+from accelpass.backends.export.errors import ExportError
 from accelpass.backends.onnx.translation.translations import DOMAIN
 from accelpass.ir.linear.formats import Int4, Int8
 from accelpass.ir.linear.spec import LinearSpec

@@ -14,9 +14,9 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 
-from accelpass.backends.onnx.capture import Wishes
-from accelpass.backends.onnx.errors import ExportError
-from accelpass.backends.onnx.functional import Functional, refuse_fixed
+from accelpass.backends.export.capture import Wishes
+from accelpass.backends.export.errors import ExportError
+from accelpass.backends.export.functional import Functional, refuse_fixed
 from accelpass.backends.onnx.translation.packed_weights import OPSET, Expansion
 from accelpass.backends.onnx.translation.translations import DOMAIN, own_operators, table
 

@@ -142,5 +142,5 @@ def _sdpa(
     return out, {}
 
 
-register_lowering(Lowering("block_sparse", block_sparse_why_not, _block_sparse, rank=20))
+register_lowering(Lowering("block_sparse", block_sparse_why_not, _block_sparse, rank=20, in_python=True))
 register_lowering(Lowering("sdpa", _sdpa_why_not, _sdpa, rank=10))

@@ -36,12 +36,14 @@ class Lowering:
             dtypes and devices.
         run: traced on fake tensors; like ``op.attend``. May call custom ops.
         rank: of two that can, the one with the higher rank is used.
+        in_python: it emits an operator that runs in Python, which no library compiled ahead of time can call.
     """
 
     name: str
     why_not: Callable[[AttentionSpec, fx.Node], str | None]
     run: Run
     rank: int = 0
+    in_python: bool = False
 
 
 def _composed_why_not(spec: AttentionSpec, node: fx.Node) -> str | None:
@@ -85,6 +87,11 @@ class Lowerings:
 
 
 DEFAULT = Lowerings()
+
+
+def without_python() -> Lowerings:
+    """The registered lowerings but for those that run in Python."""
+    return Lowerings(*(one for one in DEFAULT.all if one is not COMPOSED and not one.in_python))
 
 
 def register_lowering(lowering: Lowering) -> None:

@@ -1,11 +1,11 @@
-"""Which passes cannot be written as ONNX for a call; said before the model is looked at."""
+"""Which passes no file can hold for a call; said before the model is looked at."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from accelpass.backends.onnx.errors import ExportError
+from accelpass.backends.export.errors import ExportError
 from accelpass.passes.core.base import Pass
 from accelpass.passes.kv_cache.base import KVPass
 

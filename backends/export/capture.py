@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim
 
-from accelpass.backends.onnx.errors import ExportError
+from accelpass.backends.export.errors import ExportError
 from accelpass.ir import attention
 from accelpass.ir.core.capture import from_export
 from accelpass.ir.core.graph import ARGUMENT, placeholders, written_inputs
@@ -138,7 +138,7 @@ def captured(
     if written:
         worst = sorted(program.tensors.path(n) or n.name for n in written)[0]
         raise ExportError(
-            f"the model writes to {worst}, which an ONNX file cannot; call it in eval mode, and for a key/value cache give "
+            f"the model writes to {worst}, which a file cannot; call it in eval mode, and for a key/value cache give "
             "past_key_values=accelpass.KVCache(model, capacity=...)"
         )
     return found

@@ -1,4 +1,4 @@
-"""The rewritten graph as a function: state that it writes to becomes inputs and outputs, and nothing else is mutated."""
+"""The rewritten graph as a module of its own: state that it writes to becomes inputs, and outputs, or is written in place."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.graph import CodeGen
 
-from accelpass.backends.onnx.capture import Captured
-from accelpass.backends.onnx.errors import ExportError
+from accelpass.backends.export.capture import Captured
+from accelpass.backends.export.errors import ExportError
 from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import argument_name, aten, known, placeholders, value
 from accelpass.ir.core.tensors import FromModule
@@ -49,7 +49,7 @@ class Functional:
 
     Attributes:
         gm: takes the tensors of ``inputs``, in order; returns those that ``outputs`` names.
-        kept: by state name, the state's position among the inputs.
+        states: what it keeps from call to call; each is one of the inputs.
     """
 
     gm: fx.GraphModule
@@ -66,6 +66,38 @@ class Functional:
 
 def functional(captured: Captured) -> Functional:
     """Flatten the graph's signature and turn written state into inputs and outputs. The program is used up."""
+    results, inputs, states, held = _flattened(captured)
+    graph = captured.program.graph
+    first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    for node in held:
+        with graph.inserting_before(first):
+            copied = graph.call_function(aten.clone.default, (node,))
+        copied.meta["val"] = value(node)
+        node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+        results.append(copied)
+    outputs = [*captured.outputs, *(s.present for s in states)]
+    return Functional(_closed(captured, results), inputs, outputs, states)
+
+
+def in_place(captured: Captured) -> Functional:
+    """Flatten the graph's signature; state is an input that a call writes to. The program is used up."""
+    results, inputs, states, _ = _flattened(captured)
+    return Functional(_closed(captured, results), inputs, list(captured.outputs), states)
+
+
+def _closed(captured: Captured, results: list[Any]) -> fx.GraphModule:
+    graph = captured.program.graph
+    (output,) = graph.find_nodes(op="output")
+    output.args = (tuple(results),)
+    graph.set_codegen(CodeGen())
+    graph.lint()
+    # A module of its own: without the checks of the exported program's signature, and without tensors that the graph reads no
+    # more (the floats behind packed weights).
+    return fx.GraphModule(captured.program.gm, graph)
+
+
+def _flattened(captured: Captured) -> tuple[list[Any], dict[str, Tensor], list[State], list[fx.Node]]:
+    """The graph's results, its inputs with those of state at the end, the states and their nodes."""
     program, tensors = captured.program, captured.program.tensors
     assert isinstance(tensors, FromModule)
     gm, graph = program.gm, program.graph
@@ -90,21 +122,8 @@ def functional(captured: Captured) -> Functional:
         if node in read:  # one that nothing reads has been cleaned away
             graph.erase_node(node)
         last = made
-    first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
-    for node, state in zip(held, states, strict=True):
-        inputs[state.past] = state.start.clone()
-        with graph.inserting_before(first):
-            copied = graph.call_function(aten.clone.default, (node,))
-        copied.meta["val"] = value(node)
-        node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
-        results.append(copied)
-    output.args = (tuple(results),)
-    graph.set_codegen(CodeGen())
-    graph.lint()
-    # A module of its own: without the checks of the exported program's signature, and without tensors that the graph reads no
-    # more (the floats behind packed weights).
-    plain = fx.GraphModule(gm, graph)
-    return Functional(plain, inputs, [*captured.outputs, *(s.present for s in states)], states)
+    inputs |= {state.past: state.start.clone() for state in states}
+    return results, inputs, states, held
 
 
 def _state_name(captured: Captured, anchor: fx.Node, spec: StateSpec) -> str:

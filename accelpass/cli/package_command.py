@@ -1,0 +1,105 @@
+"""What ``accelpass package`` does: an example call is made, the rest is ``accelpass.package``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from accelpass.cli import output
+from accelpass.cli.export_command import example, makes_images
+from accelpass.cli.options import Dtype, DtypeOption, JsonOption, ModelArgument, PassesOption
+from accelpass.cli.terminal import UsageMistake, guarded, step
+
+if TYPE_CHECKING:
+    from accelpass.backends.package.report import PackageReport
+
+CAPACITY = 2048
+
+
+@guarded
+def package(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file, NAME.pt2.")],
+    passes: PassesOption = None,
+    cache: Annotated[
+        int,
+        typer.Option("--cache", min=4, help="Tokens of prompt and answer together that a package has room for."),
+    ] = CAPACITY,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts that it takes at once.")] = 1,
+    plan: Annotated[Path | None, typer.Option("--plan", help="A plan from calibration.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the compiled graphs with torch.")
+    ] = True,
+    dtype: DtypeOption = Dtype.float32,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile the model with the passes applied into one file, which runs without a compiler.
+
+    Of a language model it is the prompt's graph and that of one token, with room for --cache tokens; of any other the model
+    itself, for batches and lengths of any size. In Python: accelpass.open(FILE).
+    """
+    import torch
+
+    from accelpass.backends.export.files import writable
+    from accelpass.backends.package.writing import package as write
+    from accelpass.backends.package.writing import wanted
+    from accelpass.cli.arguments import passes_from
+    from accelpass.cli.loading import makes_text
+    from accelpass.models_zoo import resolve
+
+    chosen = wanted(passes_from(passes or []), plan, None, False)
+    writable(out, ".pt2")
+    if makes_images(model):
+        raise UsageMistake(
+            f"{model} makes images, at each step by a graph that is chosen then; accelpass export takes it"
+        )
+    with step(f"Loading {model}") as update:
+        loaded, tokenizer = resolve(model, getattr(torch, dtype.value))
+        if makes_text(loaded):
+            given, _ = example(loaded, tokenizer, cache)
+            room = given.pop("past_key_values").capacity
+            given["input_ids"] = given["input_ids"].repeat(batch, 1)
+            report = write(loaded, given, out, chosen, room, verify=verify, update=update)
+        else:
+            given, shapes = example(loaded, tokenizer, None)
+            report = write(loaded, given, out, chosen, dynamic_shapes=shapes, verify=verify, update=update)
+    if as_json:
+        output.as_json({"model": model, **report.to_dict()})
+    else:
+        told(report)
+
+
+def told(report: PackageReport) -> None:
+    """Print what was written and what each pass did, as a table."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from accelpass.view.text import ratio, size
+
+    console = Console(highlight=False)
+    table = Table("", "sites taken", "left alone", box=None, padding=(0, 3, 0, 0))
+    for graph, records in report.records.items():
+        for record in records:
+            if record.took:
+                title = f"{record.name} ({graph})" if len(report.records) > 1 else record.name
+                table.add_row(title, str(len(record.took)), str(len(record.skipped)))
+    if table.rows:
+        console.print(table)
+        console.print()
+    console.print(Text(f"{report.path}  {size(report.bytes)}"), soft_wrap=True)
+    before, after = report.weights_before, report.weights_after
+    console.print(f"weights: {size(before)} -> {size(after)}{ratio(before, after)}")
+    if report.difference is not None:
+        console.print(f"compiled graphs and torch differ by {report.difference:.1e} of the largest value")
+    for note in report.notes:
+        console.print(Text(note), soft_wrap=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    command: Callable[..., None] = package
+    app.command("package")(command)

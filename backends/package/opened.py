@@ -1,0 +1,25 @@
+"""From a file to something that runs: manifest first, then every byte, then the libraries."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from accelpass.backends.package.archive import Archive
+from accelpass.backends.package.decoder import PackagedDecoder
+from accelpass.backends.package.library import Library
+from accelpass.backends.package.manifest import refuse_elsewhere
+from accelpass.backends.package.model import PackagedModel
+
+
+def opened(path: str | os.PathLike[str], threads: int = 8) -> PackagedModel | PackagedDecoder:
+    """See :func:`accelpass.open`."""
+    archive = Archive(Path(path).expanduser())
+    manifest = archive.manifest
+    refuse_elsewhere(manifest, str(archive.path))
+    archive.check()
+    weights = archive.weights()
+    graphs = {name: Library(g, archive.library(name), weights, threads) for name, g in manifest.graphs.items()}
+    if manifest.decoder is not None:
+        return PackagedDecoder(manifest, graphs)
+    return PackagedModel(manifest, graphs["model"])
