@@ -57,6 +57,7 @@ __all__ = [
     "keystr",
     "library_runner",
     "mark_model_state",
+    "mark_static",
     "name_buffers",
     "path_of",
     "recompile_limit",
@@ -73,6 +74,8 @@ __all__ = [
     "tree_map_only",
 ]
 
+mark_static = torch._dynamo.mark_static
+"""Let a tensor's sizes be constants of the graph that it is an input of."""
 assert_async = torch._assert_async
 """A check of a tensor inside a graph that nobody waits for."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from accelpass.decoding.interfaces import DecodingError
 from accelpass.decoding.tree import Tree
 from accelpass.ir.kv import holdings
+from accelpass.ir.torch_private import mark_static
 
 
 class Reader:
@@ -68,7 +69,7 @@ class Reader:
             for value in inputs.values():
                 for tensor in value.values() if isinstance(value, dict) else [value]:
                     if isinstance(tensor, Tensor):
-                        torch._dynamo.mark_static(tensor)
+                        mark_static(tensor)
         self.held += count
         return self.call(**inputs, return_dict=True).logits[:, -count:].float()
 

@@ -151,6 +151,23 @@ def test_the_processor_tells_what_it_multiplies() -> None:
     assert torch.equal(torch_private.int8_product(a, b), a.int() @ b.int())
 
 
+def test_sizes_that_are_marked_stay_constants() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(gm, given):
+        graphs.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    fast = torch.compile(lambda x: x * x.shape[0], backend=keep)
+    for rows in (3, 4, 5):
+        x = torch.ones(rows, 2)
+        torch_private.mark_static(x)
+        assert float(fast(x)[0, 0]) == rows
+    assert len(graphs) == 3
+    torch._dynamo.reset()
+
+
 def test_trees() -> None:
     tree = {"a": [1, 2], "b": (3,)}
     assert torch_private.tree_leaves(tree) == [1, 2, 3]
