@@ -26,11 +26,15 @@ from accelpass.passes.core.base import PHASES, Calibrated, CalibratedOnLoss, Pas
 from accelpass.passes.core.registry import registered
 from accelpass.passes.kv_cache.base import KVPass
 from accelpass.passes.pruning.wanda import Wanda
+from accelpass.passes.quantization.mixed_precision import MixedPrecision
 from accelpass.passes.sparse_attention.span_pass import SpanPass
 from accelpass.passes.step_cache.base import Searched, StepPass
 from accelpass.passes.structure.shortgpt import ShortGpt
 from accelpass.passes.token_pruning.base import TokenPruning
 from accelpass.passes.token_pruning.filter import PromptFilter
+from accelpass.passes.visual_tokens.inside import VisualPruning
+from accelpass.passes.visual_tokens.tome import ToMe
+from accelpass.passes.visual_tokens.visual import VisualFilter
 from docs.pass_savings import SETTINGS, Savings, savings
 
 DOCS = Path(__file__).parent
@@ -39,6 +43,7 @@ GUIDES = {
     "kv_cache": "kv-cache.md",
     "sparse_attention": "sparse-attention.md",
     "token_pruning": "token-pruning.md",
+    "visual_tokens": "visual-tokens.md",
     "pruning": "structured-pruning.md",
     "step_cache": "diffusion.md",
     "quantization": "quantization.md",
@@ -57,6 +62,10 @@ NEEDS: tuple[tuple[type, str], ...] = (
     (CalibratedOnLoss, "a plan of `accelpass.calibrate`, or the rule as options"),
     (Wanda, "a plan of `accelpass.calibrate`"),
     (ShortGpt, "a plan of `accelpass.calibrate`; a decoder"),
+    (MixedPrecision, "a plan of `accelpass.calibrate`"),
+    (VisualFilter, "a model in whose graph both the tower and the text are (`model(input_ids=..., pixel_values=...)`)"),
+    (VisualPruning, "a language model that is given visual tokens"),
+    (ToMe, "a vision tower"),
     (Calibrated, "nothing, or for better quality a plan of `accelpass.calibrate`"),
 )
 """What a user must bring, by the class that says so."""

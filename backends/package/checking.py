@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from accelpass.backends.export.errors import ExportError
 from accelpass.backends.package.compiling import Compiled, dynamic_sizes, inputs_at, state_of
+from accelpass.backends.package.file.manifest import Graph, Size
 from accelpass.backends.package.library import loaded
-from accelpass.backends.package.manifest import Graph, Size
 
 TOLERANCE = 0.02
 """Largest difference over the largest magnitude of an output. Products of many rows may be rounded to bfloat16 on the way, of

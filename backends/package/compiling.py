@@ -18,8 +18,8 @@ from accelpass.backends.export.capture import Captured
 from accelpass.backends.export.errors import ExportError
 from accelpass.backends.export.functional import Functional, in_place
 from accelpass.backends.export.passes import applied, computed_in_full, refuse_guarded
+from accelpass.backends.package.file.manifest import Graph, Size, Value
 from accelpass.backends.package.library import constant_names
-from accelpass.backends.package.manifest import Graph, Size, Value
 from accelpass.ir import attention
 from accelpass.ir.analyses.structure.cost import weight_bytes
 from accelpass.ir.attention.lowering.lower import without_python

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from accelpass.backends.package.errors import PackageError
+from accelpass.backends.package.file.manifest import Decoder, Manifest, Size
 from accelpass.backends.package.library import Library, started
-from accelpass.backends.package.manifest import Decoder, Manifest, Size
 from accelpass.backends.package.sampling import Sampling
 
 

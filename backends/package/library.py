@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelpass.backends.package.container import Container
 from accelpass.backends.package.errors import PackageError
-from accelpass.backends.package.manifest import Graph, Size, Value
+from accelpass.backends.package.file.container import Container
+from accelpass.backends.package.file.manifest import Graph, Size, Value
 from accelpass.ir.torch_private import library_runner
 
 

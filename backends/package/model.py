@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from accelpass.backends.package.errors import PackageError
+from accelpass.backends.package.file.manifest import Manifest
 from accelpass.backends.package.library import Library
-from accelpass.backends.package.manifest import Manifest
 
 
 class PackagedModel:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from accelpass.backends.package.archive import Archive
 from accelpass.backends.package.decoder import PackagedDecoder
+from accelpass.backends.package.file.archive import Archive
+from accelpass.backends.package.file.manifest import refuse_elsewhere
 from accelpass.backends.package.library import Library
-from accelpass.backends.package.manifest import refuse_elsewhere
 from accelpass.backends.package.model import PackagedModel
 
 

@@ -17,13 +17,13 @@ from accelpass.backends.export.decoder import cache_of, decoding, refuse_kept
 from accelpass.backends.export.errors import ExportError
 from accelpass.backends.export.files import staged, writable
 from accelpass.backends.export.refusals import refuse_left_out
-from accelpass.backends.package import manifest as about
 from accelpass.backends.package.checking import checked
 from accelpass.backends.package.compiling import Compiled, compiled, rewritten
-from accelpass.backends.package.manifest import Decoder, Manifest, Member, State
-from accelpass.backends.package.processor import instructions, machine
+from accelpass.backends.package.file import manifest as about
+from accelpass.backends.package.file.manifest import Decoder, Manifest, Member, State
+from accelpass.backends.package.file.processor import instructions, machine
+from accelpass.backends.package.file.weights import Weights
 from accelpass.backends.package.report import PackageReport, described
-from accelpass.backends.package.weights import Weights
 from accelpass.ir.torch_private import archive_writer
 from accelpass.passes.core.options import Options, parse
 from accelpass.passes.core.plan import describe

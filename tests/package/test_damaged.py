@@ -13,8 +13,9 @@ import pytest
 
 import accelpass
 from accelpass import DamagedPackageError, PackageError, ProcessorMismatchError, TorchMismatchError
-from accelpass.backends.package import library, processor
-from accelpass.backends.package.manifest import DIGEST, MANIFEST
+from accelpass.backends.package import library
+from accelpass.backends.package.file import processor
+from accelpass.backends.package.file.manifest import DIGEST, MANIFEST
 from tests.package.conftest import Packaged
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import accelpass
 from accelpass.ir.errors import OptionError
-from accelpass.passes.token_pruning.fastv import FastV
+from accelpass.passes.visual_tokens.fastv import FastV
 from tests.passes.visual_truth import IMAGE, answered, asked, generated, llava, pruned_answer
 from tests.small_models import relative_error
 from tests.sweep import sweep

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import accelpass
 from accelpass.ir.errors import OptionError
-from accelpass.passes.token_pruning.hired import HiRED, shared_out
+from accelpass.passes.visual_tokens.hired import HiRED, shared_out
 from tests.passes.visual_truth import IMAGE, answer, answered, asked, llava, seen
 from tests.small_models import relative_error
 from tests.sweep import examples

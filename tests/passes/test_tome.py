@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import accelpass
 from accelpass.passes.core.base import Record
-from accelpass.passes.token_pruning.tome import ToMe
+from accelpass.passes.visual_tokens.tome import ToMe
 from tests.ir.test_shrink import captured
 from tests.passes.vision_truth import Tower, compiled, tower
 from tests.small_models import relative_error

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import accelpass
-from accelpass.passes.token_pruning.visionzip import VisionZip, zipped
+from accelpass.passes.visual_tokens.visionzip import VisionZip, zipped
 from tests.passes.visual_truth import IMAGE, PATCHES, answer, answered, asked, llava, seen
 from tests.small_models import relative_error
 from tests.sweep import examples

@@ -9,7 +9,7 @@ from torch import fx
 
 from accelpass.ir.core.program import Program
 from accelpass.passes.token_pruning.choice import importance_in
-from accelpass.passes.token_pruning.inside import VisualPruning
+from accelpass.passes.visual_tokens.inside import VisualPruning
 
 
 @dataclass(frozen=True)

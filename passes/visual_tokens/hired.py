@@ -14,7 +14,7 @@ from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.prompt import NoPrompt
 from accelpass.ir.transform.splice import inserted
-from accelpass.passes.token_pruning.visual import Left, VisualFilter, class_attention
+from accelpass.passes.visual_tokens.visual import Left, VisualFilter, class_attention
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import torch
 
-from accelpass.backends.package import processor
 from accelpass.backends.package.errors import DamagedPackageError, ProcessorMismatchError, TorchMismatchError
+from accelpass.backends.package.file import processor
 
 FORMAT = 1
 FOLDER = "data/accelpass/"
@@ -98,7 +98,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         graphs: ``model``, or ``prompt`` and ``decode``.
-        instructions: see :func:`accelpass.backends.package.processor.instructions`.
+        instructions: see :func:`accelpass.backends.package.file.processor.instructions`.
         members: every other file of the package.
         report: what the passes did, for people.
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from accelpass.backends.package.errors import DamagedPackageError, PackageError
-from accelpass.backends.package.manifest import DIGEST, LIBRARIES, MANIFEST, WEIGHTS, Manifest, parsed
+from accelpass.backends.package.file.manifest import DIGEST, LIBRARIES, MANIFEST, WEIGHTS, Manifest, parsed
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 """Of a zip file's member; its last two numbers are the lengths of the name and of the extra field that follow."""

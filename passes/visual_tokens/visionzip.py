@@ -16,7 +16,7 @@ from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.prompt import NoPrompt
 from accelpass.ir.transform.splice import inserted
-from accelpass.passes.token_pruning.visual import Left, VisualFilter, attention_of, best, class_attention
+from accelpass.passes.visual_tokens.visual import Left, VisualFilter, attention_of, best, class_attention
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from accelpass.backends.package.manifest import Weight
+from accelpass.backends.package.file.manifest import Weight
 
 _ALIGNED = 64
 """Bytes: what the widest vector instructions like, and what Inductor assumes of a constant."""
