@@ -74,8 +74,6 @@ __all__ = [
     "tree_map_only",
 ]
 
-mark_static = torch._dynamo.mark_static
-"""Let a tensor's sizes be constants of the graph that it is an input of."""
 assert_async = torch._assert_async
 """A check of a tensor inside a graph that nobody waits for."""
 
@@ -88,6 +86,11 @@ RECOMPILATIONS = 256
 anew; a model that serves prompts, answers and batches with caches of several sizes has a graph for each."""
 _DEFAULT_LIMIT = 8
 _TABLES = {"_parameters": "param", "_buffers": "buffer", "_modules": None}
+
+
+def mark_static(tensor: torch.Tensor) -> None:
+    """Let a tensor's sizes be constants of the graph that it is an input of."""
+    torch._dynamo.mark_static(tensor)  # named here only: importing Dynamo takes seconds
 
 
 @dataclass(frozen=True)

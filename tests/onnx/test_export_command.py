@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from accelpass.cli.main import app
 from tests.onnx.files import dtypes
-from tests.public.test_cli import folder
+from tests.public.conftest import folder
 
 assert folder  # a fixture: a tiny model's folder
 

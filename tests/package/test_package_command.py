@@ -15,7 +15,7 @@ from accelpass.cli.main import app
 from accelpass.cli.package_command import told
 from benchmarks import package as benchmark
 from tests.package.conftest import Packaged
-from tests.public.test_cli import folder
+from tests.public.conftest import folder
 
 assert folder  # a fixture: a tiny model's folder
 
