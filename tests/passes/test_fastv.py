@@ -53,6 +53,7 @@ def test_generate_answers_as_the_pruned_model(keep: float, layer: int, texts: in
     assert said in {done.what for done in took.values()}
 
 
+@pytest.mark.slow
 def test_without_a_cache_the_last_logits_are_the_same():
     model, question = llava(), asked()
     want, _ = answered(model, question, {"name": "fastv", "layer": 1})

@@ -13,7 +13,7 @@ from accelpass.ir.errors import OptionError
 from accelpass.passes.visual_tokens.hired import HiRED, shared_out
 from tests.passes.visual_truth import IMAGE, answer, answered, asked, llava, seen
 from tests.small_models import relative_error
-from tests.sweep import examples
+from tests.sweep import examples, sweep
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_the_choice_is_the_oracles(images, side, rows, columns, keep, alpha, chu
         assert filled.numel() == 0 or others.numel() == 0 or filled.min() >= others.max()
 
 
-@pytest.mark.parametrize(("rows", "columns", "images"), [(1, 1, 2), (1, 2, 3)])
+@pytest.mark.parametrize(("rows", "columns", "images"), sweep((1, 2, 3), (1, 1, 2)))
 def test_the_language_model_goes_on_from_the_patches_that_are_left(rows: int, columns: int, images: int):
     model, question = llava(), asked(images=images)
     options = {"keep": 0.4, "rows": rows, "columns": columns}
@@ -95,11 +95,11 @@ def test_the_language_model_goes_on_from_the_patches_that_are_left(rows: int, co
 
 @pytest.mark.parametrize(
     ("options", "images", "why"),
-    [
+    sweep(
         ({"rows": 2, "columns": 2}, 2, "2 tiles are no images of 5"),
         ({"first": 9}, 1, "first=9: model.vision_tower.encoder.layers has 3 blocks"),
         ({"keep": 0.01}, 1, "0 of 16 tokens of an image would be read"),
-    ],
+    ),
 )
 def test_what_is_not_taken_is_said(options, images, why):
     model, question = llava(), asked(images=images)

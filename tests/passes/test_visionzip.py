@@ -13,7 +13,7 @@ import accelpass
 from accelpass.passes.visual_tokens.visionzip import VisionZip, zipped
 from tests.passes.visual_truth import IMAGE, PATCHES, answer, answered, asked, llava, seen
 from tests.small_models import relative_error
-from tests.sweep import examples
+from tests.sweep import examples, sweep
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_tokens_are_the_papers(images: int, patches: int, first: int, kept: int,
         assert torch.equal(places.view(images, -1)[i], at + i * patches)
 
 
-@pytest.mark.parametrize("texts", [1, 2])
+@pytest.mark.parametrize("texts", sweep(2, 1))
 def test_the_language_model_goes_on_from_the_tokens_that_are_left(texts: int):
     model, question = llava(), asked(texts)
     got, fast = answered(model, question, {"name": "visionzip", "keep": 0.5, "contextual": 0.3})
