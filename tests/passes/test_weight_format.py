@@ -75,7 +75,7 @@ def test_rounding_is_the_formats(name: str, rows: int, blocks: int, seed: int, s
     want = by_hand(name, w)
     # A number between two codes may fall to either side by the last bit of a quotient: such are few, and one step away.
     differ = ~torch.isclose(got, want, rtol=1e-5, atol=1e-7 * spread)
-    assert float(differ.float().mean()) < 0.02, (got[differ], want[differ])
+    assert int(differ.sum()) <= max(2, 0.02 * w.numel()), (got[differ], want[differ])
     assert form.width(packed) == w.shape[1]
     assert torch.equal(form.unpack(form.pack(got), torch.float32), got) or name in ("fp8", "nvfp4"), (
         "rounded once is rounded"
