@@ -9,6 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from accelpass.cli.text_data import ids_of
+
 WINDOW, TOKENS = 1024, 4096
 ANSWER = 24
 PROMPTS = (
@@ -24,10 +26,7 @@ PROMPTS = (
 
 def prose(tokenizer: Any, tokens: int = TOKENS) -> Tensor:
     """The first tokens of Python's own reference text, which every CPython ships."""
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(topics[key] for key in sorted(topics))
-    return tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
+    return ids_of(tokenizer, None)[:, :tokens]
 
 
 def perplexity(call: Callable[[Tensor], Tensor], ids: Tensor) -> float:

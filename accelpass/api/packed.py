@@ -124,9 +124,11 @@ def load(model: torch.nn.Module, folder: str | Path, **options: Any) -> Any:
 
 def _learnt(plan: Plan | None, tensors: dict[str, Tensor]) -> dict[str, str]:
     """By name, under which key a plan's tensors are among what is written: codes that are packed already are not written twice."""
+    if plan is None or not plan.tensors:
+        return {}
     known = {(t.dtype, t.shape, digest(t)): key for key, t in tensors.items() if key.startswith("packed.")}
     found = {}
-    for name, t in ({} if plan is None else plan.tensors).items():
+    for name, t in plan.tensors.items():
         found[name] = key = known.get((t.dtype, t.shape, digest(t)), f"plan.{name}")
         if key not in tensors:
             tensors[key] = t.detach().cpu().contiguous()

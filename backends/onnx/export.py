@@ -72,6 +72,13 @@ class Graph:
     notes: list[str]
     tolerance: float = runtime.TOLERANCE
     """How far its outputs may be off; see :func:`runtime.tolerance_of`."""
+    rounds: bool = False
+    """A pass rounds inputs of products to integers."""
+
+    @property
+    def allowed(self) -> float:
+        """The tolerance; what lies near a half may be rounded to either side, no further than rounding goes by itself."""
+        return max(self.tolerance, rounding.effect_of_rounding(self.made)) if self.rounds else self.tolerance
 
 
 def wanted(
@@ -187,7 +194,7 @@ def export(
                 if steps is None
                 else partial(stepped.compared, folder, steps, inputs)
             )
-            allowed = max(graph.tolerance for graph in graphs.values())
+            allowed = max(graph.allowed for graph in graphs.values())
             tolerance = math.inf if want.form.rounded and want.form.contrib else allowed
             if want.ranges is not None:
                 # A number on the edge of two codes may fall to either side: no further than rounding goes by itself.
@@ -242,10 +249,8 @@ def _finished(
     translation, notes = translated(made, found.wishes, want.form, after, want.who, theirs)
     notes += [note for note in (found.note, about, *masked) if note]
     tolerance = runtime.tolerance_of(dtype)
-    if runtime.rounds_inputs(found.program.graph):
-        # What lies near a half may be rounded to either side: no further than rounding goes by itself.
-        tolerance = max(tolerance, rounding.effect_of_rounding(made))
-    return Graph(made, records, translation, before, notes, tolerance)
+    rounds = runtime.rounds_inputs(found.program.graph)
+    return Graph(made, records, translation, before, notes, tolerance, rounds)
 
 
 def with_plan(want: Wanted, by: StepPass) -> tuple[Wanted, StepPass]:

@@ -94,9 +94,8 @@ class MixedPrecision(LearntRounding):
         learnt = super().calibrate(program, run)
         paths = [key.split("/")[1] for key in learnt if key.endswith("/costs")]
         tables = {path: learnt[f"{self.name}/{path}/costs"] for path in paths}
-        room = self.bits * sum(int(learnt[f"{self.name}/{path}/entries"]) for path in paths)
         entries = sum(int(learnt[f"{self.name}/{path}/entries"]) for path in paths)
-        chosen = _least(self.name, tables, room, entries)
+        chosen = _least(self.name, tables, self.bits * entries, entries)
         return {f"{self.name}/{p}/choice": torch.tensor(CHOICES.index(self.choices[i])) for p, i in chosen.items()}
 
     def check(self, site: SharedWeight, program: Program) -> Verdict:
@@ -156,11 +155,11 @@ def _least(name: str, tables: Mapping[str, Tensor], room: float, entries: int) -
     known = np.isfinite(cost)
     count, width = cost.shape
     one_each = csr_array((np.ones(count * width), (np.repeat(np.arange(count), width), np.arange(count * width))))
-    scale = entries or 1  # bits a weight: the solver's tolerances are absolute
-    within = csr_array(np.where(known, bits, 0.0).reshape(1, -1) / scale)
+    # In bits a weight: the solver's tolerances are absolute.
+    within = csr_array(np.where(known, bits, 0.0).reshape(1, -1) / entries)
     found = milp(
         np.where(known, cost, 0.0).ravel(),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(within, -np.inf, room / scale)],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(within, -np.inf, room / entries)],
         bounds=Bounds(0, known.ravel().astype(float)),
         integrality=np.ones(count * width),
     )

@@ -9,18 +9,18 @@ from typing import ClassVar
 from torch import Tensor
 
 from accelpass.ir.core.program import Program
-from accelpass.ir.kv.shortened import follow, note
-from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.kv.shortened import note
 from accelpass.ir.transform.again import again
 from accelpass.ir.transform.prompt import NoPrompt, Prompt, prompt
 from accelpass.ir.transform.splice import splice, trace
 from accelpass.ir.transform.steps import drop_dead_writes, survived
-from accelpass.passes.core.base import Done, Pass, Record, Skip
+from accelpass.passes.core.base import Done, Record, Skip
 from accelpass.passes.token_pruning.look import chosen, operands_of
+from accelpass.passes.token_pruning.shortened_prompt import ShortenedPrompt
 
 
 @dataclass(frozen=True)
-class PromptFilter(Pass):
+class PromptFilter(ShortenedPrompt):
     """A prompt is read twice, in one graph: up to the attention that chooses the tokens, and by the model, which reads these alone.
 
     Tokens after the prompt see the chosen ones only; their graphs are made to count as the cache does.
@@ -31,17 +31,10 @@ class PromptFilter(Pass):
 
     keep: int = 1024
 
-    phase: ClassVar[str] = "structure"
-    reads: ClassVar[frozenset[str]] = frozenset({"block.steps"})
-    for_prompts: ClassVar[bool] = True
     claims: ClassVar[dict[str, str]] = {
         "calls": "a prompt is read once",
         "tokens": "the tokens of a prompt are chosen once, for all layers",
     }
-
-    @property
-    def cache_mark(self) -> str:
-        return self.name
 
     @abstractmethod
     def layer_of(self, found: Prompt) -> int:
@@ -61,23 +54,7 @@ class PromptFilter(Pass):
             seen: which tokens are no padding, ``(batch, tokens)``.
         """
 
-    def apply(self, program: Program, record: Record) -> None:
-        sites = kv_sites(program)
-        if sites and not all(s.is_prompt for s in sites):
-            done = follow(program)
-            record.take("later tokens", Done(f"{' and '.join(done) or 'counters'} follow the short sequence"))
-            return
-        program.survivors = {}
-        before = set(program.graph.nodes)
-        try:
-            self._shorten(program, record)
-        except NoPrompt as why:
-            for node in reversed(list(program.graph.nodes)):
-                if node not in before:
-                    program.graph.erase_node(node)
-            record.skip("prompt", str(why))
-
-    def _shorten(self, program: Program, record: Record) -> None:
+    def shorten(self, program: Program, record: Record) -> None:
         found = prompt(program)
         attention = found.attentions[self.layer_of(found)]
         if isinstance(record.wants(attention.path), Skip):

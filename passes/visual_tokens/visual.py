@@ -19,16 +19,16 @@ from accelpass.ir.attention.spec.op import spec_of
 from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.ir.core.graph import aten, is_call, known, value
 from accelpass.ir.core.program import Program
-from accelpass.ir.kv.shortened import follow, note
-from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.kv.shortened import note
 from accelpass.ir.torch_private import assert_async
 from accelpass.ir.transform.again import again, on_rows
 from accelpass.ir.transform.prompt import NoPrompt, prompt
 from accelpass.ir.transform.resize import CannotResize
 from accelpass.ir.transform.splice import inserted
 from accelpass.ir.transform.steps import drop_dead_writes, survived
-from accelpass.passes.core.base import Done, Pass, Record, Skip
+from accelpass.passes.core.base import Done, Record, Skip
 from accelpass.passes.token_pruning.look import operands_of, visible
+from accelpass.passes.token_pruning.shortened_prompt import ShortenedPrompt
 
 ONE_GRAPH = (
     "the tower is in another graph than the language model, so no token can be left out of both. transformers checks the "
@@ -50,24 +50,18 @@ class Left:
 
 
 @dataclass(frozen=True)
-class VisualFilter(Pass):
+class VisualFilter(ShortenedPrompt):
     """The language model reads fewer visual tokens: their places are left out of the text, which closes up.
 
     The caller goes on passing ids, masks and positions of the whole text, as the processor made them. The tokens that are left
     get the positions 0, 1, 2 ..., and the cache holds these alone; graphs of later tokens count as the cache does.
     """
 
-    phase: ClassVar[str] = "structure"
-    reads: ClassVar[frozenset[str]] = frozenset({"block.steps"})
-    for_prompts: ClassVar[bool] = True
+    source: ClassVar[str] = "image"
     claims: ClassVar[dict[str, str]] = {
         "calls": "a prompt is read once",
         "tokens": "the vision tower chooses the tokens that all layers of the language model read",
     }
-
-    @property
-    def cache_mark(self) -> str:
-        return self.name
 
     @abstractmethod
     def leave(self, program: Program, tower: Tower, before: fx.Node) -> Left:
@@ -77,23 +71,7 @@ class VisualFilter(Pass):
             NoPrompt: this tower does not tell its tokens apart, or has no more than are kept; says why.
         """
 
-    def apply(self, program: Program, record: Record) -> None:
-        sites = kv_sites(program)
-        if sites and not all(s.is_prompt for s in sites):
-            done = follow(program)
-            record.take("later tokens", Done(f"{' and '.join(done) or 'counters'} follow the short sequence"))
-            return
-        program.survivors = {}
-        before = set(program.graph.nodes)
-        try:
-            self._shorten(program, record)
-        except NoPrompt as why:
-            for node in reversed(list(program.graph.nodes)):
-                if node not in before:
-                    program.graph.erase_node(node)
-            record.skip("image", str(why))
-
-    def _shorten(self, program: Program, record: Record) -> None:
+    def shorten(self, program: Program, record: Record) -> None:
         entry, tower = _entry(program)
         if isinstance(record.wants(tower.path), Skip):
             raise NoPrompt(f"{tower.path} is named in skip_sites")
