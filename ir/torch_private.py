@@ -60,6 +60,7 @@ __all__ = [
     "mark_static",
     "name_buffers",
     "path_of",
+    "read_images_in_forward",
     "recompile_limit",
     "source_name",
     "source_of",
@@ -370,3 +371,28 @@ def cpu_multiplies_int8() -> bool:
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` of int8 matrices, exact in int32."""
     return torch._int_mm(a, b)
+
+
+def read_images_in_forward(model: nn.Module) -> bool:
+    """Let ``generate`` of transformers hand images to the model, not to its tower alone; False if the model reads none.
+
+    ``generate`` runs the tower by itself where the model says that it takes what a tower gives (since 5.20 or so). Hooks that
+    collect hidden states are installed at the first call otherwise, which a compiled call cannot do.
+    """
+    base = getattr(model, "base_model", None)
+    if not callable(getattr(base, "get_image_features", None)):
+        return False
+    if hasattr(model, "_supports_mm_encoder_outputs"):
+        object.__setattr__(model, "_supports_mm_encoder_outputs", _no)
+    from transformers import PreTrainedModel
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            maybe_install_capturing_hooks(module)
+    return True
+
+
+def _no() -> bool:
+    """A function of a module, so that a model that holds it can be copied and pickled."""
+    return False

@@ -77,7 +77,8 @@ class CacheCalls:
         counts = tuple((tensors.position(u.count), (*u.form, *marks)) for u in uses)
         layers = tuple(Kept.of(use, tensors) for use in uses)
         given = tokens_of(text[0], tensors) if text else None
-        return CacheCalls(counts, tokens_of(uses[0].tokens, tensors), uses[0].is_prompt, tensors.model, layers, given)
+        tokens, model = tokens_of(uses[0].tokens, tensors), tensors.model(uses[0].site)
+        return CacheCalls(counts, tokens, uses[0].is_prompt, model, layers, given)
 
     def check(self, args: Sequence[Any]) -> list[Holding]:
         """What the layers hold before the call.

@@ -52,7 +52,7 @@ class Choices:
         assert isinstance(tensors, FromInputs)
         places = tuple(name.removeprefix(SURVIVORS) for name in program.remembered)
         tokens = tuple(tokens_of(program.survivors[path], tensors) for path in places)
-        return Choices(places, tokens, tensors.model)
+        return Choices(places, tokens, tensors.model())
 
     def note(self, args: Sequence[Any], made: Sequence[Any]) -> Sequence[Any]:
         """Keep what a call has chosen; returns the model's own results."""

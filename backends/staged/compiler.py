@@ -77,14 +77,13 @@ def staged_graph(
         return graph, None
     sites = kv_sites(program)  # before the graph is used up
     tokens = tokens_of(value(sites[0].new[0]).shape[2], tensors) if sites else None
-    policy = PolicyGraph(build, choosing[0], tensors.model)
+    policy = PolicyGraph(build, choosing[0], tensors.model())
     made = policy.model(inputs)
     if tokens is None:
         return policy, None
     counts = tuple((at, (*form, *marks(chosen))) for at, form, _ in made.caches)
-    return policy, CacheCalls(
-        counts, tokens, sites[0].is_prompt, tensors.model, tuple(kept for *_, kept in made.caches)
-    )
+    owner = tensors.model(sites[0].path)
+    return policy, CacheCalls(counts, tokens, sites[0].is_prompt, owner, tuple(kept for *_, kept in made.caches))
 
 
 def _refuse_rivals(choosing: Sequence[PolicyPass], program: Program) -> None:

@@ -217,10 +217,14 @@ class FromInputs(TensorSource):
         """Where an original input stands among a call's arguments."""
         return self._position[node]
 
-    @property
-    def model(self) -> int | None:
-        """The position of one of the model's own tensors, which tells instances apart; None if there is none."""
-        return min((self._position[n] for n in self.paths), default=None)
+    def model(self, site: str = "") -> int | None:
+        """The position of one of the model's own tensors, which tells instances apart; None if there is none.
+
+        Where a module is given, it is one of that module's, if there is one: the same in all graphs that hold the module, however
+        much of the model they hold.
+        """
+        own = [n for n, (path, _) in self.paths.items() if path.startswith(f"{site}.")]
+        return min((self._position[n] for n in own or self.paths), default=None)
 
     def binder(self, release: bool = False) -> Binder:
         """Drop unused inputs from the graph and return what maps a call's arguments to the graph's new inputs."""

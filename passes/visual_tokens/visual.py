@@ -31,8 +31,8 @@ from accelpass.passes.token_pruning.look import operands_of, visible
 from accelpass.passes.token_pruning.shortened_prompt import ShortenedPrompt
 
 ONE_GRAPH = (
-    "the tower is in another graph than the language model, so no token can be left out of both. transformers checks the "
-    "number of image tokens on the host: set TRANSFORMERS_DISABLE_TORCH_CHECK=1, and call the model once before it is compiled"
+    "the tower is in another graph than the language model, so no token can be left out of both: call "
+    "accelpass.one_graph(model) before the model is compiled"
 )
 
 
@@ -203,11 +203,10 @@ def _rows(
     number = (mask.flatten().long().cumsum(0) - 1).clamp(0, patches - 1).view(mask.shape)
     stays = mask.logical_not() | kept[number]
     left = mask.shape[1] - (patches - places.shape[0]) // texts
-    if texts > 1:
-        assert_async(
-            (stays.sum(1) == left).all(),
-            "visual tokens are left out of several texts: each must have the same number of images",
-        )
+    assert_async(
+        (stays.sum(1) == left).all(),
+        "visual tokens are left out: each text must have the same number of images, and one place for each of their patches",
+    )
     rows = stays.long().sort(dim=1, descending=True, stable=True).indices[:, :left].sort(-1).values
     seen = visible(masks, q, k, extras)
     there = seen.gather(1, rows)

@@ -187,3 +187,16 @@ def test_handles_and_archives(tmp_path: Path) -> None:
         writer.write_bytes("data/x", b"y" * 100)
     content = (tmp_path / "a.pt2").read_bytes()
     assert content.index(b"y" * 100) % 64 == 0
+
+
+def test_generate_hands_images_to_the_model() -> None:
+    from tests.passes.visual_truth import asked, llava
+
+    model, called = llava(), []
+    assert torch_private.read_images_in_forward(model)
+    handle = model.register_forward_pre_hook(lambda m, args, kwargs: called.append(kwargs), with_kwargs=True)
+    got = model.generate(**asked(), max_new_tokens=2, do_sample=False)
+    handle.remove()
+    assert [given.get("pixel_values") is not None for given in called] == [True, False]
+    assert torch.equal(got, llava().generate(**asked(), max_new_tokens=2, do_sample=False))
+    assert not torch_private.read_images_in_forward(torch.nn.Linear(2, 2))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import accelpass
 from accelpass.passes.visual_tokens.visionzip import VisionZip, zipped
-from tests.passes.visual_truth import IMAGE, PATCHES, answer, answered, asked, llava, seen
+from tests.passes.visual_truth import IMAGE, PATCHES, answer, answered, asked, generated, llava, seen
 from tests.small_models import relative_error
 from tests.sweep import examples, sweep
 
@@ -80,6 +80,31 @@ def test_the_language_model_goes_on_from_the_tokens_that_are_left(texts: int):
         assert relative_error(got[i], answer(model, one, features, stays)[0]) < 1e-4
     took = accelpass.explain(fast).passes["visionzip"].took
     assert took["model.vision_tower.encoder.layers"].what == f"{8 * texts} of {16 * texts} visual tokens are read"
+
+
+def test_generate_runs_tower_and_text_as_one_graph(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRANSFORMERS_DISABLE_TORCH_CHECK")
+    question, zipped_to_half = asked(2), {"name": "visionzip", "keep": 0.5, "contextual": 0.3}
+    want, _ = answered(accelpass.one_graph(llava()), question, zipped_to_half)
+    got, fast = generated(accelpass.one_graph(llava()), question, zipped_to_half)
+    torch.testing.assert_close(got, want)
+    took = accelpass.explain(fast).passes["visionzip"].took
+    assert took["model.vision_tower.encoder.layers"].what == "16 of 32 visual tokens are read"
+    few = question | {
+        "input_ids": question["input_ids"][:, 1:].clone(),
+        "attention_mask": question["attention_mask"][:, 1:],
+    }
+    few["input_ids"][:, 2] = 20  # a place for a patch is gone
+    with pytest.raises(RuntimeError, match="one place for each of their patches"):
+        generated(fast, few, zipped_to_half)
+
+
+def test_generate_alone_says_what_to_call(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRANSFORMERS_DISABLE_TORCH_CHECK")
+    _, fast = generated(llava(), asked(), {"name": "visionzip"})
+    assert "accelpass.one_graph(model)" in str(accelpass.explain(fast).passes["visionzip"].skipped.values())
+    with pytest.raises(accelpass.AccelpassError, match="Linear is no model of transformers that reads images"):
+        accelpass.one_graph(torch.nn.Linear(2, 2))
 
 
 def test_all_tokens_are_the_dense_model():
