@@ -110,6 +110,10 @@ SETTINGS: dict[str, Setting] = {
     "tidaldecode": Setting({"budget": 6, "first": 0, "reselect": 1}),
     "tokenselect": Setting({"budget": 6, "sinks": 2, "newest": 4}),
     "pbs_attn": Setting({"block": 4, "segment": 8, "threshold": 0.5}, ("prompt", "decoder"), looks_ahead=LAST),
+    "xattention": Setting({"block": 4, "stride": 2, "threshold": 0.5}, ("prompt", "decoder")),
+    "minference": Setting(
+        {"block": 4, "vertical": 3, "slash": 4, "first": 1, "local": 2}, ("prompt", "decoder"), looks_ahead=LAST
+    ),
     "sink_window": Setting({"density": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
     "moa": Setting({"alpha": 0.0, "beta": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
     "tome": Setting({"merge": 3}, ("tower",)),

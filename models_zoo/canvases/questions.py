@@ -7,6 +7,7 @@ reads it in five tiles of 24 x 24, each named by a word: the whole canvas at hal
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ WORDS = [
     *_PLURALS,
 ]
 PAD, START, END, IMAGE = range(4)
+_specimens = cache(digits.specimens)
 _NUMBER = {word: at for at, word in enumerate(WORDS)}
 
 
@@ -70,7 +72,7 @@ def canvases(count: int, held_out: bool, generator: torch.Generator) -> Asked:
 
     A canvas repeats a digit more often than chance does, so that counting is not always "one" or "zero".
     """
-    cells, labels = digits.specimens(held_out)
+    cells, labels = _specimens(held_out)
     classes = torch.randint(digits.CLASSES, (count, 4), generator=generator)
     again = torch.rand(count, 4, generator=generator) < 0.3
     classes = torch.where(again, classes[:, :1], classes)

@@ -74,7 +74,10 @@ def _shown(asked: questions.Asked) -> tuple[Tensor, Tensor, Tensor]:
 
 def texts(asked: questions.Asked) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One text for each canvas with all of its questions: ids, positions, what sees what (additive), and labels."""
-    ids, labels, blocks, places = [], [], [], []
+    ids: list[list[int]] = []
+    labels: list[list[int]] = []
+    blocks: list[list[int]] = []
+    places: list[list[int]] = []
     shared = len(questions.prompt(""))
     for asking, answers in zip(asked.questions, asked.answers, strict=True):
         row = questions.prompt("")
@@ -148,8 +151,8 @@ def _save(model: Any, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tower", type=int, default=1500, help="steps of the tower")
-    parser.add_argument("--text", type=int, default=2000, help="steps of projector and language model")
+    parser.add_argument("--tower", type=int, default=1000, help="steps of the tower")
+    parser.add_argument("--text", type=int, default=1500, help="steps of projector and language model")
     parser.add_argument("--out", type=Path, default=FILE)
     given = parser.parse_args()
     torch.manual_seed(0)

@@ -42,11 +42,7 @@ class PermutedBlocks(BlockSelect):
 
     def blocks(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Blocks:
         order = self.order(q, k, spec)
-        chosen = self.chosen(q, k, order, spec)
-        at = torch.arange(chosen.shape[-1], device=q.device)
-        blocks = torch.where(chosen, at, at.shape[0]).sort(-1).values.clamp_max(at.shape[0] - 1)
-        counts = chosen.sum(-1, dtype=torch.int32)
-        return Blocks(blocks.int(), counts, self.block, order.int())
+        return Blocks.of(self.chosen(q, k, order, spec), self.block, order.int())
 
     def order(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
         """The token at each place ``(batch * heads, tokens)``: in each whole segment the keys that the last block of

@@ -41,6 +41,13 @@ class Blocks(NamedTuple):
     size: int
     order: Tensor | None = None
 
+    @staticmethod
+    def of(chosen: Tensor, size: int, order: Tensor | None = None) -> Blocks:
+        """The lists of a boolean grid ``(tables, q_blocks, k_blocks)``, True where a block is read."""
+        at = torch.arange(chosen.shape[-1], device=chosen.device)
+        blocks = torch.where(chosen, at, at.shape[0]).sort(-1).values.clamp_max(at.shape[0] - 1)
+        return Blocks(blocks.int(), chosen.sum(-1, dtype=torch.int32), size, order)
+
 
 class BlockSelect(Select, ABC):
     """Which blocks of keys each query attends to.
