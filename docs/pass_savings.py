@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moa": {"alpha": 0, "beta": 0.5, "reserve": 64},
     "sink_window": {"reserve": 64},
     "delta_cache": {"start": 2, "interval": 2},
+    "re_ttention": {"start": 2, "interval": 2},
     "ditfastattn": {"threshold": 0.5},
     "tokencache": {"intervals": [2, 2]},
 }

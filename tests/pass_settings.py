@@ -124,6 +124,7 @@ SETTINGS: dict[str, Setting] = {
     "lazyllm": Setting({"keep": (0.5,)}, ("prompt", "decoder"), looks_ahead=LAST),
     # A sampling run of another batch size is compiled for it.
     "delta_cache": Setting({"start": 0, "interval": 2}, ("denoiser",), recompiles=1),
+    "re_ttention": Setting({"start": 0, "interval": 2, "keep": 0.3}, ("denoiser",), recompiles=1),
     "tokencache": Setting(_TOKENCACHE, ("denoiser",), tensors={IMPORTANCE: _table()}, recompiles=1),
     "ditfastattn": Setting(
         {"methods": {f"{b}.attn1": "FWAC" for b in _BLOCKS}, "timesteps": TIMES, "window": 3},

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, fx
 
+from accelpass.ir.analyses.axes.axes import Axes, axes
 from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.ir.core.capture import cut_said
 from accelpass.ir.core.graph import value
@@ -170,6 +171,21 @@ def refuse_edited(spec: AttentionSpec, by: str) -> None:
     for owner, part in spec.edits:
         if owner != by:
             raise SpecConflict(f"{by!r} and {owner!r} ({part}) cannot both have the attention at {spec.site}")
+
+
+def why_no_window(program: Program, site: Site) -> str | None:
+    """Why a window over the tokens has no meaning at the attention of a site, or None."""
+    assert site.module is not None
+    if len(site.streams) > 1:
+        return "text and image attend jointly; a window along both has no meaning"
+    found: Axes = program.analysis(axes)
+    # A stream that is joined itself, or one that attends together with text whose own result nobody reads (SD3's last).
+    operands = () if site.module.attention.node is None else site.module.attention.node.args[:2]
+    tokens = [found.of(n)[-2].leaves for n in (site.streams[0], *operands) if isinstance(n, fx.Node)]
+    if any(part.whole in tokens for part in found.parts):
+        return "its tokens are joined from text and image; a window along both has no meaning"
+    spec = site.module.attention.spec
+    return "the model's own mask is not combined with a window" if spec.bias != "none" or spec.before else None
 
 
 class Searched(ABC):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.analyses.axes.axes import Axes, axes
+from accelpass.ir.analyses.axes.axes import axes
 from accelpass.ir.attention.spec.op import ATTENTION, set_spec, spec_of
 from accelpass.ir.attention.spec.spec import Band
 from accelpass.ir.core.graph import aten, call, value
@@ -26,6 +26,7 @@ from accelpass.passes.step_cache.base import (
     of_first_branch,
     refuse_edited,
     state_name,
+    why_no_window,
 )
 
 SHARE, WINDOW_HALF, WINDOW, HALF, TWIN = "share", "window+half", "window", "half", "twin"
@@ -117,20 +118,6 @@ class DiTFastAttn(StepPass, Searched):
     def branches(self) -> int:
         return 2 if self.guidance == "calls" else 1
 
-    def windowed(self, program: Program, site: Site) -> str | None:
-        """Why a window over the tokens has no meaning at a site, or None."""
-        assert site.module is not None
-        if len(site.streams) > 1:
-            return "text and image attend jointly; a window along both has no meaning"
-        found: Axes = program.analysis(axes)
-        # A stream that is joined itself, or one that attends together with text whose own result nobody reads (SD3's last).
-        operands = () if site.module.attention.node is None else site.module.attention.node.args[:2]
-        tokens = [found.of(n)[-2].leaves for n in (site.streams[0], *operands) if isinstance(n, fx.Node)]
-        if any(part.whole in tokens for part in found.parts):
-            return "its tokens are joined from text and image; a window along both has no meaning"
-        spec = site.module.attention.spec
-        return "the model's own mask is not combined with a window" if spec.bias != "none" or spec.before else None
-
     def acted(self, program: Program, site: Site, action: str) -> str:
         method, output, residual = parsed(action)
         assert site.module is not None and site.module.attention.node is not None
@@ -148,7 +135,7 @@ class DiTFastAttn(StepPass, Searched):
                 keep(program, site, "residual", [recall(program, name, attention)], [attention])
             return "the output of this step's first call"
         if method in (WINDOW, WINDOW_HALF) or residual:
-            why = self.windowed(program, site)
+            why = why_no_window(program, site)
             if why is not None:
                 raise CannotResize(why)
         node = attention
