@@ -36,6 +36,7 @@ from .ir.errors import ReleasedWeightError as ReleasedWeightError
 from .ir.errors import SpecConflict as SpecConflict
 from .ir.transform.steps import StepError as StepError
 from .version import __version__ as __version__
+from .view.patches_picture import draw_patches as draw_patches
 from .view.report import Report as Report
 from .view.shrink_report import ShrinkReport as ShrinkReport
 from .view.shrink_report import shrink_report as shrink_report

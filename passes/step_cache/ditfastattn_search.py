@@ -13,7 +13,7 @@ from torch import Tensor
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import PassError
 from accelpass.passes.core.staged import FULL, Site
-from accelpass.passes.step_cache.base import StepSearch, Trial
+from accelpass.passes.step_cache.base import StepSearch, Trial, why_no_window
 from accelpass.passes.step_cache.ditfastattn import (
     HALF,
     LETTERS,
@@ -59,7 +59,7 @@ class InSearch(DiTFastAttn):
 
     def acted(self, program: Program, site: Site, action: str) -> str:
         # A module that no window is possible at keeps no residual either, and can still be shared.
-        if "residual" in action and self.windowed(program, site) is not None:
+        if "residual" in action and why_no_window(program, site) is not None:
             action = action.replace("+residual", "")
         return super().acted(program, site, action)
 
