@@ -13,6 +13,7 @@ from accelpass.passes.core.registry import registered
 from accelpass.testing.exports import check_export
 from accelpass.testing.findings import Finding, NotConforming, failed
 from accelpass.testing.graphs import check_graph, check_report
+from accelpass.testing.masks import check_masks
 from accelpass.testing.numbers import Oracle, check_causality, check_identity, check_oracle
 from accelpass.testing.pairs import check_composition
 from accelpass.testing.runtime import check_gradients, check_leakage, check_recompiles
@@ -28,6 +29,7 @@ CHECKS = (
     "graph",
     "report",
     "causality",
+    "masks",
     "leakage",
     "recompiles",
     "gradients",
@@ -163,6 +165,8 @@ def check_pass(
             found.append(Finding(name, "all models", "skipped", skip[name]))
         elif name == "report":
             found += check_report(trial, subjects)
+        elif name == "masks":
+            found += check_masks(trial)
         elif name == "composition":
             beside = [Trial.of(o) for o in (others if others is not None else sorted(registered()))]
             found += check_composition(trial, [o for o in beside if o.name != trial.name], subjects)
