@@ -2,7 +2,8 @@ from . import decoding as decoding
 from . import testing as testing
 from .api.bisection import Bisection as Bisection
 from .api.bisection import bisect as bisect
-from .api.calibration import calibrate as calibrate
+from .api.calibration.calibrate import calibrate as calibrate
+from .api.calibration.step_search import search_steps as search_steps
 from .api.compiling import compile as compile
 from .api.compiling import explain as explain
 from .api.compiling import refresh as refresh
@@ -18,7 +19,6 @@ from .api.stateful import reset as reset
 from .api.stateful import sampling_run as sampling_run
 from .api.stateful import state as state
 from .api.stateful import write as write
-from .api.step_search import search_steps as search_steps
 from .api.vision import one_graph as one_graph
 from .backends.export.errors import ExportError as ExportError
 from .backends.package.errors import DamagedPackageError as DamagedPackageError

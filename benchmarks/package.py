@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import accelpass
-from accelpass.cli.export_command import EXAMPLE
+from accelpass.cli.commands.export_command import EXAMPLE
 from accelpass.models_zoo import load
 from benchmarks.decode import CANDIDATES, Candidate, Session, bandwidth
 from benchmarks.machine import cpu, put_table

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import accelpass
-from accelpass.api.loss_study import IGNORED
+from accelpass.api.calibration.loss_study import IGNORED
 from accelpass.passes.core.plan import Plan
 from benchmarks.kv_quality import Compiled, dense_bytes, progress
 from benchmarks.kv_tasks import QUICK as QUICK_TASKS

@@ -72,7 +72,7 @@ CANDIDATES = (
 
 def store(batch: int, context: int, bits: int) -> Any:
     """Random keys or values. Packed ones are filled as such: no float copy of a long context is ever made."""
-    from accelpass.ir.kv.decode import PackedRows
+    from accelpass.ir.kv.decode.attention import PackedRows
     from accelpass.ir.kv.rows import row_bytes
 
     lead = (batch, KV_HEADS, context)
@@ -86,7 +86,7 @@ def store(batch: int, context: int, bits: int) -> Any:
 def built(candidate: Candidate, batch: int, context: int) -> tuple[Run, Callable[[], Tensor]]:
     """A candidate on random stores, and the float32 reference over the same."""
     from accelpass.backends.kernels.triton.kv_attention_ops import kv_decode
-    from accelpass.ir.kv.decode_reference import decode_reference
+    from accelpass.ir.kv.decode.reference import decode_reference
 
     q = torch.randn(batch, HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
     k, v = (store(batch, context, candidate.bits) for _ in range(2))

@@ -14,15 +14,21 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from accelpass.cli import bisect_command, eval_command, export_command, output, package_command, quantize_command
+from accelpass.cli import output
+from accelpass.cli.commands import (
+    bisect_command,
+    eval_command,
+    export_command,
+    images_command,
+    package_command,
+    quantize_command,
+)
 from accelpass.cli.loading import load, makes_text, options_of
 from accelpass.cli.options import (
     QUESTION,
-    AskOption,
     DeviceOption,
     Dtype,
     DtypeOption,
-    GuidanceOption,
     HtmlOption,
     JsonOption,
     Lowering,
@@ -30,10 +36,8 @@ from accelpass.cli.options import (
     ModelArgument,
     PassesOption,
     PromptOption,
-    SeedOption,
-    StepsOption,
 )
-from accelpass.cli.terminal import INTERRUPTED, UsageMistake, guarded, stderr, step
+from accelpass.cli.terminal import INTERRUPTED, guarded, stderr, step
 
 app = typer.Typer(
     name="accelpass",
@@ -221,6 +225,7 @@ eval_command.register(app)
 quantize_command.register(app)
 export_command.register(app)
 package_command.register(app)
+images_command.register(app)
 
 
 @app.command("kv-map")
@@ -246,7 +251,7 @@ def kv_map(
 ) -> None:
     """Draw which tokens each layer of a key/value cache keeps, step by step."""
     options = options_of(passes, lowering)
-    from accelpass.cli import kv_map_command as body
+    from accelpass.cli.commands import kv_map_command as body
 
     body.check(options)
     chosen = body.layers_from(layers)
@@ -261,86 +266,6 @@ def kv_map(
     else:
         body.told(made)
         print(f"picture: {written}")
-
-
-@app.command("search-steps")
-@guarded
-def search_steps(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="digits-dit, or a diffusers pipeline's folder or id.")],
-    passes: PassesOption = None,
-    out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("steps.json"),
-    steps: StepsOption = 50,
-    ask: AskOption = None,
-    guidance: GuidanceOption = 2.0,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Sampling runs; a trained pass wants about 20.")] = 1,
-    seed: SeedOption = 0,
-    lowering: LoweringOption = Lowering.inductor,
-    device: DeviceOption = "cpu",
-) -> None:
-    """Find out, in a sampling run, what each denoising step may leave out; writes a plan."""
-    if not out.expanduser().parent.is_dir():
-        raise UsageMistake(f"--out {out}: there is no folder {out.expanduser().parent}; make it first")
-    options = options_of(passes, lowering)
-    from accelpass.api.step_search import search_steps as search
-    from accelpass.cli import sampling_command as body
-
-    made = body.load(model, ask or [], steps, guidance, device)
-    seeds = iter(range(seed, seed + runs))
-    plan = search(
-        made.model,
-        lambda fast: made.sample(fast, next(seeds)),
-        options.get("passes", []),
-        scheduler=made.scheduler,
-        steps=steps,
-        runs=runs,
-        options={"lowering": lowering.value},
-    )
-    plan.save(out)
-    print(f"plan: {out}")
-    print(f"see what it does: accelpass sample {model} --plan {out} --steps {steps}")
-
-
-@app.command()
-@guarded
-def sample(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="digits-dit, or a diffusers pipeline's folder or id.")],
-    passes: PassesOption = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="What search-steps wrote.")] = None,
-    out: Annotated[Path, typer.Option("--out", help="The images, plain above, with passes below.")] = Path(
-        "sample.png"
-    ),
-    html: HtmlOption = None,
-    steps: StepsOption = 50,
-    ask: AskOption = None,
-    guidance: GuidanceOption = 2.0,
-    seed: SeedOption = 0,
-    lowering: LoweringOption = Lowering.inductor,
-    device: DeviceOption = "cpu",
-    as_json: JsonOption = False,
-) -> None:
-    """Make images with and without passes, and say what they cost and how far apart they are."""
-    output.check_page(html)
-    options = options_of(passes, lowering)
-    from accelpass.cli import sampling_command as body
-
-    if plan is not None:
-        from accelpass.passes.core.plan import Plan
-
-        options["plan"] = Plan.load(plan)
-    with step(f"Loading {model}") as update:
-        made = body.load(model, ask or [], steps, guidance, device)
-        compared, report = body.compare(made, options, seed, update)
-    sheet = body.sheet(compared, out)
-    page = None if html is None else report.to_html(html)
-    ratio = compared.fast_seconds / compared.dense_seconds
-    figures = {"seconds": compared.fast_seconds, "dense_seconds": compared.dense_seconds, "psnr": compared.psnr}
-    if as_json:
-        output.as_json({"model": model, **figures, "images": str(sheet), **report.to_dict()})
-        return
-    output.show(report)
-    print(f"a run takes {compared.fast_seconds:.2f} s, plainly compiled {compared.dense_seconds:.2f} s ({ratio:.2f}x)")
-    print(f"PSNR against the plain images: {compared.psnr:.1f} dB")
-    print(f"images: {sheet}" + (f"\nreport: {page}" if page else ""))
 
 
 @app.command("passes")
@@ -376,7 +301,7 @@ def new_pass(
     ] = None,
 ) -> None:
     """Write a package with one working pass, its oracle test and its conformance test, to go on from."""
-    from accelpass.cli import new_pass_command as body
+    from accelpass.cli.commands import new_pass_command as body
 
     names = body.checked(name)
     folder = body.target(names, directory)

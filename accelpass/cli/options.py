@@ -35,6 +35,7 @@ PassesOption = Annotated[
         'Lists inside a value are parted by |. JSON is taken, too: \'[{"name": "int4_weights", "group_size": 32}]\'.',
     ),
 ]
+PlanOption = Annotated[Path | None, typer.Option("--plan", help="A plan from calibrate or search-steps.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write the report as a page to this file.")]
 LoweringOption = Annotated[Lowering, typer.Option("--lowering", help="'eager' runs the rewritten graph uncompiled.")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -106,7 +106,7 @@ def step_pass(passes: Sequence[Pass]) -> StepPass | None:
     Raises:
         ExportError: there are two, or it searches.
     """
-    found = [p for p in passes if isinstance(p, StepPass)]
+    found = [cast(StepPass, p) for p in passes if p.by_step]
     if len(found) > 1:
         raise ExportError(f"{' and '.join(p.name for p in found)} both choose by denoising step; use one of them")
     if found and found[0].searching:

@@ -27,7 +27,6 @@ from accelpass.backends.package.report import PackageReport, described
 from accelpass.ir.torch_private import archive_writer
 from accelpass.passes.core.options import Options, parse
 from accelpass.passes.core.plan import describe
-from accelpass.passes.step_cache.base import StepPass
 from accelpass.version import __version__
 
 Update = Callable[[str], None]
@@ -51,7 +50,7 @@ def wanted(
         }
     )
     for p in chosen.passes:
-        if isinstance(p, StepPass):
+        if p.by_step:
             raise ExportError(
                 f"{p.name} chooses on the host, at each denoising step, which graph runs, and a package has one graph. Leave it out, "
                 "or write a file for each graph: accelpass.export_onnx"

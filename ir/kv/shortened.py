@@ -17,7 +17,7 @@ from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import aten, call, is_call, known, placeholders, through, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.sites import KVSite, kv_sites
-from accelpass.ir.transform.prompt import positions_of
+from accelpass.ir.transform.sequence.prompt import positions_of
 from accelpass.ir.transform.splice import splice, trace
 
 DROPPED = StateSpec("tokens.dropped", (2,), torch.int64, "sequence", batched=True)

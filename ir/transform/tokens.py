@@ -19,8 +19,8 @@ from accelpass.ir.core.graph import aten, call, known, mutates, value
 from accelpass.ir.core.program import BLOCK, NAME, Program
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.kv.ops import KV_READ
-from accelpass.ir.transform.again import on_rows, replaced
 from accelpass.ir.transform.resize import CannotResize
+from accelpass.ir.transform.sequence.again import on_rows, replaced
 
 
 class CannotCut(AccelpassError):

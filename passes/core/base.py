@@ -89,6 +89,7 @@ class Pass:
             things of one aspect cannot be combined.
         reads_back: with a key/value cache it reads numbers back on the host at each step, so that no file can hold it.
         for_prompts: it acts on prompts whose keys and values stand in an ``accelpass.KVCache``, or in none.
+        by_step: which graph runs is chosen on the host, from the number of the denoising step.
     """
 
     name: ClassVar[str]
@@ -105,6 +106,7 @@ class Pass:
     claims: ClassVar[dict[str, str]] = {}
     reads_back: ClassVar[bool] = False
     for_prompts: ClassVar[bool] = False
+    by_step: ClassVar[bool] = False
 
     def bound(self, artefacts: Mapping[str, Tensor], device: torch.device) -> Pass:
         """The pass with the tensors of its plan, where it reads them before it sees a graph.

@@ -47,8 +47,6 @@ class Site:
 class PolicyPass(Pass):
     """Runs a model in stages: its policy chooses, for each call, in which of its variants each block is computed."""
 
-    by_step: ClassVar[bool] = False
-    """The policy is that of denoising steps, which the backend has; else it is :meth:`run`."""
     searching: ClassVar[bool] = False
     """A site that cannot do one action does the others all the same."""
 

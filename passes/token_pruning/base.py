@@ -16,7 +16,7 @@ from accelpass.ir.core.graph import value, written_inputs
 from accelpass.ir.core.program import BLOCK, NAME, Program
 from accelpass.ir.kv.layer import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
-from accelpass.ir.transform.sequence import Rows, ShrinkingSequence
+from accelpass.ir.transform.sequence.removal import Rows, ShrinkingSequence
 from accelpass.ir.transform.splice import inserted
 from accelpass.ir.transform.steps import StepBlock, decoder_stack, recall_new, survived
 from accelpass.ir.transform.tokens import (

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.shortened import note
-from accelpass.ir.transform.again import again
-from accelpass.ir.transform.prompt import NoPrompt, Prompt, prompt
+from accelpass.ir.transform.sequence.again import again
+from accelpass.ir.transform.sequence.prompt import NoPrompt, Prompt, prompt
 from accelpass.ir.transform.splice import splice, trace
 from accelpass.ir.transform.steps import drop_dead_writes, survived
 from accelpass.passes.core.base import Done, Record, Skip

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accelpass.ir.transform.prompt import NoPrompt, Prompt
+from accelpass.ir.transform.sequence.prompt import NoPrompt, Prompt
 from accelpass.passes.token_pruning.filter import PromptFilter
 
 _SHARE = 13 / 32

@@ -11,7 +11,7 @@ from accelpass.ir.attention.spec import steps
 from accelpass.ir.attention.spec.block_select import MASKS
 from accelpass.ir.attention.spec.op import spec_of
 from accelpass.ir.attention.spec.spec import Step
-from accelpass.ir.transform.prompt import HIDDEN
+from accelpass.ir.transform.sequence.prompt import HIDDEN
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -16,7 +16,7 @@ from accelpass.ir.core.derived import DERIVED, StateSpec
 from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.sites import KVSite
-from accelpass.ir.transform.rows import rows_of, write_rows
+from accelpass.ir.transform.sequence.rows import rows_of, write_rows
 from accelpass.ir.transform.splice import inserted
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.shortened import follow
 from accelpass.ir.kv.sites import kv_sites
-from accelpass.ir.transform.prompt import NoPrompt
+from accelpass.ir.transform.sequence.prompt import NoPrompt
 from accelpass.passes.core.base import Done, Pass, Record
 
 

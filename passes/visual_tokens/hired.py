@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from accelpass.ir.analyses.structure.vision import Tower
 from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
-from accelpass.ir.transform.prompt import NoPrompt
+from accelpass.ir.transform.sequence.prompt import NoPrompt
 from accelpass.ir.transform.splice import inserted
 from accelpass.passes.visual_tokens.visual import Left, VisualFilter, class_attention
 

@@ -20,7 +20,7 @@ from accelpass.ir.errors import AccelpassError
 from accelpass.ir.kv.layer import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.torch_private import assert_async
-from accelpass.ir.transform.sequence import Rows, ShrinkingSequence
+from accelpass.ir.transform.sequence.removal import Rows, ShrinkingSequence
 from accelpass.ir.transform.splice import inserted
 from accelpass.ir.transform.steps import survived
 from accelpass.ir.transform.tokens import CannotCut, stretches_between

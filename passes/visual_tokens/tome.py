@@ -16,7 +16,7 @@ from accelpass.ir.attention.spec.op import set_spec, spec_of
 from accelpass.ir.attention.spec.spec import Step
 from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
-from accelpass.ir.transform.sequence import Merge, ShrinkingSequence
+from accelpass.ir.transform.sequence.removal import Merge, ShrinkingSequence
 from accelpass.ir.transform.splice import inserted
 from accelpass.ir.transform.tokens import CannotCut, stretches_between
 from accelpass.passes.core.base import Done, Skip

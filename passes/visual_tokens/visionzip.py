@@ -14,7 +14,7 @@ from accelpass.ir.analyses.structure.vision import Tower
 from accelpass.ir.attention.spec.op import attend, spec_of
 from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.ir.core.program import Program
-from accelpass.ir.transform.prompt import NoPrompt
+from accelpass.ir.transform.sequence.prompt import NoPrompt
 from accelpass.ir.transform.splice import inserted
 from accelpass.passes.visual_tokens.visual import Left, VisualFilter, attention_of, best, class_attention
 

@@ -21,9 +21,9 @@ from accelpass.ir.core.graph import aten, is_call, known, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.shortened import note
 from accelpass.ir.torch_private import assert_async
-from accelpass.ir.transform.again import again, on_rows
-from accelpass.ir.transform.prompt import NoPrompt, prompt
 from accelpass.ir.transform.resize import CannotResize
+from accelpass.ir.transform.sequence.again import again, on_rows
+from accelpass.ir.transform.sequence.prompt import NoPrompt, prompt
 from accelpass.ir.transform.splice import inserted
 from accelpass.ir.transform.steps import drop_dead_writes, survived
 from accelpass.passes.core.base import Done, Record, Skip

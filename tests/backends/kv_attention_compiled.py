@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 
 from accelpass.backends.kernels.triton import kv_attention as kernels
 from accelpass.backends.kernels.triton import kv_attention_ops as ops
-from accelpass.ir.kv.decode import PackedRows
+from accelpass.ir.kv.decode.attention import PackedRows
 from accelpass.ir.kv.rows import BITS, row_bytes
 from tests.gpu_kernels.sources import decode_source, helper_source
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from accelpass.backends.kernels.triton import kv_attention_ops as ops
 from accelpass.backends.kernels.triton.kv_attention import INTERPRETED
-from accelpass.ir.kv.decode import WANT, Decoded, PackedRows, Store, merge
-from accelpass.ir.kv.decode_reference import decode_reference
+from accelpass.ir.kv.decode.attention import WANT, Decoded, PackedRows, Store, merge
+from accelpass.ir.kv.decode.reference import decode_reference
 from accelpass.ir.kv.rows import dequantize_rows, quantize_rows
 from tests.backends.tolerance import within
 from tests.sweep import examples

@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 from accelpass.backends.kernels.triton import block_sparse, kv_attention, weight_only
 from accelpass.backends.kernels.triton import kv_attention_ops as decode
-from accelpass.ir.kv.decode import PackedRows
+from accelpass.ir.kv.decode.attention import PackedRows
 from accelpass.ir.kv.rows import BITS, row_bytes
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}

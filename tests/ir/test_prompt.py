@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from accelpass.ir.core.capture import from_dynamo
 from accelpass.ir.core.graph import placeholders
 from accelpass.ir.core.program import Program
-from accelpass.ir.transform.again import again
-from accelpass.ir.transform.prompt import NoPrompt, Prompt, TokenInput
+from accelpass.ir.transform.sequence.again import again
+from accelpass.ir.transform.sequence.prompt import NoPrompt, Prompt, TokenInput
 from accelpass.ir.transform.steps import recall_new
 
 TOKENS, FEWER, WIDTH = 13, 5, 8

@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 import accelpass
+from accelpass.cli.commands.package_command import told
 from accelpass.cli.main import app
-from accelpass.cli.package_command import told
 from benchmarks import package as benchmark
 from tests.package.conftest import Packaged
 from tests.public.conftest import folder

@@ -224,7 +224,7 @@ def test_turning_makes_outlier_channels_cost_less():
 def test_the_kernel_in_place_of_loops(storage, monkeypatch):
     """The composition around the CUDA kernel, with the kernel's reference in its place."""
     from accelpass.backends.kernels.cuda import kv_decode
-    from accelpass.ir.kv.decode_reference import decode_reference
+    from accelpass.ir.kv.decode.reference import decode_reference
 
     stand_in = SimpleNamespace(kv_decode=decode_reference)
     monkeypatch.setitem(sys.modules, "accelpass.backends.kernels.triton.kv_attention_ops", stand_in)

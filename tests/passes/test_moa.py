@@ -319,7 +319,7 @@ def test_calibration_beats_the_uniform_window_in_its_own_measure():
     """Every rule the uniform window could have is among those that are searched, so that it can only be better."""
     from rich.progress import Progress
 
-    from accelpass.api.loss_study import LossStudy
+    from accelpass.api.calibration.loss_study import LossStudy
     from accelpass.passes.sparse_attention.moa_profile import Profile
 
     model, p = llama(layers=3), make({**CALIBRATED, "sinks": 0})

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertModel
 
 import accelpass
 from accelpass import KVCache
-from accelpass.api.loss_study import parted
+from accelpass.api.calibration.loss_study import parted
 from accelpass.backends import graphs_of
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.kv_cache.cskv import factorise

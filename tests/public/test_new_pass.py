@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from accelpass.cli import new_pass_command as command
+from accelpass.cli.commands import new_pass_command as command
 from accelpass.cli.main import app
 
 CHILD = """

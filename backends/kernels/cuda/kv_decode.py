@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.kv.banks import Floats, Quantized, RowFormat, Rows
-from accelpass.ir.kv.decode import PackedRows, Store, merge
+from accelpass.ir.kv.decode.attention import PackedRows, Store, merge
 from accelpass.ir.kv.storage import KERNELS, Attended, Query, Segment
 
 

@@ -1,7 +1,7 @@
 """Decode attention over stored keys and values: `kv_decode`, and the torch op `accelpass::kv_decode_triton` under it.
 
-Importing this module registers the op. `accelpass.ir.kv.decode` has the stores (`PackedRows` or a float tensor), the
-results (`Decoded`) and `merge`, which adds up the attention over several stores; `accelpass.ir.kv.decode_reference`
+Importing this module registers the op. `accelpass.ir.kv.decode.attention` has the stores (`PackedRows` or a float tensor), the
+results (`Decoded`) and `merge`, which adds up the attention over several stores; `accelpass.ir.kv.decode.reference`
 is the same function in plain torch; `kv_attention` says what is computed in which precision. There is no backward.
 
 The op is for CUDA tensors (CPU tensors only under TRITON_INTERPRET=1). It may be captured in a CUDA graph once it has
@@ -24,7 +24,7 @@ from accelpass.backends.kernels.triton.kv_attention import (
     _kv_merge,
     kv_split,
 )
-from accelpass.ir.kv.decode import Decoded, PackedRows, Store, check_want
+from accelpass.ir.kv.decode.attention import Decoded, PackedRows, Store, check_want
 from accelpass.ir.kv.rows import BITS
 
 triton = require_triton()

@@ -1,6 +1,6 @@
 """The axis analysis: what each dimension of each value is, and which values share it.
 
-Axes are found by following operators (``axis_rules.py``, ``axis_products.py``) and named by what some of them mean
+Axes are found by following operators (``axis_rules.py``, ``axis_indexing.py``, ``axis_products.py``) and named by what some of them mean
 (``axis_names.py``), never by size.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 # Importing the rules registers them.
 from accelpass.ir.analyses.axes import (
+    axis_indexing,  # noqa: F401
     axis_products,  # noqa: F401
     axis_rules,  # noqa: F401
 )

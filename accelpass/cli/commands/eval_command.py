@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +18,7 @@ from accelpass.cli.options import (
     LoweringOption,
     ModelArgument,
     PassesOption,
+    PlanOption,
 )
 from accelpass.cli.terminal import UsageMistake, guarded, step
 
@@ -27,7 +27,7 @@ from accelpass.cli.terminal import UsageMistake, guarded, step
 def evaluate(
     model: ModelArgument,
     passes: PassesOption = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="A plan from calibration.")] = None,
+    plan: PlanOption = None,
     data: text_data.DataOption = None,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens that are scored.")] = 4096,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens that are read at once.")] = 1024,

@@ -21,12 +21,13 @@ from accelpass.cli.options import (
     JsonOption,
     ModelArgument,
     PassesOption,
+    PlanOption,
 )
 from accelpass.cli.terminal import UsageMistake, guarded, step
 
 if TYPE_CHECKING:
     from accelpass.backends.onnx.report import ExportReport
-    from accelpass.cli.sampling_command import Pipeline
+    from accelpass.cli.commands.sampling_command import Pipeline
 
 EXAMPLE = "The quick brown fox jumps over the lazy dog."
 STEPS = 50
@@ -45,7 +46,7 @@ def export(
             help="Tokens of a key/value cache: writes NAME.prompt.onnx, NAME.decode.onnx and NAME.json.",
         ),
     ] = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="A plan from calibration.")] = None,
+    plan: PlanOption = None,
     opset: Annotated[int, typer.Option("--opset", help="18 to 23; packed weights need 21.")] = 23,
     contrib: Annotated[
         bool, typer.Option("--contrib", help="ONNX Runtime's own operators (MatMulNBits); no other runtime reads them.")
@@ -95,7 +96,7 @@ def export(
     lines = [] if texts is None else [line for line in texts.read_text().splitlines() if line.strip()]
     with step(f"Loading {model}") as update:
         if ask or makes_images(model):
-            from accelpass.cli.sampling_command import load as pipeline
+            from accelpass.cli.commands.sampling_command import load as pipeline
 
             if cache is not None or lines:
                 wrong = "--texts" if cache is None else "--cache"

@@ -16,9 +16,9 @@ from accelpass.ir.core.graph import aten, call, is_call, known, mutates, refresh
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.ops import KV_APPEND
 from accelpass.ir.torch_private import enable_python_dispatcher
-from accelpass.ir.transform.prompt import NoPrompt, Prompt
 from accelpass.ir.transform.resize import CannotResize, Resizer
-from accelpass.ir.transform.rows import rows_of
+from accelpass.ir.transform.sequence.prompt import NoPrompt, Prompt
+from accelpass.ir.transform.sequence.rows import rows_of
 from accelpass.ir.transform.splice import KEPT, splice, trace
 
 _ARITHMETIC = (aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.pow, aten.full, aten.remainder)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from accelpass.cli import output
-from accelpass.cli.export_command import example, makes_images
-from accelpass.cli.options import Dtype, DtypeOption, JsonOption, ModelArgument, PassesOption
+from accelpass.cli.commands.export_command import example, makes_images
+from accelpass.cli.options import Dtype, DtypeOption, JsonOption, ModelArgument, PassesOption, PlanOption
 from accelpass.cli.terminal import UsageMistake, guarded, step
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def package(
         typer.Option("--cache", min=4, help="Tokens of prompt and answer together that a package has room for."),
     ] = CAPACITY,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts that it takes at once.")] = 1,
-    plan: Annotated[Path | None, typer.Option("--plan", help="A plan from calibration.")] = None,
+    plan: PlanOption = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the compiled graphs with torch.")
     ] = True,

@@ -10,8 +10,8 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx, nn
 
-from accelpass.api.block_walk import walk
-from accelpass.api.loss_study import LossStudy, parted
+from accelpass.api.calibration.block_walk import walk
+from accelpass.api.calibration.loss_study import LossStudy, parted
 from accelpass.caches.kv_cache import KVCache
 from accelpass.ir import attention
 from accelpass.ir.analyses.structure.linear import linears

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from accelpass.ir.analyses.axes.axes import axes
 from accelpass.ir.core.graph import aten, call, value
 from accelpass.ir.core.program import Program
-from accelpass.ir.transform.rows import rows_of, write_rows
+from accelpass.ir.transform.sequence.rows import rows_of, write_rows
 from accelpass.ir.transform.splice import inserted
 from accelpass.ir.transform.tokens import CannotCut, Stretch, ends_with, on_fewer, take_over
 

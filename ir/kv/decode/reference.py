@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from accelpass.ir.kv.decode import Decoded, PackedRows, Store, check_want
+from accelpass.ir.kv.decode.attention import Decoded, PackedRows, Store, check_want
 from accelpass.ir.kv.rows import dequantize_rows
 
 

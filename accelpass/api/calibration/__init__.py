@@ -1,0 +1,1 @@
+"""What is found out of a model by running it on data, for a plan."""
