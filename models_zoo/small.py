@@ -53,6 +53,20 @@ def tiny_lm(seed: int = 0) -> TinyLm:
         return TinyLm().eval()
 
 
+class Lexicon(TinyLm):
+    """Texts as weights over a vocabulary (LexLIP): of each word the largest score of any token. Token 0 is padding."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        padding = (ids == 0).unsqueeze(-1).float()
+        return torch.log1p(torch.relu(super().forward(ids) + padding * -1e6).amax(1))
+
+
+def lexicon(seed: int = 0) -> Lexicon:
+    """No attention, and nothing beside torch is needed."""
+    with _seeded(seed):
+        return Lexicon().eval()
+
+
 def decoder(seed: int = 0, layers: int = 2) -> Any:
     """A Llama whose queries share keys: 4 heads, 2 key/value heads; needs transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM

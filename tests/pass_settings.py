@@ -88,6 +88,7 @@ SETTINGS: dict[str, Setting] = {
     "wanda": Setting({"heads": 0.5}, tensors=_norms()),
     "shortgpt": Setting({"remove": 1}, tensors={INFLUENCE: torch.tensor([0.9, 0.1])}),
     "vq_logits": Setting({"codes": 8}, ("prompt", "decoder")),
+    "lexicon_head": Setting({"topk": 8}, ("lexicon",)),
     "skip_layers": Setting({"least": 1, "start": 24, "horizon": 25}),
     "early_exit": Setting({"threshold": 0.0}),
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),

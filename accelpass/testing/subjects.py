@@ -158,6 +158,13 @@ SUBJECTS: dict[str, Subject] = {
             about="an embedding tied to the output head around two gated MLPs; no attention",
         ),
         Subject(
+            "lexicon",
+            small.lexicon,
+            _mlp,
+            export=lambda shape: ((shape.ids(128),), {}),
+            about="the same with a head whose scores are reduced to the largest of each word",
+        ),
+        Subject(
             "prompt",
             small.decoder,
             _prompt,
