@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -84,6 +85,47 @@ def lexicon(sizes: tuple[int, int, int, int]) -> list[Row]:
     return rows
 
 
+FORMS = {"loop": ("eager", None), "grouped_mm": ("grouped_mm", None), "tutel_moe": ("batched_mm", "tutel_moe")}
+"""How transformers writes its experts, and the pass that rewrites them."""
+
+
+@torch.no_grad()
+def experts(hidden: int, width: int, batch: int, tokens: int, turns: int) -> list[Row]:
+    """Seconds of a call of a Mixtral of 2 layers of 8 experts, two for each token: its own loop and its grouped products under Inductor, and the pass."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=256, hidden_size=width, intermediate_size=hidden, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2, sliding_window=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    first = MixtralForCausalLM(config).eval()
+    ids = torch.randint(0, 256, (batch, tokens), generator=torch.Generator().manual_seed(1))
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, (form, rewriting) in FORMS.items():
+        model = MixtralForCausalLM(config).eval()
+        model.load_state_dict(first.state_dict())
+        model.set_experts_implementation(form)
+        torch._dynamo.reset()
+        fast = (
+            torch.compile(model)
+            if rewriting is None
+            else torch.compile(model, backend="accelpass", options={"passes": [rewriting]})
+        )
+        runs[name] = lambda fast=fast: fast(ids, use_cache=False).logits
+    found = {name: run() for name, run in runs.items()}
+    seconds = in_turns(runs, turns)
+    return [
+        {
+            "form": name,
+            "ms": 1e3 * statistics.median(seconds[name]),
+            "of_loop": statistics.median(a / b for a, b in zip(seconds[name], seconds["loop"], strict=True)),
+            "difference": float((found[name] - found["loop"]).abs().max() / found["loop"].abs().max()),
+        }
+        for name in runs
+    ]
+
+
 @torch.no_grad()
 def in_turns(runs: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
     """Seconds of each run, measured one after the other so many times: what slows the machine slows all."""
@@ -100,7 +142,7 @@ def in_turns(runs: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("lexicon",), default="lexicon")
+    parser.add_argument("--part", choices=("lexicon", "experts"), default="lexicon")
     parser.add_argument("--head", choices=HEADS, help="measure one head in this process and print it")
     parser.add_argument(
         "--sizes",
@@ -110,16 +152,20 @@ def main() -> None:
         metavar="N",
         help="batch, tokens, words, width",
     )
+    parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--out", type=Path, help="JSON in benchmarks/results")
     given = parser.parse_args()
     if given.head:
         print(json.dumps(head_memory(given.head, tuple(given.sizes))))
         return
-    rows = lexicon(tuple(given.sizes))
+    if given.part == "lexicon":
+        rows, sizes = lexicon(tuple(given.sizes)), {"batch, tokens, words, width": list(given.sizes)}
+    else:
+        rows, sizes = experts(768, 256, 8, 128, given.turns), {"hidden, width, batch, tokens": [768, 256, 8, 128]}
     for row in rows:
         print(json.dumps(row))
     if given.out:
-        made = {"torch": torch.__version__, "sizes": list(given.sizes), "rows": rows}
+        made = {"torch": torch.__version__, "sizes": sizes, "rows": rows}
         (Path(__file__).parent / "results" / given.out.name).write_text(json.dumps(made, indent=1) + "\n")
 
 

@@ -79,6 +79,21 @@ def decoder(seed: int = 0, layers: int = 2) -> Any:
         return LlamaForCausalLM(config).eval()
 
 
+def experts(seed: int = 0, layers: int = 2, form: str = "batched_mm") -> Any:
+    """A Mixtral with 4 experts in each layer, of which a token goes to 2; needs transformers."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128, initializer_range=0.25,
+        sliding_window=None,
+    )  # fmt: skip
+    with _seeded(seed):
+        model = MixtralForCausalLM(config).eval()
+    model.set_experts_implementation(form)
+    return model
+
+
 def encoder(seed: int = 0, layers: int = 2) -> Any:
     """A BERT, whose tokens see each other both ways; needs transformers."""
     from transformers import BertConfig, BertModel

@@ -29,3 +29,10 @@ def test_heads_give_the_same():
     with torch.no_grad():
         fast = torch.compile(model, backend="accelpass", options={"passes": ["lexicon_head"], "lowering": "eager"})
         assert torch.allclose(fast(x, mask), structure.compiled(model, "eager")(x, mask), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_forms_of_experts_give_the_same():
+    rows = structure.experts(32, 16, 1, 8, 1)
+    assert [row["form"] for row in rows] == list(structure.FORMS)
+    assert all(row["difference"] < 1e-4 and row["ms"] > 0 for row in rows)

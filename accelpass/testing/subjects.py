@@ -183,6 +183,15 @@ SUBJECTS: dict[str, Subject] = {
             about=f"the same with an accelpass.KVCache: a prompt, then {STEPS} single tokens",
         ),
         Subject(
+            "experts",
+            small.experts,
+            _prompt,
+            causal=True,
+            export=lambda shape: ((), {"input_ids": shape.ids(small.VOCABULARY), "use_cache": False}),
+            needs=("transformers",),
+            about="a Mixtral that reads a prompt, without a cache, its experts in batched products",
+        ),
+        Subject(
             "encoder",
             small.encoder,
             _encoder,

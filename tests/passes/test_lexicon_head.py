@@ -106,6 +106,7 @@ def test_a_packed_head_and_other_lengths():
     assert "lm_head" in report.passes["lexicon_head"].took and "lm_head" in report.passes["int8_weights"].took
 
 
+@pytest.mark.slow
 def test_a_bert_with_a_pooled_head():
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
