@@ -14,6 +14,10 @@ from .api.packages import open as open
 from .api.packages import package as package
 from .api.packed import load as load
 from .api.packed import save as save
+from .api.splitting import SplitPoint as SplitPoint
+from .api.splitting import SplitPoints as SplitPoints
+from .api.splitting import split as split
+from .api.splitting import split_points as split_points
 from .api.stateful import read as read
 from .api.stateful import reset as reset
 from .api.stateful import sampling_run as sampling_run

