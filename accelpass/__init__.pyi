@@ -13,6 +13,7 @@ from .api.packages import open as open
 from .api.packages import package as package
 from .api.packed import load as load
 from .api.packed import save as save
+from .api.prequantized import load_quantized as load_quantized
 from .api.stateful import read as read
 from .api.stateful import reset as reset
 from .api.stateful import sampling_run as sampling_run
@@ -25,6 +26,7 @@ from .backends.package.errors import PackageError as PackageError
 from .backends.package.errors import ProcessorMismatchError as ProcessorMismatchError
 from .backends.package.errors import TorchMismatchError as TorchMismatchError
 from .caches.kv_cache import KVCache as KVCache
+from .checkpoints.codes import CheckpointError as CheckpointError
 from .ir.errors import AccelpassError as AccelpassError
 from .ir.errors import CacheError as CacheError
 from .ir.errors import GraphError as GraphError

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from accelpass.cli import output, text_data
-from accelpass.cli.loading import load, options_of
+from accelpass.cli.loading import load, load_checkpoint, options_of
 from accelpass.cli.options import (
     DeviceOption,
     Dtype,
@@ -36,7 +36,10 @@ def evaluate(
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Score a language model on text with and without passes: perplexity, agreement, divergence."""
+    """Score a language model on text with and without passes: perplexity, agreement, divergence.
+
+    A quantized checkpoint (GPTQ, AWQ, compressed-tensors folder, or a .gguf file) is scored from its own codes.
+    """
     options = options_of(passes, lowering)
     text_data.checked(data)
     if plan is not None:
@@ -44,9 +47,16 @@ def evaluate(
 
         options["plan"] = Plan.load(plan)
     from accelpass.api.evaluation import evaluate as scored
+    from accelpass.checkpoints.building import is_checkpoint
 
     with step(f"Loading {model}", tokens) as update:
-        loaded, tokenizer = load(model, device, dtype, generates=True)
+        if is_checkpoint(model):
+            if plan is not None:
+                raise UsageMistake(f"--plan: {model} is a quantized checkpoint, which has a plan of its own")
+            loaded, tokenizer, options["plan"] = load_checkpoint(model, dtype)
+            loaded = loaded.to(device)
+        else:
+            loaded, tokenizer = load(model, device, dtype, generates=True)
         ids = text_data.ids_of(tokenizer, data)[:, :tokens].to(device)
         if ids.shape[1] < 2:
             raise UsageMistake(f"--data {data}: the text has {ids.shape[1]} tokens; two are needed")

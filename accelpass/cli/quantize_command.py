@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from accelpass.cli import output, text_data
-from accelpass.cli.loading import load
+from accelpass.cli.loading import load, load_checkpoint
 from accelpass.cli.options import Dtype, DtypeOption, JsonOption, ModelArgument
 from accelpass.cli.terminal import UsageMistake, guarded, step
 
@@ -18,6 +18,8 @@ BITS: dict[str, tuple[float, ...]] = {
 }  # fmt: skip
 """By method, the bits that it has; ``mixed_precision`` takes any average."""
 LEARN = ("awq", "gptq", "smoothquant", "mixed_precision")
+CODES = "prequantized"
+"""What runs a checkpoint that is quantized already."""
 ENDS = "lm_head|embed_tokens"
 
 
@@ -26,7 +28,9 @@ def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("-o", "--out", help="A folder, which accelpass.load reads.")],
     bits: Annotated[float, typer.Option("--bits", help="Of a weight; an average for mixed_precision.")] = 4,
-    method: Annotated[str, typer.Option("--method", help=", ".join((*BITS, "mixed_precision")) + ".")] = "gptq",
+    method: Annotated[
+        str | None, typer.Option("--method", help=", ".join((*BITS, "mixed_precision")) + "; gptq by default.")
+    ] = None,
     group_size: Annotated[
         int, typer.Option("--group-size", help="Input channels that share a scale: 32, 64, 128.")
     ] = 64,
@@ -42,8 +46,17 @@ def quantize(
     dtype: DtypeOption = Dtype.float32,
     as_json: JsonOption = False,
 ) -> None:
-    """Pack a model's weights in few bits, fitted to text, and save them: accelpass.load(model, FOLDER) runs them."""
-    entry = entry_of(method, bits, group_size, exclude)
+    """Pack a model's weights in few bits, fitted to text, and save them: accelpass.load(model, FOLDER) runs them.
+
+    MODEL may be a quantized checkpoint (GPTQ, AWQ, compressed-tensors folder, or a .gguf file): its codes are kept as they are.
+    """
+    from accelpass.checkpoints.building import is_checkpoint
+
+    stored = is_checkpoint(model)
+    if stored and method is not None:
+        raise UsageMistake(f"--method {method}: {model} is quantized already; without --method its codes are kept")
+    method = CODES if stored else method or "gptq"
+    entry = {"name": CODES} if stored else entry_of(method, bits, group_size, exclude)
     text_data.checked(data)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageMistake(f"-o {out} is there and not empty; name a new folder")
@@ -52,15 +65,20 @@ def quantize(
     import accelpass
 
     with step(f"Loading {model}") as update:
-        loaded, tokenizer = load(model, "cpu", dtype)
-        ids = text_data.ids_of(tokenizer, data)
+        if stored:
+            loaded, tokenizer, plan = load_checkpoint(model, dtype)
+        else:
+            loaded, tokenizer = load(model, "cpu", dtype)
+        ids = torch.zeros(1, 2, dtype=torch.long) if stored else text_data.ids_of(tokenizer, data)
         pieces = [part for part in ids.split(tokens, 1)[:samples] if part.shape[1] == tokens]
         if method in LEARN and not pieces:
             raise UsageMistake(
                 f"the text has {ids.shape[1]} tokens, and one piece needs {tokens}; use --tokens or more text"
             )
         update(f"{method}: {len(pieces)} pieces of {tokens} tokens" if method in LEARN else f"Packing by {method}")
-    options: dict[str, Any] = {"lowering": "eager", "passes": [entry]}
+    options: dict[str, Any] = (
+        {"lowering": "eager", "plan": plan} if stored else {"lowering": "eager", "passes": [entry]}
+    )
     if method in LEARN:
         options = {"lowering": "eager", "plan": accelpass.calibrate(loaded, pieces, [entry], progress=not as_json)}
     with step("Packing") as update:
