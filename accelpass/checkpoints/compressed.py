@@ -12,8 +12,9 @@ from torch import Tensor
 from accelpass.checkpoints.codes import FORMATS, Checkpoint, CheckpointError, grouped, unpacked
 from accelpass.ir.linear.floats import FP8
 from accelpass.ir.linear.formats import Int8
-from accelpass.ir.linear.spec import LinearSpec
+from accelpass.ir.linear.spec import ActivationFormat, LinearSpec
 from accelpass.passes.quantization.int8_dynamic import Int8PerToken
+from accelpass.passes.quantization.int8_static import Int8Static
 from accelpass.passes.quantization.prequantized import Stored
 
 READ = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -75,11 +76,10 @@ def _one(module: str, parts: Mapping[str, Tensor], scheme: Mapping[str, Any], fo
     if len(scale) != outputs or channels % scale.shape[1]:
         raise CheckpointError(f"{module} has scales {list(scale.shape)} for a weight of {outputs} x {channels}")
     zero = _zero(parts, bits, scale)
-    if inputs is not None and not inputs.get("dynamic"):
-        raise CheckpointError(f"{module} rounds its input by a range of its own (dynamic: false), which is not read")
     if scale.shape[1] == 1 and bits == 8 and zero is None:
-        rounds = Int8PerToken() if inputs is not None and inputs.get("type", "int") == "int" else None
-        return Stored(LinearSpec(Int8(), rounds), ((codes - middle).to(torch.int8), scale[:, 0].contiguous()))
+        rounds, known = _rounding(module, parts, inputs, outputs)
+        packed = ((codes - middle).to(torch.int8), scale[:, 0].contiguous())
+        return Stored(LinearSpec(Int8(), rounds), packed, known=known)
     if inputs is not None:
         raise CheckpointError(
             f"{module} multiplies rounded inputs with {bits} bits in groups; only int8 by rows is read so"
@@ -89,6 +89,26 @@ def _one(module: str, parts: Mapping[str, Tensor], scheme: Mapping[str, Any], fo
         order = order.long().argsort(stable=True)
         return grouped(codes[:, order], scale, zero, bits, order)
     return grouped(codes, scale, zero, bits)
+
+
+def _rounding(
+    module: str, parts: Mapping[str, Tensor], inputs: Mapping[str, Any] | None, outputs: int
+) -> tuple[ActivationFormat | None, tuple[Tensor, ...]]:
+    """How the input of int8 products is rounded, and by what."""
+    if inputs is None:
+        return None, ()
+    if inputs.get("type", "int") != "int" or inputs.get("num_bits", 8) != 8:
+        raise CheckpointError(
+            f"{module} rounds its input to {inputs.get('num_bits')} bits of {inputs.get('type')}; 8 of int are read"
+        )
+    if inputs.get("dynamic"):
+        return Int8PerToken(), ()
+    step, zero = parts.get("input_scale"), parts.get("input_zero_point")
+    if step is None or step.numel() != 1 or (zero is not None and bool(zero.any())):
+        raise CheckpointError(
+            f"{module} rounds its input by a range of its own with a zero point, or by several; one symmetric is read"
+        )
+    return Int8Static(), (step.float().reshape(1).expand(outputs).contiguous(),)
 
 
 def _zero(parts: Mapping[str, Tensor], bits: int, scale: Tensor) -> Tensor | None:

@@ -14,10 +14,10 @@ from accelpass.cli.options import Dtype, DtypeOption, JsonOption, ModelArgument
 from accelpass.cli.terminal import UsageMistake, guarded, step
 
 BITS: dict[str, tuple[float, ...]] = {
-    "int4_weights": (4,), "hqq": (4,), "awq": (4,), "gptq": (3, 4), "int8_weights": (8,), "int8_dynamic": (8,), "smoothquant": (8,),
+    "int4_weights": (4,), "hqq": (4,), "awq": (4,), "gptq": (3, 4), "int8_weights": (8,), "int8_dynamic": (8,), "int8_static": (8,), "smoothquant": (8,),
 }  # fmt: skip
 """By method, the bits that it has; ``mixed_precision`` takes any average."""
-LEARN = ("awq", "gptq", "smoothquant", "mixed_precision")
+LEARN = ("awq", "gptq", "smoothquant", "int8_static", "mixed_precision")
 CODES = "prequantized"
 """What runs a checkpoint that is quantized already."""
 ENDS = "lm_head|embed_tokens"

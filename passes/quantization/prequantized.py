@@ -29,12 +29,14 @@ class Stored:
     Attributes:
         spec: how its rows are written, and how inputs are rounded if they are.
         packed: the operands of the weight's format, of all rows.
+        known: those of the input's rounding.
         order: which input channel each stored column is of ``(in,)``; None where they are in order.
     """
 
     spec: LinearSpec
     packed: tuple[Tensor, ...]
     order: Tensor | None = None
+    known: tuple[Tensor, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -55,6 +57,8 @@ class Stored:
         kept = dict(zip(self.spec.weight.operands, self.packed, strict=True))
         kept["spec"] = torch.tensor(list(self.spec.to_json().encode()), dtype=torch.uint8)
         kept |= {} if self.order is None else {"order": self.order}
+        if self.spec.activation is not None:
+            kept |= dict(zip(self.spec.activation.operands, self.known, strict=True))
         return {f"{Prequantized.name}/{path}/{part}": t.contiguous() for part, t in kept.items()}
 
 
@@ -103,9 +107,9 @@ class Prequantized(WeightOnly):
         if spelled is None:
             return None
         spec = LinearSpec.from_json(bytes(spelled.tolist()).decode())
-        return Stored(
-            spec, tuple(held[prefix + operand] for operand in spec.weight.operands), held.get(f"{prefix}order")
-        )
+        packed = tuple(held[prefix + operand] for operand in spec.weight.operands)
+        needed = () if spec.activation is None else spec.activation.operands
+        return Stored(spec, packed, held.get(f"{prefix}order"), tuple(held[prefix + operand] for operand in needed))
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,13 @@ class _One(WeightOnly):
         known = edit.program.artefacts.get(f"{where}/probe")
         key = (*super().recipe(site, edit).key, self.name, *map(digest, packed))
         return Recipe(key, codes_of(packed, known, site.transposed, again))
+
+    def known(self, site: SharedWeight, edit: Edits) -> list[fx.Node]:
+        held, activation = self.held.known, self.spec.activation
+        if activation is None or not held:
+            return []
+        recipe = Recipe((self.name, "known", *map(digest, held)), lambda w: placed(w, held))
+        return edit.derive([site.weight], recipe, [f"{site.weight.name}_{n}" for n in activation.operands])
 
     def entering(self, site: SharedWeight, use: Linear, edit: Edits) -> fx.Node:
         x, order = use.operand(), self.held.order

@@ -132,6 +132,10 @@ def test_compressed_tensors_of_eight_bits() -> None:
     found = read_compressed(tensors, compressed("int-quantized", num_bits=8, inputs={"type": "int", "dynamic": True}))
     assert torch.equal(the_weight(found), codes.float() * scale.float())
     assert found.weights["up.weight"].spec.shown() == "int8 x int8_per_token"
+    tensors |= {"up.input_scale": torch.tensor([0.03])}
+    found = read_compressed(tensors, compressed("int-quantized", num_bits=8, inputs={"dynamic": False}))
+    stored = found.weights["up.weight"]
+    assert stored.spec.shown() == "int8 x int8_static" and torch.equal(stored.known[0], torch.full((16,), 0.03))
     floats = torch.randn(16, 64, generator=rng).to(torch.float8_e4m3fn)
     for one in (scale, scale[:1, 0]):
         tensors = {"up.weight": floats, "up.weight_scale": one}
@@ -354,6 +358,7 @@ def test_checkpoints_of_other_models(gptq) -> None:
         ({"form": "marlin-24"}, "format 'marlin-24'"),
         ({"num_bits": 5}, "has 5 bits"),
         ({"inputs": {"dynamic": False}}, "a range of its own"),
+        ({"inputs": {"dynamic": True, "type": "float"}}, "8 of int are read"),
         ({"form": "float-quantized"}, "of floats float8_e4m3fn is read"),
     ],
 )
