@@ -29,12 +29,12 @@ from benchmarks.machine import cpu
 from benchmarks.quality import perplexity, prose
 
 RESULTS = Path(__file__).parent / "results" / "smollm2_weight_rounding_cpu.json"
-FOUR = ("int4_weights", "torchao", "hqq", "awq", "gptq", "gptq order")
+FOUR = ("int4_weights", "torchao", "hqq", "awq", "gptq", "gptq order", "gptq zeros")
 LEARN = ("awq", "gptq", "smoothquant")
 GRIDS = {"4.5 bits": {"group_size": 64}, "5 bits": {"group_size": 32}}
 ZEROS = {"4.5 bits": "5 bits", "5 bits": "6 bits"}
 """With a zero point for each group."""
-MORE: dict[str, dict[str, Any]] = {"gptq order": {"order": True}}
+MORE: dict[str, dict[str, Any]] = {"gptq order": {"order": True}, "gptq zeros": {"order": True, "symmetric": False}}
 TOKENS = 512
 
 
@@ -67,7 +67,11 @@ def entries(methods: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Method, bits of a weight, and the pass."""
     for name in methods:
         for bits, grid in (GRIDS if name in FOUR else {"8 bits": {}}).items():
-            yield name, bits if name != "hqq" else ZEROS[bits], {"name": name.split()[0], **grid, **MORE.get(name, {})}
+            yield (
+                name,
+                ZEROS[bits] if name in ("hqq", "gptq zeros") else bits,
+                {"name": name.split()[0], **grid, **MORE.get(name, {})},
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:

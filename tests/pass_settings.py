@@ -78,13 +78,13 @@ def _factors(name: str) -> dict[str, Tensor]:
     return {f"{name}/{path.format(n)}.weight/factors": factors for paths, n, factors in each for path in paths}
 
 
-def _ranges() -> dict[str, Tensor]:
+def _ranges(name: str) -> dict[str, Tensor]:
     """Of the inputs of all linears of the kit's models."""
     weights = ("{}.gate_proj", "{}.up_proj", "{}.down_proj")
     paths = [f"layers.{w}" for w in weights]
     inside = (*(f"{{}}.self_attn.{x}_proj" for x in "qkvo"), *(w.replace("{}", "{}.mlp") for w in weights))
     paths += [f"model.layers.{w}" for w in inside]
-    return {f"int8_static/{p.format(n)}.weight/range": torch.tensor([8.0]) for p in paths for n in (0, 1)}
+    return {f"{name}/{p.format(n)}.weight/range": torch.tensor([8.0]) for p in paths for n in (0, 1)}
 
 
 def _codes() -> dict[str, Tensor]:
@@ -116,7 +116,9 @@ SETTINGS: dict[str, Setting] = {
     "early_exit": Setting({"threshold": 0.0}),
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),
     "int8_dynamic": Setting({}, ("mlp", "prompt", "encoder")),
-    "int8_static": Setting({}, ("mlp", "prompt"), tensors=_ranges()),
+    "vidit_q": Setting({}, ("mlp", "prompt"), tensors=_factors("vidit_q")),
+    "mixdq": Setting({}, ("mlp", "prompt"), tensors=_ranges("mixdq")),
+    "int8_static": Setting({}, ("mlp", "prompt"), tensors=_ranges("int8_static")),
     "int4_weights": Setting({"group_size": 32}, ("mlp", "prompt")),
     "weight_format": Setting({"format": "mxfp4"}, ("mlp", "prompt")),
     "mixed_precision": Setting({"group_size": 32}, ("mlp", "prompt")),

@@ -91,7 +91,7 @@ class LearntRounding(WeightOnly, Calibrated):
         learnt: dict[str, Tensor] = {}
         for block in run.blocks("inputs of linears"):
             inside = [group for group in groups.values() if group.keys() <= block.weights]
-            moments = {next(iter(group)): InputMoments(next(iter(group.values()))) for group in inside}
+            moments = {next(iter(group)): self.moments(next(iter(group.values())), program) for group in inside}
             block.inputs({path: m.see for path, m in moments.items()})
             for group, seen in zip(inside, moments.values(), strict=True):
                 for path, kept in self._fit(program, group, seen).items():
@@ -103,6 +103,10 @@ class LearntRounding(WeightOnly, Calibrated):
                 f"{self.name} found no linear to calibrate: include and exclude leave none, or no block has one"
             )
         return learnt
+
+    def moments(self, site: SharedWeight, program: Program) -> InputMoments:
+        """What gathers the input of a site."""
+        return InputMoments(site)
 
     def _fit(self, program: Program, group: dict[str, SharedWeight], moments: InputMoments) -> dict[str, Learnt]:
         first = next(iter(group))
@@ -150,6 +154,13 @@ class Balanced(LearntRounding):
     divided once. Factors are of the plan and weights are live: ones that are swapped or loaded anew are rounded as these were.
     """
 
+    mixes: ClassVar[str] = ""
+    """What :meth:`mixed` does, if it does anything."""
+
+    def mixed(self, channels: Tensor) -> Tensor:
+        """The last dimension of inputs and weights alike after they were divided: times an orthogonal matrix, which changes no product."""
+        return channels
+
     @abstractmethod
     def factors(self, weights: Sequence[Tensor], moments: InputMoments) -> Tensor:
         """A factor above 0 for each input channel ``(in,)``."""
@@ -168,16 +179,23 @@ class Balanced(LearntRounding):
             )
         rows = 1 / self._shares(site, factors).float()
         rows = rows.unsqueeze(-1) if site.transposed else rows
-        return Recipe((*plain.key, "balanced", digest(factors)), lambda w: plain.fn(w.float() * placed(w, [rows])[0]))
+
+        def balanced(w: Tensor) -> tuple[Tensor, ...]:
+            scaled = w.float() * placed(w, [rows])[0]
+            return plain.fn(self.mixed(scaled.t()).t() if site.transposed else self.mixed(scaled))
+
+        return Recipe((*plain.key, "balanced", self._mix(len(factors)), digest(factors)), balanced)
 
     def entering(self, site: SharedWeight, use: Linear, edit: Edits) -> fx.Node:
         x, factors = use.operand(), self.learnt(site, edit.program, "factors")
         if factors is None:
             return x
-        mark = (self.name, digest(factors))
+        mark = (self.name, self._mix(len(factors)), digest(factors))
         for user in x.users:
             if user.meta.get(_DIVIDED) == mark:
                 return user
+            if (known := user.meta.get(_MIXED)) is not None and known[0] == mark:
+                return known[1]
         (shares,) = edit.program.tensors.artefact(
             site.weight, (self._shares(site, factors),), [f"{site.weight.name}_shares"]
         )
@@ -186,7 +204,17 @@ class Balanced(LearntRounding):
         first = min(x.users)
         if first < divided:  # in front of all that read the input, for those that are divided alike
             first.prepend(divided)
+        if self.mixes:
+            place = divided.next
+            (made,) = edit.run(mark[1], lambda x: [self.mixed(x.float()).to(x.dtype)], [divided], place)
+            made.meta[_DIVIDED] = mark
+            divided.meta.pop(_DIVIDED)
+            divided.meta[_MIXED] = (mark, made)
+            return made
         return divided
+
+    def _mix(self, width: int) -> tuple[str, int]:
+        return (self.mixes, width if self.mixes else 0)
 
     @staticmethod
     def _shares(site: SharedWeight, factors: Tensor) -> Tensor:
@@ -194,5 +222,7 @@ class Balanced(LearntRounding):
         return (1 / factors).to(value(site.weight).dtype)
 
 
+_MIXED = "accelpass_mixed"
+"""Key of a node's ``meta``: by which pass and factors it divides, and what was made of it."""
 _DIVIDED = "accelpass_divided"
 """Key of a node's ``meta``: by which pass and which factors it divides."""

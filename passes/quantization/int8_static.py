@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -19,8 +19,8 @@ from accelpass.ir.linear.spec import ActivationFormat, LinearSpec
 from accelpass.passes.core.base import Done, Skip, Verdict
 from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.quantization.calibrated import InputMoments, Learnt, LearntRounding
-from accelpass.passes.quantization.int8_dynamic import Int8Dynamic
-from accelpass.passes.quantization.weight_only import SharedWeight
+from accelpass.passes.quantization.int8_dynamic import Int8PerToken
+from accelpass.passes.quantization.weight_only import SharedWeight, WeightOnly
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Int8StaticPass(LearntRounding):
 
     def rewrite(self, site: SharedWeight, edit: Edits) -> Done:
         if self.learnt(site, edit.program, "range") is None:
-            return Int8Dynamic().rewrite(site, edit)
+            return _AsItComes(form=self.spec.weight).rewrite(site, edit)
         return super().rewrite(site, edit)
 
     def known(self, site: SharedWeight, edit: Edits) -> list[fx.Node]:
@@ -86,3 +86,15 @@ class Int8StaticPass(LearntRounding):
     def whole(self, program: Program, sites: Sequence[SharedWeight]) -> str | None:
         said = super().whole(program, sites)
         return said and said.replace("every weight is rounded to the nearest", "every input is rounded as it comes")
+
+
+@dataclass(frozen=True)
+class _AsItComes(WeightOnly):
+    """A weight whose input has no range."""
+
+    form: Any = None
+    name: ClassVar[str] = Int8StaticPass.name
+
+    @property
+    def spec(self) -> LinearSpec:
+        return LinearSpec(self.form, Int8PerToken())
