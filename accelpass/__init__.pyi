@@ -2,6 +2,8 @@ from . import decoding as decoding
 from . import testing as testing
 from .api.bisection import Bisection as Bisection
 from .api.bisection import bisect as bisect
+from .api.bit_search import BitSearch as BitSearch
+from .api.bit_search import search_bits as search_bits
 from .api.calibration import calibrate as calibrate
 from .api.compiling import compile as compile
 from .api.compiling import explain as explain
