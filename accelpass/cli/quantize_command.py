@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +49,8 @@ def quantize(
 ) -> None:
     """Pack a model's weights in few bits, fitted to text, and save them: accelpass.load(model, FOLDER) runs them.
 
+    A run that is interrupted goes on after the last finished block when it is typed again: they are kept in FOLDER.partial.
+
     MODEL may be a quantized checkpoint (GPTQ, AWQ, compressed-tensors folder, or a .gguf file): its codes are kept as they are.
     """
     from accelpass.checkpoints.building import is_checkpoint
@@ -80,7 +83,11 @@ def quantize(
         {"lowering": "eager", "plan": plan} if stored else {"lowering": "eager", "passes": [entry]}
     )
     if method in LEARN:
-        options = {"lowering": "eager", "plan": accelpass.calibrate(loaded, pieces, [entry], progress=not as_json)}
+        begun = out.with_name(out.name + ".partial")  # an interrupted run goes on from there
+        if not as_json and (done := len(list(begun.glob("*.safetensors")))):
+            print(f"{begun} has {done} finished blocks; going on after them")
+        plan = accelpass.calibrate(loaded, pieces, [entry], progress=not as_json, resume=begun)
+        options = {"lowering": "eager", "plan": plan}
     with step("Packing") as update:
         fast = torch.compile(loaded, backend="accelpass", options=options)
         with torch.no_grad():
@@ -88,6 +95,8 @@ def quantize(
         report = accelpass.explain(fast)
         update(f"Writing {out}")
         accelpass.save(fast, out)
+    if method in LEARN:
+        shutil.rmtree(begun)
     before, after = report.weight_bytes
     taken = len(report.passes[method].took)
     if as_json:

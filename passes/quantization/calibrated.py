@@ -16,7 +16,7 @@ from accelpass.ir.core.graph import aten, shape, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import digest, placed
 from accelpass.ir.errors import PassError, PlanError
-from accelpass.passes.core.base import Calibrated, Run, Take
+from accelpass.passes.core.base import BlockRun, Calibrated, Run, Take
 from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.quantization.weight_only import SharedWeight, WeightOnly
 
@@ -52,15 +52,9 @@ class InputMoments:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What is kept of one weight.
-
-    Attributes:
-        tensors: for the plan, by name.
-        weight: the numbers that it stands for ``(out, in)``, if later blocks are to see them.
-    """
+    """What is kept of one weight: tensors for the plan, by name."""
 
     tensors: Mapping[str, Tensor]
-    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,17 +85,33 @@ class LearntRounding(WeightOnly, Calibrated):
         learnt: dict[str, Tensor] = {}
         for block in run.blocks("inputs of linears"):
             inside = [group for group in groups.values() if group.keys() <= block.weights]
-            moments = {next(iter(group)): self.moments(next(iter(group.values())), program) for group in inside}
-            block.inputs({path: m.see for path, m in moments.items()})
-            for group, seen in zip(inside, moments.values(), strict=True):
-                for path, kept in self._fit(program, group, seen).items():
-                    learnt |= {f"{self.name}/{path}/{part}": t.contiguous() for part, t in kept.tensors.items()}
-                    if self.sequential and kept.weight is not None:
-                        block.put({path: kept.weight.t() if group[path].transposed else kept.weight})
+            if (known := run.kept(block.number)) is None:
+                known = self._block(program, inside, block)
+                run.keep(block.number, known)
+            learnt |= known
+            for path, site in ((p, s) for group in inside for p, s in group.items() if self.sequential):
+                prefix = f"{self.name}/{path}/"
+                parts = {n.removeprefix(prefix): t for n, t in known.items() if n.startswith(prefix)}
+                weight = self.at(site.paths).values(parts)
+                block.put({path: weight.t() if site.transposed else weight})
         if not learnt:
             raise PassError(
                 f"{self.name} found no linear to calibrate: include and exclude leave none, or no block has one"
             )
+        return learnt
+
+    def values(self, learnt: Mapping[str, Tensor]) -> Tensor:
+        """The numbers ``(out, in)`` that a weight stands for, of a pass whose later blocks are to see them."""
+        raise TypeError(f"{type(self).__name__} is sequential and does not define values()")
+
+    def _block(self, program: Program, inside: Sequence[dict[str, SharedWeight]], block: BlockRun) -> dict[str, Tensor]:
+        """What is learnt of one block's weights."""
+        learnt: dict[str, Tensor] = {}
+        moments = {next(iter(group)): self.moments(next(iter(group.values())), program) for group in inside}
+        block.inputs({path: m.see for path, m in moments.items()})
+        for group, seen in zip(inside, moments.values(), strict=True):
+            for path, kept in self._fit(program, group, seen).items():
+                learnt |= {f"{self.name}/{path}/{part}": t.contiguous() for part, t in kept.tensors.items()}
         return learnt
 
     def moments(self, site: SharedWeight, program: Program) -> InputMoments:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -109,7 +109,11 @@ class GPTQ(LearntRounding, Int4Weights):
         grouped = form.grouped(codes[:, order.argsort()])
         packed = form.written(grouped, scale, zero)
         kept = dict(zip(form.operands, packed, strict=True)) | {"probe": probe(weight)}
-        return Learnt(kept, form.unpack(packed, torch.float32))
+        return Learnt(kept)
+
+    def values(self, learnt: Mapping[str, Tensor]) -> Tensor:
+        form = self.spec.weight
+        return form.unpack([learnt[operand] for operand in form.operands], torch.float32)
 
     def recipe(self, site: SharedWeight, edit: Edits) -> Recipe:
         plain, form = super().recipe(site, edit), self.spec.weight
