@@ -16,6 +16,9 @@ from .api.packages import package as package
 from .api.packed import load as load
 from .api.packed import save as save
 from .api.prequantized import load_quantized as load_quantized
+from .api.question_accuracy import Accuracy as Accuracy
+from .api.question_accuracy import Question as Question
+from .api.question_accuracy import evaluate_questions as evaluate_questions
 from .api.stateful import read as read
 from .api.stateful import reset as reset
 from .api.stateful import sampling_run as sampling_run
@@ -39,6 +42,7 @@ from .ir.errors import ReleasedWeightError as ReleasedWeightError
 from .ir.errors import SpecConflict as SpecConflict
 from .ir.transform.steps import StepError as StepError
 from .version import __version__ as __version__
+from .view.bits_picture import draw_bits as draw_bits
 from .view.report import Report as Report
 from .view.shrink_report import ShrinkReport as ShrinkReport
 from .view.shrink_report import shrink_report as shrink_report

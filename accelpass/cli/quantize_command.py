@@ -44,6 +44,9 @@ def quantize(
     data: text_data.DataOption = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Pieces of text that are learnt from.")] = 128,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="In each of them.")] = 512,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Of mixed_precision: a .png of the format of each weight.")
+    ] = None,
     dtype: DtypeOption = Dtype.float32,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,6 +64,12 @@ def quantize(
     method = CODES if stored else method or "gptq"
     entry = {"name": CODES} if stored else entry_of(method, bits, group_size, exclude)
     text_data.checked(data)
+    if picture is not None:
+        if method != "mixed_precision":
+            raise UsageMistake(f"--picture {picture}: {method} stores all weights alike; it is for mixed_precision")
+        from accelpass.view.drawing import check_target
+
+        check_target(picture, (".png",))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageMistake(f"-o {out} is there and not empty; name a new folder")
     import torch
@@ -88,6 +97,8 @@ def quantize(
             print(f"{begun} has {done} finished blocks; going on after them")
         plan = accelpass.calibrate(loaded, pieces, [entry], progress=not as_json, resume=begun)
         options = {"lowering": "eager", "plan": plan}
+    if picture is not None:
+        accelpass.draw_bits(plan, picture, model)
     with step("Packing") as update:
         fast = torch.compile(loaded, backend="accelpass", options=options)
         with torch.no_grad():
