@@ -2,6 +2,8 @@ from . import decoding as decoding
 from . import testing as testing
 from .api.bisection import Bisection as Bisection
 from .api.bisection import bisect as bisect
+from .api.calibration.bit_search import BitSearch as BitSearch
+from .api.calibration.bit_search import search_bits as search_bits
 from .api.calibration.calibrate import calibrate as calibrate
 from .api.calibration.step_search import search_steps as search_steps
 from .api.compiling import compile as compile
@@ -14,6 +16,10 @@ from .api.packages import open as open
 from .api.packages import package as package
 from .api.packed import load as load
 from .api.packed import save as save
+from .api.prequantized import load_quantized as load_quantized
+from .api.question_accuracy import Accuracy as Accuracy
+from .api.question_accuracy import Question as Question
+from .api.question_accuracy import evaluate_questions as evaluate_questions
 from .api.splitting import SplitPoint as SplitPoint
 from .api.splitting import SplitPoints as SplitPoints
 from .api.splitting import split as split
@@ -30,6 +36,7 @@ from .backends.package.errors import PackageError as PackageError
 from .backends.package.errors import ProcessorMismatchError as ProcessorMismatchError
 from .backends.package.errors import TorchMismatchError as TorchMismatchError
 from .caches.kv_cache import KVCache as KVCache
+from .checkpoints.codes import CheckpointError as CheckpointError
 from .ir.errors import AccelpassError as AccelpassError
 from .ir.errors import CacheError as CacheError
 from .ir.errors import GraphError as GraphError
@@ -40,6 +47,7 @@ from .ir.errors import ReleasedWeightError as ReleasedWeightError
 from .ir.errors import SpecConflict as SpecConflict
 from .ir.transform.steps import StepError as StepError
 from .version import __version__ as __version__
+from .view.bits_picture import draw_bits as draw_bits
 from .view.patches_picture import draw_patches as draw_patches
 from .view.report import Report as Report
 from .view.shrink_report import ShrinkReport as ShrinkReport

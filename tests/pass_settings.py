@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accelpass.ir.linear.formats import Int8
+from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.core.registry import registered
+from accelpass.passes.quantization.prequantized import Stored
 from accelpass.passes.step_cache.tokencache import IMPORTANCE
 from accelpass.passes.structure.shortgpt import INFLUENCE
 from accelpass.testing.subjects import TIMES
@@ -76,6 +79,27 @@ def _factors(name: str) -> dict[str, Tensor]:
     return {f"{name}/{path.format(n)}.weight/factors": factors for paths, n, factors in each for path in paths}
 
 
+def _ranges(name: str) -> dict[str, Tensor]:
+    """Of the inputs of all linears of the kit's models."""
+    weights = ("{}.gate_proj", "{}.up_proj", "{}.down_proj")
+    paths = [f"layers.{w}" for w in weights]
+    inside = (*(f"{{}}.self_attn.{x}_proj" for x in "qkvo"), *(w.replace("{}", "{}.mlp") for w in weights))
+    paths += [f"model.layers.{w}" for w in inside]
+    return {f"{name}/{p.format(n)}.weight/range": torch.tensor([8.0]) for p in paths for n in (0, 1)}
+
+
+def _codes() -> dict[str, Tensor]:
+    """Of some weights of the kit's models, which the codes stand for whatever they are."""
+    draw, spec = torch.Generator().manual_seed(0), LinearSpec(Int8())
+    sizes = {"layers.{}.gate_proj": (96, 64), "model.layers.{}.mlp.gate_proj": (64, 32)}
+    found: dict[str, Tensor] = {}
+    for path, size in sizes.items():
+        for n in (0, 1):
+            packed = spec.weight.pack(torch.randn(size, generator=draw) / 8)
+            found |= Stored(spec, packed).artefacts(f"{path.format(n)}.weight")
+    return found
+
+
 _TOKENCACHE = {
     "paths": _BLOCKS, "timesteps": TIMES, "latents": (4, 8, 8), "intervals": (2, 2), "blocks": 1.0, "rotation": 0,
 }  # fmt: skip
@@ -95,9 +119,13 @@ SETTINGS: dict[str, Setting] = {
     "early_exit": Setting({"threshold": 0.0}),
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),
     "int8_dynamic": Setting({}, ("mlp", "prompt", "encoder")),
+    "vidit_q": Setting({}, ("mlp", "prompt"), tensors=_factors("vidit_q")),
+    "mixdq": Setting({}, ("mlp", "prompt"), tensors=_ranges("mixdq")),
+    "int8_static": Setting({}, ("mlp", "prompt"), tensors=_ranges("int8_static")),
     "int4_weights": Setting({"group_size": 32}, ("mlp", "prompt")),
     "weight_format": Setting({"format": "mxfp4"}, ("mlp", "prompt")),
     "mixed_precision": Setting({"group_size": 32}, ("mlp", "prompt")),
+    "prequantized": Setting({}, ("mlp", "prompt"), tensors=_codes()),
     "hqq": Setting({"group_size": 32}, ("mlp", "prompt")),
     "gptq": Setting({"group_size": 32}, ("mlp", "prompt")),
     "awq": Setting({"group_size": 32}, ("mlp", "prompt"), tensors=_factors("awq")),

@@ -73,7 +73,7 @@ def evaluate(
         if part.shape[1] < 2:
             break
         with torch.no_grad():
-            dense, changed = (_logits(call, part)[0, :-1].float() for call in (model, fast))
+            dense, changed = (logits_of(call, part)[0, :-1].float() for call in (model, fast))
         plain, ours = dense.log_softmax(-1), changed.log_softmax(-1)
         target = part[0, 1:].to(plain.device)
         sums[0] += float(F.nll_loss(plain, target, reduction="sum"))
@@ -87,7 +87,8 @@ def evaluate(
     return Quality(count, math.exp(lost), math.exp(changed_lost), same / count, apart)
 
 
-def _logits(call: Any, ids: Tensor) -> Tensor:
+def logits_of(call: Any, ids: Tensor) -> Tensor:
+    """The logits ``(batch, tokens, vocabulary)`` of a model, compiled or not, read without a cache."""
     config = getattr(call, "config", None)
     made = call(ids, use_cache=False) if config is not None and hasattr(config, "use_cache") else call(ids)
     found = made if isinstance(made, Tensor) else getattr(made, "logits", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from accelpass.cli.options import Dtype, Lowering
@@ -43,6 +44,18 @@ def load(name: str, device: str, dtype: Dtype, generates: bool = False) -> tuple
     if generates and not makes_text(model):
         raise UsageMistake(f"{name} does not generate text; 'accelpass explain {name}' takes it")
     return model.to(device), tokenizer
+
+
+def load_checkpoint(name: str, dtype: Dtype) -> tuple[Any, Any, Any]:
+    """The model of a quantized checkpoint with its numbers, its tokenizer (None if it has none), and the plan with its codes."""
+    import torch
+
+    from accelpass.api.prequantized import quantized_plan
+    from accelpass.checkpoints.building import built
+
+    path = Path(name).expanduser()
+    model, tokenizer = built(path, getattr(torch, dtype.value))
+    return model, tokenizer, quantized_plan(model, path)
 
 
 def makes_text(model: Any) -> bool:

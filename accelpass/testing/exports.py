@@ -17,6 +17,7 @@ from accelpass.ir.core.verify import signature, verify
 from accelpass.ir.kv import lower as kv
 from accelpass.ir.torch_private import tree_leaves
 from accelpass.passes.core.manager import run as apply
+from accelpass.passes.core.plan import Plan
 from accelpass.testing.findings import Finding, failed, passed, skipped
 from accelpass.testing.numbers import attempt
 from accelpass.testing.subjects import Subject
@@ -91,7 +92,8 @@ def _onnx(trial: Trial, model: nn.Module, args: Any, kwargs: Any, want: list[Ten
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         try:
-            export(model, args, path, passes=[trial.made()])
+            plan = Plan.of(model, [], dict(trial.tensors)) if trial.tensors else None
+            export(model, args, path, passes=[trial.made()], plan=plan)
         except Exception as error:
             if is_refusal(error):
                 return f"ONNX refused: {told(error)[:160]}", None

@@ -52,6 +52,18 @@ def expand(site: str) -> list[str]:
     return [braces[1] + name for name in braces[2].split(",")] if braces else [plain]
 
 
+def layered(path: str) -> tuple[str, str]:
+    """Which layer a module is of, and what it is in it: ``layers.3`` and ``mlp.up_proj`` of ``model.layers.3.mlp.up_proj``.
+
+    The model itself, for what is in no layer.
+    """
+    found = _INDEX.search(path)
+    if found is None:
+        return "(model)", path
+    name = path[: found.start() - 1].rpartition(".")[2]
+    return f"{name}.{found[0]}", path[found.end() + 1 :] or "(all)"
+
+
 def runs(numbers: Sequence[int]) -> list[str]:
     """``["0..3", "5"]`` of [0, 1, 2, 3, 5]."""
     found: list[list[int]] = []

@@ -7,8 +7,8 @@ from torch import fx
 
 from accelpass.backends.kernels.cpu.linear import Int4Forms, Int8Forms
 from accelpass.ir.core.graph import value
-from accelpass.ir.linear.formats import Int4, Int8
-from accelpass.ir.linear.lower import Emit, Nodes, register_lowering
+from accelpass.ir.linear.formats import GROUP_SIZES, Int4, Int8
+from accelpass.ir.linear.lower import TRACED, Emit, Nodes, register_lowering
 from accelpass.ir.linear.lower import lower as lower
 from accelpass.ir.linear.spec import WeightFormat
 
@@ -21,6 +21,8 @@ class _Int8Kernel(Int8Forms):
 class _Int4Kernel(Int4Forms):
     def linear(self, e: Emit, weight: WeightFormat, x: fx.Node, packed: Nodes, bias: fx.Node | None) -> fx.Node:
         assert isinstance(weight, Int4)
+        if weight.group_size not in GROUP_SIZES:  # of somebody else's checkpoint
+            return TRACED.linear(e, weight, x, packed, bias)
         q, scale, zero = (*packed, None)[:3]
         return _kernel(e, "int4_linear_triton", x, q, scale, zero, bias, weight.group_size)
 

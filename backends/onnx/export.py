@@ -277,6 +277,7 @@ def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[st
         notes = computed_in_full(program, "no operator of ONNX leaves blocks of keys out")
         # Kernels of torch's are no operators of ONNX.
         attention.lower(program, lowerings(want.form.opset))
+        rounding.write_static(program)
         others = unpack_others(program, packed_weights.FORMATS, make_plain(program))
         notes += [f"weights in {form} are unpacked by operators of the standard in each call" for form in others]
     program.graph.eliminate_dead_code()

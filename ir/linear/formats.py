@@ -1,4 +1,4 @@
-"""Formats of weights in whole numbers: int8 with a scale for each row, int4 and int3 with a scale for each group."""
+"""Formats of weights in whole numbers: int8 with a scale for each row, two to eight bits with a scale for each group."""
 
 from __future__ import annotations
 
@@ -148,14 +148,11 @@ class Int4(Grouped):
 
 
 @dataclass(frozen=True)
-class Int3(Grouped):
-    """``q`` uint8 (out, in * 3 / 8): of a group the lowest bits of all columns, then the middle ones, then the highest.
+class BitPlanes(Grouped):
+    """``q`` uint8 (out, in * bits / 8): of a group the lowest bits of all columns, then the next ones, up to the highest.
 
-    Bit i of byte j of a plane is column 8 j + i. Symmetric codes less 4 are -4..3.
+    Bit i of byte j of a plane is column 8 j + i.
     """
-
-    part: ClassVar[str] = "int3"
-    bits: ClassVar[int] = 3
 
     def stored(self, codes: Tensor) -> Tensor:
         columns = codes.unflatten(-1, (self.group_size // 8, 8))
@@ -166,8 +163,51 @@ class Int3(Grouped):
     def read(self, stored: Tensor) -> Tensor:
         places = 2 ** torch.arange(8, dtype=torch.int32, device=stored.device)
         bits = stored.int().unsqueeze(-1) // places % 2  # shifts of bytes have no right translation to ONNX
-        low, middle, high = bits.flatten(-2).chunk(self.bits, -1)
-        return low + 2 * middle + 4 * high
+        first, *others = bits.flatten(-2).chunk(self.bits, -1)
+        for bit, plane in enumerate(others, 1):
+            first = first + 2**bit * plane
+        return first
+
+
+@dataclass(frozen=True)
+class Int2(BitPlanes):
+    """Symmetric codes less 2 are -2..1."""
+
+    part: ClassVar[str] = "int2"
+    bits: ClassVar[int] = 2
+
+
+@dataclass(frozen=True)
+class Int3(BitPlanes):
+    """Symmetric codes less 4 are -4..3."""
+
+    part: ClassVar[str] = "int3"
+    bits: ClassVar[int] = 3
+
+
+@dataclass(frozen=True)
+class Int6(BitPlanes):
+    """Symmetric codes less 32 are -32..31."""
+
+    part: ClassVar[str] = "int6"
+    bits: ClassVar[int] = 6
+
+
+@dataclass(frozen=True)
+class Int8Groups(Grouped):
+    """``q`` uint8 (out, in), a byte a code, with a scale for each group; symmetric codes less 128 are -128..127.
+
+    :class:`Int8`, with a scale for each row, is what there are kernels for.
+    """
+
+    part: ClassVar[str] = "int8_groups"
+    bits: ClassVar[int] = 8
+
+    def stored(self, codes: Tensor) -> Tensor:
+        return codes
+
+    def read(self, stored: Tensor) -> Tensor:
+        return stored
 
 
 def whole_groups(in_features: int, group_size: int) -> Verdict:

@@ -146,9 +146,11 @@ def _plain(e: Emit, spec: LinearSpec, rounded: dict[Any, list[fx.Node]]) -> fx.N
     if spec.activation is None and not spec.low_rank:
         return e(LINEAR, x, packed, bias, text)
     if (activation := spec.activation) is not None:
-        if (x, activation) not in rounded:  # once for all that read it
-            rounded[x, activation] = e.traced(activation, lambda x: activation.encode(x.float()), x)
-        codes, scale = rounded[x, activation]
+        known = spec.of_activation(operands_of(e.like))
+        key = (x, activation, *known)
+        if key not in rounded:  # once for all that read it
+            rounded[key] = e.traced(activation, lambda x, *known: activation.encode(x.float(), *known), x, *known)
+        codes, scale = rounded[key]
         y = e(aten.mul.Tensor, e(LINEAR, codes, packed, None, text), scale)
     else:
         y = e(LINEAR, e.cast(x, torch.float32), packed, None, text)

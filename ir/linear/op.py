@@ -27,7 +27,7 @@ def linear(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, spec: str
     if s.activation is None:
         y = s.weight.multiply(wide, packed)
     else:
-        codes, scale = s.activation.encode(wide)
+        codes, scale = s.activation.encode(wide, *s.of_activation(operands))
         y = s.weight.multiply(codes, packed) * scale
     if s.low_rank:
         a, b = s.of_residual(operands)

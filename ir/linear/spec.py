@@ -77,10 +77,19 @@ class WeightFormat(Format):
 
 
 class ActivationFormat(Format):
-    """How the input ``(..., in)`` of a product is rounded before it."""
+    """How the input ``(..., in)`` of a product is rounded before it.
+
+    Operands, of a format that has some, are float32 ``(out,)`` as a weight's are, so that rows may be cut and joined; what is
+    known of the input is the same number for each.
+    """
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the tensors that it needs besides the input."""
+        return ()
 
     @abstractmethod
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
         """Integers of x's shape, and a float32 factor ``(..., 1)`` for each of its rows, from x in float32."""
 
 
@@ -113,6 +122,8 @@ class LinearSpec:
         by: which weight is read, where the operands hold several.
         low_rank: the rank of a residual branch: A ``(rank, in)`` and B ``(out, rank)`` come after W's operands, and x is
             not rounded for them.
+
+    An op's operands are the weight's, the activation's, and the residual's.
     """
 
     weight: WeightFormat
@@ -124,9 +135,15 @@ class LinearSpec:
         """Those of an op's operands, tensors or nodes, that hold W."""
         return list(operands[: len(self.weight.operands)])
 
+    def of_activation(self, operands: Sequence[Any]) -> list[Any]:
+        """What the rounding of x needs."""
+        before, count = len(self.weight.operands), 0 if self.activation is None else len(self.activation.operands)
+        return list(operands[before : before + count])
+
     def of_residual(self, operands: Sequence[Any]) -> list[Any]:
         """A and B, or nothing."""
-        return list(operands[len(self.weight.operands) :])
+        before = len(self.weight.operands) + (0 if self.activation is None else len(self.activation.operands))
+        return list(operands[before:])
 
     def shown(self) -> str:
         """``int8 x int8_per_token, expert(number=3), rank 16``."""

@@ -215,9 +215,17 @@ class Run(Protocol):
     def blocks(self, what: str) -> Iterator[BlockRun]:
         """The blocks in order: what one gives is held for all data, and is what the next one reads. A model without blocks is one."""
 
+    def kept(self, number: int) -> dict[str, Tensor] | None:
+        """What :meth:`keep` was given for a block in a run before this one, which was interrupted; None if there is nothing."""
+
+    def keep(self, number: int, learnt: Mapping[str, Tensor]) -> None:
+        """Keep what was learnt of a block, where the caller wants that."""
+
 
 class BlockRun(Protocol):
     """One block of a model, with what all calibration data give it."""
+
+    number: int
 
     @property
     def weights(self) -> frozenset[str]:

@@ -16,7 +16,7 @@ from accelpass.ir.core.graph import aten, shape, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import digest, placed
 from accelpass.ir.errors import PassError, PlanError
-from accelpass.passes.core.base import Calibrated, Run, Take
+from accelpass.passes.core.base import BlockRun, Calibrated, Run, Take
 from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.quantization.weight_only import SharedWeight, WeightOnly
 
@@ -52,15 +52,9 @@ class InputMoments:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What is kept of one weight.
-
-    Attributes:
-        tensors: for the plan, by name.
-        weight: the numbers that it stands for ``(out, in)``, if later blocks are to see them.
-    """
+    """What is kept of one weight: tensors for the plan, by name."""
 
     tensors: Mapping[str, Tensor]
-    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,18 +85,38 @@ class LearntRounding(WeightOnly, Calibrated):
         learnt: dict[str, Tensor] = {}
         for block in run.blocks("inputs of linears"):
             inside = [group for group in groups.values() if group.keys() <= block.weights]
-            moments = {next(iter(group)): InputMoments(next(iter(group.values()))) for group in inside}
-            block.inputs({path: m.see for path, m in moments.items()})
-            for group, seen in zip(inside, moments.values(), strict=True):
-                for path, kept in self._fit(program, group, seen).items():
-                    learnt |= {f"{self.name}/{path}/{part}": t.contiguous() for part, t in kept.tensors.items()}
-                    if self.sequential and kept.weight is not None:
-                        block.put({path: kept.weight.t() if group[path].transposed else kept.weight})
+            if (known := run.kept(block.number)) is None:
+                known = self._block(program, inside, block)
+                run.keep(block.number, known)
+            learnt |= known
+            for path, site in ((p, s) for group in inside for p, s in group.items() if self.sequential):
+                prefix = f"{self.name}/{path}/"
+                parts = {n.removeprefix(prefix): t for n, t in known.items() if n.startswith(prefix)}
+                weight = self.at(site.paths).values(parts)
+                block.put({path: weight.t() if site.transposed else weight})
         if not learnt:
             raise PassError(
                 f"{self.name} found no linear to calibrate: include and exclude leave none, or no block has one"
             )
         return learnt
+
+    def values(self, learnt: Mapping[str, Tensor]) -> Tensor:
+        """The numbers ``(out, in)`` that a weight stands for, of a pass whose later blocks are to see them."""
+        raise TypeError(f"{type(self).__name__} is sequential and does not define values()")
+
+    def _block(self, program: Program, inside: Sequence[dict[str, SharedWeight]], block: BlockRun) -> dict[str, Tensor]:
+        """What is learnt of one block's weights."""
+        learnt: dict[str, Tensor] = {}
+        moments = {next(iter(group)): self.moments(next(iter(group.values())), program) for group in inside}
+        block.inputs({path: m.see for path, m in moments.items()})
+        for group, seen in zip(inside, moments.values(), strict=True):
+            for path, kept in self._fit(program, group, seen).items():
+                learnt |= {f"{self.name}/{path}/{part}": t.contiguous() for part, t in kept.tensors.items()}
+        return learnt
+
+    def moments(self, site: SharedWeight, program: Program) -> InputMoments:
+        """What gathers the input of a site."""
+        return InputMoments(site)
 
     def _fit(self, program: Program, group: dict[str, SharedWeight], moments: InputMoments) -> dict[str, Learnt]:
         first = next(iter(group))
@@ -150,6 +164,13 @@ class Balanced(LearntRounding):
     divided once. Factors are of the plan and weights are live: ones that are swapped or loaded anew are rounded as these were.
     """
 
+    mixes: ClassVar[str] = ""
+    """What :meth:`mixed` does, if it does anything."""
+
+    def mixed(self, channels: Tensor) -> Tensor:
+        """The last dimension of inputs and weights alike after they were divided: times an orthogonal matrix, which changes no product."""
+        return channels
+
     @abstractmethod
     def factors(self, weights: Sequence[Tensor], moments: InputMoments) -> Tensor:
         """A factor above 0 for each input channel ``(in,)``."""
@@ -168,16 +189,23 @@ class Balanced(LearntRounding):
             )
         rows = 1 / self._shares(site, factors).float()
         rows = rows.unsqueeze(-1) if site.transposed else rows
-        return Recipe((*plain.key, "balanced", digest(factors)), lambda w: plain.fn(w.float() * placed(w, [rows])[0]))
+
+        def balanced(w: Tensor) -> tuple[Tensor, ...]:
+            scaled = w.float() * placed(w, [rows])[0]
+            return plain.fn(self.mixed(scaled.t()).t() if site.transposed else self.mixed(scaled))
+
+        return Recipe((*plain.key, "balanced", self._mix(len(factors)), digest(factors)), balanced)
 
     def entering(self, site: SharedWeight, use: Linear, edit: Edits) -> fx.Node:
         x, factors = use.operand(), self.learnt(site, edit.program, "factors")
         if factors is None:
             return x
-        mark = (self.name, digest(factors))
+        mark = (self.name, self._mix(len(factors)), digest(factors))
         for user in x.users:
             if user.meta.get(_DIVIDED) == mark:
                 return user
+            if (known := user.meta.get(_MIXED)) is not None and known[0] == mark:
+                return known[1]
         (shares,) = edit.program.tensors.artefact(
             site.weight, (self._shares(site, factors),), [f"{site.weight.name}_shares"]
         )
@@ -186,7 +214,17 @@ class Balanced(LearntRounding):
         first = min(x.users)
         if first < divided:  # in front of all that read the input, for those that are divided alike
             first.prepend(divided)
+        if self.mixes:
+            place = divided.next
+            (made,) = edit.run(mark[1], lambda x: [self.mixed(x.float()).to(x.dtype)], [divided], place)
+            made.meta[_DIVIDED] = mark
+            divided.meta.pop(_DIVIDED)
+            divided.meta[_MIXED] = (mark, made)
+            return made
         return divided
+
+    def _mix(self, width: int) -> tuple[str, int]:
+        return (self.mixes, width if self.mixes else 0)
 
     @staticmethod
     def _shares(site: SharedWeight, factors: Tensor) -> Tensor:
@@ -194,5 +232,7 @@ class Balanced(LearntRounding):
         return (1 / factors).to(value(site.weight).dtype)
 
 
+_MIXED = "accelpass_mixed"
+"""Key of a node's ``meta``: by which pass and factors it divides, and what was made of it."""
 _DIVIDED = "accelpass_divided"
 """Key of a node's ``meta``: by which pass and which factors it divides."""

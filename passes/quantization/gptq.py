@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,20 +11,18 @@ from torch import Tensor
 
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import shape
-from accelpass.ir.core.tensors import digest, placed
+from accelpass.ir.core.tensors import digest
 from accelpass.ir.errors import PassError, PlanError
 from accelpass.ir.linear.formats import Grouped, Int3, Int4
 from accelpass.ir.linear.spec import LinearSpec
-from accelpass.ir.torch_private import FakeTensor
 from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.quantization.calibrated import InputMoments, Learnt, LearntRounding
 from accelpass.passes.quantization.int4_weights import Int4Weights
+from accelpass.passes.quantization.stored_codes import codes_of, probe
 from accelpass.passes.quantization.weight_only import SharedWeight
 
 _COLUMNS = 128
 """Columns after which the rest of the matrix is updated at once (the paper's lazy batches, section 3.3, step 2)."""
-_CHANGED = 0.01
-"""Relative change of a weight from which on codes are not those of it; rounding a model to bfloat16 changes a fifth of that."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +108,19 @@ class GPTQ(LearntRounding, Int4Weights):
             w[:, end:] -= errors @ inverse[start:end, end:]
         grouped = form.grouped(codes[:, order.argsort()])
         packed = form.written(grouped, scale, zero)
-        kept = dict(zip(form.operands, packed, strict=True)) | {"probe": _probe(weight)}
-        return Learnt(kept, form.unpack(packed, torch.float32))
+        kept = dict(zip(form.operands, packed, strict=True)) | {"probe": probe(weight)}
+        return Learnt(kept)
+
+    def values(self, learnt: Mapping[str, Tensor]) -> Tensor:
+        form = self.spec.weight
+        return form.unpack([learnt[operand] for operand in form.operands], torch.float32)
 
     def recipe(self, site: SharedWeight, edit: Edits) -> Recipe:
         plain, form = super().recipe(site, edit), self.spec.weight
         assert isinstance(form, Grouped)
         kept = {part: self.learnt(site, edit.program, part) for part in ("q", "scale", "zero", "probe")}
-        q, scale, zero, probe = kept.values()
-        if q is None or scale is None or probe is None:
+        q, scale, zero, known = kept.values()
+        if q is None or scale is None or known is None:
             return plain
         packed = [t for t in (q, scale, zero) if t is not None]
         outputs, inputs = (int(s) for s in (shape(site.weight)[::-1] if site.transposed else shape(site.weight)))
@@ -131,22 +133,5 @@ class GPTQ(LearntRounding, Int4Weights):
                 f"{self.name}: the plan's codes for {site.path} have groups of {inputs // scale.shape[1]}, "
                 f"{'no' if zero is None else 'with'} zero points, which is not {form.shown()}; calibrate with the options that you use"
             )
-
-        def stored(w: Tensor) -> tuple[Tensor, ...]:
-            (held,) = placed(w, [probe])
-            if not isinstance(w, FakeTensor):
-                away = (_probe(w.t() if site.transposed else w) - held).norm()
-                if not bool(away <= _CHANGED * held.norm()):
-                    raise PlanError(
-                        f"{self.name}: {site.path} is not the weight that the plan was made for (it was trained, merged or loaded "
-                        "since); run accelpass.calibrate again"
-                    )
-            return placed(w, packed)
-
-        return Recipe((*plain.key, "gptq", *map(digest, packed)), stored)
-
-
-def _probe(weight: Tensor) -> Tensor:
-    """The weight ``(out, in)`` times one fixed direction: what tells it from another at a fraction of its size."""
-    direction = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
-    return weight.detach().float() @ direction
+        again = f"{self.name}: {site.path} is not the weight that the plan was made for (it was trained, merged or loaded since); run accelpass.calibrate again"
+        return Recipe((*plain.key, "gptq", *map(digest, packed)), codes_of(packed, known, site.transposed, again))

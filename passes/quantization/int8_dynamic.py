@@ -21,7 +21,7 @@ class Int8PerToken(ActivationFormat):
 
     part: ClassVar[str] = "int8_per_token"
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
         scale = x.abs().amax(-1, keepdim=True) / 127
         # A row of zeros has scale 0, and NaN or infinity stay in the scale: the row's results show them.
         codes = (x / torch.where(scale == 0, 1.0, scale)).round().clamp(-127, 127).nan_to_num(0.0)

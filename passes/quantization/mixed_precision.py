@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.core.program import Program
-from accelpass.ir.errors import AccelpassError, PassError
 from accelpass.ir.linear.formats import GROUP_SIZES
 from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.core.base import Done, Run, Skip, Verdict
 from accelpass.passes.core.site_pass import Edits
+from accelpass.passes.quantization.allocation import least_cost
 from accelpass.passes.quantization.calibrated import InputMoments, Learnt, LearntRounding
 from accelpass.passes.quantization.weight_format import FORMATS, bits_of, format_named
 from accelpass.passes.quantization.weight_only import SharedWeight, WeightOnly
@@ -23,10 +23,6 @@ FLOAT = "float"
 """The choice of leaving a weight as it is."""
 CHOICES = (*FORMATS, FLOAT)
 """A plan holds the place of a choice among these, whatever was to choose from."""
-
-
-class NoSolver(AccelpassError):
-    """The program is solved by scipy, which is not installed."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ class MixedPrecision(LearntRounding):
         paths = [key.split("/")[1] for key in learnt if key.endswith("/costs")]
         tables = {path: learnt[f"{self.name}/{path}/costs"] for path in paths}
         entries = sum(int(learnt[f"{self.name}/{path}/entries"]) for path in paths)
-        chosen = _least(self.name, tables, self.bits * entries, entries)
+        chosen = least_cost(self.name, tables, self.bits * entries, entries)
         return {f"{self.name}/{p}/choice": torch.tensor(CHOICES.index(self.choices[i])) for p, i in chosen.items()}
 
     def check(self, site: SharedWeight, program: Program) -> Verdict:
@@ -129,40 +125,3 @@ class _Stored(WeightOnly):
     @property
     def spec(self) -> LinearSpec:
         return LinearSpec(format_named(self.form, self.group_size))
-
-
-def _least(name: str, tables: Mapping[str, Tensor], room: float, entries: int) -> dict[str, int]:
-    """By weight, the place of its choice: the least sum of costs whose bits are no more than ``room``.
-
-    Args:
-        tables: by weight, costs and bits of its choices ``(2, choices)``.
-
-    Raises:
-        PassError: no choice fits; names the least that would.
-    """
-    least = sum(float(t[1].min()) for t in tables.values())
-    if least > room:
-        raise PassError(
-            f"{name}: bits={room / entries:.2f} cannot be met with these choices; the least is {least / entries:.2f}"
-        )
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-    except ImportError as cause:
-        raise NoSolver(f"{name} needs scipy ({cause}); pip install 'accelpass[search]'") from None
-    cost, bits = (torch.stack([t[row] for t in tables.values()]).numpy() for row in (0, 1))
-    known = np.isfinite(cost)
-    count, width = cost.shape
-    one_each = csr_array((np.ones(count * width), (np.repeat(np.arange(count), width), np.arange(count * width))))
-    # In bits a weight: the solver's tolerances are absolute.
-    within = csr_array(np.where(known, bits, 0.0).reshape(1, -1) / entries)
-    found = milp(
-        np.where(known, cost, 0.0).ravel(),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(within, -np.inf, room / entries)],
-        bounds=Bounds(0, known.ravel().astype(float)),
-        integrality=np.ones(count * width),
-    )
-    if found.x is None:
-        raise PassError(f"{name}: the integer program was not solved: {found.message}")
-    return dict(zip(tables, found.x.reshape(count, width).argmax(1).tolist(), strict=True))

@@ -137,13 +137,23 @@ class WeightOnly(SitePass):
                         else use.bias
                     )
                     read = LinearSpec(spec.weight, spec.activation, by).to_json()
-                    new = call(graph, use.node, LINEAR, self.entering(site, use, edit), packed, bias, read)
+                    operands = [*packed, *self.known(site, edit)]
+                    new = call(graph, use.node, LINEAR, self.entering(site, use, edit), operands, bias, read)
+                    new = self.leaving(site, use, new, edit)
             replace(use.node, new)
         return done
 
     def recipe(self, site: SharedWeight, edit: Edits) -> Recipe:
         """How a site's weight is packed: rounded to the nearest number of its format."""
         return self.spec.weight.recipe(site.transposed)
+
+    def leaving(self, site: SharedWeight, use: Linear, product: fx.Node, edit: Edits) -> fx.Node:
+        """What is read in place of a linear of the site, from its packed product."""
+        return product
+
+    def known(self, site: SharedWeight, edit: Edits) -> list[fx.Node]:
+        """What the rounding of a site's input needs besides the input."""
+        return []
 
     def entering(self, site: SharedWeight, use: Linear, edit: Edits) -> fx.Node:
         """What a linear of the site multiplies."""

@@ -15,7 +15,8 @@ from accelpass.backends import graphs_of
 from accelpass.ir.errors import OptionError, PassError
 from accelpass.ir.linear.formats import Int3, Int4, Int8
 from accelpass.passes.core.registry import make
-from accelpass.passes.quantization.mixed_precision import CHOICES, _least
+from accelpass.passes.quantization.allocation import least_cost
+from accelpass.passes.quantization.mixed_precision import CHOICES
 from tests.passes.test_learnt_rounding import Stack, answer, data, moments_of
 from tests.sweep import examples
 
@@ -33,7 +34,7 @@ def test_no_combination_within_the_budget_costs_less(count: int, seed: int, shar
     }
     least, most = (sum(float(getattr(t[1], end)()) for t in tables.values()) for end in ("min", "max"))
     room = least + share * (most - least)
-    found = _least("mixed_precision", tables, room, 1)
+    found = least_cost("mixed_precision", tables, room, 1)
     spent = lambda picks: sum(float(t[1, i]) for t, i in zip(tables.values(), picks, strict=True))  # noqa: E731
     cost = lambda picks: sum(float(t[0, i]) for t, i in zip(tables.values(), picks, strict=True))  # noqa: E731
     best = min(cost(p) for p in product(range(3), repeat=count) if spent(p) <= room + 1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from accelpass.api.calibration.block_walk import walk
 from accelpass.api.calibration.loss_study import LossStudy, parted
+from accelpass.api.calibration.resuming import BlockStore
 from accelpass.caches.kv_cache import KVCache
 from accelpass.ir import attention
 from accelpass.ir.analyses.structure.linear import linears
@@ -31,6 +33,7 @@ def calibrate(
     passes: Sequence[Any],
     progress: bool = True,
     validation: Iterable[Any] | None = None,
+    resume: str | Path | None = None,
 ) -> Plan:
     """Fit what ``passes`` learn from data; give the plan to ``torch.compile`` as ``options={"plan": plan}``.
 
@@ -43,9 +46,11 @@ def calibrate(
         progress: show a bar.
         validation: batches that candidates of such passes are compared on. Of ``batches`` alone, the longest are held
             back for it; of several that are all equally long, the last.
+        resume: a folder, in which what is learnt of each block is kept as it is finished: a run that was interrupted goes on from
+            there when it is called again with the same arguments. It may be removed afterwards.
 
     Raises:
-        OptionError: no batch, or no pass.
+        OptionError: no batch, or no pass; or ``resume`` is of a calibration with other arguments.
         AccelpassError: a pass found nothing to fit; says why.
     """
     held = _held(batches)
@@ -53,12 +58,13 @@ def calibrate(
     if not held or not made:
         raise OptionError(f"calibrate needs {'batches of data' if not held else 'passes'}; there are none")
     tensors: dict[str, Tensor] = {}
+    store = None if resume is None else BlockStore(Path(resume).expanduser(), model, held, made)
     with Progress(disable=not progress) as bar:
         if any(isinstance(p, Calibrated) for p in made):
             program = _captured(model, held[0], any(isinstance(p, Calibrated) and p.fits_cache for p in made))
         for p in made:
             if isinstance(p, Calibrated):
-                tensors |= p.calibrate(program, _Runner(model, held, bar, p.name))
+                tensors |= p.calibrate(program, _Runner(model, held, bar, p.name, store))
             if isinstance(p, CalibratedOnLoss):
                 kept, others = parted(held, _held(validation or ()))
                 tensors |= p.calibrate_on_loss(LossStudy(model, kept, others, bar, p.name))
@@ -72,8 +78,17 @@ def _held(batches: Iterable[Any]) -> list[Mapping[str, Any]]:
 class _Runner:
     """Runs all batches through the model's own graph, in which what a pass wants to see is tapped."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Any]], bar: Progress, name: str) -> None:
-        self.model, self.batches, self.bar, self.name = model, batches, bar, name
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Mapping[str, Any]], bar: Progress, name: str, store: BlockStore | None
+    ) -> None:
+        self.model, self.batches, self.bar, self.name, self.store = model, batches, bar, name, store
+
+    def kept(self, number: int) -> dict[str, Tensor] | None:
+        return None if self.store is None else self.store.read(self.name, number)
+
+    def keep(self, number: int, learnt: Mapping[str, Tensor]) -> None:
+        if self.store is not None:
+            self.store.write(self.name, number, learnt)
 
     def __call__(self, watched: Mapping[str, Watch], what: str) -> None:
         seen: set[str] = set()

@@ -8,7 +8,7 @@ into the graph that torch runs too, so that the file is compared with what it sa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor, fx
 from accelpass.backends.export.errors import ExportError
 from accelpass.backends.export.functional import Functional
 from accelpass.ir.core.graph import value
+from accelpass.ir.core.program import Program
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.op import is_linear, linear_spec, operands_of
+from accelpass.passes.quantization.int8_static import Int8Static
 
 _LEVELS = 255
 _ROUND = torch.ops.quantized_decomposed
@@ -99,6 +101,21 @@ class StaticRanges:
         return plain
 
 
+def write_static(program: Program) -> None:
+    """Round the inputs of linears that have a known step by the standard's pair of operators; the products are of floats then."""
+    rounded: dict[tuple[fx.Node, float], fx.Node] = {}
+    for node in [n for n in program.graph.nodes if is_linear(n)]:
+        spec, operands, x = linear_spec(node), operands_of(node), node.args[0]
+        if not isinstance(spec.activation, Int8Static):
+            continue
+        (step,) = spec.of_activation(operands)
+        size = float(getattr(program.gm, str(step.target))[0]) or 1.0
+        if (x, size) not in rounded:
+            rounded[x, size] = _pair(program.graph, node, x, (size, 128, 0, _LEVELS, torch.uint8))
+        rest = [*spec.of_weight(operands), *spec.of_residual(operands)]
+        node.args = (rounded[x, size], rest, node.args[2], replace(spec, activation=None).to_json())
+
+
 def effect_of_rounding(made: Functional) -> float:
     """By how much the rounding of inputs to integers, a pass's, changes the outputs of the example call, over the largest."""
     given = [made.inputs[name].clone() for name in made.inputs]
@@ -156,7 +173,11 @@ def _weight(node: fx.Node) -> str:
 
 def _rounded(graph: fx.Graph, before: fx.Node, x: fx.Node, least: float, most: float) -> fx.Node:
     scale = max(most - least, 1e-8) / _LEVELS
-    setting = (scale, round(-least / scale), 0, _LEVELS, torch.uint8)
+    return _pair(graph, before, x, (scale, round(-least / scale), 0, _LEVELS, torch.uint8))
+
+
+def _pair(graph: fx.Graph, before: fx.Node, x: fx.Node, setting: tuple[float, int, int, int, torch.dtype]) -> fx.Node:
+    """x rounded and back; the setting is a scale, a zero point, the least and the largest code, and their dtype."""
     fake = value(x)
     with graph.inserting_before(before):
         wide = x
@@ -164,7 +185,7 @@ def _rounded(graph: fx.Graph, before: fx.Node, x: fx.Node, least: float, most: f
             wide = graph.call_function(torch.ops.aten._to_copy.default, (x,), {"dtype": torch.float32})
             wide.meta["val"] = fake.float()
         codes = graph.call_function(_ROUND.quantize_per_tensor.default, (wide, *setting))
-        codes.meta["val"] = fake.to(torch.uint8)
+        codes.meta["val"] = fake.to(setting[-1])
         back = graph.call_function(_ROUND.dequantize_per_tensor.default, (codes, *setting))
         back.meta["val"] = fake.float()
         if fake.dtype != torch.float32:

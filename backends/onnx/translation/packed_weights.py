@@ -106,14 +106,15 @@ class Expansion:
         elif self.contrib:
             y = self._two_planes(e, x, q, scale)
         else:
-            if self.rounded:
+            whole = self.rounded or (x.producer() is not None and x.producer().op_type == "DequantizeLinear")
+            if whole:  # the form that ONNX Runtime multiplies as integers
                 columns = self._form(q, "columns", lambda codes: codes.T)
                 w = e("DequantizeLinear", columns, scale, axis=1)
             else:
                 # One block a row: through a scale for each channel ONNX Runtime would move the transposition.
                 scales = self._form(scale, "stacked", lambda s: s[..., None])
                 w = e("DequantizeLinear", q, scales, axis=1, block_size=int(_array(q).shape[1]))
-            y = self._product(e, x, w)
+            y = self._product(e, x, w, whole)
         e.finish(y, bias, x)
 
     def _int8_embedding(self, e: Emit, weight: Int8, indices: Any, q: Any, scale: Any) -> None:
@@ -152,7 +153,9 @@ class Expansion:
             scales = self._form(scale, form, turned) if self.rounded else scale
             points = [] if zero is None else [self._form(zero, form, lambda z: _int4(turned(_whole(z)), False))]
             axis = int(not self.rounded)
-            y = self._product(e, x, e("DequantizeLinear", codes, scales, *points, axis=axis, block_size=group))
+            y = self._product(
+                e, x, e("DequantizeLinear", codes, scales, *points, axis=axis, block_size=group), self.rounded
+            )
         e.finish(y, bias, x)
 
     def _int4_embedding(self, e: Emit, weight: Int4, indices: Any, q: Any, scale: Any, zero: Any = None) -> None:
@@ -175,9 +178,9 @@ class Expansion:
         points = [] if zero is None else [self._form(zero, "stacked", lambda z: _int4(_whole(z), False))]
         e.finish_as(e("DequantizeLinear", codes, scale, *points, axis=-1, block_size=group))
 
-    def _product(self, e: Emit, x: ir.Value, w: ir.Value) -> ir.Value:
-        """``x`` times the weight, which is (in, out) if ONNX Runtime may round, else (out, in)."""
-        return e("MatMul", e.float(x), w if self.rounded else e("Transpose", w, perm=[1, 0]))
+    def _product(self, e: Emit, x: ir.Value, w: ir.Value, turned: bool) -> ir.Value:
+        """``x`` times the weight, which is (in, out) if ``turned``, else (out, in)."""
+        return e("MatMul", e.float(x), w if turned else e("Transpose", w, perm=[1, 0]))
 
     def _n_bits(
         self, e: Emit, x: ir.Value, q: ir.Value, bits: int, block: int, scale: ir.Value, points: Any, group: int = 0

@@ -36,7 +36,7 @@ def _packed_linear(flow: Flow, node: fx.Node) -> Dims:
     codes = flow.of(packed[0])
     if same_size(shape(x)[-1], shape(packed[0])[-1]):  # int4 packs two columns in a byte
         flow.together(flow.of(x)[-1], codes[-1])
-    others = [flow.of(p)[lead] for p in packed[1:]]
+    others = [flow.of(p)[lead] for p in (*packed[1:], *spec.of_activation(operands_of(node)))]
     if isinstance(node.args[2], fx.Node):
         others.append(flow.of(node.args[2])[0])
     for other in others:

@@ -1,0 +1,223 @@
+"""``search_bits``: how many bits each linear of a model needs, by what rounding it alone does to what the model makes."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from accelpass.ir.errors import OptionError
+from accelpass.ir.linear.rows import ROW_BITS, IntRows
+from accelpass.passes.quantization.allocation import least_cost
+
+Metric = Callable[[Tensor, Tensor], float]
+"""How alike what a rounded model made and what the model made are; larger is better."""
+SPLITS = torch.linspace(0.46, 1.36, 10).tolist()
+"""Average bits of the first of two groups, by those of the second (MixDQ's scan for weights)."""
+_SLACK = 0.02
+
+
+def sqnr(made: Tensor, wanted: Tensor) -> float:
+    """Signal to rounding noise in decibels, ``10 log10(sum wanted^2 / sum (wanted - made)^2)``."""
+    noise = (wanted - made).double().square().sum().clamp_min(1e-30)
+    return float(10 * (wanted.double().square().sum() / noise).log10())
+
+
+def ssim(made: Tensor, wanted: Tensor, window: int = 511) -> float:
+    """Structural similarity of images ``(batch, channels, height, width)``, mean over windows.
+
+    Wang et al. 2004, Image Quality Assessment, equation 13, with a flat window of ``window`` pixels or the image's size.
+    """
+    if made.dim() != 4:
+        raise OptionError(f"ssim compares images (batch, channels, height, width); it was given {list(made.shape)}")
+    a, b = made.double(), wanted.double()
+    size = min(window, a.shape[2], a.shape[3])
+    spread = (b.amax() - b.amin()).clamp_min(1e-12)
+    mean = lambda x: F.avg_pool2d(x, size, 1)  # noqa: E731
+    mean_a, mean_b = mean(a), mean(b)
+    var_a, var_b, both = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2, mean(a * b) - mean_a * mean_b
+    first, second = (0.01 * spread) ** 2, (0.03 * spread) ** 2
+    top = (2 * mean_a * mean_b + first) * (2 * both + second)
+    return float((top / ((mean_a**2 + mean_b**2 + first) * (var_a + var_b + second))).mean())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears whose rounding is judged by one metric.
+
+    Attributes:
+        sites: shell patterns of module paths; a linear belongs to the first group that names it.
+        metric: larger is better.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    metric: Metric
+
+
+MIXDQ = (Group("content", ("*attn2*", "*.ff.*"), ssim), Group("quality", ("*",), sqnr))
+"""Cross-attention and feed-forward layers change what is shown, all others how well (MixDQ, section 3.3)."""
+
+
+@dataclass(frozen=True)
+class BitSearch:
+    """Bits by site.
+
+    Attributes:
+        bits: by module path.
+        scores: by module path, the metric for each of the choices.
+        groups: by module path, the group.
+        average: bits of a weight.
+        error: mean squared error of what the model then makes, weights alone rounded.
+    """
+
+    choices: tuple[int, ...]
+    bits: Mapping[str, int]
+    scores: Mapping[str, tuple[float, ...]]
+    groups: Mapping[str, str]
+    average: float
+    error: float
+
+    @property
+    def sites(self) -> dict[str, dict[str, int]]:
+        """For a pass's option of this name: ``{"name": "mixdq", "sites": found.sites}``."""
+        return {path: {"bits": bits} for path, bits in self.bits.items()}
+
+
+def search_bits(
+    model: nn.Module,
+    run: Callable[[nn.Module], Tensor],
+    average: float,
+    *,
+    choices: Sequence[int] = (4, 8),
+    groups: Sequence[Group] = MIXDQ,
+    exclude: Sequence[str] = (),
+    progress: bool = True,
+) -> BitSearch:
+    """Bits for each linear within an average, with sensitivities that are measured apart and split by metric.
+
+    One linear at a time is rounded to each of the choices, with a symmetric scale for each row, all others as they are; a metric of
+    its group compares what the model makes then with what it makes. In each group an integer program finds the bits with the largest
+    sum of scores. Two groups share the bits in several ways, and the one that comes nearest to the model is taken. Activations are not
+    rounded meanwhile. Zhao et al. 2024, MixDQ, arXiv 2405.17873, section 3.3, and ViDiT-Q, arXiv 2406.02540, section 3.4, whose groups
+    and metrics are given as ``groups``.
+
+    Args:
+        model: as it is, not compiled; it is called with weights exchanged for a while.
+        run: what is judged: runs the model at fixed inputs, or a whole sampling at a fixed seed, and returns the image or output.
+        average: bits of a weight, to within 0.02.
+        choices: of 2, 3, 4, 6 and 8.
+        groups: whose sites are ``nn.Linear`` modules.
+        exclude: patterns of linears that are left alone, and not counted.
+        progress: show a bar.
+
+    Raises:
+        OptionError: a choice or a group that there is not, or no linear.
+        PassError: no bits are within the average; names the least that would be.
+    """
+    offered = tuple(sorted(set(choices)))
+    if not offered or any(c not in ROW_BITS for c in offered):
+        raise OptionError(f"choices={list(choices)} is not supported; use some of {', '.join(map(str, ROW_BITS))}")
+    weights, named = _sites(model, groups, exclude)
+    wide = {path: tuple(c for c in offered if c == 8 or w.shape[1] % 8 == 0) for path, w in weights.items()}
+    with torch.no_grad(), Progress(disable=not progress) as bar:
+        wanted = run(model)
+        scores: dict[str, tuple[float, ...]] = {}
+        for path in bar.track(list(weights), description="sensitivity of linears"):
+            found = list[float]()
+            for number in offered:
+                if number not in wide[path]:
+                    found.append(float("-inf"))
+                    continue
+                with _rounded({path: number}, weights):
+                    found.append(named[path].metric(run(model), wanted))
+            scores[path] = tuple(found)
+        best: tuple[float, dict[str, int]] | None = None
+        for budgets in _budgets(average, groups, named, weights, offered):
+            bits = _allocated(budgets, scores, named, weights, offered)
+            with _rounded(bits, weights):
+                error = float((run(model) - wanted).double().square().mean())
+            if best is None or error < best[0]:
+                best = error, bits
+    assert best is not None
+    error, bits = best
+    entries = sum(w.numel() for w in weights.values())
+    reached = sum(bits[p] * w.numel() for p, w in weights.items()) / entries
+    return BitSearch(offered, bits, scores, {p: g.name for p, g in named.items()}, reached, error)
+
+
+def _sites(
+    model: nn.Module, groups: Sequence[Group], exclude: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Group]]:
+    weights, named = dict[str, Tensor](), dict[str, Group]()
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or any(fnmatch.fnmatchcase(path, p) for p in exclude):
+            continue
+        for group in groups:
+            if any(fnmatch.fnmatchcase(path, p) for p in group.sites):
+                weights[path], named[path] = module.weight, group
+                break
+    if not weights:
+        raise OptionError("no nn.Linear is named by groups; Group('all', ('*',), metric) takes all of them")
+    return weights, named
+
+
+@contextmanager
+def _rounded(bits: Mapping[str, int], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with some weights rounded, for as long as the context lasts."""
+    before = {path: weights[path].data for path in bits}
+    try:
+        for path, number in bits.items():
+            form = IntRows(number, symmetric=True)
+            weights[path].data = form.unpack(form.pack(before[path]), before[path].dtype)
+        yield
+    finally:
+        for path, data in before.items():
+            weights[path].data = data
+
+
+def _budgets(
+    average: float,
+    groups: Sequence[Group],
+    named: Mapping[str, Group],
+    weights: Mapping[str, Tensor],
+    offered: tuple[int, ...],
+) -> list[dict[str, float]]:
+    """Average bits of each group, in all ways that are tried; of two groups the whole keeps its average."""
+    sizes = {g.name: sum(weights[p].numel() for p, of in named.items() if of.name == g.name) for g in groups}
+    held = [name for name, size in sizes.items() if size]
+    same = [dict.fromkeys(held, average)]
+    if len(held) != 2:
+        return same
+    first, second = held
+    share, tried = sizes[first] / sizes[second], []
+    for split in SPLITS:
+        others = average * (1 + share) / (split * share + 1)
+        if all(offered[0] <= bits <= offered[-1] for bits in (others, split * others)):
+            tried.append({first: split * others, second: others})
+    return tried or same
+
+
+def _allocated(
+    budgets: Mapping[str, float],
+    scores: Mapping[str, tuple[float, ...]],
+    named: Mapping[str, Group],
+    weights: Mapping[str, Tensor],
+    offered: tuple[int, ...],
+) -> dict[str, int]:
+    bits: dict[str, int] = {}
+    for group, average in budgets.items():
+        paths = [p for p in scores if named[p].name == group]
+        entries = sum(weights[p].numel() for p in paths)
+        costs = {p: -torch.tensor(scores[p], dtype=torch.float64) for p in paths}
+        sizes = {p: torch.tensor([float(b * weights[p].numel()) for b in offered], dtype=torch.float64) for p in paths}
+        tables = {p: torch.stack([costs[p], sizes[p]]) for p in paths}
+        chosen = least_cost("search_bits", tables, (average + _SLACK) * entries, entries)
+        bits |= {p: offered[i] for p, i in chosen.items()}
+    return bits

@@ -1,0 +1,100 @@
+"""int8 weights and int8 activations whose ranges are known beforehand: rounding an input reads nothing but the input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from accelpass.ir.analyses.structure.linear import ExpertStack, Linear
+from accelpass.ir.core.derived import Recipe
+from accelpass.ir.core.graph import shape
+from accelpass.ir.core.program import Program
+from accelpass.ir.core.tensors import digest, placed
+from accelpass.ir.linear.formats import Int8
+from accelpass.ir.linear.spec import ActivationFormat, LinearSpec
+from accelpass.passes.core.base import Done, Skip, Verdict
+from accelpass.passes.core.site_pass import Edits
+from accelpass.passes.quantization.calibrated import InputMoments, Learnt, LearntRounding
+from accelpass.passes.quantization.int8_dynamic import Int8PerToken
+from accelpass.passes.quantization.weight_only import SharedWeight, WeightOnly
+
+
+@dataclass(frozen=True)
+class Int8Static(ActivationFormat):
+    """x = codes * step, symmetric, with one step for all rows, ``step`` float32 (out,); what is beyond -128..127 steps is clipped."""
+
+    part: ClassVar[str] = "int8_static"
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        return ("step",)
+
+    def encode(self, x: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
+        step = operands[0][:1]
+        scale = step.expand(*x.shape[:-1], 1)
+        codes = (x / torch.where(step == 0, 1.0, step)).round().clamp(-128, 127)
+        broken = codes.isnan().any(
+            -1, keepdim=True
+        )  # NaN has no code; it shows in its row, as it does without rounding
+        return codes.nan_to_num(0.0).to(torch.int8), torch.where(broken, torch.nan, scale)
+
+
+@dataclass(frozen=True)
+class Int8StaticPass(LearntRounding):
+    """Multiply int8 weights with activations rounded to int8 by one range for each input, which calibration data tell.
+
+    The range is the largest magnitude that the data have there: a larger one, later, is clipped. Nothing is searched in an input
+    when it comes, which saves a pass over it and lets a chip round in the layer before; a token with outliers makes the steps of all
+    coarse. A weight that no data reach has no range, and its inputs are rounded as ``int8_dynamic`` does. In ONNX an input is
+    rounded by ``QuantizeLinear`` and ``DequantizeLinear``.
+    """
+
+    name: ClassVar[str] = "int8_static"
+    summary: ClassVar[str] = "int8 weights times activations rounded to int8 in ranges that data told"
+    paper: ClassVar[str] = (
+        "Jacob et al. 2018, arXiv 1712.05877, section 3.1 (ranges of activations); Nagel et al. 2021, arXiv 2106.08295, section 3"
+    )
+
+    @property
+    def spec(self) -> LinearSpec:
+        return LinearSpec(Int8(), Int8Static())
+
+    def learn(self, weights: Sequence[Tensor], moments: InputMoments) -> list[Learnt]:
+        return [Learnt({"range": moments.peaks.amax().reshape(1)})] * len(weights)
+
+    def fits(self, use: Linear | ExpertStack) -> Verdict:
+        if isinstance(use, ExpertStack):
+            return Skip("a batched product of experts, whose input is not rounded; int8_weights packs its weight")
+        return super().fits(use)
+
+    def rewrite(self, site: SharedWeight, edit: Edits) -> Done:
+        if self.learnt(site, edit.program, "range") is None:
+            return _AsItComes(form=self.spec.weight).rewrite(site, edit)
+        return super().rewrite(site, edit)
+
+    def known(self, site: SharedWeight, edit: Edits) -> list[fx.Node]:
+        found = self.learnt(site, edit.program, "range")
+        assert found is not None
+        steps = (found.float() / 127).expand(int(shape(site.weight)[1 if site.transposed else 0])).contiguous()
+        recipe = Recipe((self.name, "step", len(steps), digest(steps)), lambda w: placed(w, [steps]))
+        return edit.derive([site.weight], recipe, [f"{site.weight.name}_step"])
+
+    def whole(self, program: Program, sites: Sequence[SharedWeight]) -> str | None:
+        said = super().whole(program, sites)
+        return said and said.replace("every weight is rounded to the nearest", "every input is rounded as it comes")
+
+
+@dataclass(frozen=True)
+class _AsItComes(WeightOnly):
+    """A weight whose input has no range."""
+
+    form: Any = None
+    name: ClassVar[str] = Int8StaticPass.name
+
+    @property
+    def spec(self) -> LinearSpec:
+        return LinearSpec(self.form, Int8PerToken())
