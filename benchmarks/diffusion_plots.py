@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelpass.view.drawing import INK, SOFT, check_target, figure_class
+from accelpass.view.pictures.drawing import INK, SOFT, check_target, figure_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

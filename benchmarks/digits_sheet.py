@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from accelpass.models_zoo import digits
-from accelpass.view.drawing import INK, SOFT, check_target, figure_class
+from accelpass.view.pictures.drawing import INK, SOFT, check_target, figure_class
 from benchmarks.digits_quality import labels_of, reals
 
 if TYPE_CHECKING:

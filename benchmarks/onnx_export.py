@@ -43,7 +43,7 @@ FORMS: dict[str, tuple[list[Any], dict[str, Any]]] = {
 def measure(only: str | None = None) -> dict[str, Any]:
     """The machine, and a row for each pass."""
     import accelpass
-    from accelpass.api.compare import first_layers
+    from accelpass.api.quality.compare import first_layers
     from accelpass.models_zoo import load
     from accelpass.passes.core.registry import registered
     from accelpass.passes.step_cache.base import StepPass

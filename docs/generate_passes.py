@@ -173,7 +173,7 @@ def _facts(cls: type[Pass]) -> str:
                 rows.append((f"not with {_link(other.name)}", f"{cls.claims[aspect]}; there, {other.claims[aspect]}"))
     path = _source(cls)
     rows.append(("file", f"`{path}`"))
-    guide = GUIDES.get(Path(path).parent.name)
+    guide = GUIDES.get(Path(path).parts[1])
     if guide:
         rows.append(("guide", f"[{guide}](../{guide})"))
     return "\n".join(["| | |", "|---|---|", *(f"| {_cell(a)} | {_cell(b)} |" for a, b in rows)])

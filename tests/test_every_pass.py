@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from accelpass.passes.core.registry import registered
-from accelpass.passes.quantization.weight_only import WeightOnly
+from accelpass.passes.quantization.bases.weight_only import WeightOnly
 from accelpass.passes.structure import cpu_gemv
 from accelpass.testing.subjects import subject
 from accelpass.testing.trial import Trial, difference, fresh, run, took

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from accelpass.checkpoints.codes import Checkpoint, CheckpointError
 from accelpass.checkpoints.reading import read
 from accelpass.passes.core.plan import Plan
+from accelpass.passes.quantization.bases.stored_codes import probe
 from accelpass.passes.quantization.prequantized import Prequantized
-from accelpass.passes.quantization.stored_codes import probe
 
 
 def load_quantized(model: nn.Module, path: str | Path, **options: Any) -> Any:

@@ -82,7 +82,7 @@ def demo(
 ) -> None:
     """Ask a small real model one question, with plain torch.compile and with int8 weights, and compare."""
     output.check_page(html)
-    from accelpass.api.compare import compare, first_layers, parts
+    from accelpass.api.quality.compare import compare, first_layers, parts
     from accelpass.cli.pace import paced
 
     options = {"passes": ["int8_weights"], "lowering": lowering.value}
@@ -166,7 +166,7 @@ def bench(
 ) -> None:
     """Tokens per second against plain torch.compile, in turns in one process; medians."""
     options = options_of(passes, lowering)
-    from accelpass.api.compare import compare
+    from accelpass.api.quality.compare import compare
 
     with step(f"Loading {model}") as update:
         loaded, tokenizer = load(model, device, dtype, generates=True)

@@ -13,7 +13,7 @@ from rich.text import Text
 from accelpass.cli.terminal import UsageMistake
 
 if TYPE_CHECKING:
-    from accelpass.api.compare import Comparison
+    from accelpass.api.quality.compare import Comparison
     from accelpass.view.report import Report
 
 

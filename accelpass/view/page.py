@@ -9,9 +9,9 @@ from accelpass.backends.debug import templates
 from accelpass.caches.cache_report import layers_alike
 from accelpass.view import text
 from accelpass.view.grouping import alike, collapse
-from accelpass.view.picture import draw, kind_of, sayings
+from accelpass.view.pictures.picture import draw, kind_of, sayings
+from accelpass.view.pictures.step_picture import values
 from accelpass.view.report import Report
-from accelpass.view.step_picture import values
 
 if TYPE_CHECKING:
     from jinja2 import Environment

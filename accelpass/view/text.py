@@ -13,8 +13,8 @@ from rich.text import Text
 from accelpass.caches.cache_report import CacheReport, LayerBytes, layers_alike
 from accelpass.view.density_view import Bars
 from accelpass.view.grouping import alike, collapse
+from accelpass.view.pictures.step_picture import table
 from accelpass.view.report import PassReport, Report
-from accelpass.view.step_picture import table
 from accelpass.view.surviving import SurvivingTokens
 
 WIDTH = 100

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.passes.quantization.calibrated import Balanced, InputMoments
+from accelpass.passes.quantization.bases.calibrated import Balanced, InputMoments
 from accelpass.passes.quantization.int4_weights import Int4Weights
 
 

@@ -16,10 +16,10 @@ from accelpass.ir.errors import PassError, PlanError
 from accelpass.ir.linear.formats import Grouped, Int3, Int4
 from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.core.site_pass import Edits
-from accelpass.passes.quantization.calibrated import InputMoments, Learnt, LearntRounding
+from accelpass.passes.quantization.bases.calibrated import InputMoments, Learnt, LearntRounding
+from accelpass.passes.quantization.bases.stored_codes import codes_of, probe
+from accelpass.passes.quantization.bases.weight_only import SharedWeight
 from accelpass.passes.quantization.int4_weights import Int4Weights
-from accelpass.passes.quantization.stored_codes import codes_of, probe
-from accelpass.passes.quantization.weight_only import SharedWeight
 
 _COLUMNS = 128
 """Columns after which the rest of the matrix is updated at once (the paper's lazy batches, section 3.3, step 2)."""

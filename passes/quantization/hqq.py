@@ -13,8 +13,8 @@ from accelpass.ir.linear.formats import Int4
 from accelpass.ir.linear.spec import LinearSpec
 from accelpass.ir.torch_private import FakeTensor
 from accelpass.passes.core.site_pass import Edits
+from accelpass.passes.quantization.bases.weight_only import SharedWeight
 from accelpass.passes.quantization.int4_weights import Int4Weights
-from accelpass.passes.quantization.weight_only import SharedWeight
 
 _LEAST = 5e-5
 """The smallest step of a grid: a group whose numbers are all one is written by its zero point."""

@@ -12,7 +12,7 @@ from accelpass.ir.analyses.structure.linear import ExpertStack, Linear
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.spec import ActivationFormat, LinearSpec
 from accelpass.passes.core.base import Skip, Verdict
-from accelpass.passes.quantization.weight_only import WeightOnly
+from accelpass.passes.quantization.bases.weight_only import WeightOnly
 
 
 @dataclass(frozen=True)

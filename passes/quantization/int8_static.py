@@ -18,9 +18,9 @@ from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.spec import ActivationFormat, LinearSpec
 from accelpass.passes.core.base import Done, Skip, Verdict
 from accelpass.passes.core.site_pass import Edits
-from accelpass.passes.quantization.calibrated import InputMoments, Learnt, LearntRounding
+from accelpass.passes.quantization.bases.calibrated import InputMoments, Learnt, LearntRounding
+from accelpass.passes.quantization.bases.weight_only import SharedWeight, WeightOnly
 from accelpass.passes.quantization.int8_dynamic import Int8PerToken
-from accelpass.passes.quantization.weight_only import SharedWeight, WeightOnly
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.spec import LinearSpec
-from accelpass.passes.quantization.weight_only import WeightOnly
+from accelpass.passes.quantization.bases.weight_only import WeightOnly
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from accelpass.ir.linear.formats import GROUP_SIZES
 from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.core.base import Done, Run, Skip, Verdict
 from accelpass.passes.core.site_pass import Edits
-from accelpass.passes.quantization.allocation import least_cost
-from accelpass.passes.quantization.calibrated import InputMoments, Learnt, LearntRounding
+from accelpass.passes.quantization.bases.allocation import least_cost
+from accelpass.passes.quantization.bases.calibrated import InputMoments, Learnt, LearntRounding
+from accelpass.passes.quantization.bases.weight_only import SharedWeight, WeightOnly
 from accelpass.passes.quantization.weight_format import FORMATS, bits_of, format_named
-from accelpass.passes.quantization.weight_only import SharedWeight, WeightOnly
 
 FLOAT = "float"
 """The choice of leaving a weight as it is."""

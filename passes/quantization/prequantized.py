@@ -18,8 +18,8 @@ from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.core.base import Done, Skip, Verdict
 from accelpass.passes.core.site_pass import Edits
-from accelpass.passes.quantization.stored_codes import codes_of
-from accelpass.passes.quantization.weight_only import SharedWeight, WeightOnly
+from accelpass.passes.quantization.bases.stored_codes import codes_of
+from accelpass.passes.quantization.bases.weight_only import SharedWeight, WeightOnly
 
 
 @dataclass(frozen=True, eq=False)

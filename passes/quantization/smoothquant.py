@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.spec import LinearSpec
-from accelpass.passes.quantization.calibrated import Balanced, InputMoments
+from accelpass.passes.quantization.bases.calibrated import Balanced, InputMoments
 from accelpass.passes.quantization.int8_dynamic import Int8Dynamic, Int8PerToken
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from accelpass.ir.linear.floats import FP8, MXFP4, NVFP4
 from accelpass.ir.linear.formats import GROUP_SIZES, Int3, Int4, Int8
 from accelpass.ir.linear.spec import LinearSpec, WeightFormat
-from accelpass.passes.quantization.weight_only import WeightOnly
+from accelpass.passes.quantization.bases.weight_only import WeightOnly
 
 FORMATS = ("int8", "int4", "int3", "fp8", "mxfp4", "nvfp4")
 

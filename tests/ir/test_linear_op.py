@@ -22,8 +22,8 @@ from accelpass.ir.linear.formats import Int4, Int8
 from accelpass.ir.linear.op import LINEAR, linear, linear_spec
 from accelpass.ir.linear.spec import Expert, LinearSpec, WeightFormat
 from accelpass.passes.core.base import Done, Pass
+from accelpass.passes.quantization.bases.weight_only import WeightOnly
 from accelpass.passes.quantization.int8_dynamic import Int8PerToken
-from accelpass.passes.quantization.weight_only import WeightOnly
 from tests.small_models import relative_error
 
 ALL = [

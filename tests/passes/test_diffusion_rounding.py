@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import accelpass
 from accelpass.ir.errors import OptionError
 from accelpass.passes.core.registry import make
-from accelpass.passes.quantization.calibrated import InputMoments
-from accelpass.passes.quantization.vidit_q import ViDiTQ, rotated
+from accelpass.passes.quantization.bases.calibrated import InputMoments
+from accelpass.passes.quantization.diffusion.vidit_q import ViDiTQ, rotated
 from tests.sweep import examples, sweep
 
 

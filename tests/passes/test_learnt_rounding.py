@@ -16,7 +16,7 @@ from accelpass.ir.errors import OptionError, PassError, PlanError
 from accelpass.ir.linear.formats import Int3, Int4
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.core.registry import make
-from accelpass.passes.quantization.calibrated import InputMoments
+from accelpass.passes.quantization.bases.calibrated import InputMoments
 from accelpass.passes.quantization.hqq import HQQ
 from tests.small_models import tiny_lm
 from tests.sweep import examples

@@ -15,7 +15,7 @@ from accelpass.backends import graphs_of
 from accelpass.ir.errors import OptionError, PassError
 from accelpass.ir.linear.formats import Int3, Int4, Int8
 from accelpass.passes.core.registry import make
-from accelpass.passes.quantization.allocation import least_cost
+from accelpass.passes.quantization.bases.allocation import least_cost
 from accelpass.passes.quantization.mixed_precision import CHOICES
 from tests.passes.test_learnt_rounding import Stack, answer, data, moments_of
 from tests.sweep import examples

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import accelpass
 from accelpass.api.calibration.bit_search import BitSearch, Group, sqnr, ssim
 from accelpass.ir.linear.rows import IntRows
-from accelpass.passes.quantization.allocation import least_cost
+from accelpass.passes.quantization.bases.allocation import least_cost
 from tests.sweep import examples
 
 

@@ -134,7 +134,7 @@ def test_run_and_bench_use_the_cache_that_the_passes_want(
         return Generated([1], 0.1)
 
     monkeypatch.setattr("accelpass.api.generation.greedy", looked)
-    monkeypatch.setattr("accelpass.api.compare.greedy", looked)
+    monkeypatch.setattr("accelpass.api.quality.compare.greedy", looked)
     assert cli("run", folder, "--prompt", "x", "--pass", passes, "--lowering", "eager").exit_code == 0
     assert seen == [kind]
     cli("bench", folder, "--prompt", "x", "--pass", passes, "--lowering", "eager", "--rounds", 1)

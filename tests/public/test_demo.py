@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from accelpass.api.compare import compare, parts
+from accelpass.api.quality.compare import compare, parts
 from accelpass.cli import main as cli
 from accelpass.cli.pace import Pace, paced
 from tests.public.conftest import tiny_llama

@@ -16,8 +16,8 @@ from accelpass.caches.kv_map import FEW_BITS, GONE, KEPT, KVMap, Step, kept, pic
 from accelpass.ir.core.derived import DERIVED, StateSpec
 from accelpass.ir.errors import AccelpassError, CacheError
 from accelpass.ir.kv import holdings
-from accelpass.view.drawing import MissingExtra
-from accelpass.view.kv_map_picture import check_target, draw, figure
+from accelpass.view.pictures.drawing import MissingExtra
+from accelpass.view.pictures.kv_map_picture import check_target, draw, figure
 from tests.public.conftest import LAYERS, tiny_llama
 
 CAPACITY, PROMPT, STEPS = 24, 10, 5

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import accelpass
-from accelpass.view.patches_picture import figure, kept_patches
+from accelpass.view.pictures.patches_picture import figure, kept_patches
 from accelpass.view.surviving import SurvivingTokens
 from tests.passes.visual_truth import IMAGE, asked, generated, llava
 

@@ -15,10 +15,10 @@ from typer.testing import Result
 
 import accelpass
 from accelpass.api.calibration.bit_search import BitSearch
-from accelpass.api.question_accuracy import Question, evaluate_questions, read_questions
+from accelpass.api.quality.question_accuracy import Question, evaluate_questions, read_questions
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.quantization.mixed_precision import CHOICES
-from accelpass.view.bits_picture import choices_of, figure
+from accelpass.view.pictures.bits_picture import choices_of, figure
 from tests.public.conftest import tiny_llama
 
 ASKED = [

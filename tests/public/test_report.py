@@ -14,7 +14,7 @@ import torch
 
 import accelpass
 from accelpass.api.lookup import NotCompiled
-from accelpass.view.picture import draw
+from accelpass.view.pictures.picture import draw
 from tests.public.conftest import LAYERS, Compiled
 
 

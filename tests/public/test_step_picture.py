@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from accelpass.ir.errors import AccelpassError
-from accelpass.view.drawing import MissingExtra
-from accelpass.view.step_picture import draw, figure, page, table, ticks
+from accelpass.view.pictures.drawing import MissingExtra
+from accelpass.view.pictures.step_picture import draw, figure, page, table, ticks
 from accelpass.view.step_plan_view import StepPlanView, labels, lightness, looks
 
 ACTIONS = (

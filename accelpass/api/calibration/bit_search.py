@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from accelpass.ir.errors import OptionError
 from accelpass.ir.linear.rows import ROW_BITS, IntRows
-from accelpass.passes.quantization.allocation import least_cost
+from accelpass.passes.quantization.bases.allocation import least_cost
 
 Metric = Callable[[Tensor, Tensor], float]
 """How alike what a rounded model made and what the model made are; larger is better."""

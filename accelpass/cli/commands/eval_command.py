@@ -24,7 +24,7 @@ from accelpass.cli.options import (
 from accelpass.cli.terminal import UsageMistake, guarded, step
 
 if TYPE_CHECKING:
-    from accelpass.api.question_accuracy import Accuracy
+    from accelpass.api.quality.question_accuracy import Accuracy
 
 
 @guarded
@@ -54,14 +54,14 @@ def evaluate(
     text_data.checked(data)
     if questions is not None and not questions.is_file():
         raise UsageMistake(f"--questions {questions}: there is no such file")
-    from accelpass.api.question_accuracy import evaluate_questions, read_questions
+    from accelpass.api.quality.question_accuracy import evaluate_questions, read_questions
 
     asked = None if questions is None else read_questions(questions)
     if plan is not None:
         from accelpass.passes.core.plan import Plan
 
         options["plan"] = Plan.load(plan)
-    from accelpass.api.evaluation import evaluate as scored
+    from accelpass.api.quality.evaluation import evaluate as scored
     from accelpass.checkpoints.building import is_checkpoint
 
     with step(f"Loading {model}", tokens if asked is None else len(asked)) as update:

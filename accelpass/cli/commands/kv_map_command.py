@@ -11,8 +11,8 @@ from accelpass.caches.kv_map import KVMap, pick_layers, record
 from accelpass.cli.terminal import UsageMistake
 from accelpass.ir.errors import AccelpassError
 from accelpass.passes.core.registry import registered
-from accelpass.view import kv_map_picture as picture
 from accelpass.view import text
+from accelpass.view.pictures import kv_map_picture as picture
 
 DEFAULT = Path("kv-map.png")
 

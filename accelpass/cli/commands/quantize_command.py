@@ -67,7 +67,7 @@ def quantize(
     if picture is not None:
         if method != "mixed_precision":
             raise UsageMistake(f"--picture {picture}: {method} stores all weights alike; it is for mixed_precision")
-        from accelpass.view.drawing import check_target
+        from accelpass.view.pictures.drawing import check_target
 
         check_target(picture, (".png",))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -14,7 +14,7 @@ from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.rows import IntPerToken, IntRows
 from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.core.base import Skip, Verdict
-from accelpass.passes.quantization.calibrated import Balanced, InputMoments
+from accelpass.passes.quantization.bases.calibrated import Balanced, InputMoments
 
 KEPT = (
     "*x_embedder*", "*pos_embed*", "*patch_embed*", "*t_embedder*", "*t_block*", "*time_embed*", "*timestep_embed*", "*time_text_embed*",

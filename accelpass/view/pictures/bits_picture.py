@@ -11,8 +11,8 @@ from accelpass.api.calibration.bit_search import BitSearch
 from accelpass.ir.errors import AccelpassError
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.quantization.mixed_precision import CHOICES, FLOAT
-from accelpass.view.drawing import INK, SOFT, check_target, figure_class
 from accelpass.view.grouping import layered
+from accelpass.view.pictures.drawing import INK, SOFT, check_target, figure_class
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from accelpass.ir.errors import AccelpassError
-from accelpass.view.drawing import INK, check_target, figure_class
+from accelpass.view.pictures.drawing import INK, check_target, figure_class
 from accelpass.view.surviving import SurvivingTokens, surviving_tokens
 
 if TYPE_CHECKING:

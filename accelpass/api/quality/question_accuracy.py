@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accelpass.api.evaluation import logits_of
+from accelpass.api.quality.evaluation import logits_of
 from accelpass.ir.errors import OptionError
 
 

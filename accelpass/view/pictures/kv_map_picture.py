@@ -13,8 +13,9 @@ import numpy as np
 from accelpass.caches.cache_report import layers_alike
 from accelpass.caches.kv_map import FEW_BITS, GONE, KEPT, KVMap
 from accelpass.ir.errors import AccelpassError
-from accelpass.view import drawing, text
-from accelpass.view.drawing import INK, SOFT, figure_class
+from accelpass.view import text
+from accelpass.view.pictures import drawing
+from accelpass.view.pictures.drawing import INK, SOFT, figure_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,7 @@ _LINE = 125
 
 
 def check_target(path: Path) -> Path:
-    """As :func:`accelpass.view.drawing.check_target`; here the page too holds a picture that matplotlib draws."""
+    """As :func:`accelpass.view.pictures.drawing.check_target`; here the page too holds a picture that matplotlib draws."""
     target = drawing.check_target(path)
     figure_class()
     return target

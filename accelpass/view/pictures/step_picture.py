@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from accelpass.view.drawing import INK, SOFT, check_target, figure_class
+from accelpass.view.pictures.drawing import INK, SOFT, check_target, figure_class
 from accelpass.view.step_plan_view import Look, StepPlanView, labels, looks
 
 if TYPE_CHECKING:

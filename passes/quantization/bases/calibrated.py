@@ -18,7 +18,7 @@ from accelpass.ir.core.tensors import digest, placed
 from accelpass.ir.errors import PassError, PlanError
 from accelpass.passes.core.base import BlockRun, Calibrated, Run, Take
 from accelpass.passes.core.site_pass import Edits
-from accelpass.passes.quantization.weight_only import SharedWeight, WeightOnly
+from accelpass.passes.quantization.bases.weight_only import SharedWeight, WeightOnly
 
 
 class InputMoments:

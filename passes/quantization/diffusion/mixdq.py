@@ -19,9 +19,9 @@ from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.rows import IntRows
 from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.core.site_pass import Edits
-from accelpass.passes.quantization.calibrated import InputMoments, Learnt
+from accelpass.passes.quantization.bases.calibrated import InputMoments, Learnt
+from accelpass.passes.quantization.bases.weight_only import SharedWeight
 from accelpass.passes.quantization.int8_static import Int8Static, Int8StaticPass
-from accelpass.passes.quantization.weight_only import SharedWeight
 
 
 class TextMoments(InputMoments):

@@ -1,0 +1,1 @@
+"""How well a model answers with its passes: perplexity, agreement, options, and where two models differ."""

@@ -1,0 +1,1 @@
+"""Pictures as files: step plans, kept tokens, kept patches, bits of weights."""

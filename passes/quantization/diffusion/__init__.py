@@ -1,0 +1,1 @@
+"""Quantization of diffusion models: inputs rounded token by token, balanced by denoising step."""
