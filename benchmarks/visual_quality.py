@@ -36,15 +36,17 @@ _BATCH = 8
 
 
 @torch.no_grad()
-def answers(fast: Any, processor: Processor, asked: Asked, title: str) -> torch.Tensor:
+def answers(fast: Any, model: Any, processor: Processor, asked: Asked, title: str) -> torch.Tensor:
     """Whether each question was answered right, ``(canvases, questions)``."""
     right = []
+    cache = accelpass.KVCache(model, capacity=256, batch_size=_BATCH * ASKED)
     for start in track(range(0, len(asked.canvases), _BATCH), description=title):
         some = slice(start, start + _BATCH)
         texts = [question for row in asked.questions[some] for question in row]
         images = asked.canvases[some].repeat_interleave(ASKED, 0)
         given = processor(images=images, text=texts)
-        said = fast(**given, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
+        cache.reset()
+        said = fast(**given, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1)
         wanted = torch.tensor([ids_of(answer)[0] for row in asked.answers[some] for answer in row])
         right.append((said == wanted).view(-1, ASKED))
     return torch.cat(right)
@@ -65,7 +67,7 @@ def measure(count: int, names: list[str]) -> list[dict[str, Any]]:
         accelpass.one_graph(model)
         options = {"passes": CANDIDATES[name], "lowering": "eager"}
         fast = torch.compile(model, backend="accelpass", options=options)
-        right = answers(fast, processor, asked, name)
+        right = answers(fast, model, processor, asked, name)
         row = {
             "candidate": name,
             "where": round(right[:, :4].float().mean().item(), 4),
