@@ -20,22 +20,9 @@ CELL, PATCH, TILES, ASKED = 24, 4, 5, 6
 PATCHES = (CELL // PATCH) ** 2
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 _PLURALS = ["zeros", "ones", "twos", "threes", "fours", "fives", "sixes", "sevens", "eights", "nines"]
-PLACES = ["top left", "top right", "bottom left", "bottom right"]
+PLACES = ["upper-left", "upper-right", "lower-left", "lower-right"]
 _ASKING = ["which", "digit", "is", "how", "many", "are", "there", "?"]
-WORDS = [
-    "<pad>",
-    "<start>",
-    "<end>",
-    "<image>",
-    "whole",
-    "top",
-    "bottom",
-    "left",
-    "right",
-    *_ASKING,
-    *_NUMBERS,
-    *_PLURALS,
-]
+WORDS = ["<pad>", "<start>", "<end>", "<image>", "whole", *PLACES, *_ASKING, *_NUMBERS, *_PLURALS]
 PAD, START, END, IMAGE = range(4)
 _specimens = cache(digits.specimens)
 _NUMBER = {word: at for at, word in enumerate(WORDS)}

@@ -119,7 +119,7 @@ def train_text(model: Any, steps: int, generator: torch.Generator, out: Path) ->
             _step(optimizer, loss, learns)
             if step % 20 == 0:
                 show(f"loss {loss.item():.3f}")
-            if step % 200 == 199:
+            if step % 100 == 99:
                 _save(model, out)
                 print(f"step {step + 1}: {accuracy(model, 64, generator)}", flush=True)
                 model.train()
