@@ -29,12 +29,18 @@ from benchmarks.machine import cpu
 from benchmarks.quality import perplexity, prose
 
 RESULTS = Path(__file__).parent / "results" / "smollm2_weight_rounding_cpu.json"
-FOUR = ("int4_weights", "torchao", "hqq", "awq", "gptq", "gptq order", "gptq zeros")
+FOUR = (
+    "int4_weights", "int4_weights half", "int4_weights search", "torchao", "hqq", "hqq half", "awq", "gptq", "gptq half", "gptq order",
+)  # fmt: skip
 LEARN = ("awq", "gptq", "smoothquant")
 GRIDS = {"4.5 bits": {"group_size": 64}, "5 bits": {"group_size": 32}}
 ZEROS = {"4.5 bits": "5 bits", "5 bits": "6 bits"}
-"""With a zero point for each group."""
-MORE: dict[str, dict[str, Any]] = {"gptq order": {"order": True}, "gptq zeros": {"order": True, "symmetric": False}}
+"""With a zero point for each group in float32; in float16 both take as much as the scale alone does."""
+_HALF: dict[str, Any] = {"symmetric": False, "scales": "float16"}
+MORE: dict[str, dict[str, Any]] = {
+    "int4_weights half": _HALF, "hqq half": _HALF, "gptq half": {**_HALF, "order": True}, "gptq order": {"order": True},
+    "int4_weights search": {"search": True},
+}  # fmt: skip
 TOKENS = 512
 
 
@@ -69,7 +75,7 @@ def entries(methods: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for bits, grid in (GRIDS if name in FOUR else {"8 bits": {}}).items():
             yield (
                 name,
-                ZEROS[bits] if name in ("hqq", "gptq zeros") else bits,
+                ZEROS[bits] if name == "hqq" else bits,
                 {"name": name.split()[0], **grid, **MORE.get(name, {})},
             )
 

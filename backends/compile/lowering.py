@@ -7,7 +7,7 @@ from torch import fx
 
 from accelpass.backends.kernels.cpu.linear import Int4Forms, Int8Forms
 from accelpass.ir.core.graph import value
-from accelpass.ir.linear.formats import GROUP_SIZES, Int4, Int8
+from accelpass.ir.linear.formats import GROUP_SIZES, Int4, Int4Half, Int8
 from accelpass.ir.linear.lower import TRACED, Emit, Nodes, register_lowering
 from accelpass.ir.linear.lower import lower as lower
 from accelpass.ir.linear.spec import WeightFormat
@@ -23,7 +23,8 @@ class _Int4Kernel(Int4Forms):
         assert isinstance(weight, Int4)
         if weight.group_size not in GROUP_SIZES:  # of somebody else's checkpoint
             return TRACED.linear(e, weight, x, packed, bias)
-        q, scale, zero = (*packed, None)[:3]
+        q, *numbers = packed
+        scale, zero = (*(e.cast(t, torch.float32) for t in numbers), None)[:2]
         return _kernel(e, "int4_linear_triton", x, q, scale, zero, bias, weight.group_size)
 
 
@@ -36,5 +37,7 @@ def _kernel(e: Emit, name: str, x: fx.Node, *args: fx.Node | int | None) -> fx.N
 
 register_lowering(Int8, "cpu", Int8Forms())
 register_lowering(Int4, "cpu", Int4Forms())
+register_lowering(Int4Half, "cpu", Int4Forms())
 register_lowering(Int8, "cuda", _Int8Kernel())
 register_lowering(Int4, "cuda", _Int4Kernel())
+register_lowering(Int4Half, "cuda", _Int4Kernel())

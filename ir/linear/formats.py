@@ -93,12 +93,17 @@ class Grouped(WeightFormat):
         """W as ``(..., out, groups, group_size)`` in float32."""
         return w.float().unflatten(-1, (w.shape[-1] // self.group_size, self.group_size))
 
+    def held(self, numbers: Tensor) -> Tensor:
+        """Scales or zero points as they will be stored, in float32: codes are found for these."""
+        return numbers
+
     def grid(self, grouped: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point ``(..., groups)`` of groups, whose extremes are the outermost codes."""
         if self.symmetric:
-            return grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1) / -self.middle, None
+            extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
+            return self.held(extreme / -self.middle), None
         low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
-        scale = (high - low) / self.most
+        scale = self.held((high - low) / self.most)
         return scale, (-low / torch.where(scale == 0, 1.0, scale)).round()
 
     def codes(self, grouped: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -120,7 +125,8 @@ class Grouped(WeightFormat):
         assert q is not None and scale is not None
         groups = scale.shape[-1]
         codes = self.read(q.reshape(*q.shape[:-1], groups, self.group_size * self.bits // 8)).float()
-        return self.meant(codes, scale, zero).reshape(*q.shape[:-1], groups * self.group_size).to(dtype)
+        made = self.meant(codes, scale.float(), None if zero is None else zero.float())
+        return made.reshape(*q.shape[:-1], groups * self.group_size).to(dtype)
 
     def width(self, packed: Packed) -> int:
         return packed[0].shape[-1] * 8 // self.bits
@@ -145,6 +151,20 @@ class Int4(Grouped):
 
     def read(self, stored: Tensor) -> Tensor:
         return torch.cat([stored & 15, stored >> 4], -1)
+
+
+@dataclass(frozen=True)
+class Int4Half(Int4):
+    """:class:`Int4` with scales and zero points in float16: half a bit or a bit less for each weight in groups of 32."""
+
+    part: ClassVar[str] = "int4_half"
+
+    def held(self, numbers: Tensor) -> Tensor:
+        return numbers.half().float()
+
+    def written(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, ...]:
+        q, *numbers = super().written(codes, scale, zero)
+        return (q, *(t.half() for t in numbers))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from accelpass.ir.kv.rows import BITS
 from accelpass.ir.kv.sites import KVSite
 from accelpass.passes.core.base import Skip
 from accelpass.passes.kv_cache.base import KVPass
+from accelpass.passes.kv_cache.storage.channel_blocks import ChannelBlocks
 
 
 @dataclass(frozen=True)
@@ -28,27 +29,42 @@ class KVQuant(KVPass):
         groups: groups of channels in a row.
         rotate: turn rows by a Hadamard matrix before they are rounded, and queries likewise, as QuaRot does with keys (section 4.3;
             values, too, here): channels with outliers are spread over all. Heads of 64, 128, 256 channels.
+        per_channel_keys: round keys as KIVI does: a step and a lowest value for each channel of ``block`` tokens, as some channels
+            of keys are large throughout. Keys and values of the newest tokens stay as they are; nothing can be evicted beside.
+        window: then, how many those are: values of this many tokens, keys of fewer, until as many have come. 128 in the paper.
+        block: then, tokens that share a step; 32 in the paper. ``groups`` is of values.
 
     Raises:
-        OptionError: other bits, or no group.
+        OptionError: other bits, no group, a window that is no number of blocks, or both kinds of keys.
     """
 
     name: ClassVar[str] = "kv_quant"
     summary: ClassVar[str] = "keys and values of a KVCache in 8, 4, 3 or 2 bits, rounded by token and group of channels"
     paper: ClassVar[str] = (
-        "the rounding of MiKV, arXiv 2402.18096; rotate: Ashkboos et al. 2024, QuaRot, arXiv 2404.00456"
+        "the rounding of MiKV, arXiv 2402.18096; rotate: Ashkboos et al. 2024, QuaRot, arXiv 2404.00456; per_channel_keys: "
+        "Liu et al. 2024, KIVI, arXiv 2402.02750, algorithm 1"
     )
     edits: ClassVar[frozenset[str]] = frozenset({"attention.format"})
     bits: int = 4
     groups: int = 2
     rotate: bool = False
+    per_channel_keys: bool = False
+    window: int = 128
+    block: int = 32
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise self.fail("bits", ", ".join(map(str, sorted(BITS, reverse=True))))
         if self.groups < 1:
             raise self.fail("groups", "1 or more groups of channels")
+        if self.block < 1 or self.window < self.block or self.window % self.block:
+            raise self.fail("window", f"a multiple of block={self.block}")
+        if self.rotate and self.per_channel_keys:
+            raise self.fail("rotate", "False with per_channel_keys: turned channels are all alike")
         self.check_sites()
+
+    def aspects(self, site: KVSite) -> frozenset[str]:
+        return self.edits | ({"attention.rows"} if self.per_channel_keys else set())
 
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
@@ -56,6 +72,10 @@ class KVQuant(KVPass):
         why = cannot_pack(site, self.groups)
         if why is not None:
             return Skip(why)
+        if self.per_channel_keys:
+            store = ChannelBlocks(self.bits, self.block, self.window, self.groups)
+            said = f"keys by channel and values by token in {self.bits} bits, the newest {self.window} as they are"
+            return spec.edited(by=self.name, store=store), said
         if not self.rotate:
             return spec.edited(by=self.name, format=Quantized(self.bits, self.groups)), f"rows in {self.bits} bits"
         widths = [int(value(operand).shape[-1]) for operand in site.new]

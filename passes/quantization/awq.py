@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from accelpass.ir.linear.formats import Grouped
 from accelpass.passes.quantization.bases.calibrated import Balanced, InputMoments
 from accelpass.passes.quantization.int4_weights import Int4Weights
 
@@ -23,7 +24,7 @@ class AWQ(Balanced, Int4Weights):
 
     Attributes:
         steps: points of the grid.
-        group_size, symmetric: see ``int4_weights``; the paper has groups of 128 with a zero point.
+        group_size, symmetric, search, scales: see ``int4_weights``; the paper has groups of 128 with a zero point.
     """
 
     steps: int = 20
@@ -49,5 +50,8 @@ class AWQ(Balanced, Int4Weights):
         return best
 
     def _rounded(self, w: Tensor) -> Tensor:
-        weight = self.spec.weight
-        return weight.unpack(weight.pack(w), torch.float32)
+        form = self.spec.weight
+        assert isinstance(form, Grouped)
+        grouped = form.grouped(w)
+        grid = self.grid(grouped)
+        return form.meant(form.codes(grouped, *grid), *grid).flatten(-2)

@@ -13,7 +13,7 @@ from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import shape
 from accelpass.ir.core.tensors import digest
 from accelpass.ir.errors import PassError, PlanError
-from accelpass.ir.linear.formats import Grouped, Int3, Int4
+from accelpass.ir.linear.formats import Grouped, Int3
 from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.quantization.bases.calibrated import InputMoments, Learnt, LearntRounding
@@ -37,7 +37,7 @@ class GPTQ(LearntRounding, Int4Weights):
         damping: share of the mean of the Hessian's diagonal that is added to it.
         order: round columns by the size of their Hessian entry, largest first (the authors' ``act_order``); groups are then made of
             the columns as they stand in the weight, with the scales of the weight before any rounding.
-        group_size, symmetric: see ``int4_weights``.
+        group_size, symmetric, search, scales: see ``int4_weights``.
     """
 
     bits: int = 4
@@ -52,13 +52,15 @@ class GPTQ(LearntRounding, Int4Weights):
     def __post_init__(self) -> None:
         if self.bits not in (3, 4):
             raise self.fail("bits", "3 or 4")
+        if self.bits == 3 and self.scales != "float32":
+            raise self.fail("scales", "'float32' with bits=3")
         if not 0 < self.damping <= 1:
             raise self.fail("damping", "a number above 0, up to 1")
         super().__post_init__()
 
     @property
     def spec(self) -> LinearSpec:
-        return LinearSpec((Int3 if self.bits == 3 else Int4)(self.group_size, self.symmetric))
+        return LinearSpec(Int3(self.group_size, self.symmetric)) if self.bits == 3 else super().spec
 
     def learn(self, weights: Sequence[Tensor], moments: InputMoments) -> list[Learnt]:
         inverse, dead, order = self._inverse(moments.products)
@@ -85,7 +87,7 @@ class GPTQ(LearntRounding, Int4Weights):
         form = self.spec.weight
         assert isinstance(form, Grouped)
         w = torch.where(dead, 0.0, weight)
-        scale, zero = form.grid(form.grouped(w))
+        scale, zero = self.grid(form.grouped(w))
         w, codes = w[:, order], torch.empty_like(w)
         for start in range(0, w.shape[1], _COLUMNS):
             end = min(start + _COLUMNS, w.shape[1])
@@ -94,7 +96,7 @@ class GPTQ(LearntRounding, Int4Weights):
                 group = int(order[column]) // form.group_size
                 if not self.order and column % form.group_size == 0:  # of the columns as they are by now
                     rest = w[:, column : column + form.group_size].unsqueeze(1)
-                    found = form.grid(rest)
+                    found = self.grid(rest)
                     scale[:, group] = found[0][:, 0]
                     if zero is not None and found[1] is not None:
                         zero[:, group] = found[1][:, 0]

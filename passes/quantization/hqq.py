@@ -10,7 +10,6 @@ from torch import Tensor
 
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.linear.formats import Int4
-from accelpass.ir.linear.spec import LinearSpec
 from accelpass.ir.torch_private import FakeTensor
 from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.quantization.bases.weight_only import SharedWeight
@@ -31,7 +30,7 @@ class HQQ(Int4Weights):
         p: of the norm.
         penalty, growth, steps: weight of the splitting, its growth at each step, and the most steps; a step that does not help is
             the last.
-        group_size: see ``int4_weights``; ``symmetric`` is not for this method.
+        group_size, scales: see ``int4_weights``; ``symmetric`` and ``search`` are not for this method.
     """
 
     symmetric: bool = False
@@ -49,15 +48,13 @@ class HQQ(Int4Weights):
     def __post_init__(self) -> None:
         if self.symmetric:
             raise self.fail("symmetric", "False: the method fits zero points")
+        if self.search:
+            raise self.fail("search", "False: the method has a fit of its own")
         if not 0 < self.p <= 1:
             raise self.fail("p", "a number above 0, up to 1")
         if self.steps < 1:
             raise self.fail("steps", "1 or more")
         super().__post_init__()
-
-    @property
-    def spec(self) -> LinearSpec:
-        return LinearSpec(Int4(self.group_size, False))
 
     def recipe(self, site: SharedWeight, edit: Edits) -> Recipe:
         plain, fit = super().recipe(site, edit), (self.p, self.penalty, self.growth, self.steps)
@@ -69,7 +66,7 @@ class HQQ(Int4Weights):
         assert isinstance(form, Int4)
         grouped = form.grouped(w)
         low, high = grouped.amin(-1), grouped.amax(-1)
-        scale = ((high - low) / 15).clamp_min(_LEAST)  # NaN stays
+        scale = form.held(((high - low) / 15).clamp_min(_LEAST))  # NaN stays
         zero = (-low / scale).round()
         best, penalty = zero, self.penalty
         least, helps = w.new_full((), torch.inf, dtype=torch.float32), w.new_full((), True, dtype=torch.bool)
@@ -86,4 +83,5 @@ class HQQ(Int4Weights):
             sparse = error.sign() * (error.abs() - error.abs().pow(self.p - 1) / penalty).clamp_min(0)
             zero = (codes - (grouped - sparse) / scale.unsqueeze(-1)).mean(-1)
             penalty *= self.growth
+        best = form.held(best)
         return form.written(form.codes(grouped, scale, best), scale, best)

@@ -14,12 +14,15 @@ from accelpass.backends.compile.lowering import lower
 from accelpass.backends.kernels.cpu import linear as linear_cpu
 from accelpass.ir.errors import OptionError
 from accelpass.ir.linear import op as ops
-from accelpass.ir.linear.formats import Int4, Int8
+from accelpass.ir.linear.formats import Int4, Int4Half, Int8
+from accelpass.ir.linear.search import searched_grid
 from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.core.base import Record
 from accelpass.passes.core.options import parse
+from accelpass.passes.core.registry import make
 from tests.packing import dequantize_int4, dequantize_int8, pack_int4, pack_int8
 from tests.small_models import Mlp, relative_error, tiny_lm
+from tests.sweep import examples
 
 
 def compiled(model, *passes, **options):
@@ -356,3 +359,54 @@ def test_no_rows_compiled(bits):
     with torch.no_grad():
         assert fast(x).shape == (0, 32)
         assert relative_error(fast(torch.ones(3, 64)), model(torch.ones(3, 64))) < 0.2
+
+
+@settings(max_examples=examples(10), deadline=None)
+@given(st.sampled_from([32, 64]), st.booleans(), st.integers(0, 2**16))
+def test_a_searched_grid_never_loses_more(group, symmetric, seed):
+    w = torch.randn(6, 128, generator=torch.Generator().manual_seed(seed)).pow(3)  # a few are large
+    w[0], w[1, :group] = 0, 0.5
+    form = Int4(group, symmetric)
+    grouped = form.grouped(w)
+    lost = []
+    for scale, zero in (form.grid(grouped), searched_grid(form, grouped)):
+        there = form.meant(form.codes(grouped, scale, zero), scale, zero)
+        assert there.isfinite().all()
+        lost.append((there - grouped).abs().pow(2.4).sum(-1))
+    assert (lost[1] <= lost[0] * (1 + 1e-5)).all() and lost[1].sum() < lost[0].sum()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_scales_of_half_the_size(symmetric, rows):
+    """The same by its definition and lowered; scales are rounded before codes are found for them."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(128, 24).eval(), torch.randn(rows, 128)
+    p = {"name": "int4_weights", "group_size": 32, "symmetric": symmetric, "scales": "float16"}
+    form = Int4Half(32, symmetric)
+    packed = form.pack(layer.weight.detach())
+    assert {t.dtype for t in packed[1:]} == {torch.float16}
+    there = form.unpack(packed, torch.float32)
+    step = packed[1].float().abs().amax()
+    assert (there - layer.weight).abs().max() <= step * (1.01 if symmetric else 0.51) + 1e-6
+    want = torch.nn.functional.linear(x, there, layer.bias)
+    for lowering in ("eager", "aten"):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            got = torch.compile(layer, backend="accelpass", options={"lowering": lowering, "passes": [p]})(x)
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 if rows > 4 else 1e-5)
+
+
+def test_int4_weights_with_a_search():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32).eval()
+    p = {"name": "int4_weights", "group_size": 32, "search": True}
+    form = Int4(32)
+    scale, zero = searched_grid(form, form.grouped(layer.weight.detach()))
+    there = form.meant(form.codes(form.grouped(layer.weight.detach()), scale, zero), scale, zero).flatten(-2)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        got = torch.compile(layer, backend="accelpass", options={"lowering": "eager", "passes": [p]})(x)
+        torch.testing.assert_close(got, torch.nn.functional.linear(x, there, layer.bias), rtol=1e-4, atol=1e-5)
+    with pytest.raises(OptionError, match="a fit of its own"):
+        make({"name": "hqq", "search": True})

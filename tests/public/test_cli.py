@@ -20,7 +20,15 @@ def test_passes(cli: Callable[..., Result]) -> None:
     assert shown.exit_code == 0
     assert "group_size=64" in shown.stdout
     data = {p["name"]: p for p in json.loads(cli("passes", "--json").stdout)}
-    options = {"include": ["*"], "exclude": [], "sites": {}, "group_size": 64, "symmetric": True}
+    options = {
+        "include": ["*"],
+        "exclude": [],
+        "sites": {},
+        "group_size": 64,
+        "symmetric": True,
+        "search": False,
+        "scales": "float32",
+    }
     assert data["int4_weights"]["options"] == options
     assert all(p["phase"] and p["summary"] for p in data.values())
 
