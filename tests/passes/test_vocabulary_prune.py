@@ -122,3 +122,18 @@ def test_ids_out_of_range_and_models_without_words():
         ids = torch.arange(6)[None]
         assert relative_error(same(ids), tiny_lm()(ids)) < 1e-6
     assert "keep is empty" in str(accelpass.explain(same).passes["vocabulary_prune"].skipped)
+
+
+def test_the_small_model_is_saved_and_loaded(tmp_path: Any):
+    keep, ids = [4, 8, 12, 16], torch.tensor([[4, 8, 12]])
+    fast = compiled(tiny_lm(0), {"name": "vocabulary_prune", "keep": keep}, "int8_weights")
+    with torch.no_grad():
+        found = fast(ids)
+        accelpass.save(fast, tmp_path)
+        torch._dynamo.reset()
+        again = accelpass.load(tiny_lm(2), tmp_path)(ids)
+    assert relative_error(again[..., keep], found[..., keep]) < 1e-6
+    from safetensors.torch import load_file
+
+    shapes = {tuple(t.shape) for file in tmp_path.rglob("*.safetensors") for t in load_file(file).values()}
+    assert (4, 64) in shapes and (128, 64) not in shapes, "the rows that are gone are not in the file"
