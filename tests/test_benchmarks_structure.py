@@ -13,6 +13,7 @@ import torch
 from benchmarks import structure
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident sizes are read from /proc")
 def test_memory_of_a_head_is_that_of_its_scores():
     # In a process of its own, as it is measured: in this one freed memory of other tests is there to be used again.

@@ -74,6 +74,7 @@ def test_a_token_that_is_gone_is_an_error_or_is_read_as_another():
         assert relative_error(found[..., keep], model(torch.tensor([[1, 3, 2]]))[..., keep]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_decoder_generates_kept_words_alone():
     pytest.importorskip("transformers")
     model, keep = small.decoder(layers=1), tuple(range(3, 64, 3))
@@ -84,6 +85,7 @@ def test_a_decoder_generates_kept_words_alone():
     assert "21x32 int8" in str(accelpass.explain(fast).passes["int8_weights"].took)
 
 
+@pytest.mark.slow
 def test_onnx_has_the_few_rows(tmp_path: Any):
     runtime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     model, ids = tiny_lm(0), torch.tensor([[4, 8, 12]])
