@@ -79,6 +79,34 @@ def decoder(seed: int = 0, layers: int = 2) -> Any:
         return LlamaForCausalLM(config).eval()
 
 
+class Pooled(nn.Module):
+    """Two layers that choose among each other's experts (ReXMoE)."""
+
+    def __init__(self, vocabulary: int = 128, width: int = 32, own: int = 3) -> None:
+        super().__init__()
+        self.embed, self.own = nn.Embedding(vocabulary, width), own
+        self.routers = nn.ModuleList([nn.Linear(width, 2 * own, bias=False) for _ in range(2)])
+        self.up = nn.ParameterList([nn.Parameter(torch.randn(own, 48, width) / 6) for _ in range(2)])
+        self.down = nn.ParameterList([nn.Parameter(torch.randn(own, width, 48) / 6) for _ in range(2)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for router in self.routers:
+            gates, chosen = router(x).softmax(-1).topk(2, -1)
+            up, down = torch.cat([*self.up]), torch.cat([*self.down])
+            rows, picked = x.flatten(0, 1).repeat_interleave(2, 0), chosen.flatten()
+            rows = torch.bmm(up[picked], rows.unsqueeze(-1)).squeeze(-1).relu()
+            rows = torch.bmm(down[picked], rows.unsqueeze(-1)).squeeze(-1) * gates.flatten().unsqueeze(-1)
+            x = x + rows.unflatten(0, (-1, 2)).sum(1).view_as(x)
+        return x
+
+
+def pooled(seed: int = 0) -> Pooled:
+    """Nothing beside torch is needed."""
+    with _seeded(seed):
+        return Pooled().eval()
+
+
 def experts(seed: int = 0, layers: int = 2, form: str = "batched_mm") -> Any:
     """A Mixtral with 4 experts in each layer, of which a token goes to 2; needs transformers."""
     from transformers import MixtralConfig, MixtralForCausalLM

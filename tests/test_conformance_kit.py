@@ -18,6 +18,7 @@ from accelpass.ir.errors import OptionError
 from accelpass.passes.core.base import Done, Pass
 from accelpass.passes.core.registry import registered
 from accelpass.testing import NotConforming, check_pass
+from accelpass.testing.trial import difference
 from tests.packing import pack_int8
 from tests.pass_settings import SETTINGS, names, setting
 
@@ -413,3 +414,11 @@ def test_the_oracle_gets_a_copy():
 
     (found,) = kit("int8_weights", "oracle", oracle=spoiling, examples=1).failures
     assert (seen[0].data.abs().sum() == 0 and found.error == float("inf")) or found.error > 1
+
+
+def test_an_infinity_that_both_have_is_no_difference():
+    gone = float("-inf")
+    assert difference([torch.tensor([gone, 2.0])], [torch.tensor([gone, 1.0])]) == 1.0
+    assert difference([torch.tensor([gone, 2.0])], [torch.tensor([2.0, gone])]) == float("inf")
+    assert difference([torch.tensor([-gone])], [torch.tensor([gone])]) == float("inf")
+    assert difference([torch.tensor([float("nan")])], [torch.tensor([float("nan")])]) == float("inf")

@@ -165,6 +165,14 @@ SUBJECTS: dict[str, Subject] = {
             about="the same with a head whose scores are reduced to the largest of each word",
         ),
         Subject(
+            "pooled",
+            small.pooled,
+            _mlp,
+            causal=True,
+            export=lambda shape: ((shape.ids(128),), {}),
+            about="two layers that choose among each other's experts; no attention",
+        ),
+        Subject(
             "prompt",
             small.decoder,
             _prompt,

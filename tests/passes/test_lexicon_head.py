@@ -156,6 +156,7 @@ def test_scores_of_all_tokens_are_never_there():
     assert max(seen) == 64 * 40 * 30522 * 4
 
 
+@pytest.mark.slow
 def test_onnx_computes_parts_of_the_vocabulary(tmp_path: Any):
     runtime = pytest.importorskip("onnxruntime")
     model = small.lexicon(0)

@@ -131,6 +131,7 @@ def test_packed_experts_are_multiplied_as_they_are(form: str):
     assert len(report.passes["tutel_moe"].took) == 1
 
 
+@pytest.mark.slow
 def test_groups_of_floats_are_left_as_they_are():
     fast = compiled(small.experts(layers=1, form="grouped_mm"), "tutel_moe")
     with torch.no_grad():

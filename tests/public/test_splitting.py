@@ -17,7 +17,7 @@ from accelpass.ir.errors import OptionError
 from accelpass.ir.transform.halves import CannotSplit, decoded, encoded
 from accelpass.models_zoo import small
 from tests.small_models import relative_error
-from tests.sweep import examples
+from tests.sweep import examples, sweep
 
 
 class Residual(nn.Module):
@@ -134,6 +134,7 @@ numpy.save(sys.argv[3], made)
 """
 
 
+@pytest.mark.slow
 def test_two_files_in_two_processes(tmp_path: Any):
     numpy = pytest.importorskip("numpy")
     pytest.importorskip("onnxruntime")
@@ -158,12 +159,12 @@ def test_two_files_in_two_processes(tmp_path: Any):
 
 @pytest.mark.parametrize(
     ("at", "said"),
-    [
+    sweep(
         ("model.layers.0.self_attn", "2 values go on from there"),
         ("model.layers.7", "no module of that name"),
         ("model.rotary_emb", "does not depend on the model's inputs"),
         ("lm_head", "it ends the model"),
-    ],
+    ),
 )
 def test_places_that_are_none(at: str, said: str):
     with pytest.raises(CannotSplit, match=said) as refused:

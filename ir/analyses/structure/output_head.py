@@ -115,7 +115,7 @@ def _head(
     program: Program, site: Linear, out: fx.Node, cap: float | None, tables: list[Embedding]
 ) -> OutputHead | None:
     tied = any(_same(program, site.weight, table.weight) for table in tables)
-    if tied or any(int(shape(table.weight)[0]) == site.out_features for table in tables if _is_read_first(table)):
+    if tied or any(int(shape(table.weight)[0]) == site.out_features for table in tables if is_read_first(table)):
         kind = "vocabulary"
     elif len(shape(site.node)) == 2 and _is_pooled(program, site.operand()):
         kind = "classifier"
@@ -132,7 +132,7 @@ def _same(program: Program, a: fx.Node, b: fx.Node) -> bool:
     return held is not None and held is program.tensors.value(b)
 
 
-def _is_read_first(table: Embedding) -> bool:
+def is_read_first(table: Embedding) -> bool:
     """The table is looked up with ids that the user gives, not with positions that the graph counts."""
     node: object = table.indices
     for _ in range(_FAR):
