@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from accelpass.ir.linear.formats import GROUP_SIZES, Int4
 from accelpass.ir.linear.spec import LinearSpec
-from accelpass.passes.quantization.weight_only import WeightOnly
+from accelpass.passes.quantization.weight_only import NearestWeights
 
 
 @dataclass(frozen=True)
-class Int4Weights(WeightOnly):
+class Int4Weights(NearestWeights):
     """Store the weights of linears, tied embeddings and experts as int4 with a float32 scale for each group.
 
     Attributes:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from accelpass.ir.analyses.structure.convolution import Convolution
 from accelpass.ir.analyses.structure.linear import ExpertStack, Linear
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.spec import ActivationFormat, LinearSpec
@@ -49,7 +50,7 @@ class Int8Dynamic(WeightOnly):
     def spec(self) -> LinearSpec:
         return LinearSpec(Int8(), Int8PerToken())
 
-    def fits(self, use: Linear | ExpertStack) -> Verdict:
+    def fits(self, use: Linear | ExpertStack | Convolution) -> Verdict:
         if isinstance(use, ExpertStack):
             return Skip("a batched product of experts, whose input is not rounded; int8_weights packs its weight")
         return super().fits(use)
