@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,6 +49,25 @@ def applied(
     debugging = debug_of(program, list(found.inputs.values()) + found.counts, chosen)
     observers = [Observer(after), *([] if debugging is None else [debugging.observer])]
     return run(program, passes, observers, chosen.skip_sites, asked), debugging
+
+
+def after_prompt(chosen: Options, prompt: Sequence[Record]) -> tuple[Options, list[Record]]:
+    """What is asked for of the calls after a prompt, and records of the passes that stand aside there.
+
+    A pass that marks the caches which it fills, and left this prompt whole, has filled none: nothing is to follow it.
+
+    Args:
+        prompt: what the passes did to the prompt's graph.
+    """
+    did = {record.name: record for record in prompt}
+    idle = [p for p in chosen.passes if p.for_prompts and p.cache_mark and p.name in did and not did[p.name].took]
+    records = []
+    for p in idle:
+        why = "; ".join(did[p.name].skipped.values())
+        left = Record(p.name)
+        left.skip("later tokens", f"the prompt was left whole ({why}), so that its cache is as the caller counts it")
+        records.append(left)
+    return replace(chosen, passes=tuple(p for p in chosen.passes if p not in idle)), records
 
 
 def computed_in_full(program: Program, why: str) -> list[str]:

@@ -18,7 +18,7 @@ from accelpass.backends.export.decoder import cache_of, decoding, refuse_kept
 from accelpass.backends.export.errors import ExportError
 from accelpass.backends.export.files import staged, writable
 from accelpass.backends.export.functional import Functional, functional
-from accelpass.backends.export.passes import applied, computed_in_full, refuse_guarded
+from accelpass.backends.export.passes import after_prompt, applied, computed_in_full, refuse_guarded
 from accelpass.backends.export.refusals import refuse_left_out
 from accelpass.backends.onnx import files, runtime, stepped
 from accelpass.backends.onnx.cached import manifest, started, stateful
@@ -156,7 +156,10 @@ def export(
         step = decoding(given, place, decode)
         names = {kind: f"{target.stem}.{kind}.onnx" for kind in ("prompt", "decode")}
         graphs[names["prompt"]] = _graph(model, given, dynamic_shapes, want, update, held, fresh=True)
-        graphs[names["decode"]] = _graph(model, step, None, want, update, held, fresh=False)
+        chosen, aside = after_prompt(want.chosen, graphs[names["prompt"]].records)
+        later = replace(want, chosen=chosen, passes=tuple(p for p in want.passes if p in chosen.passes))
+        graphs[names["decode"]] = _graph(model, step, None, later, update, held, fresh=False)
+        graphs[names["decode"]].records += aside
     report = ExportReport([], want.form.opset, want.form.contrib)
     with staged(target) as folder:
         update("Writing")

@@ -16,6 +16,7 @@ from accelpass.backends.export.capture import bound, captured
 from accelpass.backends.export.decoder import cache_of, decoding, refuse_kept
 from accelpass.backends.export.errors import ExportError
 from accelpass.backends.export.files import staged, writable
+from accelpass.backends.export.passes import after_prompt
 from accelpass.backends.export.refusals import refuse_left_out
 from accelpass.backends.package.checking import checked
 from accelpass.backends.package.compiling import Compiled, compiled, rewritten
@@ -90,7 +91,11 @@ def package(
         for name, (call, shapes) in calls.items():
             update(f"Capturing and rewriting the graph {name!r}")
             found = captured(model, call, shapes, None if place is None else place[1], name == "prompt")
-            one = rewritten(found, chosen, who)
+            now, aside = (
+                after_prompt(chosen, prompt.rewritten.records) if (prompt := graphs.get("prompt")) else (chosen, [])
+            )
+            one = rewritten(found, now, who)
+            one.records.extend(aside)
             if place is None and one.made.states:
                 raise ExportError(
                     f"{who} remembers something between calls ({one.made.states[0].name}), which a package does for a decoder's "

@@ -67,13 +67,20 @@ class WeightFormat(Format):
         """Whether the format can hold rows of this length."""
         return Take()
 
-    def recipe(self, transposed: bool) -> Recipe:
-        """How to derive the operands of a weight, which is stored as (in, out) if ``transposed``."""
+    def recipe(self, transposed: bool, kernel: bool = False) -> Recipe:
+        """How to derive the operands of a weight.
+
+        Args:
+            transposed: it is stored as (in, out).
+            kernel: it is a convolution's, ``(out, in / groups, *size)``: a row is all that one output is made with.
+        """
 
         def pack(w: Tensor) -> tuple[Tensor, ...]:
+            w = w.flatten(1) if kernel else w
             return self.pack(w.transpose(-1, -2).contiguous() if transposed else w)
 
-        return Recipe((self.part, self.version, *astuple(self), transposed), pack)
+        key = (self.part, self.version, *astuple(self), transposed)
+        return Recipe((*key, "kernel") if kernel else key, pack)
 
 
 class ActivationFormat(Format):

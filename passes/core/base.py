@@ -153,7 +153,12 @@ class SitePatterns(Pass):
     Attributes:
         include, exclude: which sites are taken at all.
         sites: other settings for some of them, ``{"*.down_proj": {"group_size": 32}}``; later patterns win.
+
+    Class attributes:
+        for_all_sites: options that say what a site is, and cannot differ between sites.
     """
+
+    for_all_sites: ClassVar[tuple[str, ...]] = ()
 
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -185,7 +190,8 @@ class SitePatterns(Pass):
             replace(self, sites={}, **self._overrides(pattern, given))
 
     def _overrides(self, pattern: str, given: Any) -> dict[str, Any]:
-        own = [f.name for f in fields(self) if f.name not in {f.name for f in fields(SitePatterns)}]
+        shared = {*self.for_all_sites, *(f.name for f in fields(SitePatterns))}
+        own = [f.name for f in fields(self) if f.name not in shared]
         if not isinstance(given, dict):
             raise OptionError(f"{self.name}: sites[{pattern!r}] is {given!r}; it takes a dict of {', '.join(own)}")
         for key in given:

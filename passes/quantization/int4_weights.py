@@ -12,11 +12,11 @@ from accelpass.ir.linear.formats import GROUP_SIZES, Grouped, Int4, Int4Half
 from accelpass.ir.linear.search import searched_grid
 from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.core.site_pass import Edits
-from accelpass.passes.quantization.bases.weight_only import SharedWeight, WeightOnly
+from accelpass.passes.quantization.bases.weight_only import NearestWeights, SharedWeight
 
 
 @dataclass(frozen=True)
-class Int4Weights(WeightOnly):
+class Int4Weights(NearestWeights):
     """Store the weights of linears, tied embeddings and experts as int4 with a float32 scale for each group.
 
     Attributes:
@@ -61,6 +61,7 @@ class Int4Weights(WeightOnly):
             return plain
 
         def packed(w: Tensor) -> tuple[Tensor, ...]:
+            w = w.flatten(1) if site.is_kernel else w
             grouped = form.grouped(w.transpose(-1, -2) if site.transposed else w)
             scale, zero = self.grid(grouped)
             return form.written(form.codes(grouped, scale, zero), scale, zero)

@@ -8,10 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.analyses.structure.linear import ExpertStack, Linear
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.spec import ActivationFormat, LinearSpec
-from accelpass.passes.core.base import Skip, Verdict
 from accelpass.passes.quantization.bases.weight_only import WeightOnly
 
 
@@ -48,8 +46,3 @@ class Int8Dynamic(WeightOnly):
     @property
     def spec(self) -> LinearSpec:
         return LinearSpec(Int8(), Int8PerToken())
-
-    def fits(self, use: Linear | ExpertStack) -> Verdict:
-        if isinstance(use, ExpertStack):
-            return Skip("a batched product of experts, whose input is not rounded; int8_weights packs its weight")
-        return super().fits(use)

@@ -9,14 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.analyses.structure.linear import ExpertStack, Linear
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import shape
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import digest, placed
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.spec import ActivationFormat, LinearSpec
-from accelpass.passes.core.base import Done, Skip, Verdict
+from accelpass.passes.core.base import Done
 from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.quantization.bases.calibrated import InputMoments, Learnt, LearntRounding
 from accelpass.passes.quantization.bases.weight_only import SharedWeight, WeightOnly
@@ -65,11 +64,6 @@ class Int8StaticPass(LearntRounding):
 
     def learn(self, weights: Sequence[Tensor], moments: InputMoments) -> list[Learnt]:
         return [Learnt({"range": moments.peaks.amax().reshape(1)})] * len(weights)
-
-    def fits(self, use: Linear | ExpertStack) -> Verdict:
-        if isinstance(use, ExpertStack):
-            return Skip("a batched product of experts, whose input is not rounded; int8_weights packs its weight")
-        return super().fits(use)
 
     def rewrite(self, site: SharedWeight, edit: Edits) -> Done:
         if self.learnt(site, edit.program, "range") is None:

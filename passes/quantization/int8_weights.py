@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.spec import LinearSpec
-from accelpass.passes.quantization.bases.weight_only import WeightOnly
+from accelpass.passes.quantization.bases.weight_only import NearestWeights
 
 
 @dataclass(frozen=True)
-class Int8Weights(WeightOnly):
+class Int8Weights(NearestWeights):
     """Store the weights of linears, tied embeddings and experts as int8 with a float32 scale for each output row."""
 
     name: ClassVar[str] = "int8_weights"

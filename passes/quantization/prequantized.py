@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.analyses.structure.linear import ExpertStack, Linear
+from accelpass.ir.analyses.structure.linear import Linear
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import aten, shape
 from accelpass.ir.core.program import Program
@@ -122,11 +122,6 @@ class _One(WeightOnly):
     @property
     def spec(self) -> LinearSpec:
         return self.held.spec
-
-    def fits(self, use: Linear | ExpertStack) -> Verdict:
-        if self.spec.activation is not None and isinstance(use, ExpertStack):
-            return Skip("a batched product of experts, whose input is not rounded")
-        return super().fits(use)
 
     def recipe(self, site: SharedWeight, edit: Edits) -> Recipe:
         packed, where = self.held.packed, f"{self.name}/{edit.program.tensors.path(site.weight)}"

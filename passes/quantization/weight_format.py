@@ -11,7 +11,7 @@ from torch import Tensor
 from accelpass.ir.linear.floats import FP8, MXFP4, NVFP4
 from accelpass.ir.linear.formats import GROUP_SIZES, Int3, Int4, Int8
 from accelpass.ir.linear.spec import LinearSpec, WeightFormat
-from accelpass.passes.quantization.bases.weight_only import WeightOnly
+from accelpass.passes.quantization.bases.weight_only import NearestWeights
 
 FORMATS = ("int8", "int4", "int3", "fp8", "mxfp4", "nvfp4")
 
@@ -31,7 +31,7 @@ def bits_of(form: WeightFormat, weight: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class WeightFormatPass(WeightOnly):
+class WeightFormatPass(NearestWeights):
     """Store the weights of linears, tied embeddings and experts in a number format, rounded to the nearest.
 
     It is for bytes, and for the numbers that a chip with such formats would compute with: here a weight is unpacked where it is

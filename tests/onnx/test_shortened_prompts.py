@@ -55,6 +55,21 @@ def test_gemfilter_with_a_cache_goes_on_behind_the_chosen_tokens(tmp_path: Path)
     assert "past.0.tokens.dropped" in decode.inputs
 
 
+def test_a_prompt_that_is_left_whole_is_followed_by_the_models_own_steps(tmp_path: Path) -> None:
+    model, ids = built(), prompt_of(1, 20)
+    kwargs = {"past_key_values": KVCache(model, 30), "logits_to_keep": 1}
+    long = {**GEMFILTER, "keep": 20}
+    report = accelpass.export_onnx(model, (ids,), tmp_path / "m.onnx", [long], kwargs=kwargs)
+    assert not any(report.took().values()) and report.difference is not None and report.difference < 1e-4
+    ((aside,),) = [r for name, r in report.records.items() if "decode" in name]
+    assert aside.name == "gemfilter" and "the prompt was left whole" in aside.skipped["later tokens"]
+    assert "at most 20 tokens is read as it is" in aside.skipped["later tokens"]
+    assert not any("dropped" in name for f in report.files for name in f.inputs)
+    kwargs["past_key_values"] = KVCache(model, 30)
+    plain = accelpass.export_onnx(model, (ids,), tmp_path / "plain.onnx", [], kwargs=kwargs)
+    assert [f.inputs for f in report.files] == [f.inputs for f in plain.files]
+
+
 @pytest.mark.parametrize("lengths", [(20,), (20, 27)], ids=["of one length", "of any length"])
 def test_lazyllm(tmp_path: Path, lengths: tuple[int, ...]) -> None:
     model, keep = llama(), {0: 0.6, 2: 0.5}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import accelpass
+from accelpass import KVCache
 from accelpass.models_zoo import small
 from tests.passes.vision_truth import compiled
 from tests.small_models import relative_error
@@ -35,3 +36,17 @@ def test_a_file_chooses_as_the_compiled_model(name: str, tmp_path: Path):
         want, dense = compiled(model, [chosen])(ids, pixels, **alone).logits, model(ids, pixels, **alone).logits
     assert relative_error(torch.from_numpy(got), want) < 1e-4
     assert relative_error(want, dense) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["hired", "visionzip"])
+def test_images_that_are_kept_whole_are_followed_by_the_models_own_steps(name: str, tmp_path: Path):
+    model = small.seeing()
+    ids = torch.randint(16, small.VOCABULARY, (1, 22), generator=torch.Generator().manual_seed(0))
+    ids[:, 2:18] = small.IMAGE
+    pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    held = {"past_key_values": KVCache(model, 30), "logits_to_keep": 1}
+    chosen, decode = [{"name": name, "keep": 1.0}], {"input_ids": ids[:, :1], "pixel_values": None}
+    report = accelpass.export_onnx(model, (ids, pixels), tmp_path / "m.onnx", chosen, kwargs=held, decode=decode)
+    assert not any(report.took().values()) and report.difference is not None and report.difference < 1e-4
+    (later,) = [r for n, records in report.records.items() if "decode" in n for r in records]
+    assert later.name == name and "the prompt was left whole" in later.skipped["later tokens"]

@@ -13,7 +13,7 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.linear.op import MATRIX, is_packed, operands_of
 
 _TRANSPOSES = (aten.t, aten.transpose, aten.permute, aten.numpy_T)
-_CASTS = (aten.to, aten._to_copy, aten.contiguous, aten.clone)
+CASTS = (aten.to, aten._to_copy, aten.contiguous, aten.clone)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def embeddings(program: Program) -> list[Embedding]:
     for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default):
         weight = _constant(program, node.args[0])
         if weight is not None:
-            found.append(Embedding(node, weight, node.args[1], _owner(program, weight, node)))
+            found.append(Embedding(node, weight, node.args[1], owner_of(program, weight, node)))
     return found
 
 
@@ -136,7 +136,7 @@ def expert_products(program: Program) -> list[ExpertStack]:
 def _stack(program: Program, node: fx.Node, operand: int) -> ExpertStack | None:
     weight, gather = node.args[operand], None
     transposed = operand == 1  # a product sums over the second operand's last dimension but one, and the first's last
-    while is_call(weight, *_TRANSPOSES, *_CASTS, aten.index, aten.index_select):
+    while is_call(weight, *_TRANSPOSES, *CASTS, aten.index, aten.index_select):
         transposed ^= is_call(weight, *_TRANSPOSES) and _swaps_last_two(weight)
         gather = weight if is_call(weight, aten.index, aten.index_select) else gather
         weight = weight.args[0]
@@ -187,7 +187,7 @@ def _site(
     while True:
         if is_call(w, *_TRANSPOSES) and value(w).dim() == 2:
             w, stored_out_in = w.args[0], not stored_out_in
-        elif is_call(w, *_CASTS) and value(w).dtype.is_floating_point:
+        elif is_call(w, *CASTS) and value(w).dtype.is_floating_point:
             w = w.args[0]
         elif select is None and is_call(w, aten.select) and w.args[1] == 0:
             select, w = w, w.args[0]
@@ -201,7 +201,7 @@ def _site(
             return None
         kind = "expert"
     out_features, in_features = (int(s) for s in (shape(weight)[-2:] if stored_out_in else shape(weight)[-2:][::-1]))
-    owner = _owner(program, weight, node)
+    owner = owner_of(program, weight, node)
     if select is not None:
         owner += f"[{select.args[2]}]"
     return Linear(node, x, weight, bias, owner, kind, in_features, out_features, not stored_out_in, select)
@@ -223,14 +223,14 @@ def _convolution(program: Program, node: fx.Node) -> Linear | None:
     else:
         return None
     out_features, in_features = int(shape(weight)[0]), int(shape(weight)[1:].numel())
-    return Linear(node, x, weight, bias, _owner(program, weight, node), kind, in_features, out_features)
+    return Linear(node, x, weight, bias, owner_of(program, weight, node), kind, in_features, out_features)
 
 
 def _constant(program: Program, node: object) -> fx.Node | None:
     return node if isinstance(node, fx.Node) and program.tensors.is_constant(node) else None
 
 
-def _owner(program: Program, weight: fx.Node, node: fx.Node) -> str:
+def owner_of(program: Program, weight: fx.Node, node: fx.Node) -> str:
     """What a user would call the site: the module path, which unlike the parameter path knows tied uses apart."""
     path = program.tensors.path(weight) or weight.name
     owner = path.rsplit(".", 1)[0] if path.endswith((".weight", ".kernel")) else path

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import fx
 
+from accelpass.ir.analyses.structure.convolution import Convolution, convolutions
 from accelpass.ir.analyses.structure.linear import Embedding, ExpertStack, Linear, embeddings, expert_stacks, linears
 from accelpass.ir.core.derived import Recipe, is_released
 from accelpass.ir.core.graph import aten, call, replace, shape, through, value
@@ -19,7 +20,7 @@ from accelpass.ir.linear.spec import Expert, LinearSpec
 from accelpass.passes.core.base import Done, Skip, Take, Verdict
 from accelpass.passes.core.site_pass import Edits, SitePass
 
-Use = Linear | Embedding | ExpertStack
+Use = Linear | Embedding | ExpertStack | Convolution
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,12 @@ class SharedWeight:
 
     @property
     def is_multiplied(self) -> bool:
-        return any(isinstance(use, Linear | ExpertStack) for use in self.uses)
+        return not all(isinstance(use, Embedding) for use in self.uses)
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether convolutions read it as they are, and not as linears."""
+        return any(isinstance(use, Convolution) for use in self.uses)
 
 
 @dataclass(frozen=True)
@@ -65,17 +71,28 @@ class WeightOnly(SitePass):
     def spec(self) -> LinearSpec:
         """What a linear that the pass takes computes."""
 
-    def fits(self, use: Linear | ExpertStack) -> Verdict:
+    def fits(self, use: Linear | ExpertStack | Convolution) -> Verdict:
         """Whether the spec can take a use of a weight, which is packed if all its uses can be taken."""
+        if self.spec.activation is not None and isinstance(use, ExpertStack):
+            return Skip("a batched product of experts, whose input is not rounded; a pass of weights alone packs it")
         return self.spec.weight.check(use.in_features)
 
     def find(self, program: Program) -> list[SharedWeight]:
         found: dict[fx.Node, list[Use]] = {}
+        kernels = self.kernels(program)
+        whole = {use.node for use in kernels}
         for analysis in (linears, embeddings, expert_stacks):
             for use in program.analysis(analysis):
-                found.setdefault(use.weight, []).append(use)
+                if use.node not in whole:
+                    found.setdefault(use.weight, []).append(use)
+        for kernel in kernels:
+            found.setdefault(kernel.weight, []).append(kernel)
         order = {n: i for i, n in enumerate(program.graph.nodes)}
         return [SharedWeight(w, tuple(sorted(uses, key=lambda u: order[u.node]))) for w, uses in found.items()]
+
+    def kernels(self, program: Program) -> Sequence[Convolution]:
+        """The convolutions that are sites. Those of others that are a linear over pixels or patches are named as left."""
+        return ()
 
     def whole(self, program: Program, sites: Sequence[SharedWeight]) -> str | None:
         return None if any(site.is_multiplied for site in sites) else self.nothing
@@ -94,6 +111,8 @@ class WeightOnly(SitePass):
         transposed = {s.transposed for s in group if not isinstance(s, Embedding)}
         if len(transposed) > 1:
             return Skip("the weight is used both as (out, in) and as (in, out)")
+        if site.is_kernel and not all(isinstance(use, Convolution) for use in group):
+            return Skip("the weight is used both as a convolution's kernel and as a matrix")
         if others := _other_readers(site):
             return Skip(f"{len(others)} other use(s) of the weight need its float form")
         if value(weight).dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -120,11 +139,13 @@ class WeightOnly(SitePass):
                 if isinstance(use, Embedding):
                     dtype = value(use.node).dtype
                     new = call(graph, use.node, EMBEDDING, use.node.args[1], packed, spec.to_json(), dtype)
-                elif isinstance(use, ExpertStack):
+                elif isinstance(use, ExpertStack | Convolution):
                     user = entries[use.node]
                     if weight in user.all_input_nodes:  # not where another product has read it through the same gather
                         with graph.inserting_before(user):
                             w = call(graph, user, MATRIX, packed, spec.to_json(), value(weight).dtype)
+                            if isinstance(use, Convolution):
+                                w = call(graph, user, aten.reshape.default, w, [int(s) for s in shape(weight)])
                             if use.transposed:
                                 w = call(graph, user, aten.transpose.int, w, -1, -2)
                         user.replace_input_with(weight, w)
@@ -145,7 +166,7 @@ class WeightOnly(SitePass):
 
     def recipe(self, site: SharedWeight, edit: Edits) -> Recipe:
         """How a site's weight is packed: rounded to the nearest number of its format."""
-        return self.spec.weight.recipe(site.transposed)
+        return self.spec.weight.recipe(site.transposed, site.is_kernel)
 
     def leaving(self, site: SharedWeight, use: Linear, product: fx.Node, edit: Edits) -> fx.Node:
         """What is read in place of a linear of the site, from its packed product."""
@@ -158,6 +179,23 @@ class WeightOnly(SitePass):
     def entering(self, site: SharedWeight, use: Linear, edit: Edits) -> fx.Node:
         """What a linear of the site multiplies."""
         return use.operand()
+
+
+@dataclass(frozen=True)
+class NearestWeights(WeightOnly):
+    """Base of passes that need no data, and round any weight by itself, so that kernels of convolutions can be packed, too.
+
+    Attributes:
+        convolutions: pack the kernels of convolutions (1d, 2d, 3d; patch embeddings among them) as the matrices ``(out,
+            in / groups * size)`` that they are; they are unpacked where they are read.
+    """
+
+    convolutions: bool = field(default=False, kw_only=True)
+
+    for_all_sites: ClassVar[tuple[str, ...]] = ("convolutions",)
+
+    def kernels(self, program: Program) -> Sequence[Convolution]:
+        return program.analysis(convolutions) if self.convolutions else ()
 
 
 def _bytes(node: fx.Node) -> int:

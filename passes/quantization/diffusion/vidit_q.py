@@ -9,11 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.analyses.structure.linear import ExpertStack, Linear
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.rows import IntPerToken, IntRows
 from accelpass.ir.linear.spec import LinearSpec
-from accelpass.passes.core.base import Skip, Verdict
 from accelpass.passes.quantization.bases.calibrated import Balanced, InputMoments
 
 KEPT = (
@@ -87,11 +85,6 @@ class ViDiTQ(Balanced):
         draw = torch.Generator().manual_seed(self.seed)
         signs = torch.randint(2, m.shape, generator=draw).to(m.device) * 2 - 1 if self.rotate else 1
         return signs / m
-
-    def fits(self, use: Linear | ExpertStack) -> Verdict:
-        if isinstance(use, ExpertStack):
-            return Skip("a batched product of experts, whose input is not rounded; int8_weights packs its weight")
-        return super().fits(use)
 
 
 def rotated(x: Tensor) -> Tensor:
