@@ -146,7 +146,7 @@ def _stack(program: Program, node: fx.Node, operand: int) -> ExpertStack | None:
     if owner is None or len(shape(weight)) != 3:
         return None
     in_features = int(shape(weight)[-2 if transposed else -1])
-    return ExpertStack(node, weight, _owner(program, owner, node), in_features, transposed, operand, gather)
+    return ExpertStack(node, weight, owner_of(program, owner, node), in_features, transposed, operand, gather)
 
 
 def is_grouped_product(node: object) -> bool:
