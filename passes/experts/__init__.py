@@ -1,0 +1,1 @@
+"""Passes of mixtures of experts: how tokens reach their experts, and experts that layers share."""
