@@ -197,3 +197,18 @@ def test_router_and_pooling_softmaxes_are_not_attentions() -> None:
 
 def _first(out: object) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out[0]  # type: ignore[index]
+
+
+def test_the_model_of_canvases_answers_what_it_has_not_seen():
+    from accelpass.models_zoo.canvases import model, questions, train
+
+    llava, processor = model.load(torch.float32)
+    right = train.accuracy(llava, 64, torch.Generator().manual_seed(3))
+    assert right["all"] > 0.85 and right["where"] > 0.85, right
+    asked = questions.canvases(2, True, torch.Generator().manual_seed(4))
+    given = processor(images=asked.canvases, text=[row[0] for row in asked.questions])
+    assert int((given["input_ids"] == questions.IMAGE).sum()) == 2 * questions.TILES * questions.PATCHES
+    said = llava.generate(**given, max_new_tokens=2, do_sample=False)[:, -2:]
+    assert all(word in questions.WORDS for word in " ".join(processor.batch_decode(said)).split())
+    with pytest.raises(KeyError, match="elephant"):
+        questions.ids_of("which elephant ?")

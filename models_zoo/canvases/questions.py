@@ -6,7 +6,6 @@ reads it in five tiles of 24 x 24, each named by a word: the whole canvas at hal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,9 +19,22 @@ CELL, PATCH, TILES, ASKED = 24, 4, 5, 6
 PATCHES = (CELL // PATCH) ** 2
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 _PLURALS = ["zeros", "ones", "twos", "threes", "fours", "fives", "sixes", "sevens", "eights", "nines"]
-PLACES = ["upper-left", "upper-right", "lower-left", "lower-right"]
+PLACES = ["top left", "top right", "bottom left", "bottom right"]
 _ASKING = ["which", "digit", "is", "how", "many", "are", "there", "?"]
-WORDS = ["<pad>", "<start>", "<end>", "<image>", "whole", *PLACES, *_ASKING, *_NUMBERS, *_PLURALS]
+WORDS = [
+    "<pad>",
+    "<start>",
+    "<end>",
+    "<image>",
+    "whole",
+    "top",
+    "bottom",
+    "left",
+    "right",
+    *_ASKING,
+    *_NUMBERS,
+    *_PLURALS,
+]
 PAD, START, END, IMAGE = range(4)
 _specimens = cache(digits.specimens)
 _NUMBER = {word: at for at, word in enumerate(WORDS)}
@@ -86,25 +98,18 @@ def canvases(count: int, held_out: bool, generator: torch.Generator) -> Asked:
     return Asked(whole, questions, answers)
 
 
-def tiles(canvas: Tensor, orders: list[list[int]] | None = None) -> Tensor:
-    """What the tower reads of canvases ``(n, 1, 48, 48)``: ``(5 n, 1, 24, 24)``, of each the whole and its cells.
-
-    Args:
-        orders: of the five tiles of each canvas; the whole first otherwise, and then the cells as they are read.
-    """
+def tiles(canvas: Tensor) -> Tensor:
+    """What the tower reads of canvases ``(n, 1, 48, 48)``: ``(5 n, 1, 24, 24)``, of each the whole and its cells."""
     small = F.interpolate(canvas, size=(CELL, CELL), mode="area").unsqueeze(1)
     cells = canvas.unflatten(2, (2, CELL)).unflatten(4, (2, CELL)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    made = torch.cat([small, cells], 1)
-    if orders is not None:
-        made = torch.stack([of[order] for of, order in zip(made, orders, strict=True)])
-    return made.flatten(0, 1)
+    return torch.cat([small, cells], 1).flatten(0, 1)
 
 
-def prompt(question: str, order: Sequence[int] = range(TILES)) -> list[int]:
-    """The text before the answer, with a place for each patch; ``order`` is that of the tiles."""
-    ids, named = [START], ["whole", *PLACES]
-    for tile in order:
-        ids += [*ids_of(named[tile]), *[IMAGE] * PATCHES]
+def prompt(question: str, patches: int = PATCHES) -> list[int]:
+    """The text before the answer, with a place for each patch of a tile."""
+    ids = [START]
+    for name in ("whole", *PLACES):
+        ids += [*ids_of(name), *[IMAGE] * patches]
     return ids + ids_of(question)
 
 

@@ -1,8 +1,8 @@
 """Trains the model of canvases: ``python -m accelpass.models_zoo.canvases.train``; about half an hour on one core.
 
 The tower learns first which digit a cell shows and which digits a canvas holds, by its class token; then it is frozen, and projector and
-language model learn to answer. All questions about a canvas share one text and do not see each other. The tiles of a canvas come in any
-order, so that the model finds them by their names and not by how far away they are.
+language model learn to answer. All questions about a canvas share one text and do not see each other. In the second half of the steps a
+random share of each tile's patches is shown: a model that has read images of one size alone counts on where in the text a patch is.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ def _shown(asked: questions.Asked) -> tuple[Tensor, Tensor, Tensor]:
     return questions.tiles(asked.canvases), labels, F.one_hot(labels, 10).amax(1).float()
 
 
-def texts(asked: questions.Asked, orders: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def texts(asked: questions.Asked, patches: int = questions.PATCHES) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One text for each canvas with all of its questions: ids, positions, what sees what (additive), and labels."""
     ids: list[list[int]] = []
     labels: list[list[int]] = []
     blocks: list[list[int]] = []
     places: list[list[int]] = []
-    shared = len(questions.prompt(""))
-    for asking, answers, order in zip(asked.questions, asked.answers, orders, strict=True):
-        row = questions.prompt("", order)
+    shared = len(questions.prompt("", patches))
+    for asking, answers in zip(asked.questions, asked.answers, strict=True):
+        row = questions.prompt("", patches)
         label, block, place = [-100] * shared, [0] * shared, list(range(shared))
         for number, (question, answer) in enumerate(zip(asking, answers, strict=True)):
             more = [*questions.ids_of(question), *questions.ids_of(answer), questions.END]
@@ -109,17 +109,22 @@ def train_text(model: Any, steps: int, generator: torch.Generator, out: Path) ->
     with _steps("text", steps, optimizer, 2e-3) as counted:
         for step, show in counted:
             asked = questions.canvases(_BATCH, False, generator)
-            orders = [torch.randperm(questions.TILES, generator=generator).tolist() for _ in range(_BATCH)]
-            ids, places, mask, labels = texts(asked, orders)
-            pixels = questions.tiles(asked.canvases, orders)
-            made = model(
-                input_ids=ids, position_ids=places, attention_mask=mask, pixel_values=pixels, use_cache=False
-            )  # fmt: skip
+            shown = 9 + int(torch.randint(28, (), generator=generator)) if 2 * step >= steps else questions.PATCHES
+            ids, places, mask, labels = texts(asked, shown)
+            with torch.no_grad():
+                seen = tower(questions.tiles(asked.canvases), output_hidden_states=True).hidden_states[-2][:, 1:]
+                some = torch.rand(seen.shape[:2], generator=generator).topk(shown).indices.sort().values
+            features = model.model.multi_modal_projector(
+                seen.gather(1, some.unsqueeze(-1).expand(-1, -1, seen.shape[-1]))
+            )
+            words = model.get_input_embeddings()(ids)
+            embeds = words.masked_scatter((ids == questions.IMAGE).unsqueeze(-1), features)
+            made = model(inputs_embeds=embeds, position_ids=places, attention_mask=mask, use_cache=False)
             loss = F.cross_entropy(made.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
             _step(optimizer, loss, learns)
             if step % 20 == 0:
                 show(f"loss {loss.item():.3f}")
-            if step % 100 == 99:
+            if step % 200 == 199:
                 _save(model, out)
                 print(f"step {step + 1}: {accuracy(model, 64, generator)}", flush=True)
                 model.train()
@@ -131,7 +136,7 @@ def accuracy(model: Any, count: int, generator: torch.Generator) -> dict[str, fl
     """Of questions on canvases of specimens that were held out: right answers, by kind."""
     model.eval()
     asked = questions.canvases(count, True, generator)
-    ids, places, mask, labels = texts(asked, [list(range(questions.TILES))] * count)
+    ids, places, mask, labels = texts(asked)
     given = {"position_ids": places, "attention_mask": mask, "pixel_values": questions.tiles(asked.canvases)}
     said = model(input_ids=ids, **given, use_cache=False).logits[:, :-1].argmax(-1)
     wanted = labels[:, 1:]
@@ -154,7 +159,9 @@ def _save(model: Any, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tower", type=int, default=1000, help="steps of the tower; 0 takes the one that is there")
+    parser.add_argument(
+        "--tower", type=int, default=1000, help="steps of the tower; 0 goes on with the model that is there"
+    )
     parser.add_argument("--text", type=int, default=1500, help="steps of projector and language model")
     parser.add_argument("--out", type=Path, default=FILE)
     given = parser.parse_args()
@@ -164,7 +171,7 @@ def main() -> None:
     if given.tower:
         print(f"tower: {train_tower(model, given.tower, generator):.1%} of unseen cells", flush=True)
     else:
-        model.model.vision_tower.load_state_dict(llava().model.vision_tower.state_dict())
+        model = llava()
     train_text(model, given.text, generator, given.out)
     _save(model, given.out)
     print(accuracy(model, 512, generator))
