@@ -35,6 +35,7 @@ class SparseAttention(SitePass):
 
     phase: ClassVar[str] = "attention"
     edits: ClassVar[frozenset[str]] = frozenset({"attention.blocks"})
+    reads: ClassVar[frozenset[str]] = frozenset({"attention.rows"})  # of the tokens that another pass leaves
     for_prompts: ClassVar[bool] = True
     nothing: ClassVar[str] = "no attention was recognised"
 

@@ -51,7 +51,6 @@ class TokenPruning(PolicyPass):
 
     phase: ClassVar[str] = "attention"
     edits: ClassVar[frozenset[str]] = frozenset({"attention.rows"})
-    reads: ClassVar[frozenset[str]] = frozenset({"attention.blocks"})
     claims: ClassVar[dict[str, str]] = {"tokens": "each layer chooses the tokens that the next one reads"}
     reads_back: ClassVar[bool] = True
     for_prompts: ClassVar[bool] = True

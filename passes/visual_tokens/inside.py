@@ -52,7 +52,6 @@ class VisualPruning(Pass):
 
     phase: ClassVar[str] = "attention"
     edits: ClassVar[frozenset[str]] = frozenset({"attention.rows"})
-    reads: ClassVar[frozenset[str]] = frozenset({"attention.blocks"})
     for_prompts: ClassVar[bool] = True
     claims: ClassVar[dict[str, str]] = {
         "tokens": "layers of the language model read all tokens first, and then fewer visual ones"
