@@ -18,7 +18,7 @@ from accelpass.testing.findings import Finding, failed, passed
 from accelpass.testing.masked_decoders import MASKED_DECODERS
 from accelpass.testing.numbers import attempt, check_identity
 from accelpass.testing.subjects import Shape, Subject
-from accelpass.testing.trial import Trial, difference, took
+from accelpass.testing.trial import Trial, difference, fresh, took
 
 WIDTH, HEADS, TOKENS, BATCH = 32, 4, 24, 2
 _LOW = torch.finfo(torch.float32).min
@@ -186,7 +186,7 @@ def _check(trial: Trial, name: str, mask: Mask) -> Finding:
                 if error > trial.tolerance:
                     shown = dict(trial.identity) or "as it is"
                     return failed("masks", subject.name, f"at {shown}, against the dense model", _LOOK, error)
-                torch._dynamo.reset()
+                fresh()
             fast = trial.compile(model, [trial.made()])
             before = fast(x, *more)
             read = [

@@ -46,5 +46,10 @@ def test_the_table_is_that_of_the_results(tmp_path: Path) -> None:
     onnx_steps.write_table(steps, page)
     assert page.read_text() == PAGE
     for row in found["rows"]:
-        rounded = row.get("activations") == "int8" or row["pass"] in ("int8_dynamic", "smoothquant")
+        rounded = row.get("activations") == "int8" or row["pass"] in (
+            "int8_dynamic",
+            "int8_static",
+            "mixdq",
+            "smoothquant",
+        )
         assert (row["difference"] < 1e-4) != rounded if row["exported"] else row["why"]

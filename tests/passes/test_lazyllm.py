@@ -209,6 +209,7 @@ def test_no_later_token_changes_an_earlier_one():
     assert dropped and torch.allclose(before[0, dropped], after[0, dropped], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights",
     sweep("int8_weights", {"name": "int4_weights", "group_size": 32}),
@@ -357,6 +358,7 @@ def test_a_cache_of_another_kind_is_named_with_the_remedy():
     assert "accelpass.KVCache(model" in accelpass.explain(fast).passes["lazyllm"].skipped["model"]
 
 
+@pytest.mark.slow
 def test_a_cache_that_another_set_of_passes_filled():
     model = llama()
     cache = KVCache(model, CAPACITY)

@@ -110,6 +110,7 @@ def test_a_swapped_kernel_is_packed_anew():
             model[0].weight.copy_(torch.randn_like(model[0].weight))
 
 
+@pytest.mark.slow
 def test_compiled_code_reads_the_packed_kernel():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(32, 8, 3), nn.ReLU()).eval(), torch.randn(1, 32, 6, 6)

@@ -75,6 +75,7 @@ def test_tokens_are_chosen_by_the_layers_that_are_left():
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_shortened_prompt_and_fewer_layers_later():
     model, ids = built(), prompt_of(1, 20)
     by = {"name": "skip_layers", "least": 2, "start": KEEP, "horizon": KEEP + 2}

@@ -34,6 +34,7 @@ def off(model, **options) -> float:
     return float((fed(fast, KVCache(model, 64, 2), pieces) - dense).abs().max())
 
 
+@pytest.mark.slow
 def test_calibrated_factors_are_the_nearest(tmp_path):
     """No factors of this rank are nearer on the data: neither the weight's own nor any that a few steps from these lead to."""
     model, data = llama(head_dim=32), batches(6)

@@ -28,6 +28,7 @@ def test_passes(cli: Callable[..., Result]) -> None:
         "symmetric": True,
         "search": False,
         "scales": "float32",
+        "convolutions": False,
     }
     assert data["int4_weights"]["options"] == options
     assert all(p["phase"] and p["summary"] for p in data.values())

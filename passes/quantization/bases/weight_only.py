@@ -74,7 +74,7 @@ class WeightOnly(SitePass):
     def fits(self, use: Linear | ExpertStack | Convolution) -> Verdict:
         """Whether the spec can take a use of a weight, which is packed if all its uses can be taken."""
         if self.spec.activation is not None and isinstance(use, ExpertStack):
-            return Skip("a batched product of experts, whose input is not rounded; a pass of weights alone packs it")
+            return Skip("a batched product of experts, whose input is not rounded; int8_weights packs its weight")
         return self.spec.weight.check(use.in_features)
 
     def find(self, program: Program) -> list[SharedWeight]:
