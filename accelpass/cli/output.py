@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from accelpass.cli.terminal import UsageMistake
 
 if TYPE_CHECKING:
     from accelpass.api.quality.compare import Comparison
+    from accelpass.passes.core.base import Record
     from accelpass.view.report import Report
 
 
@@ -33,6 +35,18 @@ def show(report: Report) -> None:
 def as_json(what: Any) -> None:
     """Print JSON alone."""
     print(json.dumps(what, indent=2))
+
+
+def print_passes(console: Console, records: Mapping[str, Sequence[Record]]) -> None:
+    """Print what each pass took and left alone, as a table; a name of the graph stands beside a pass where there are several."""
+    table = Table("", "sites taken", "left alone", box=None, padding=(0, 3, 0, 0))
+    for graph, of_graph in records.items():
+        for record in of_graph:
+            title = f"{record.name} ({graph})" if len(records) > 1 else record.name
+            table.add_row(title, str(len(record.took)), str(len(record.skipped)))
+    if table.rows:
+        console.print(table)
+        console.print()
 
 
 def comparison(result: Comparison, answers: bool = True) -> None:

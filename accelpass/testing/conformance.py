@@ -113,7 +113,7 @@ def check_pass(
 ) -> Conformance:
     """Hold a pass to everything that accelpass asks of one; for a test of the pass's author.
 
-    On ``models=["mlp"]`` this takes some ten seconds, on all models some minutes, most of them for the composition.
+    On ``models=["mlp"]`` this takes some fifteen seconds, on all models some minutes, most of them for the composition.
 
     Args:
         given: the pass: a class, which need not be registered, a registered name, or an object.

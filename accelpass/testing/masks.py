@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from accelpass.testing.findings import Finding, failed, passed
 from accelpass.testing.masked_decoders import MASKED_DECODERS
 from accelpass.testing.numbers import attempt, check_identity
-from accelpass.testing.subjects import Shape, Subject
+from accelpass.testing.subjects import Subject
 from accelpass.testing.trial import Trial, difference, fresh, took
 
 WIDTH, HEADS, TOKENS, BATCH = 32, 4, 24, 2
@@ -170,9 +170,7 @@ def check_masks(
 
 
 def _check(trial: Trial, name: str, mask: Mask) -> Finding:
-    subject = Subject(
-        f"mask: {name}", lambda seed: _model(mask, seed), lambda fast, model, shape: iter(()), shapes=(Shape(),)
-    )
+    subject = Subject(f"mask: {name}", lambda seed: _model(mask, seed), lambda fast, model, shape: iter(()))
 
     def body() -> Finding:
         model = subject.build(0)

@@ -12,6 +12,7 @@ from accelpass.ir.attention import Attention, AttentionSpec
 from accelpass.ir.attention.spec.block_select import Blocks, BlockSelect
 from accelpass.passes.core.base import Skip
 from accelpass.passes.sparse_attention.base import SparseAttention
+from accelpass.passes.token_pruning.choice import ranks
 
 _LAST = 64
 """Queries at the end of a prompt that the pattern is estimated from."""
@@ -61,14 +62,7 @@ class VerticalSlash(BlockSelect):
         along = paid.gather(2, away.clamp_min(0).expand(paid.shape)).masked_fill(away < 0, 0.0)
         columns = paid.sum(1).masked_fill(token < self.first, torch.inf)
         diagonals = along.sum(1).masked_fill(token < self.local, torch.inf)
-        return _top(columns, max(self.vertical, self.first)), _top(diagonals, max(self.slash, self.local))
-
-
-def _top(scores: Tensor, count: int) -> Tensor:
-    """True for the ``count`` highest of each row, of equal ones the first."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.arange(scores.shape[-1], device=scores.device).expand(order.shape)
-    return torch.zeros_like(order).scatter(-1, order, rank) < count
+        return ranks(columns) < max(self.vertical, self.first), ranks(diagonals) < max(self.slash, self.local)
 
 
 def _at(table: Tensor, places: Tensor) -> Tensor:

@@ -27,8 +27,19 @@ def kept(tokens: Any, share: float) -> Any:
 
 def best(importance: Tensor, count: Any) -> Tensor:
     """The ``count`` most important tokens, the last always, of equal ones the first; ascending int64 ``(batch, count)``."""
-    score = torch.cat([importance[:, :-1], torch.full_like(importance[:, -1:], float("inf"))], 1)
-    return score.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
+    return highest(torch.cat([importance[:, :-1], torch.full_like(importance[:, -1:], float("inf"))], 1), count)
+
+
+def highest(scores: Tensor, count: Any) -> Tensor:
+    """The ``count`` highest scores of each row, of equal ones the first: ascending int64 ``(rows, count)``."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """How many of a row are higher than each score, of equal ones how many of those come before: int64, of the scores' shape."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    places = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
+    return torch.zeros_like(order).scatter(-1, order, places)
 
 
 def importance_in(program: Program, node: fx.Node, before: fx.Node) -> fx.Node:

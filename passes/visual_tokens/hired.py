@@ -14,6 +14,7 @@ from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.sequence.prompt import NoPrompt
 from accelpass.ir.transform.splice import inserted
+from accelpass.passes.token_pruning.choice import ranks
 from accelpass.passes.visual_tokens.visual import Left, VisualFilter, class_attention
 
 
@@ -113,12 +114,12 @@ def shared_out(
     """
     patches = early.shape[1]
     scores = late.view(-1, tiles, patches)
-    rank = _ranks(scores)
+    rank = ranks(scores)
     budget = torch.full(scores.shape[:2], min(total, patches), dtype=torch.int64, device=late.device)
     if tiles > 1:
         whole = min(int(total * alpha), patches)
         rest = min(total - whole, (tiles - 1) * patches)
-        hot = _ranks(early.view(-1, tiles, patches)[:, 0]) < int(patches * (1 - alpha))
+        hot = ranks(early.view(-1, tiles, patches)[:, 0]) < int(patches * (1 - alpha))
         lies_in = torch.tensor(region, device=late.device).clamp_max(tiles - 2)
         found = torch.nn.functional.one_hot(lies_in, tiles - 1).to(torch.float32)
         counts = torch.matmul(hot.to(torch.float32), found)
@@ -130,10 +131,3 @@ def shared_out(
     at = order.sort(dim=1, descending=True, stable=True).indices[:, :total].sort(-1).values
     images = torch.arange(at.shape[0], device=at.device).unsqueeze(-1)
     return [(at + images * tiles * patches).flatten()]
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """How many are higher, of equal ones how many of those come before."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    places = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
-    return torch.zeros_like(order).scatter(-1, order, places)

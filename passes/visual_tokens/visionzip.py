@@ -16,7 +16,8 @@ from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.sequence.prompt import NoPrompt
 from accelpass.ir.transform.splice import inserted
-from accelpass.passes.visual_tokens.visual import Left, VisualFilter, attention_of, best, class_attention
+from accelpass.passes.token_pruning.choice import highest
+from accelpass.passes.visual_tokens.visual import Left, VisualFilter, attention_of, class_attention
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def zipped(first: int, dominant: int, contextual: int, x: Tensor, keys: Tensor, 
     """
     patches = x[:, first:]
     images, count, width = patches.shape
-    top = best(scores, dominant - bool(first))
+    top = highest(scores, dominant - bool(first))
     rest = torch.ones_like(scores, dtype=torch.bool).scatter(1, top, False)
     others = rest.long().sort(dim=1, descending=True, stable=True).indices[:, : count - top.shape[1]]
     metric = F.normalize(keys[:, :, first:].float().mean(1), dim=-1)

@@ -168,11 +168,6 @@ def class_attention(program: Program, tower: Tower, block: int, before: fx.Node)
     return inserted(program, before, run, *operands)[0]
 
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` highest scores of each row, of equal ones the first: ascending int64 ``(rows, count)``."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
-
-
 def _entry(program: Program) -> tuple[Entry, Tower]:
     found = program.analysis(vision)
     if not found.entries:

@@ -183,20 +183,12 @@ def first_call(made: Pipeline) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def told(report: ExportReport) -> None:
     """Print what was written and what each pass did, as a table."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from accelpass.view.text import ratio, size
 
     console = Console(highlight=False)
-    table = Table("", "sites taken", "left alone", box=None, padding=(0, 3, 0, 0))
-    for file, records in report.records.items():
-        for record in records:
-            title = f"{record.name} ({file})" if len(report.records) > 1 else record.name
-            table.add_row(title, str(len(record.took)), str(len(record.skipped)))
-    if table.rows:
-        console.print(table)
-        console.print()
+    output.print_passes(console, report.records)
     paths = [f.path for f in report.files] + [p for p in (report.data, report.manifest) if p is not None]
     for path in paths:
         console.print(Text(f"{path}  {size(path.stat().st_size)}"), soft_wrap=True)

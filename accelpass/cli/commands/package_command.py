@@ -75,21 +75,12 @@ def package(
 def told(report: PackageReport) -> None:
     """Print what was written and what each pass did, as a table."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from accelpass.view.text import ratio, size
 
     console = Console(highlight=False)
-    table = Table("", "sites taken", "left alone", box=None, padding=(0, 3, 0, 0))
-    for graph, records in report.records.items():
-        for record in records:
-            if record.took:
-                title = f"{record.name} ({graph})" if len(report.records) > 1 else record.name
-                table.add_row(title, str(len(record.took)), str(len(record.skipped)))
-    if table.rows:
-        console.print(table)
-        console.print()
+    output.print_passes(console, {graph: [r for r in records if r.took] for graph, records in report.records.items()})
     console.print(Text(f"{report.path}  {size(report.bytes)}"), soft_wrap=True)
     before, after = report.weights_before, report.weights_after
     console.print(f"weights: {size(before)} -> {size(after)}{ratio(before, after)}")
