@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import CodeType
@@ -33,16 +33,12 @@ __all__ = [
     "FakeTensorMode",
     "Frame",
     "HigherOrderOperator",
-    "NoCompiler",
     "OpOverload",
     "TorchDispatchMode",
     "TracingContext",
     "allow_recompilations",
     "archive_writer",
     "assert_async",
-    "compile_ahead",
-    "compile_with_inductor",
-    "contracts_by_name",
     "copy_sources",
     "cpu_multiplies_bfloat16",
     "cpu_multiplies_int8",
@@ -51,7 +47,6 @@ __all__ = [
     "frame_of",
     "handles_of",
     "has_stopped_compiling",
-    "inductor_modes",
     "int8_product",
     "is_model_state",
     "keystr",
@@ -259,70 +254,6 @@ def traced_tensors() -> Mapping[Tensor, Any]:
     return context.tensor_to_context if context is not None else {}
 
 
-def inductor_modes() -> list[str]:
-    """The modes that torch.compile takes."""
-    import torch._inductor
-
-    return list(torch._inductor.list_mode_options())
-
-
-def contracts_by_name() -> str | None:
-    """The setting of Inductor that says how products and sums are rounded as one; None where this torch has a switch or nothing."""
-    from torch._inductor import config
-
-    name = "enable_floating_point_contract_flag"
-    return f"cpp.{name}" if isinstance(getattr(config.cpp, name, None), str) else None
-
-
-def compile_with_inductor(
-    gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, settings: Mapping[str, Any]
-) -> Callable[..., Any]:
-    """Inductor's code for a graph.
-
-    Args:
-        inputs: real inputs, or fake ones.
-        mode: one of :func:`inductor_modes`.
-        settings: names and values of ``torch._inductor.config`` that differ for this graph.
-
-    Raises:
-        NoCompiler: there is no C++ compiler that works; any other error is Inductor's own.
-    """
-    import torch._inductor
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.exc import InductorError, InvalidCxxCompiler
-
-    config = {**(torch._inductor.list_mode_options(mode) if mode else {}), **settings}
-    try:
-        compiled: Any = compile_fx(gm, list(inputs), config_patches=config or None)
-    except InductorError as failure:
-        if isinstance(failure.inner_exception, InvalidCxxCompiler):
-            raise NoCompiler(str(failure.inner_exception)) from failure
-        raise
-    return compiled
-
-
-def compile_ahead(exported: torch.export.ExportedProgram, settings: Mapping[str, Any]) -> list[str]:
-    """AOTInductor's files for an exported program: a library, its source, and what its loader reads; constants are not in it.
-
-    Raises:
-        NoCompiler: there is no C++ compiler that works; any other error is Inductor's own.
-    """
-    import torch._inductor
-    from torch._inductor.exc import InductorError, InvalidCxxCompiler
-
-    args, kwargs = exported.example_inputs or ((), {})
-    config = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False, **settings}
-    try:
-        made: Any = torch._inductor.aot_compile(exported.module(check_guards=False), args, kwargs, options=config)
-    except InductorError as failure:
-        if isinstance(failure.inner_exception, InvalidCxxCompiler):
-            raise NoCompiler(str(failure.inner_exception)) from failure
-        raise
-    except InvalidCxxCompiler as failure:
-        raise NoCompiler(str(failure)) from failure
-    return [file for file in made if isinstance(file, str) and file]
-
-
 def archive_writer(path: str) -> Any:
     """Writes an archive in torch's format: a zip file, nothing compressed, each record at a multiple of 64 bytes."""
     from torch.export.pt2_archive import PT2ArchiveWriter
@@ -351,10 +282,6 @@ def tensors_of(handles: Sequence[int], held: Sequence[Any] | None = None) -> lis
         held = [capsule(handle, None, None) for handle in handles]
     made: list[Tensor] = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(list(held))
     return made
-
-
-class NoCompiler(Exception):
-    """Inductor has found no C++ compiler; says what it tried."""
 
 
 def cpu_multiplies_bfloat16() -> bool:

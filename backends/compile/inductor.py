@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from accelpass.backends.staged.repetition import compile_repeating
 from accelpass.ir.core.graph import placeholders, value
 from accelpass.ir.errors import CompilerMissingError
-from accelpass.ir.torch_private import FakeTensor, NoCompiler, compile_with_inductor, contracts_by_name, traced_tensors
+from accelpass.ir.inductor_private import NoCompiler, compile_with_inductor, contracts_by_name
+from accelpass.ir.torch_private import FakeTensor, traced_tensors
 from accelpass.passes.core.options import Options
 
 

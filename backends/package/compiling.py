@@ -24,8 +24,9 @@ from accelpass.ir import attention
 from accelpass.ir.analyses.structure.cost import weight_bytes
 from accelpass.ir.attention.lowering.lower import without_python
 from accelpass.ir.errors import CompilerMissingError
+from accelpass.ir.inductor_private import NoCompiler, compile_ahead
 from accelpass.ir.kv import lower as kv
-from accelpass.ir.torch_private import NoCompiler, OpOverload, compile_ahead
+from accelpass.ir.torch_private import OpOverload
 from accelpass.passes.core.base import Record
 from accelpass.passes.core.options import Options
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelpass.ir.errors import OptionError
-from accelpass.ir.torch_private import inductor_modes
+from accelpass.ir.inductor_private import inductor_modes
 from accelpass.passes.core.base import Pass
 from accelpass.passes.core.fields import nearest, typed
 from accelpass.passes.core.registry import make, registered

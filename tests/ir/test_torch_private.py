@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import platform
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from accelpass.ir import torch_private
+from accelpass.ir import inductor_private, torch_private
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("accelpass", "ir", "passes", "backends")
@@ -37,11 +38,11 @@ def private_names(tree: ast.AST) -> set[str]:
     }
 
 
-def test_only_one_file_uses_private_names() -> None:
+def test_only_two_files_use_private_names() -> None:
     files = [f for room in ROOMS for f in (ROOT / room).rglob("*.py") if not any(p.is_symlink() for p in f.parents)]
     assert len(files) > 200
     found = {str(f.relative_to(ROOT)): private_names(ast.parse(f.read_text())) for f in files}
-    assert found.pop("ir/torch_private.py")
+    assert found.pop("ir/torch_private.py") and found.pop("ir/inductor_private.py")
     assert {f: names for f, names in found.items() if names} == {}
 
 
@@ -109,12 +110,30 @@ def test_a_new_input_counts_as_model_state() -> None:
 
 
 def test_inductor_takes_settings_and_names_its_modes() -> None:
-    assert {"default", "max-autotune"} <= set(torch_private.inductor_modes())
-    name = torch_private.contracts_by_name()
+    assert {"default", "max-autotune"} <= set(inductor_private.inductor_modes())
+    name = inductor_private.contracts_by_name()
     assert name is None or name.startswith("cpp.")
     gm = make_fx(lambda x: (x.sin() + 1,), tracing_mode="fake")(torch.ones(8))
-    code = torch_private.compile_with_inductor(gm, [torch.ones(8)], None, {"size_asserts": False})
+    code = inductor_private.compile_with_inductor(gm, [torch.ones(8)], None, {"size_asserts": False})
     torch.testing.assert_close(code(torch.zeros(8))[0], torch.ones(8))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instructions of x86")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_bytes_are_read_by_one_instruction(dtype: torch.dtype) -> None:
+    """And only inside: what others compile is as torch writes it."""
+    from torch._inductor.utils import run_and_get_code
+
+    def product(q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (q.float() * x).sum(-1)
+
+    q, x = torch.randint(0, 120, (40, 37)).to(dtype), torch.randn(37)  # the last five of a row are a tail
+    gm = make_fx(lambda q, x: (product(q, x),), tracing_mode="fake")(q, x)
+    with torch._inductor.config.patch({"cpp.simdlen": 256, "force_disable_caches": True}):
+        (got,), (ours,) = run_and_get_code(lambda: inductor_private.compile_with_inductor(gm, [q, x], None, {})(q, x))
+        _, (theirs,) = run_and_get_code(torch.compile(product), q, x)
+    torch.testing.assert_close(got, product(q, x), atol=1e-3, rtol=1e-4)
+    assert "_mm_loadl_epi64" in ours and "_mm_loadl_epi64" not in theirs
 
 
 def test_autocast_and_gradients_are_seen_in_graphs() -> None:

@@ -13,7 +13,7 @@ import accelpass
 from accelpass import ExportError, OptionError
 from accelpass.backends.package import compiling, writing
 from accelpass.ir.errors import CompilerMissingError
-from accelpass.ir.torch_private import NoCompiler
+from accelpass.ir.inductor_private import NoCompiler
 from tests.package.decoding import prompts
 from tests.public.conftest import tiny_llama
 from tests.small_models import Mlp
