@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accelpass.ir.core.weight_identity import VOID, Stamp, probes, same_values, stamp
+from accelpass.ir.core.weight_identity import VOID, Place, Stamp, probes, same_values, stamp
 from accelpass.ir.errors import ReleasedWeightError
 
 
@@ -177,6 +177,7 @@ class Snapshot:
         self._versions = [s.version for s in stamps]
         self._storages = [s.storage for s in stamps if s.storage is not None]
         self._probes = [s.probe for s in stamps]
+        self._places: list[Place | None] | None = None
         self._turn = 0
         self._restamped = restamped
 
@@ -197,7 +198,7 @@ class Snapshot:
         if not all(map(operator.is_, [ref() for ref in self._sources], sources)):
             return None
         stamped = list(itertools.compress(sources, self._stamped))
-        if list(map(Tensor.data_ptr, stamped)) != self._pointers or any(map(Tensor.is_inference, stamped)):
+        if list(map(Tensor.data_ptr, stamped)) != self._pointers:
             return None
         if not all(map(operator.is_, [ref() for ref in self._storages], map(Tensor.untyped_storage, stamped))):
             return None
@@ -207,13 +208,16 @@ class Snapshot:
 
     def _same_values(self, stamped: Sequence[Tensor], thorough: bool) -> bool:
         count = len(stamped)
+        if self._places is None:
+            self._places = list(map(Place.of, stamped))
         if thorough or count <= self.TURNS:
-            return same_values(probes(stamped), self._probes)
+            return same_values(probes(stamped, self._places), self._probes)
         turn, self._turn = self._turn, self._turn + 1
         if stamped[0].is_cuda:
-            return turn % self.EVERY > 0 or same_values(probes(stamped), self._probes)
+            return turn % self.EVERY > 0 or same_values(probes(stamped, self._places), self._probes)
         chosen = [(turn * self.TURNS + i) % count for i in range(self.TURNS)]
-        return same_values(probes([stamped[i] for i in chosen]), [self._probes[i] for i in chosen])
+        now = probes([stamped[i] for i in chosen], [self._places[i] for i in chosen])
+        return same_values(now, [self._probes[i] for i in chosen])
 
 
 class DerivedTensors:

@@ -52,18 +52,37 @@ def stamp(tensor: Tensor) -> Stamp:
     return Stamp(tensor.data_ptr(), version, weakref.ref(tensor.untyped_storage()), probe)
 
 
-def probes(tensors: Sequence[Tensor]) -> list[tuple[float, ...]]:
-    """Some values of each tensor; none of one that is empty or whose memory was given back. One copy for each dtype and device."""
+class Place(NamedTuple):
+    """Where some values of a tensor lie in its storage, spread over what the tensor covers; as ``as_strided`` takes it."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Place | None:
+        """None of a tensor that is empty, quantized, or whose memory was given back."""
+        if not tensor.numel() or not tensor.untyped_storage().size() or tensor.is_quantized:
+            return None
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        count = min(PROBES, span)
+        step = span // count
+        return cls((count,), (step,), tensor.storage_offset() + step // 2)
+
+
+def probes(tensors: Sequence[Tensor], places: Sequence[Place | None] | None = None) -> list[tuple[float, ...]]:
+    """Some values of each tensor; none of one without a place. One copy for each dtype and device.
+
+    Args:
+        places: of each tensor, where they are known.
+    """
     groups: dict[tuple[torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
     found: list[tuple[float, ...]] = [()] * len(tensors)
     with torch.no_grad():
         for index, tensor in enumerate(tensors):
-            if tensor.numel() and tensor.untyped_storage().size() and not tensor.is_quantized:
-                span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-                count = min(PROBES, span)
-                step = span // count
-                view = tensor.as_strided((count,), (step,), tensor.storage_offset() + step // 2)
-                groups.setdefault((tensor.dtype, tensor.device), []).append((index, view))
+            place = Place.of(tensor) if places is None else places[index]
+            if place is not None:
+                groups.setdefault((tensor.dtype, tensor.device), []).append((index, tensor.as_strided(*place)))
         for group in groups.values():
             values = torch.cat([view for _, view in group]).tolist()
             start = 0
