@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from accelpass.backends.package.decoder import PackagedDecoder
+    from accelpass.backends.package.denoiser import PackagedDenoiser
     from accelpass.backends.package.model import PackagedModel
     from accelpass.backends.package.report import PackageReport
 
@@ -28,6 +29,7 @@ def package(
     inductor: Mapping[str, Any] | None = None,
     verify: bool = True,
     debug: bool = False,
+    steps: int | None = None,
 ) -> PackageReport:
     """Compile ``model`` with ``passes`` ahead of time and write it as one file, which :func:`accelpass.open` runs without a compiler.
 
@@ -48,6 +50,8 @@ def package(
         skip_sites: by name of a pass, sites that it leaves alone.
         inductor: settings of ``torch._inductor.config``.
         verify: compare the compiled graphs with torch, at the example's sizes and at others.
+        steps: how many model calls a sampling run has, for a pass that works across denoising steps and whose plan does not say. One
+            graph is compiled for each way of computing a step, and what is opened tells a call's step from timestep and latents.
         debug: write the graph before and after each pass, as ``options={"debug": True}`` does.
 
     Raises:
@@ -60,11 +64,13 @@ def package(
     from accelpass.backends.package.writing import wanted
 
     chosen = wanted(passes, plan, skip_sites, debug)
-    return write(model, example, path, chosen, cache, dynamic_shapes, decode, inductor, verify)
+    return write(model, example, path, chosen, cache, dynamic_shapes, decode, inductor, verify, steps=steps)
 
 
-def open(path: str | os.PathLike[str], *, threads: int = 8) -> PackagedModel | PackagedDecoder:
+def open(path: str | os.PathLike[str], *, threads: int = 8) -> PackagedModel | PackagedDecoder | PackagedDenoiser:
     """Open a package: what it returns is called as the model was, or has ``generate`` where it holds a decoder.
+
+    A model that samples in steps is called once for each, and remembers between them what its passes keep.
 
     The file is checked before anything in it is loaded, and nothing in it is unpickled. Its libraries are machine code all the
     same: open packages that you trust as you trust a program.

@@ -35,7 +35,7 @@ class Captured:
         wishes: dynamic dimensions that the caller asked for, by input name.
         note: what could not be done, for the report.
         exported: what the program was made from.
-        sources: inputs that are not the caller's, by name; see :class:`accelpass.backends.onnx.stepped.Source`.
+        sources: inputs that are not the caller's, by name; see :class:`accelpass.backends.export.stepped.Source`.
     """
 
     program: Program

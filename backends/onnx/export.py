@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -20,11 +20,11 @@ from accelpass.backends.export.files import staged, writable
 from accelpass.backends.export.functional import Functional, functional
 from accelpass.backends.export.passes import after_prompt, applied, computed_in_full, refuse_guarded
 from accelpass.backends.export.refusals import refuse_left_out
+from accelpass.backends.export.stepped import step_graphs, step_pass, with_plan, with_state
 from accelpass.backends.onnx import files, runtime, stepped
 from accelpass.backends.onnx.cached import manifest, started, stateful
 from accelpass.backends.onnx.examples import others
 from accelpass.backends.onnx.report import ExportReport, Written
-from accelpass.backends.onnx.stepped import step_graphs, step_pass, with_state
 from accelpass.backends.onnx.translation import activations as rounding
 from accelpass.backends.onnx.translation import packed_weights
 from accelpass.backends.onnx.translation.activations import StaticRanges
@@ -38,7 +38,6 @@ from accelpass.ir.linear.lower import make_plain, unpack_others
 from accelpass.passes.core.base import Pass, Record
 from accelpass.passes.core.options import Options, parse
 from accelpass.passes.core.plan import write_json
-from accelpass.passes.step_cache.base import StepPass
 
 Update = Callable[[str], None]
 ACTIVATIONS = ("float32", "int8", "qdq")
@@ -139,10 +138,11 @@ def export(
     if by is not None:
         if cache is not None:
             raise ExportError(f"{by.name} works across denoising steps, and a key/value cache is no part of those")
-        want, by = with_plan(want, by)
+        passes, by = with_plan(want.chosen, want.passes, by)
+        want = replace(want, passes=passes)
         steps = step_graphs(
             by,
-            target.stem,
+            lambda number: f"{target.stem}.{number}.onnx",
             captured(model, given, dynamic_shapes),
             step_count,
             lambda found: _finished(found, want, update, " the graph", lambda: with_state(found, by)),
@@ -180,7 +180,7 @@ def export(
             write_json(folder / f"{target.stem}.json", stateful(only, target.name, data if has_data else None))
             report.manifest = target.absolute().parent / f"{target.stem}.json"
         if steps is not None:
-            steps.write(folder / f"{target.stem}.json", data if has_data else None)
+            stepped.write(steps, folder / f"{target.stem}.json", data if has_data else None)
             report.manifest = target.absolute().parent / f"{target.stem}.json"
             report.notes.append(
                 f"{len(graphs)} files for {len(steps.calls)} steps; which uses which: {target.stem}.json"
@@ -254,13 +254,6 @@ def _finished(
     tolerance = runtime.tolerance_of(dtype)
     rounds = runtime.rounds_inputs(found.program.graph)
     return Graph(made, records, translation, before, notes, tolerance, rounds)
-
-
-def with_plan(want: Wanted, by: StepPass) -> tuple[Wanted, StepPass]:
-    """What was asked for, with the tensors of the plan in the pass that chooses by step."""
-    plan = want.chosen.plan
-    bound_ = cast(StepPass, by.bound({} if plan is None else plan.tensors, torch.device("cpu")))
-    return replace(want, passes=tuple(bound_ if p is by else p for p in want.passes)), bound_
 
 
 def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[str]]:

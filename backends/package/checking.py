@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.backends.export.errors import ExportError
-from accelpass.backends.package.compiling import Compiled, dynamic_sizes, inputs_at, state_of
+from accelpass.backends.export.stepped import Schedule
+from accelpass.backends.package.compiling import Compiled, Rewritten, dynamic_sizes, inputs_at, state_of
 from accelpass.backends.package.file.manifest import Graph, Size
 from accelpass.backends.package.library import loaded
 
@@ -36,9 +37,18 @@ class _Trio:
         self.truth: Any = gm
         self.moved: Any = fx.GraphModule({name: _moved(t, noise) for name, t in held.items()}, gm.graph)
 
-    @torch.no_grad()
     def far(self, inputs: Sequence[Tensor], states: Sequence[list[Tensor]]) -> float | None:
-        """How far the library is from the graph, each of the three with states of its own; None where rounding moves outputs too far.
+        """See :meth:`against`."""
+        return self.against(inputs, states)[0]
+
+    @torch.no_grad()
+    def against(
+        self,
+        inputs: Sequence[Tensor],
+        states: Sequence[list[Tensor]] = ((), (), ()),  # type: ignore[assignment]
+    ) -> tuple[float | None, list[Tensor]]:
+        """How far the library is from the graph, each of the three with states of its own, and the graph's outputs; None where
+        rounding moves these too far.
 
         Raises:
             ExportError: further than rounding explains.
@@ -48,12 +58,15 @@ class _Trio:
         names = self.made.graph.outputs
         rounding = max(map(relative, moved, want), default=0.0)
         if SLACK * rounding > CHAOS:
-            return None
-        return difference(names, got, want, max(TOLERANCE, SLACK * rounding))
+            return None, want
+        return difference(names, got, want, max(TOLERANCE, SLACK * rounding)), want
 
 
-def checked(graphs: dict[str, Compiled]) -> tuple[float, list[str]]:
+def checked(graphs: dict[str, Compiled], schedule: Schedule[Rewritten] | None = None) -> tuple[float, list[str]]:
     """The largest difference, and notes; finds on the way which sizes of 1 a library takes, and writes that into the graphs.
+
+    Args:
+        schedule: of a model that samples in steps, which graph computes which; the whole run is compared.
 
     Raises:
         ExportError: a library computes something else than its graph.
@@ -74,11 +87,38 @@ def checked(graphs: dict[str, Compiled]) -> tuple[float, list[str]]:
                 continue
             if one is not None:
                 made.graph = _from_one(made.graph, size.name)
+    if schedule is not None:
+        found += _of_run(schedule, trios)
+        return _told(found)
     first, *others = trios.values()
     states = _states(first.made)
     for trio, count in ((first, 1), *((other, STEPS) for other in others)):
         inputs = [trio.made.rewritten.made.inputs[v.name] for v in trio.made.graph.inputs]
         found += [trio.far(inputs, states) for _ in range(count)]
+    return _told(found)
+
+
+def _of_run(schedule: Schedule[Rewritten], trios: Mapping[str, _Trio]) -> list[float | None]:
+    """Each call of a run, its state as the graphs in torch keep it."""
+    kept: dict[tuple[int, str], Tensor] = {}
+    found = []
+    for step, names in enumerate(schedule.calls):
+        for call, name in enumerate(names):
+            made = schedule.graphs[name].made
+            callers = {n: t for n, t in made.inputs.items() if n not in schedule.sources[name]}
+            given = schedule.inputs(step, call, callers, kept)
+            far, outputs = trios[name].against([given[n] for n in made.inputs])
+            found.append(far)
+            for output, tensor in zip(made.outputs, outputs, strict=True):
+                if output.startswith("present."):
+                    kept[call, output.removeprefix("present.")] = (
+                        tensor.contiguous()
+                    )  # as an opened package hands it on
+    return found
+
+
+def _told(found: Sequence[float | None]) -> tuple[float, list[str]]:
+    """The largest difference, and a note on comparisons that tell nothing."""
     known = [far for far in found if far is not None]
     untold = len(found) - len(known)
     note = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,11 @@ class Compiled:
 
 
 @torch.no_grad()
-def rewritten(found: Captured, chosen: Options, who: str) -> Rewritten:
+def rewritten(found: Captured, chosen: Options, who: str, edit: Callable[[], None] = lambda: None) -> Rewritten:
     """Apply the passes, those that torch.compile has by default among them, and lower what they made.
+
+    Args:
+        edit: changes the graph after that.
 
     Raises:
         ExportError: what they made needs Python while it runs, or fixes a dimension.
@@ -84,6 +87,7 @@ def rewritten(found: Captured, chosen: Options, who: str) -> Rewritten:
         notes.append(debugging.note)
     _refuse_python(program.graph, who)
     labels = {name: {dim: label for dim, (label, _) in wishes.items()} for name, wishes in found.wishes.items()}
+    edit()
     made = in_place(found)
     _contiguous(made.gm)
     took = {record.name for record in records if record.took}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelpass.backends.package.decoder import PackagedDecoder
 from accelpass.backends.package.file.archive import Archive
@@ -11,8 +12,11 @@ from accelpass.backends.package.file.manifest import refuse_elsewhere
 from accelpass.backends.package.library import Library
 from accelpass.backends.package.model import PackagedModel
 
+if TYPE_CHECKING:
+    from accelpass.backends.package.denoiser import PackagedDenoiser
 
-def opened(path: str | os.PathLike[str], threads: int = 8) -> PackagedModel | PackagedDecoder:
+
+def opened(path: str | os.PathLike[str], threads: int = 8) -> PackagedModel | PackagedDecoder | PackagedDenoiser:
     """See :func:`accelpass.open`."""
     archive = Archive(Path(path).expanduser())
     manifest = archive.manifest
@@ -22,4 +26,8 @@ def opened(path: str | os.PathLike[str], threads: int = 8) -> PackagedModel | Pa
     graphs = {name: Library(g, archive.library(name), weights, threads) for name, g in manifest.graphs.items()}
     if manifest.decoder is not None:
         return PackagedDecoder(manifest, graphs)
+    if manifest.schedule is not None:
+        from accelpass.backends.package.denoiser import PackagedDenoiser  # what tells runs apart is for these alone
+
+        return PackagedDenoiser(manifest, graphs, weights)
     return PackagedModel(manifest, graphs["model"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,25 @@ import msgspec
 import torch
 from torch import Tensor
 
-from accelpass.backends.export.capture import bound, captured
+from accelpass.backends.export.capture import Captured, bound, captured
 from accelpass.backends.export.decoder import cache_of, decoding, refuse_kept
 from accelpass.backends.export.errors import ExportError
 from accelpass.backends.export.files import staged, writable
 from accelpass.backends.export.passes import after_prompt
 from accelpass.backends.export.refusals import refuse_left_out
+from accelpass.backends.export.stepped import Schedule, step_graphs, step_pass, with_plan, with_state
 from accelpass.backends.package.checking import checked
-from accelpass.backends.package.compiling import Compiled, compiled, rewritten
+from accelpass.backends.package.compiling import Compiled, Rewritten, compiled, rewritten
 from accelpass.backends.package.file import manifest as about
 from accelpass.backends.package.file.manifest import Decoder, Manifest, Member, State
 from accelpass.backends.package.file.processor import instructions, machine
 from accelpass.backends.package.file.weights import Weights
 from accelpass.backends.package.report import PackageReport, described
 from accelpass.ir.torch_private import archive_writer
+from accelpass.ir.transform.steps import LATENTS, TIMESTEP
 from accelpass.passes.core.options import Options, parse
 from accelpass.passes.core.plan import describe
+from accelpass.passes.step_cache.base import StepPass
 from accelpass.version import __version__
 
 Update = Callable[[str], None]
@@ -40,7 +44,7 @@ def wanted(
 
     Raises:
         OptionError: a pass or option that does not exist.
-        ExportError: a pass that chooses on the host, between denoising steps.
+        ExportError: two passes that choose by denoising step, or one that still searches.
     """
     chosen = parse(
         {
@@ -50,12 +54,7 @@ def wanted(
             "debug": debug,
         }
     )
-    for p in chosen.passes:
-        if p.by_step:
-            raise ExportError(
-                f"{p.name} chooses on the host, at each denoising step, which graph runs, and a package has one graph. Leave it out, "
-                "or write a file for each graph: accelpass.export_onnx"
-            )
+    step_pass(chosen.passes)
     return chosen
 
 
@@ -70,6 +69,7 @@ def package(
     inductor: Mapping[str, Any] | None = None,
     verify: bool = True,
     update: Update = lambda news: None,
+    steps: int | None = None,
 ) -> PackageReport:
     """See :func:`accelpass.package`."""
     target = writable(path, ".pt2")
@@ -82,13 +82,25 @@ def package(
     who = "the pass " + " and ".join(map(repr, asked)) if asked else "the model"
     if any(t.device.type != "cpu" for t in [*model.parameters(), *model.buffers()]):
         raise ExportError("packages are compiled for the CPU; type: model.cpu()")
-    calls: dict[str, tuple[Mapping[str, Any], Any]] = {"model": (given, dynamic_shapes)}
-    if place is not None:
-        shapes = dynamic_shapes or {_ids(given): {1: "tokens"}}
-        calls = {"prompt": (given, shapes), "decode": (decoding(given, place[0], decode), None)}
     graphs: dict[str, Compiled] = {}
+    schedule: Schedule[Rewritten] | None = None
+    by = step_pass(chosen.passes)
+    if by is not None and place is not None:
+        raise ExportError(f"{by.name} works across denoising steps, and a key/value cache is no part of those")
+    if steps is not None and by is None:
+        raise ExportError("steps= is for passes that work across denoising steps, and there is none; leave it out")
     with tempfile.TemporaryDirectory(prefix="accelpass-") as folder:
-        for name, (call, shapes) in calls.items():
+
+        def compile_as(name: str, one: Rewritten) -> None:
+            update(f"Compiling the graph {name!r}")
+            graphs[name] = compiled(one, Path(folder) / name, dict(inductor or {}))
+
+        if by is not None:
+            update("Capturing the model")
+            schedule = _schedule(captured(model, given, dynamic_shapes), by, chosen, who, steps, update)
+            for name, one in schedule.graphs.items():
+                compile_as(name, one)
+        for name, (call, shapes) in _calls(given, place, dynamic_shapes, decode).items() if by is None else ():
             update(f"Capturing and rewriting the graph {name!r}")
             found = captured(model, call, shapes, None if place is None else place[1], name == "prompt")
             now, aside = (
@@ -101,23 +113,45 @@ def package(
                     f"{who} remembers something between calls ({one.made.states[0].name}), which a package does for a decoder's "
                     "cache alone; give cache=..., or leave the pass out"
                 )
-            update(f"Compiling the graph {name!r}")
-            graphs[name] = compiled(one, Path(folder) / name, dict(inductor or {}))
+            compile_as(name, one)
     _refuse_other_state(graphs)
     report = PackageReport(target.absolute())
     if verify:
         update("Comparing the compiled graphs with torch")
-        report.difference, report.notes = checked(graphs)
+        report.difference, report.notes = checked(graphs, schedule)
     decoder = None if place is None else _decoder(model, given, place[1], graphs, chosen)
     with staged(target) as folder_:
         update("Writing")
-        report.weights_after = _written(folder_ / target.name, graphs, chosen, decoder)
+        report.weights_after = _written(folder_ / target.name, graphs, chosen, decoder, schedule)
         report.bytes = (folder_ / target.name).stat().st_size
     report.weights_before = next(iter(graphs.values())).rewritten.weights_before
     for name, graph in graphs.items():
         report.records[name], report.seconds[name] = graph.rewritten.records, graph.seconds
         report.notes += [note for note in graph.rewritten.notes if note not in report.notes]
     return report
+
+
+def _calls(
+    given: Mapping[str, Any], place: tuple[str, Any] | None, dynamic_shapes: Any, decode: Mapping[str, Any] | None
+) -> dict[str, tuple[Mapping[str, Any], Any]]:
+    """By name of a graph, the call that it is traced from, and its dynamic dimensions."""
+    if place is None:
+        return {"model": (given, dynamic_shapes)}
+    shapes = dynamic_shapes or {_ids(given): {1: "tokens"}}
+    return {"prompt": (given, shapes), "decode": (decoding(given, place[0], decode), None)}
+
+
+def _schedule(
+    dense: Captured, by: StepPass, chosen: Options, who: str, steps: int | None, update: Update
+) -> Schedule[Rewritten]:
+    """The model rewritten once for each different step."""
+    passes, bound_ = with_plan(chosen, chosen.passes, by)
+    now = replace(chosen, passes=passes)
+
+    def finish(found: Captured) -> Rewritten:
+        return rewritten(found, now, who, lambda: with_state(found, bound_))
+
+    return step_graphs(bound_, lambda number: f"step{number}", dense, steps, finish, update)
 
 
 def _bound(model: torch.nn.Module, example: Any, cache: Any) -> dict[str, Any]:
@@ -174,7 +208,30 @@ def _refuse_other_state(graphs: Mapping[str, Compiled]) -> None:
         raise ExportError(f"the prompt's graph and the decoding step's keep different state: {', '.join(odd[:3])}")
 
 
-def _written(file: Path, graphs: Mapping[str, Compiled], chosen: Options, decoder: Decoder | None) -> int:
+def _described(schedule: Schedule[Rewritten], weights: Weights) -> about.Schedule:
+    """The schedule, as the manifest has it; the plan's tensors are weights."""
+    first = schedule.graphs[schedule.calls[0][0]].made
+    latents, time = (next((n for n in names if n in first.inputs), None) for names in (LATENTS, TIMESTEP))
+    if latents is None or time is None:
+        missing = "latents" if latents is None else "a timestep"
+        raise ExportError(
+            f"the model takes no {missing} ({', '.join(first.inputs)}), by which a package would tell the step"
+        )
+    sources = {
+        g: {n: about.Source(s.kind, s.name, s.first) for n, s in of.items()} for g, of in schedule.sources.items()
+    }
+    by = schedule.by
+    operands = weights.add(schedule.operands())
+    return about.Schedule(latents, time, list(by.timesteps), schedule.calls, by.calls, by.exact_age, sources, operands)
+
+
+def _written(
+    file: Path,
+    graphs: Mapping[str, Compiled],
+    chosen: Options,
+    decoder: Decoder | None,
+    schedule: Schedule[Rewritten] | None = None,
+) -> int:
     """Write the package; returns the bytes of its weights.
 
     Raises:
@@ -184,6 +241,7 @@ def _written(file: Path, graphs: Mapping[str, Compiled], chosen: Options, decode
     described_graphs = {
         name: msgspec.structs.replace(g.graph, constants=weights.add(g.constants)) for name, g in graphs.items()
     }
+    run = None if schedule is None else _described(schedule, weights)
     first = next(iter(graphs.values()))
     states = [
         State(s.name, str(s.start.dtype).removeprefix("torch."), list(s.start.shape), s.fill)
@@ -204,6 +262,7 @@ def _written(file: Path, graphs: Mapping[str, Compiled], chosen: Options, decode
         weights=weights.found,
         members={n: Member(len(content), hashlib.sha256(content).hexdigest()) for n, content in members.items()},
         decoder=decoder,
+        schedule=run,
         report=described({name: g.rewritten.records for name, g in graphs.items()}),
     )
     if decoder is not None:

@@ -40,6 +40,16 @@ class Call:
     tensor: Tensor | None = None
 
 
+def times_of(time: Any) -> tuple[float, float]:
+    """The least and the largest timestep, which differ where each sample or token has its own."""
+    if not isinstance(time, Tensor):
+        return float(time), float(time)
+    if time.numel() == 1:
+        return (float(time),) * 2
+    least, largest = torch.stack(time.detach().aminmax()).tolist()
+    return float(least), float(largest)
+
+
 class Seen:
     """An input as a call was given it."""
 
@@ -84,14 +94,14 @@ class Branch:
 
 @dataclass(frozen=True, eq=False)
 class Ran:
-    """What one call computed: the row of actions, and its FLOPs; ``by`` is the compiled code."""
+    """What one call computed: the row of actions, and its FLOPs; ``by`` is the compiled code, of a package None."""
 
     tick: Tick
     time: float
     row: Any
     flops: int
     attention: int
-    by: StagedModel
+    by: StagedModel | None
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from accelpass.backends.runtime.run import Call, Ran, Run
+from accelpass.backends.runtime.run import Call, Ran, Run, times_of
 from accelpass.backends.runtime.runs import RENEWED, RUNS, Runs, Turn
 from accelpass.backends.runtime.step_clock import Clock, Tick
 from accelpass.backends.staged.graph import StagedGraph
@@ -127,7 +127,7 @@ class SteppedGraph(StagedGraph):
     def _call(self, args: Sequence[Any]) -> Call:
         anchor = args[self.at.model[0]] if self.at.model else None
         given = {name: args[p] for name, p in self.at.others.items() if isinstance(args[p], Tensor)}
-        return Call(args[self.at.latents], _range(args[self.at.time]), given, anchor)
+        return Call(args[self.at.latents], times_of(args[self.at.time]), given, anchor)
 
     def _begin(self) -> Run:
         timesteps = next((p.timesteps for p in self.passes if p.timesteps), None)
@@ -180,16 +180,6 @@ def _operand(model: StagedModel, name: str, step: int) -> Tensor | None:
     """A tensor that a step reads and that the plan holds, not an earlier step."""
     steps = cast(list[StepPass], model.passes)
     return next((t for p in steps if (t := p.operand(name, step)) is not None), None)
-
-
-def _range(time: Any) -> tuple[float, float]:
-    """The least and the largest timestep, which differ where each sample or token has its own."""
-    if not isinstance(time, Tensor):
-        return float(time), float(time)
-    if time.numel() == 1:
-        return (float(time),) * 2
-    least, largest = torch.stack(time.detach().aminmax()).tolist()
-    return float(least), float(largest)
 
 
 def _nothing(name: str) -> Tensor:

@@ -93,11 +93,46 @@ class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keeps_all: bool
 
 
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a graph's input comes from that is not the caller's: ``state``, what an earlier call kept, or ``plan``.
+
+    Attributes:
+        first: it is what the first call of a step kept, not this one.
+    """
+
+    kind: str
+    name: str
+    first: bool = False
+
+
+class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a sampling run needs: which graph computes which step. The first one reads nothing that was kept.
+
+    Attributes:
+        latents, time: names of the inputs that tell the run and its step.
+        timesteps: those that the schedule was made for; empty if it fits any.
+        calls: by step and call of the step, the graph; a call beyond these is as the last.
+        most: calls that a step has, if that is known.
+        exact_age: what is read must be of the very step that the schedule means, and not of a later one.
+        sources: by graph and input.
+        operands: by ``STEP/NAME`` the weight that holds a tensor of the plan.
+    """
+
+    latents: str
+    time: str
+    timesteps: list[float]
+    calls: list[list[str]]
+    most: int | None
+    exact_age: bool
+    sources: dict[str, dict[str, Source]]
+    operands: dict[str, str]
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All of it.
 
     Attributes:
-        graphs: ``model``, or ``prompt`` and ``decode``.
+        graphs: ``model``; of a decoder ``prompt`` and ``decode``; of a schedule one for each way of computing a step.
         instructions: see :func:`accelpass.backends.package.file.processor.instructions`.
         members: every other file of the package.
         report: what the passes did, for people.
@@ -114,6 +149,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: dict[str, Weight]
     members: dict[str, Member]
     decoder: Decoder | None = None
+    schedule: Schedule | None = None
     report: dict[str, Any] = {}
 
 
