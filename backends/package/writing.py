@@ -145,6 +145,7 @@ def _schedule(
     dense: Captured, by: StepPass, chosen: Options, who: str, steps: int | None, update: Update
 ) -> Schedule[Rewritten]:
     """The model rewritten once for each different step."""
+    _clock(dense.inputs)
     passes, bound_ = with_plan(chosen, chosen.passes, by)
     now = replace(chosen, passes=passes)
 
@@ -208,15 +209,20 @@ def _refuse_other_state(graphs: Mapping[str, Compiled]) -> None:
         raise ExportError(f"the prompt's graph and the decoding step's keep different state: {', '.join(odd[:3])}")
 
 
+def _clock(inputs: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Names of the inputs that tell a run and its step: the latents and the timestep."""
+    latents, time = (next((n for n in names if n in inputs), None) for names in (LATENTS, TIMESTEP))
+    if latents is None or time is None:
+        missing = "latents" if latents is None else "timestep"
+        raise ExportError(
+            f"the model takes no {missing} ({', '.join(inputs)}), by which a package would tell the step of a run"
+        )
+    return latents, time
+
+
 def _described(schedule: Schedule[Rewritten], weights: Weights) -> about.Schedule:
     """The schedule, as the manifest has it; the plan's tensors are weights."""
-    first = schedule.graphs[schedule.calls[0][0]].made
-    latents, time = (next((n for n in names if n in first.inputs), None) for names in (LATENTS, TIMESTEP))
-    if latents is None or time is None:
-        missing = "latents" if latents is None else "a timestep"
-        raise ExportError(
-            f"the model takes no {missing} ({', '.join(first.inputs)}), by which a package would tell the step"
-        )
+    latents, time = _clock(schedule.graphs[schedule.calls[0][0]].made.inputs)
     sources = {
         g: {n: about.Source(s.kind, s.name, s.first) for n, s in of.items()} for g, of in schedule.sources.items()
     }

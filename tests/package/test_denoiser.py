@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from accelpass.passes.step_cache.ditfastattn import DiTFastAttn
 from tests.passes.test_ditfastattn import PATHS, TIMES, model_of
 
 STEPS = 5
-CACHE = {"name": "delta_cache", "start": 1, "interval": 2}
+CACHE = {"name": "delta_cache", "start": 0, "interval": 2}
 
 
 @dataclass
@@ -74,7 +76,7 @@ def same(mine: list[Tensor], its: list[Tensor], bound: float = 1e-4) -> None:
 
 
 def test_one_file_follows_the_schedule(cached: Packaged) -> None:
-    assert cached.report.difference < 1e-2 and len(cached.report.records) == 3  # full, full and kept, shared
+    assert cached.report.difference < 1e-2 and len(cached.report.records) == 2  # full and kept, shared
     assert cached.opened.steps == STEPS and "5 steps" in repr(cached.opened)
     want = sampled(compiled(cached.model, [CACHE, "int8_weights"]), cached.call, 1)
     same(
@@ -87,11 +89,24 @@ def test_one_file_follows_the_schedule(cached: Packaged) -> None:
     )  # the schedule leaves something out
 
 
+def test_opening_needs_no_compiler(cached: Packaged, tmp_path: Path) -> None:
+    torch.save(cached.call, tmp_path / "call.pt")
+    script = f"""
+import sys, torch, accelpass
+call = torch.load({str(tmp_path / "call.pt")!r})
+made = accelpass.open({str(cached.report.path)!r})(**call)
+assert torch.isfinite(made["sample"]).all()
+print([m for m in sys.modules if m in ("torch._dynamo", "torch._inductor", "accelpass.passes", "transformers", "diffusers")])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_weights_are_in_the_file_once(cached: Packaged) -> None:
     manifest = cached.opened.manifest
     assert manifest.schedule is not None and manifest.schedule.calls[0] == ["step0"]
     used = [set(g.constants.values()) for g in manifest.graphs.values()]
-    assert used[2] < used[1] == used[0]
+    assert used[1] < used[0]
 
 
 def test_runs_that_take_turns(cached: Packaged) -> None:
@@ -124,8 +139,7 @@ def test_a_run_that_cannot_be_told_is_computed_in_full(cached: Packaged) -> None
     assert "of their own" in accelpass_notes or not accelpass_notes
 
 
-@pytest.mark.parametrize("steps", [7])
-def test_a_run_longer_than_the_schedule(cached: Packaged, steps: int) -> None:
+def test_a_run_longer_than_the_schedule(cached: Packaged) -> None:
     cached.opened.reset()
     with pytest.raises(PackageError, match="a schedule of 5 steps, and this is step 6"):
         sampled(cached.opened, cached.call, 1, len(TIMES))

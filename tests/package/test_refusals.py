@@ -46,7 +46,7 @@ def test_paths(tmp_path: Path) -> None:
 
 
 def test_passes_that_choose_on_the_host(tmp_path: Path) -> None:
-    _refused(tmp_path, "delta_cache chooses on the host, at each denoising step", passes=["delta_cache"])
+    _refused(tmp_path, r"the model takes no timestep \(x\)", passes=["delta_cache"])
     _refused(
         tmp_path,
         "lazyllm reads back at each step after the prompt how much there is to compute",

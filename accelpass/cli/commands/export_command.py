@@ -96,15 +96,11 @@ def export(
     lines = [] if texts is None else [line for line in texts.read_text().splitlines() if line.strip()]
     with step(f"Loading {model}") as update:
         if ask or makes_images(model):
-            from accelpass.cli.commands.sampling_command import load as pipeline
-
             if cache is not None or lines:
                 wrong = "--texts" if cache is None else "--cache"
                 raise UsageMistake(f"{wrong}: this model makes images; leave {wrong} out")
-            made = pipeline(model, ask or [], steps or STEPS, guidance, "cpu")
-            made.pipe.to(dtype=getattr(torch, dtype.value))
-            update("The first step of a run")
-            loaded, args, kwargs, shapes = made.model, *first_call(made), None
+            loaded, args, kwargs = first_step(model, ask, steps, guidance, dtype.value, update)
+            shapes = None
             calls: list[dict[str, Any]] = []
             steps = steps if steps or plan is not None else STEPS
         else:
@@ -118,6 +114,20 @@ def export(
         output.as_json({"model": model, **report.to_dict()})
     else:
         told(report)
+
+
+def first_step(
+    model: str, ask: list[str] | None, steps: int | None, guidance: float, dtype: str, update: Callable[[str], None]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The transformer of what makes images, and the arguments of a run's first step."""
+    import torch
+
+    from accelpass.cli.commands.sampling_command import load as pipeline
+
+    made = pipeline(model, ask or [], steps or STEPS, guidance, "cpu")
+    made.pipe.to(dtype=getattr(torch, dtype))
+    update("The first step of a run")
+    return (made.model, *first_call(made))
 
 
 def example(model: Any, tokenizer: Any, cache: int | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from accelpass.cli import output
-from accelpass.cli.commands.export_command import example, makes_images
-from accelpass.cli.options import Dtype, DtypeOption, JsonOption, ModelArgument, PassesOption, PlanOption
-from accelpass.cli.terminal import UsageMistake, guarded, step
+from accelpass.cli.commands.export_command import STEPS, example, first_step, makes_images
+from accelpass.cli.options import (
+    AskOption,
+    Dtype,
+    DtypeOption,
+    GuidanceOption,
+    JsonOption,
+    ModelArgument,
+    PassesOption,
+    PlanOption,
+)
+from accelpass.cli.terminal import guarded, step
 
 if TYPE_CHECKING:
     from accelpass.backends.package.report import PackageReport
@@ -30,6 +39,11 @@ def package(
     ] = CAPACITY,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts that it takes at once.")] = 1,
     plan: PlanOption = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Denoising steps of a schedule: those of the plan, or 50.")
+    ] = None,
+    ask: AskOption = None,
+    guidance: GuidanceOption = 2.0,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the compiled graphs with torch.")
     ] = True,
@@ -39,10 +53,12 @@ def package(
     """Compile the model with the passes applied into one file, which runs without a compiler.
 
     Of a language model it is the prompt's graph and that of one token, with room for --cache tokens; of any other the model
-    itself, for batches and lengths of any size. In Python: accelpass.open(FILE).
+    itself, for batches and lengths of any size. Of what makes images (digits-dit, a diffusers pipeline's folder or id) it is the
+    transformer; --steps, --ask and --guidance say what a run is, as for accelpass sample. In Python: accelpass.open(FILE).
     """
     import torch
 
+    from accelpass.backends.export.capture import bound
     from accelpass.backends.export.files import writable
     from accelpass.backends.package.writing import package as write
     from accelpass.backends.package.writing import wanted
@@ -52,20 +68,26 @@ def package(
 
     chosen = wanted(passes_from(passes or []), plan, None, False)
     writable(out, ".pt2")
-    if makes_images(model):
-        raise UsageMistake(
-            f"{model} makes images, at each step by a graph that is chosen then; accelpass export takes it"
-        )
     with step(f"Loading {model}") as update:
-        loaded, tokenizer = resolve(model, getattr(torch, dtype.value))
-        if makes_text(loaded):
-            given, _ = example(loaded, tokenizer, cache)
+        if ask or makes_images(model):
+            loaded, args, kwargs = first_step(model, ask, steps, guidance, dtype.value, update)
+            by_step = any(p.by_step for p in chosen.passes)
+            count = (steps if steps or plan is not None else STEPS) if by_step else None
+            given = bound(loaded, args, kwargs)
+            report = write(loaded, given, out, chosen, verify=verify, update=update, steps=count)
+        elif makes_text(loaded := (resolved := resolve(model, getattr(torch, dtype.value)))[0]):
+            given, _ = example(*resolved, cache)
             room = given.pop("past_key_values").capacity
             given["input_ids"] = given["input_ids"].repeat(batch, 1)
             report = write(loaded, given, out, chosen, room, verify=verify, update=update)
         else:
-            given, shapes = example(loaded, tokenizer, None)
+            given, shapes = example(*resolved, None)
             report = write(loaded, given, out, chosen, dynamic_shapes=shapes, verify=verify, update=update)
+    shown(model, report, as_json)
+
+
+def shown(model: str, report: PackageReport, as_json: bool) -> None:
+    """Print the report, for people or as JSON."""
     if as_json:
         output.as_json({"model": model, **report.to_dict()})
     else:
