@@ -74,6 +74,7 @@ CANDIDATES = {
         accelpass_with(passes=["int8_weights"], guard_filter_fn=_UNGUARDED),
         torch.float32,
     ),
+    "accelpass int8_weights, one call": (accelpass_with(passes=["int8_weights"], regions=False), torch.float32),
     "accelpass int4_weights": (accelpass_with(passes=["int4_weights"]), torch.float32),
 }
 

@@ -38,7 +38,7 @@ PAGE = ROOT / "docs" / "packages.md"
 START, END = "<!-- package table -->\n", "<!-- end of package table -->"
 PROMPT, TOKENS, CAPACITY, STARTS = 128, 192, 512, 3
 PACKAGED = {"int8_weights": ["int8_weights"], "int4_weights": ["int4_weights"]}
-COMPILED = ("inductor f32", "accelpass int8_weights", "accelpass int4_weights")
+COMPILED = ("inductor f32", "accelpass int8_weights", "accelpass int8_weights, one call", "accelpass int4_weights")
 _PACKAGE = """
 import torch, accelpass
 ids = torch.arange(1, 17)[None]
