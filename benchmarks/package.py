@@ -20,9 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -37,6 +39,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "smollm2_package_cpu.json"
 PAGE = ROOT / "docs" / "packages.md"
 START, END = "<!-- package table -->\n", "<!-- end of package table -->"
 PROMPT, TOKENS, CAPACITY, STARTS = 128, 192, 512, 3
+ANSWERS, DIFFERENT, THREADS = 2000, 40, 8
 PACKAGED = {"int8_weights": ["int8_weights"], "int4_weights": ["int4_weights"]}
 COMPILED = ("inductor f32", "accelpass int8_weights", "accelpass int8_weights, one call", "accelpass int4_weights")
 _PACKAGE = """
@@ -135,6 +138,25 @@ def starts(known: dict[str, dict[str, Any]], say: Say) -> list[dict[str, Any]]:
     return [{"name": r["name"], "seconds": round(statistics.median(r["seconds"]), 2)} for r in rows]
 
 
+def long_run(path: str, vocabulary: int, say: Say) -> dict[str, Any]:
+    """Answers of mixed lengths by several threads on one package: are they those of one thread, and does memory grow?"""
+    made = torch.Generator().manual_seed(1)
+    draw = lambda least, most: int(torch.randint(least, most, (1,), generator=made))  # noqa: E731
+    asked = [(torch.randint(0, vocabulary, (1, draw(2, 64)), generator=made), draw(4, 17)) for _ in range(DIFFERENT)]
+    package = accelpass.open(path, threads=THREADS)
+    alone = [package.generate(ids, count) for ids, count in asked]
+    say(f"{ANSWERS} answers by {THREADS} threads")
+    start, wrong, held = time.perf_counter(), 0, []
+    with ThreadPoolExecutor(THREADS) as pool:
+        for begun in range(0, ANSWERS, DIFFERENT):
+            answers = list(pool.map(lambda one: package.generate(*one), asked))
+            wrong += sum(not torch.equal(mine, its) for mine, its in zip(answers, alone, strict=True))
+            if begun % (ANSWERS // 5) == 0:
+                held.append(round(psutil.Process().memory_info().rss / 1e6, 1))
+    taken = time.perf_counter() - start
+    return {"answers": ANSWERS, "threads": THREADS, "wrong": wrong, "resident_mb": held, "seconds": round(taken, 1)}
+
+
 def _run(program: str, caches: str = "") -> float:
     environment = {**os.environ, **({"TORCHINDUCTOR_CACHE_DIR": caches} if caches else {})}
     start = time.perf_counter()
@@ -159,6 +181,13 @@ def write_table(content: dict[str, Any], page: Path = PAGE) -> None:
         lines += [f"| {r['name']} | {r['ms_per_token']} | {r['against_inductor_f32']}x |" for r in content["tokens"]]
         lines += ["", "| a fresh process | seconds to the first token |", "|---|---|"]
         lines += [f"| {r['name']} | {r['seconds']} |" for r in content["starts"]]
+        if (ran := content.get("long_run")) is not None:
+            held = ", ".join(f"{mb:.0f}" for mb in ran["resident_mb"])
+            lines += [
+                "",
+                f"{ran['answers']} answers of 4 to 16 tokens by {ran['threads']} threads on one package: {ran['wrong']} differ from those "
+                f"of one thread; resident memory {held} MB along the way; {ran['seconds']:.0f} s.",
+            ]
         lines += ["", "| | seconds to compile the prompt's graph | and the token's |", "|---|---|---|"]
         seconds = {n: p["seconds"] for n, p in content["packages"].items()}
         lines += [f"| `{n}` | {s['prompt']:.0f} | {s['decode']:.0f} |" for n, s in seconds.items()]
@@ -188,6 +217,7 @@ def main() -> None:
     if not asked.no_timing:
         content |= {"cpu": cpu(), "threads": torch.get_num_threads(), "prompt": PROMPT}
         content["tokens"], content["starts"] = tokens(model, known, say), starts(known, say)
+        content["long_run"] = long_run(known["int8_weights"]["path"], model.config.vocab_size, say)
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     write_table(content)
 
