@@ -14,8 +14,9 @@ from accelpass.ir.linear.formats import GROUP_SIZES
 from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.core.base import Done, Run, Skip, Verdict
 from accelpass.passes.core.site_pass import Edits
-from accelpass.passes.quantization.bases.allocation import least_cost
+from accelpass.passes.quantization.bases.allocation import chosen, least_cost
 from accelpass.passes.quantization.bases.calibrated import InputMoments, Learnt, LearntRounding
+from accelpass.passes.quantization.bases.row_time import microseconds_of_row
 from accelpass.passes.quantization.bases.weight_only import SharedWeight, WeightOnly
 from accelpass.passes.quantization.weight_format import FORMATS, bits_of, format_named
 
@@ -34,14 +35,22 @@ class MixedPrecision(LearntRounding):
     error by the trace of the loss's Hessian in place of the error of its outputs (inferred: the layer's own Hessian stands for it
     here, as in GPTQ).
 
+    The budget is of bits, or of what may change, or of time: given ``change`` the fewest bits within it are chosen, given
+    ``microseconds`` the least change within that time.
+
     Attributes:
         bits: the average of all weights that are decided on, scales counted.
+        change: what the outputs of a linear may change on the average of all weights, squared and relative.
+        microseconds: of one row through all weights that are decided on, one after the other, each format's time measured on this
+            machine when the plan is made.
         choices: of ``int8``, ``int4``, ``int3``, ``fp8``, ``mxfp4``, ``nvfp4`` and ``float``.
         rest: the format of weights that no data reach: a head that is tied to the embedding, experts.
         group_size: of int4 and int3.
     """
 
     bits: float = 5.0
+    change: float | None = None
+    microseconds: float | None = None
     choices: tuple[str, ...] = ("int3", "int4", "int8")
     rest: str = "int8"
     group_size: int = 64
@@ -55,8 +64,11 @@ class MixedPrecision(LearntRounding):
             raise self.fail("choices", "some of " + ", ".join(CHOICES))
         if self.rest not in CHOICES:
             raise self.fail("rest", ", ".join(CHOICES))
-        if self.bits <= 0:
-            raise self.fail("bits", "a number above 0")
+        for option in ("bits", "change", "microseconds"):
+            if (given := getattr(self, option)) is not None and not given > 0:
+                raise self.fail(option, "a number above 0")
+        if self.change is not None and self.microseconds is not None:
+            raise self.fail("microseconds", "None beside change: one budget at a time")
         if self.group_size not in GROUP_SIZES:
             raise self.fail("group_size", "32, 64 or 128")
         super().__post_init__()
@@ -69,7 +81,7 @@ class MixedPrecision(LearntRounding):
         made = []
         for w in weights:
             size = moments.error(w).clamp_min(1e-30)
-            costs, bits = [], []
+            costs, bits, taken = [], [], []
             for name in self.choices:
                 form = None if name == FLOAT else format_named(name, self.group_size)
                 fits = form is None or not isinstance(form.check(w.shape[1]), Skip)
@@ -82,7 +94,11 @@ class MixedPrecision(LearntRounding):
                 )
                 costs.append(moments.error(there - w) / size if fits else torch.tensor(torch.inf))
                 bits.append(32.0 * w.numel() if form is None else bits_of(form, w) if fits else torch.inf)
-            numbers = torch.tensor([[float(c) for c in costs], bits], dtype=torch.float64)
+                wanted = fits and self.microseconds is not None
+                taken.append(
+                    microseconds_of_row(name, self.group_size, *w.shape) if wanted else 0.0 if fits else torch.inf
+                )
+            numbers = torch.tensor([[float(c) for c in costs], bits, taken], dtype=torch.float64)
             made.append(Learnt({"costs": numbers, "entries": torch.tensor(w.numel())}))
         return made
 
@@ -91,8 +107,13 @@ class MixedPrecision(LearntRounding):
         paths = [key.split("/")[1] for key in learnt if key.endswith("/costs")]
         tables = {path: learnt[f"{self.name}/{path}/costs"] for path in paths}
         entries = sum(int(learnt[f"{self.name}/{path}/entries"]) for path in paths)
-        chosen = least_cost(self.name, tables, self.bits * entries, entries)
-        return {f"{self.name}/{p}/choice": torch.tensor(CHOICES.index(self.choices[i])) for p, i in chosen.items()}
+        if self.change is not None:
+            picked = chosen(self.name, tables, 1, 0, self.change * len(tables), "change", len(tables))
+        elif self.microseconds is not None:
+            picked = chosen(self.name, tables, 0, 2, self.microseconds, "microseconds")
+        else:
+            picked = least_cost(self.name, tables, self.bits * entries, entries)
+        return {f"{self.name}/{p}/choice": torch.tensor(CHOICES.index(self.choices[i])) for p, i in picked.items()}
 
     def check(self, site: SharedWeight, program: Program) -> Verdict:
         choice = self._choice(site, program)

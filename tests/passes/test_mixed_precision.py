@@ -15,7 +15,9 @@ from accelpass.backends import graphs_of
 from accelpass.ir.errors import OptionError, PassError
 from accelpass.ir.linear.formats import Int3, Int4, Int8
 from accelpass.passes.core.registry import make
+from accelpass.passes.quantization import mixed_precision
 from accelpass.passes.quantization.bases.allocation import least_cost
+from accelpass.passes.quantization.bases.row_time import microseconds_of_row
 from accelpass.passes.quantization.mixed_precision import CHOICES
 from tests.passes.test_learnt_rounding import Stack, answer, data, moments_of
 from tests.sweep import examples
@@ -46,7 +48,7 @@ def test_costs_are_the_changes_of_outputs_and_bits_count_scales() -> None:
     w, x = torch.randn(24, 64, generator=rng), torch.randn(90, 64, generator=rng)
     p = make({"name": "mixed_precision", "choices": list(CHOSEN), "group_size": 32})
     (kept,) = p.learn([w], moments_of(x))
-    costs, bits = kept.tensors["costs"]
+    costs, bits, _ = kept.tensors["costs"]
     for place, form in enumerate((Int3(32), Int4(32), Int8())):
         packed = form.pack(w)
         change = x @ (form.unpack(packed, torch.float32) - w).t()
@@ -126,3 +128,43 @@ def test_a_wide_budget_costs_less_than_a_narrow_one(stack: Stack) -> None:
         )
         far.append(float((answer(stack, x, plan=plan) - want).norm()))
     assert far[0] > far[1] > far[2], far
+
+
+def spent_bits(stack: Stack, picked: dict[str, str]) -> float:
+    forms = {"int3": Int3(32), "int4": Int4(32), "int8": Int8()}
+    bits = 0.0
+    for path, form in picked.items():
+        w = stack.get_parameter(path)
+        packed = [w.detach()] if form == "float" else forms[form].pack(w.detach())
+        bits += 8 * sum(t.numel() * t.element_size() for t in packed)
+    return bits / sum(stack.get_parameter(path).numel() for path in picked)
+
+
+def test_a_budget_of_change_gets_the_fewest_bits(stack: Stack) -> None:
+    made = {"name": "mixed_precision", "choices": list(CHOSEN), "group_size": 32}
+    plans = [accelpass.calibrate(stack, data(), [{**made, "change": c}], progress=False) for c in (1e-4, 1e-2, 10.0)]
+    few = [spent_bits(stack, chosen(plan)) for plan in plans]
+    assert few[0] > few[1] > few[2] and set(chosen(plans[2]).values()) == {"int3"}
+
+
+def test_a_budget_of_time_is_of_what_was_measured(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where int8 takes 10 us and int3 30 (its unpacking), fewer bits are no gain."""
+    took = {"int3": 30.0, "int4": 20.0, "int8": 10.0, "float": 40.0}
+    monkeypatch.setattr(mixed_precision, "microseconds_of_row", lambda form, *sizes: took[form])
+    made = {"name": "mixed_precision", "choices": list(CHOSEN), "group_size": 32}
+    at = lambda us: chosen(accelpass.calibrate(stack, data(), [{**made, "microseconds": us}], progress=False))  # noqa: E731
+    assert set(at(40.0).values()) == {"int8"}
+    assert sorted(at(70.0).values()) == ["float", "int8", "int8", "int8"]
+    with pytest.raises(PassError, match="microseconds=39.00 cannot be met with these choices; the least is 40.00"):
+        at(39.0)
+
+
+@pytest.mark.slow
+def test_time_is_measured() -> None:
+    assert 0 < microseconds_of_row("int8", 64, 64, 64) < 1e5
+
+
+@pytest.mark.parametrize("given", [{"change": 0.0}, {"microseconds": -1.0}, {"change": 0.1, "microseconds": 5.0}])
+def test_budgets_that_are_none(given: dict[str, float]) -> None:
+    with pytest.raises(OptionError):
+        make({"name": "mixed_precision", **given})

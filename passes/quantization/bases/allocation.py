@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from accelpass.ir.errors import AccelpassError, PassError
@@ -23,10 +22,26 @@ def least_cost(name: str, tables: Mapping[str, Tensor], room: float, entries: in
     Raises:
         PassError: no choice fits; names the least that would.
     """
-    least = sum(float(t[1].min()) for t in tables.values())
-    if least > room:
+    return chosen(name, tables, 0, 1, room, "bits", entries)
+
+
+def chosen(
+    name: str, tables: Mapping[str, Tensor], least: int, within: int, room: float, budget: str, share: float = 1.0
+) -> dict[str, int]:
+    """By weight, the place of its choice: the least sum of one row of the tables, that of another being no more than ``room``.
+
+    Args:
+        tables: by weight, what its choices take ``(rows, choices)``; infinite for one that it cannot have.
+        least, within: the rows.
+        budget: what the user calls ``room``, in units of ``share``.
+
+    Raises:
+        PassError: no choice fits; names the least that would.
+    """
+    smallest = sum(float(t[within].min()) for t in tables.values())
+    if smallest > room:
         raise PassError(
-            f"{name}: bits={room / entries:.2f} cannot be met with these choices; the least is {least / entries:.2f}"
+            f"{name}: {budget}={room / share:.2f} cannot be met with these choices; the least is {smallest / share:.2f}"
         )
     try:
         import numpy as np
@@ -34,15 +49,18 @@ def least_cost(name: str, tables: Mapping[str, Tensor], room: float, entries: in
         from scipy.sparse import csr_array
     except ImportError as cause:
         raise NoSolver(f"{name} needs scipy ({cause}); pip install 'accelpass[search]'") from None
-    cost, bits = (torch.stack([t[row] for t in tables.values()]).numpy() for row in (0, 1))
-    known = np.isfinite(cost)
+    known = np.stack([t[[least, within]].isfinite().all(0).numpy() for t in tables.values()])
+    # Scaled to about one: the solver's tolerances are absolute.
+    cost, taken = (np.where(known, np.stack([t[row].numpy() for t in tables.values()]), 0.0) for row in (least, within))
+    cost, limit = cost / (np.abs(cost).max() or 1.0), room / share
     count, width = cost.shape
     one_each = csr_array((np.ones(count * width), (np.repeat(np.arange(count), width), np.arange(count * width))))
-    # In bits a weight: the solver's tolerances are absolute.
-    within = csr_array(np.where(known, bits, 0.0).reshape(1, -1) / entries)
     found = milp(
-        np.where(known, cost, 0.0).ravel(),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(within, -np.inf, room / entries)],
+        cost.ravel(),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(csr_array(taken.reshape(1, -1) / share), -np.inf, limit),
+        ],
         bounds=Bounds(0, known.ravel().astype(float)),
         integrality=np.ones(count * width),
     )
