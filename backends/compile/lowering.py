@@ -15,6 +15,8 @@ from accelpass.ir.linear.spec import WeightFormat
 
 class _Int8Kernel(Int8Forms):
     def linear(self, e: Emit, weight: WeightFormat, x: fx.Node, packed: Nodes, bias: fx.Node | None) -> fx.Node:
+        if value(x).dtype == torch.int8:  # codes: multiplied as such, summed exactly
+            return _op(e, "int8_linear_triton", x, *packed, bias)
         return _kernel(e, "int8_linear_triton", x, *packed, bias)
 
 
@@ -29,10 +31,14 @@ class _Int4Kernel(Int4Forms):
 
 
 def _kernel(e: Emit, name: str, x: fx.Node, *args: fx.Node | int | None) -> fx.Node:
+    floats = x if value(x).is_floating_point() else e.cast(x, torch.float32)  # integers: their sums come in x's dtype
+    return _op(e, name, floats, *args)
+
+
+def _op(e: Emit, name: str, *args: fx.Node | int | None) -> fx.Node:
     import accelpass.backends.kernels.triton.weight_only_ops  # noqa: F401  # registers the op; asks for triton if it is missing
 
-    floats = x if value(x).is_floating_point() else e.cast(x, torch.float32)  # integers: their sums come in x's dtype
-    return e(getattr(torch.ops.accelpass, name).default, floats, *args)
+    return e(getattr(torch.ops.accelpass, name).default, *args)
 
 
 register_lowering(Int8, "cpu", Int8Forms())

@@ -79,6 +79,25 @@ def check8(arguments: list[Tensor | None], path: str, parts: int | None) -> None
     close(ops.int8_linear(x, q, scale, bias, path, parts), x, weight, weight.abs(), bias)
 
 
+@quick
+@given(seeds, st.integers(1, 40), st.integers(1, 40), st.integers(1, 300), st.booleans(), splits)
+def test_codes_times_codes_are_exact_integers(
+    seed: int, rows: int, outputs: int, inputs: int, bias: bool, parts: int | None
+) -> None:
+    """W8A8: what is rounded is the scale's product with an integer, and the bias added to it."""
+    _, q, scale, added = case8(seed, rows, outputs, inputs, torch.float32, bias)
+    x = torch.randint(-128, 128, (rows, inputs), generator=torch.Generator().manual_seed(seed + 1), dtype=torch.int8)
+    assert q is not None and scale is not None
+    y = ops.int8_linear(x, q, scale, added, "gemm", parts)
+    want = (x.long() @ q.long().T).double() * scale.double() + (0.0 if added is None else added.double())
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), want, rtol=4e-7, atol=1e-5)
+    if rows <= 4:
+        torch.testing.assert_close(
+            ops.int8_linear(x, q, scale, added, "gemv", parts).double(), want, rtol=1e-5, atol=1e-3
+        )
+
+
 def check4(arguments: list[Tensor | None], group: int, path: str, parts: int | None) -> None:
     x, q, scale, zero, bias = arguments
     nibbles, zeros = integers4(q, zero, group)

@@ -16,7 +16,7 @@ from accelpass.backends.kernels.triton import kv_attention_ops as decode
 from accelpass.ir.kv.decode.attention import PackedRows
 from accelpass.ir.kv.rows import BITS, row_bytes
 
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8"}
 WEIGHT_ONLY = tuple(name for name in vars(weight_only) if re.match(r"int[48]_(gemv|gemm_)", name))
 
 
@@ -65,12 +65,15 @@ def weight_only_source(
         "HAS_BIAS": True,
         "HAS_ZERO": True,
         "WIDEN": False,
+        "INTEGER": dtype == torch.int8,
         "HALF": half,
         "ROWS": 1,
         "ROWS_P2": 1,
         **config.kwargs,
     }
     kinds = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), POINTERS[dtype])
+    if dtype == torch.int8:
+        kinds |= {"bias_ptr": "*fp32", "out_ptr": "*fp32"}
     kinds |= {"scale_ptr": "*fp32", "zero_ptr": "*fp32", "q_ptr": "*u8" if "groups" in names else "*i8"}
     return _source(kernel, {n: values[n] for n in names if n in values}, kinds, set(names) - {"M"})
 
@@ -157,6 +160,8 @@ def variants() -> Iterator[Variant]:
                 setting = f"bf16, groups of {2 * half}" if "int4" in name else "bf16"
                 yield Variant(name, setting, config, weight_only_source(name, config, half))
             yield Variant(name, "fp16", config, weight_only_source(name, config, 64, torch.float16))
+            if name.startswith("int8_gemm"):
+                yield Variant(name, "int8 codes", config, weight_only_source(name, config, 64, torch.int8))
     for config in kv_attention.kv_split.configs:
         for bits in (0, *BITS):
             for width in (64, 128):

@@ -155,7 +155,7 @@ def test_a_budget_of_time_is_of_what_was_measured(stack: Stack, monkeypatch: pyt
     at = lambda us: chosen(accelpass.calibrate(stack, data(), [{**made, "microseconds": us}], progress=False))  # noqa: E731
     assert set(at(40.0).values()) == {"int8"}
     assert sorted(at(70.0).values()) == ["float", "int8", "int8", "int8"]
-    with pytest.raises(PassError, match="microseconds=39.00 cannot be met with these choices; the least is 40.00"):
+    with pytest.raises(PassError, match=r"microseconds=39\.00 cannot be met with these choices; the least is 40\.00"):
         at(39.0)
 
 

@@ -59,7 +59,7 @@ def _int8_gemv(
         in_k = rk < K
         w = tl.load(q_rows[:, None] + rk[None, :], mask=in_n[:, None] & in_k[None, :], other=0).to(tl.float32)
         for m in tl.static_range(ROWS):
-            x = tl.load(x_ptr + m * K + rk, mask=in_k, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + m * K + rk, mask=in_k, other=0).to(tl.float32)
             part = tl.sum(w * x[None, :], axis=1)
             acc += tl.where(row[None, :] == m, part[:, None], 0.0)
     acc *= tl.load(scale_ptr + rn, mask=in_n, other=0.0)[:, None]
@@ -148,6 +148,7 @@ def _int8_gemm(
     k_split,
     HAS_BIAS: tl.constexpr,
     WIDEN: tl.constexpr,
+    INTEGER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -159,20 +160,24 @@ def _int8_gemm(
     in_n = rn < N
     x_rows = x_ptr + rm.to(tl.int64) * K
     q_rows = q_ptr + rn.to(tl.int64) * K
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    # Products of eight bits are summed exactly, in 32.
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if INTEGER else tl.float32)
     for k in range(split * k_split, tl.minimum(split * k_split + k_split, K), BLOCK_K):
         rk = k + tl.arange(0, BLOCK_K)
         in_k = rk < K
         w = tl.load(q_rows[:, None] + rk[None, :], mask=in_n[:, None] & in_k[None, :], other=0)
-        x = tl.load(x_rows[None, :] + rk[:, None], mask=in_m[None, :] & in_k[:, None], other=0.0)
+        x = tl.load(x_rows[None, :] + rk[:, None], mask=in_m[None, :] & in_k[:, None], other=0)
         if WIDEN:
             x = x.to(tl.float32)
-        acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
-    acc *= tl.load(scale_ptr + rn, mask=in_n, other=0.0)[:, None]
+        if INTEGER:
+            acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+        else:
+            acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
+    y = acc.to(tl.float32) * tl.load(scale_ptr + rn, mask=in_n, other=0.0)[:, None]
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + rn, mask=in_n, other=0.0).to(tl.float32)[:, None]
+        y += tl.load(bias_ptr + rn, mask=in_n, other=0.0).to(tl.float32)[:, None]
     out = out_ptr + (split.to(tl.int64) * M + rm)[None, :] * N + rn[:, None]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=in_n[:, None] & in_m[None, :])
+    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=in_n[:, None] & in_m[None, :])
 
 
 @triton.jit

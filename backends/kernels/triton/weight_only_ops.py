@@ -5,7 +5,8 @@ Importing this module registers them. `weight_only` has the packing. Shapes, wit
     int8_linear_triton(x (..., K), q int8 (N, K), scale float32 (N,), bias (N,)?) -> (..., N)
     int4_linear_triton(x (..., K), q uint8 (N, K/2), scale and zero? float32 (N, K/g), bias (N,)?, g) -> (..., N)
 
-x is bf16, fp16 or float32; sums are float32; y has x's dtype. bias may have any floating dtype. There is no backward.
+x is bf16, fp16 or float32; sums are float32; y has x's dtype. int8_linear_triton also takes int8, the codes of rounded
+activations: products are summed as int32 (in tiles; a GEMV of few rows sums floats), and y is float32. bias may have any floating dtype. There is no backward.
 The ops are for CUDA tensors (CPU tensors only under TRITON_INTERPRET=1): torch.compile traces into the Triton calls
 whatever the device is, so a pass emits them only where x's fake value is on CUDA.
 """
@@ -54,8 +55,10 @@ def check_linear(
     """
     op = "int8_linear_triton" if group is None else "int4_linear_triton"
     stored = torch.int8 if group is None else torch.uint8
-    if x.dtype not in _X_DTYPES:
-        raise TypeError(f"{op}: x is {x.dtype}; it must be bfloat16, float16 or float32")
+    allowed = (*_X_DTYPES, torch.int8) if group is None else _X_DTYPES
+    if x.dtype not in allowed:
+        *some, last = (str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{op}: x is {x.dtype}; it must be {', '.join(some)} or {last}")
     if q.dtype != stored:
         raise TypeError(f"{op}: q is {q.dtype}; it must be {stored}")
     for name, tensor in (("scale", scale), ("zero", zero)):
@@ -153,15 +156,22 @@ def _grid(rows: Rows, outputs: int, splits: int) -> Callable[[dict[str, Any]], t
     return grid
 
 
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """Of the product."""
+    return x.dtype if x.is_floating_point() else torch.float32
+
+
 def _slabs(x: Tensor, rows: Rows, outputs: int, splits: int) -> Tensor:
-    """What a kernel writes: (rows, outputs) in x's dtype, or that shape in float32 once per split."""
-    return x.new_empty((splits, rows, outputs), dtype=torch.float32) if splits > 1 else x.new_empty((rows, outputs))
+    """What a kernel writes: (rows, outputs) in the product's dtype, or that shape in float32 once per split."""
+    if splits > 1:
+        return x.new_empty((splits, rows, outputs), dtype=torch.float32)
+    return x.new_empty((rows, outputs), dtype=_dtype_of(x))
 
 
 def _finished(out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     if out.dim() == 3:
         total = out.sum(0)
-        out = (total if bias is None else total + bias.float()).to(x.dtype)
+        out = (total if bias is None else total + bias.float()).to(_dtype_of(x))
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -180,12 +190,18 @@ def int8_linear(
     flat = x.reshape(-1, inputs).contiguous()
     rows, count = flat.shape[0], _row_count(flat.shape[0])
     if isinstance(rows, int) and not rows:  # of a number known at run time alone, none launch no program
-        return x.new_zeros((*x.shape[:-1], outputs))
+        return x.new_zeros((*x.shape[:-1], outputs), dtype=_dtype_of(x))
     gemv = _use_gemv(path, rows)
     kernel = _int8_kernel(gemv, count)
     parts, columns = _k_split(kernel, count, outputs, inputs, splits)
     out = _slabs(x, rows, outputs, parts)
-    wide = {"ROWS": rows, "ROWS_P2": triton.next_power_of_2(rows)} if gemv else {"M": rows, "WIDEN": INTERPRETED}
+    codes = x.dtype == torch.int8
+    wide = (
+        {"ROWS": rows, "ROWS_P2": triton.next_power_of_2(rows)}
+        if gemv
+        else {"M": rows, "WIDEN": INTERPRETED and not codes}
+    )
+    wide |= {} if gemv else {"INTEGER": codes}
     wrap_triton(kernel)[_grid(rows, outputs, parts)](
         x_ptr=flat,
         q_ptr=q,
@@ -262,7 +278,7 @@ def int4_linear_triton(
 @int8_linear_triton.register_fake
 def _(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     check_linear(x, q, scale, None, bias, None)
-    return x.new_empty((*x.shape[:-1], q.shape[0]))
+    return x.new_empty((*x.shape[:-1], q.shape[0]), dtype=_dtype_of(x))
 
 
 @int4_linear_triton.register_fake
