@@ -146,6 +146,7 @@ SETTINGS: dict[str, Setting] = {
     "kv_window": Setting({"budget": 0.5, "sinks": 2}),
     "kv_quant": Setting({"bits": 8}),
     "cskv": Setting({"keep_k": 0.5, "keep_v": 0.5, "window": 3}, tolerance=1e-3),
+    "vidkv": Setting({"block": 4, "window": 8}),
     "compresskv": Setting({"tokens": 10, "window": 4}, tensors=_heads()),
     "tidaldecode": Setting({"budget": 6, "first": 0, "reselect": 1}),
     "tokenselect": Setting({"budget": 6, "sinks": 2, "newest": 4}),
