@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 import accelpass
 from accelpass import KVCache
 from accelpass.ir.errors import OptionError, PassError
+from accelpass.ir.kv.banks import Floats
+from accelpass.ir.kv.storage import Layout
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.kv_cache.learnt.lawcat import LAWCAT, artefact
-from accelpass.passes.kv_cache.storage.recurrence import WEIGHTS, attended, convolved, linear_attention
+from accelpass.passes.kv_cache.storage.recurrence import WEIGHTS, Recurrence, attended, convolved, linear_attention
 from tests.passes.kv_truth import Oracle, attending, fed
 from tests.passes.test_kv_methods import CAPACITY, VOCABULARY, llama, tokens
 from tests.passes.test_lazyllm import SIZES
@@ -183,26 +186,23 @@ def test_in_a_model(lowering):
 def test_a_prompt_and_its_tokens_one_by_one_leave_the_same_state():
     model, (ids,) = llama(), tokens(1, 70)
     fast = compiled(model, plan_of(model))
-    whole, pieces = KVCache(model, 128), KVCache(model, 128)
+    whole, pieces = KVCache(model, 512), KVCache(model, 512)
     fed(fast, whole, [ids])
     fed(fast, pieces, [ids[:, :60], *ids[:, 60:].split(1, 1)])
     for (_, name, a), (_, _, b) in zip(whole.buffers(), pieces.buffers(), strict=True):
         assert torch.allclose(a, b, atol=1e-3), name
+    assert whole.nbytes() < 0.1 * whole.dense_nbytes()
 
 
 def test_the_size_is_constant():
-    model, sizes = llama(), set()
-    fast = compiled(model, plan_of(model))
-    for capacity, prompt in ((64, 20), (512, 300)):
-        cache = KVCache(model, capacity)
-        fed(fast, cache, tokens(1, prompt, 1))
-        sizes.add(cache.nbytes())
-    (held,) = sizes
-    state = 2 * 2 * (2 * FEATURES * 17) + 2 * (4 + 2) * 3 * 16
-    assert held == 4 * state
-    assert held < 0.1 * cache.dense_nbytes()
+    sizes = set()
+    for capacity in (64, 1 << 20):
+        states = Recurrence(FEATURES, 4).states(Layout(2, 2, 16, 16, torch.float32, capacity), Floats())
+        sizes.add(sum(math.prod(s.shape) for s in states))
+    assert sizes == {2 * (2 * FEATURES * 17) + (4 + 2) * 3 * 16}
 
 
+@pytest.mark.slow
 def test_two_prompts_and_an_assistant():
     model = llama()
     plan = plan_of(model)
@@ -287,9 +287,25 @@ def test_a_mask_that_is_not_causal():
 
     model = Prefix(config).eval()
     fast = compiled(model, plan_of(model))
-    with torch.no_grad():
-        fast(tokens(1, 12)[0], token_type_ids=torch.ones(1, 12, dtype=torch.long), past_key_values=KVCache(model, 64))
-    assert "not causal" in str(accelpass.explain(fast))
+    for length in (12, 17):  # the second graph is of any number of tokens
+        kinds = torch.ones(1, length, dtype=torch.long)
+        with torch.no_grad():
+            fast(tokens(1, length)[0], token_type_ids=kinds, past_key_values=KVCache(model, 64))
+        assert "not causal" in str(accelpass.explain(fast))
+
+
+@pytest.mark.slow
+def test_padding_at_any_length():
+    model, plan = llama(), plan_of(llama())
+    fast = compiled(model, plan)
+    for length, padded in ((14, 3), (19, 6), (23, 0)):
+        (ids,) = tokens(2, length, seed=length)
+        padding = torch.ones(2, length, dtype=torch.long)
+        padding[0, :padded] = 0
+        got = fed(fast, KVCache(model, CAPACITY, 2), [ids, ids[:, :1]], padding)
+        with attending(model, Linear(plan)) as dense:
+            want = fed(model, dense, [ids, ids[:, :1]], padding)
+        assert float((got - want).abs().max() / want.abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize(

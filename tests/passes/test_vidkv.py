@@ -236,7 +236,8 @@ def test_the_bytes_are_few():
     assert all(t.dtype in (torch.uint8, torch.float16, torch.int16, torch.int64, torch.float32) for t in codes.values())
 
 
-@pytest.mark.parametrize("options", sweep({"span": (1, 17)}, {}))
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"span": (1, 17)}, {}])
 def test_two_prompts_and_an_assistant(options):
     model = llama()
     torch._dynamo.reset()

@@ -17,7 +17,7 @@ from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.kv.storage import New
 from accelpass.passes.core.base import CalibratedOnLoss, Skip, Study
 from accelpass.passes.kv_cache.budget import Evicting
-from accelpass.passes.kv_cache.learnt.retrieval import OBSERVED, errors, rankings
+from accelpass.passes.kv_cache.learnt.retrieval import OBSERVED, Kept, errors, rankings
 from accelpass.passes.kv_cache.storage.heavy_hitters import HeavyHitters
 from accelpass.passes.kv_cache.storage.slots import Amount
 
@@ -160,7 +160,7 @@ class CompressKV(Evicting, CalibratedOnLoss):
         if self.window is not None and self.window > OBSERVED:
             raise self.fail("window", f"{OBSERVED} queries at most where it is calibrated")
         heads = rankings(study)
-        few = replace(self, tokens=LEAST, recent=0.0, window=min(self.window or 8, LEAST - 1), ranking=())
+        few = Kept(LEAST, min(self.window or 8, LEAST - 1), self.kernel)
         lost = errors(study, few, {site: ranking[: self.retrieval] for site, ranking in heads.items()})
         made = {artefact(site, "heads"): torch.tensor(ranking) for site, ranking in heads.items()}
         return made | {artefact(site, "error"): torch.tensor(e, dtype=torch.float64) for site, e in lost.items()}

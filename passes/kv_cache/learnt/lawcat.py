@@ -23,6 +23,8 @@ from accelpass.passes.kv_cache.storage.recurrence import WEIGHTS, Recurrence, at
 
 _OPEN = 4.0
 """A gate begins at sigmoid(4) = 0.98 a token (inferred)."""
+_TRIED = 11
+"""Tokens for which a mask is looked at whose size is not known."""
 
 
 @dataclass(frozen=True)
@@ -217,26 +219,34 @@ def not_causal(site: KVSite, spec: AttentionSpec) -> str | None:
         return f"it is not causal (its mask is {spec.bias})"
     # The mask depends on what the caller says of padding: it must be causal where there is none.
     seen = _without_padding(site, spec)
-    if seen is not None and bool(seen.triu(1).any()):
-        return "it is not causal: a token sees later ones"
-    return None
+    if seen is None:
+        return "its mask cannot be shown to be causal"
+    return "it is not causal: a token sees later ones" if bool(seen.triu(1).any()) else None
 
 
 def _without_padding(site: KVSite, spec: AttentionSpec) -> Tensor | None:
-    """What each token sees, ``(tokens, tokens)``, where all that a caller passes is 1; None where that cannot be computed."""
+    """What each token sees, ``(tokens, tokens)``, where all that a caller passes is 1; None where that cannot be computed.
+
+    Sizes that are not known are all one number.
+    """
     assert site.attention is not None
-    (step, *more), extras = [s for s in spec.before if s.kind in MASKS], site.attention.args[3]
-    mask = extras[step.extra]  # type: ignore[index]
-    if more or not isinstance(mask, fx.Node) or not all(isinstance(n, int) for n in value(mask).shape):
+    masks, extras = [s for s in spec.before if s.kind in MASKS], site.attention.args[3]
+    if len(masks) != 1 or not isinstance(mask := extras[masks[0].extra], fx.Node):
         return None
     callers = [n for n in mask.graph.find_nodes(op="placeholder") if isinstance(value(n), Tensor)]
     whole = {n: value(n) for n in callers if value(n).dim() == 2 and not value(n).is_floating_point()}
-    if not all(isinstance(size, int) for t in whole.values() for size in t.shape):
+    unknown = [n for t in (value(mask), *whole.values()) for n in t.shape if isinstance(n, torch.SymInt)]
+    sizes = {symbol: _TRIED for n in unknown for symbol in n.node.expr.free_symbols}
+
+    def of(shape: torch.Size) -> list[int]:
+        return [int(n.node.expr.subs(sizes)) if isinstance(n, torch.SymInt) else n for n in shape]
+
+    given = {n: torch.ones(of(t.shape), dtype=t.dtype) for n, t in whole.items()}
+    found = constant(mask, sizes, given)
+    if found is None or found.shape[-1] != found.shape[-2]:
         return None
-    found = constant(mask, given={n: torch.ones(t.shape, dtype=t.dtype) for n, t in whole.items()})
-    if found is None or found.shape[-2:] != (value(site.attention.args[0]).shape[2],) * 2:
-        return None
-    seen = found if step.kind == "keep" else found.logical_not() if step.kind == "fill" else found > -1e4
+    kind = masks[0].kind
+    seen = found if kind == "keep" else found.logical_not() if kind == "fill" else found > -1e4
     return seen.bool().flatten(0, -3).any(0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ FOUND = 0.5
 ROUGE-1 recall of an answer of its own)."""
 
 
-class Kept(Protocol):
-    """How many tokens a layer keeps of a prompt, and by what."""
+@dataclass(frozen=True)
+class Kept:
+    """How many tokens a layer keeps of a prompt, the attention of how many last queries says which, over how many neighbours."""
 
-    tokens: int | None
-    window: int | None
+    tokens: int
+    window: int
     kernel: int
 
 
@@ -115,8 +116,7 @@ def chosen(spec: AttentionSpec, q: Tensor, k: Tensor, heads: Sequence[int], kept
     Args:
         q: its last queries, ``(batch, heads, queries, d)``; k: its keys, ``(batch, kv_heads, tokens, d)``.
     """
-    tokens, window = k.shape[2], min(kept.window or q.shape[2], q.shape[2], k.shape[2])
-    assert kept.tokens is not None
+    tokens, window = k.shape[2], min(kept.window, q.shape[2], k.shape[2])
     newest = torch.arange(tokens - window, tokens, device=k.device).expand(len(k), -1)
     if tokens <= kept.tokens:
         return torch.arange(tokens, device=k.device).expand(len(k), -1)
