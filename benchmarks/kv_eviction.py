@@ -36,11 +36,29 @@ def _at(budget: float) -> dict[str, list[Any]]:
         "a2sf, 0.95": {"name": "a2sf", "budget": budget, "factor": 0.95},
         "a2sf, 0.95, pooled": {"name": "a2sf", "budget": budget, "factor": 0.95, "kernel": 5},
         "keyformer": {"name": "keyformer", "budget": budget, "answer": 512},
+        "compresskv, calibrated": {"name": "compresskv", "tokens": None, "budget": budget},
+        "compresskv, even layers, calibrated": {
+            "name": "compresskv",
+            "tokens": None,
+            "budget": budget,
+            "layers": "even",
+        },
+        "zipvl, others dropped": {"name": "zipvl", "most": budget, "newest": 32, "rest": "dropped"},
     }
     return {f"{name}, {budget:.0%}".replace("%", " %"): [one] for name, one in made.items()}
 
 
-METHODS: dict[str, list[Any]] = {"dense": [], **_at(0.2), **_at(0.1)}
+KEEPING: dict[str, list[Any]] = {
+    "zipvl, others in 2 bits": [{"name": "zipvl"}],
+    "zipvl, others in 4 bits": [{"name": "zipvl", "bits": 4}],
+    "tokenselect, 256 rows": [{"name": "tokenselect", "budget": 256}],
+    "tokenselect, 64 rows": [{"name": "tokenselect", "budget": 64}],
+    "vidkv, keys 1.5 and values 1.58 bits": [{"name": "vidkv"}],
+    "vidkv, keys 1.5 and values 2 bits": [{"name": "vidkv", "value_bits": 2.0}],
+    "vidkv, keys and values 2 bits": [{"name": "vidkv", "bits": 2.0, "value_bits": 2.0}],
+}
+"""Methods that keep something of every token: in few bits, or to be chosen from."""
+METHODS: dict[str, list[Any]] = {"dense": [], **_at(0.2), **_at(0.1), **KEEPING}
 
 
 def rows(

@@ -32,6 +32,8 @@ FITTED: dict[str, Any] = {"name": "cskv", "first_token": 1000.0}
 CALIBRATION, CALIBRATION_TOKENS = 48, 1024
 NEEDLES = (4096, 4)
 """Length of the texts with a pass key that TidalDecode's layers are found on, and how many."""
+NEEDLES_SHORT = (1024, 16)
+"""The same of CompressKV's heads: more of them, which the model finds."""
 TIDAL: dict[str, Any] = {"name": "tidaldecode", "budget": 256}
 METHODS: dict[str, list[Any]] = {
     "dense": [],
@@ -98,7 +100,7 @@ def measure(
         for name in names:
             # Each method gets graphs of its own; Dynamo would count them together and stop after eight.
             torch._dynamo.reset()
-            plan = calibrated(model, tasks, name) if "calibrated" in name else None
+            plan = calibrated(model, tasks, name, methods[name]) if "calibrated" in name else None
             torch._dynamo.reset()
             reader = Compiled(model, methods[name], sizes.capacity, plan)
             task = bar.add_task(name, total=sizes.units, doing="compiling")
@@ -109,9 +111,10 @@ def measure(
     return rows
 
 
-def calibrated(model: torch.nn.Module, tasks: Tasks, name: str) -> Any:
-    """A plan from the last of the prose, which no task reads; TidalDecode's from pass keys in it, as in its paper."""
-    passes = METHODS[name]
+def calibrated(model: torch.nn.Module, tasks: Tasks, name: str, passes: list[Any]) -> Any:
+    """A plan from the last of the prose, which no task reads; TidalDecode's and CompressKV's from pass keys in it, as in their papers."""
+    if passes[0]["name"] == "compresskv":
+        return accelpass.calibrate(model, tasks.needles(*NEEDLES_SHORT, question=False), passes, progress=False)
     if passes[0]["name"] == "tidaldecode":
         texts = tasks.needles(*NEEDLES) + (tasks.endings(*NEEDLES) if "prose" in name else [])
         return accelpass.calibrate(model, texts, passes, progress=False)

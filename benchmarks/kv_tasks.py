@@ -126,8 +126,9 @@ class Tasks:
         context = torch.cat([self.text[:before], said, self.text[before:room]])
         return Passkey(context, question, key)
 
-    def needles(self, length: int, count: int) -> list[dict[str, Tensor]]:
-        """Texts with a question and its answer for calibration, with keys and prose that no task has; question and key have labels."""
+    def needles(self, length: int, count: int, question: bool = True) -> list[dict[str, Tensor]]:
+        """Texts with a question and its answer for calibration, with keys and prose that no task has; the key has labels, and the
+        ``question``; ``needle`` is where the text says the key."""
         made = []
         for number in range(count):
             key = str(random.Random(f"needle {length} {number}").randint(10_000, 99_999))
@@ -137,8 +138,11 @@ class Tasks:
             before = room * number // count
             ids = torch.cat([text[:before], said, text[before:], answer])
             labels = ids.clone()
-            labels[: length - len(answer)] = -100
-            made.append({"input_ids": ids[None], "labels": labels[None]})
+            unlabelled = 0 if question else len(self._tokens(QUESTION))
+            labels[: length - len(answer) + unlabelled] = -100
+            needle = torch.zeros_like(ids, dtype=torch.bool)
+            needle[before : before + len(said)] = True
+            made.append({"input_ids": ids[None], "labels": labels[None], "needle": needle[None]})
         return made
 
     def endings(self, length: int, count: int, scored: int = 32) -> list[dict[str, Tensor]]:

@@ -88,6 +88,27 @@ def _ranges(name: str) -> dict[str, Tensor]:
     return {f"{name}/{p.format(n)}.weight/range": torch.tensor([8.0]) for p in paths for n in (0, 1)}
 
 
+def _heads() -> dict[str, Tensor]:
+    """Of the decoder's layers: rankings of their query heads, and the error that eviction makes."""
+    of = {"heads": torch.tensor([2, 0, 3, 1]), "error": torch.tensor(0.5, dtype=torch.float64)}
+    return {f"compresskv/model.layers.{n}.self_attn/{part}": t for n in (0, 1) for part, t in of.items()}
+
+
+def _linear() -> dict[str, Tensor]:
+    """Of the decoder's layers: weights of linear attention that imitate nothing."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = {
+        "conv_q": (4, 8, 4),
+        "conv_k": (2, 8, 4),
+        "map_q": (4, 8, 4),
+        "map_k": (2, 8, 4),
+        "gate": (2, 8),
+        "bias": (2,),
+    }
+    paths = [(f"lawcat/model.layers.{n}.self_attn/{name}", size) for n in (0, 1) for name, size in sizes.items()]
+    return {path: torch.randn(size, generator=draw) / 2 for path, size in paths}
+
+
 def _codes() -> dict[str, Tensor]:
     """Of some weights of the kit's models, which the codes stand for whatever they are."""
     draw, spec = torch.Generator().manual_seed(0), LinearSpec(Int8())
@@ -140,6 +161,9 @@ SETTINGS: dict[str, Setting] = {
     "kv_window": Setting({"budget": 0.5, "sinks": 2}),
     "kv_quant": Setting({"bits": 8}),
     "cskv": Setting({"keep_k": 0.5, "keep_v": 0.5, "window": 3}, tolerance=1e-3),
+    "vidkv": Setting({"block": 4, "window": 8}),
+    "lawcat": Setting({"features": 4}, tensors=_linear()),
+    "compresskv": Setting({"tokens": 10, "window": 4}, tensors=_heads()),
     "tidaldecode": Setting({"budget": 6, "first": 0, "reselect": 1}),
     "tokenselect": Setting({"budget": 6, "sinks": 2, "newest": 4}),
     "pbs_attn": Setting({"block": 4, "segment": 8, "threshold": 0.5}, ("prompt", "decoder"), looks_ahead=LAST),

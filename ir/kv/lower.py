@@ -78,7 +78,9 @@ class _Lowering:
         tokens, stepper = k.shape[2], None
         if site.records and site.attention is not None and self.candidates and not layer.follows_positions:
             stepper = self._first_candidates(layer) if site.is_prompt else self._later_candidates(layer)
-        elif site.is_prompt or (layer.is_dense and isinstance(layer.spec.select, All)):
+        elif site.is_prompt:
+            self._prompt(layer)
+        elif layer.is_dense and isinstance(layer.spec.select, All):
             self._fill(layer)
         else:
             self._extend(layer)
@@ -108,6 +110,13 @@ class _Lowering:
         states = {s.name.removeprefix("kv."): (anchor, s) for anchor, s in (*own, *common)}
         buffers = {name: tensors.state(*state) for name, state in states.items()}
         return Layer(site, spec, store, format, layout, states, buffers, leader is site.count)
+
+    def _prompt(self, layer: Layer, laid: bool = True) -> None:
+        """Store a prompt; its attention is the model's own, or the storage's, ``laid`` out in memory as the model's own."""
+        if layer.store.computes_prompts and layer.site.attention is not None:
+            self._extend(layer, laid)
+        else:
+            self._fill(layer)
 
     def _fill(self, layer: Layer) -> None:
         """Store tokens; the model's own attention runs on what it had, or on the buffers of a dense cache."""
@@ -167,11 +176,11 @@ class _Lowering:
 
         return replace(spec, steps=tuple(s for s in spec.steps if not counts(s)))
 
-    def _extend(self, layer: Layer) -> None:
+    def _extend(self, layer: Layer, laid: bool = True) -> None:
         """Store tokens and attend over what is stored."""
         site, spec, store = layer.site, layer.spec, layer.store
         node, (k, v) = site.attention, site.new
-        assert node is not None and site.read is not None
+        assert node is not None
         if node.target is not torch.ops.accelpass.attention.default:
             raise GraphError(
                 f"statistics are wanted of the cached attention at {site.path}; only its storage gives them"
@@ -190,9 +199,9 @@ class _Lowering:
 
         def run(*operands: Tensor) -> list[Tensor]:
             made = extension(*operands)
-            return [like_in_memory(made[0], wanted), *made[1:]]
+            return [like_in_memory(made[0], wanted) if laid else made[0], *made[1:]]
 
-        key = ("extend", replace(spec, site=""), *layer.key, str(wanted.stride()))
+        key = ("extend", replace(spec, site=""), *layer.key, str(wanted.stride()) if laid else "")
         with named(spec, site.path, f"shape {shape_said(wanted)} of the attention of {operands_said(layer, q)}"):
             out, *rows = self.run(key, run, [q, k, v, site.count, *extras, *takes, *layer.operands], node)
         if rows and select is not None and select.gives:
@@ -202,9 +211,12 @@ class _Lowering:
     def _replace(self, site: KVSite, out: fx.Node) -> None:
         """Put ``out`` in the place of the attention, and drop what read the cache for it."""
         graph, node = self.program.graph, site.attention
-        assert node is not None and site.read is not None
+        assert node is not None
         node.replace_all_uses_with(out)
         graph.erase_node(node)
+        graph.erase_node(site.append)
+        if site.read is None:
+            return
         for item in list(site.read.users):
             for adapter in list(item.users):
                 if not adapter.users:
@@ -212,7 +224,6 @@ class _Lowering:
             if not item.users:
                 graph.erase_node(item)
         graph.erase_node(site.read)
-        graph.erase_node(site.append)
 
     def _first_candidates(self, layer: Layer) -> Stepper:
         """A prompt, and candidates after it: its attention is the model's own, theirs is over what is stored of it."""
@@ -242,7 +253,7 @@ class _Lowering:
             append = call(graph, node, KV_APPEND, *mine[1:], *site.append.args[2:6], held)
             append.meta |= {key: kept for key, kept in site.append.meta.items() if key.startswith("kv_")}
             joined = call(graph, node, aten.cat.default, [prompt, prompt], 2)
-        self._fill(replace(layer, site=replace(site, append=append, attention=prompt)))
+        self._prompt(replace(layer, site=replace(site, append=append, attention=prompt)), laid=False)
         one = replace(spec, causal=False, select=layer.select or All())
         out, stepper = self._stepped(layer, one, last, extras, given, joined)
         joined.args = ([joined.args[0][0], out], 2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 BITS = (2, 3, 4, 8)
-PARTS = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
+PARTS = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
 
 
 def row_bytes(width: int, bits: int) -> int:

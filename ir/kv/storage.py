@@ -20,11 +20,12 @@ from accelpass.ir.attention.spec import steps
 from accelpass.ir.attention.spec.block_select import MASKS
 from accelpass.ir.attention.spec.spec import AttentionMass, AttentionSpec, Places, ScoreTap, Select, Store
 from accelpass.ir.core.derived import StateSpec
-from accelpass.ir.kv.banks import RowFormat, Rows, ValueFormat, taken_rows
+from accelpass.ir.kv.banks import EXACT, RowFormat, Rows, ValueFormat, taken_rows
 
 Held = Mapping[str, Tensor]
 """The buffers of one layer by name."""
 
+_HIDDEN = -1e4  # an additive mask hides a key with at most this
 _OUTSIDE = ("view", "center", "safe_softmax", "softmax", "drop", "sink")
 
 
@@ -85,6 +86,9 @@ class Storage(Store, ABC):
 
     knows_held: ClassVar[bool] = False
     """From a single token, :meth:`extend` itself hides rows that hold none; then a mask that says no more is left out."""
+
+    computes_prompts: ClassVar[bool] = False
+    """A prompt's attention is :meth:`extend`'s too, of an empty layer, in the place of the model's own."""
 
     by_position: ClassVar[bool] = False
     """Each token has a row of its own, by its position: the newest are taken back by counting fewer."""
@@ -293,6 +297,18 @@ class Query:
         batch, kv_heads, rows = segment.chosen(segment.keys)[0].shape[:3]
         zeros = self.q.new_zeros((batch, kv_heads * self.spec.groups, 1, rows))
         return steps.apply(zeros, self._before, self._moved(segment)).squeeze(2)
+
+    def real(self, new: New) -> Tensor | None:
+        """Which of a call's tokens are no padding, ``(batch, tokens)``: those that its last one may see; None if no mask tells."""
+        one = self if self.one else self.last()
+        kept = [s for s in one._before if s.kind in MASKS]
+        if not kept:
+            return None
+        last = copy.copy(one)
+        last._before = kept
+        bias = last.bias(Segment(EXACT, [new.k], [new.v], new.positions))
+        assert bias is not None
+        return (bias > _HIDDEN).any(1)
 
     def _moved(self, segment: Segment) -> list[Tensor]:
         return [e if segment.at is None else self._taken(e, segment.at) for e in self.extras]

@@ -270,21 +270,44 @@ Attend = Callable[[AttentionSpec, Tensor, Tensor, Tensor], Tensor | None]
 """Computes an attention from its spec and ``(batch, heads, tokens, d)`` operands; None: as the model does."""
 
 
+Seen = Callable[[Tensor], None]
+
+
 class Study(Protocol):
-    """The model's loss on calibration data, with each attention computed as a pass says."""
+    """The model's loss on calibration data, with each attention computed as a pass says.
+
+    Attributes:
+        batch: the one whose attentions are being computed: ``input_ids``, and ``labels`` and ``needle`` if they were given.
+    """
+
+    batch: Mapping[str, Any]
 
     def gradients(self, attend: Attend, what: str) -> None:
         """Run the loss of each batch and its gradient; what ``attend`` returns must be differentiable. Where it leaves all to
         the model, there is no gradient to run."""
 
+    def observed(self, attend: Attend, what: str) -> None:
+        """Run the batches of :meth:`gradients` once, without gradients: for what ``attend`` sees."""
+
     def perplexity(self, attend: Attend, what: str) -> float:
         """On the batches that :meth:`gradients` does not see, unless there are no others."""
 
-    def decoded(self, attend: Attend, what: str) -> float:
+    def last_queries(self, site: str) -> Tensor:
+        """In a call of ``attend`` by :meth:`decoded`: queries of the tokens before those of the call, the last 64 at most."""
+
+    def projected(self, site: str, out: Tensor) -> Tensor:
+        """What a layer makes of an attention's result ``(batch, heads, tokens, d)``: ``(batch, tokens, channels)``.
+
+        Raises:
+            PassError: no linear reads the attention; names it.
+        """
+
+    def decoded(self, attend: Attend, what: str, seen: Seen | None = None) -> float:
         """Perplexity on all batches, with the tokens from the first label on computed as if they came one by one.
 
         What comes before them is computed once, as the model does it, and its keys and values are kept from call to call.
-        ``attend`` gets the queries of those tokens, and keys and values of all.
+        ``attend`` gets the queries of those tokens, and keys and values of all. ``seen`` is called after each batch with the logits
+        that its labels are compared with, from the first label that counts on, ``(batch, tokens, vocabulary)``.
 
         Raises:
             OptionError: a batch has more than ids and labels, or the model takes no ``position_ids``.

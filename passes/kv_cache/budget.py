@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from accelpass.ir.attention.spec.spec import AttentionSpec, LastQueries, ScoreTap
 from accelpass.ir.core.program import Program
@@ -48,8 +48,12 @@ class Evicting(KVPass):
 
     Raises:
         OptionError: an option out of range.
+
+    Class attributes:
+        store: how tokens are kept.
     """
 
+    store: ClassVar[type[HeavyHitters]] = HeavyHitters
     budget: float = 0.2
     recent: float = 0.5
     tokens: int | None = None
@@ -86,9 +90,21 @@ class Evicting(KVPass):
     def tap(self) -> ScoreTap:
         """What a token gets of the attention of a call's queries; a token's score is the sum."""
 
+    def at_site(self, program: Program, site: KVSite) -> Evicting | Skip:
+        """The method as it is at one site, where a plan has something for that; or why it leaves the site alone."""
+        return self
+
+    def amounts(self, program: Program, site: KVSite) -> tuple[Amount, Amount]:
+        """How much of a site is kept by score, and how much newest."""
+        heavy, recent = divided(self.budget, self.recent, self.tokens)
+        if self.pyramid is not None:
+            sites = program.analysis(kv_sites)
+            heavy = on_pyramid(heavy, recent, self.pyramid, sites.index(site), len(sites))
+        return heavy, recent
+
     def storage(self, heavy: Amount, recent: Amount, tables: Tables | None) -> HeavyHitters:
         """How tokens are kept, ``heavy`` by their score and ``recent`` newest."""
-        return HeavyHitters(
+        return self.store(
             heavy,
             recent,
             score=self.tap if self.window is None else LastQueries(self.tap, self.window),
@@ -103,17 +119,16 @@ class Evicting(KVPass):
     def edited(
         self, program: Program, site: KVSite, spec: AttentionSpec, number: int
     ) -> tuple[AttentionSpec, str] | Skip:
-        heavy, recent = divided(self.budget, self.recent, self.tokens)
-        if self.pyramid is not None:
-            sites = program.analysis(kv_sites)
-            heavy = on_pyramid(heavy, recent, self.pyramid, sites.index(site), len(sites))
+        here = self.at_site(program, site)
+        if isinstance(here, Skip):
+            return here
         tables = None
         if self.positions == "cache":
             found = give_unrotated(program, site)
             if isinstance(found, str):
                 return Skip(f"positions='cache': {found}")
             tables = found
-        store = self.storage(heavy, recent, tables)
+        store = here.storage(*here.amounts(program, site), tables)
         slots = store.slots(site.capacity) - 1
         what = f"{slots} of {site.capacity} tokens a head at most, {said(self.budget, self.tokens)}"
         return spec.edited(by=self.name, store=store), what

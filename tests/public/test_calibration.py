@@ -11,7 +11,7 @@ from accelpass import KVCache
 from accelpass.api.calibration.loss_study import parted
 from accelpass.backends import graphs_of
 from accelpass.passes.core.plan import Plan
-from accelpass.passes.kv_cache.cskv import factorise
+from accelpass.passes.kv_cache.learnt.cskv import factorise
 from tests.passes.kv_truth import fed
 from tests.passes.test_kv_methods import CAPACITY, compiled, llama, tokens
 

@@ -41,7 +41,8 @@ def calibrate(
         model: the model as it is, not compiled.
         batches: token ids ``(batch, tokens)``, or dicts of the model's arguments. They are read several times. For passes
             that learn from the loss (``moa``), a dict may have ``labels`` as transformers takes them: the token at each
-            place, -100 where it does not count; without, every next token counts.
+            place, -100 where it does not count; without, every next token counts. ``compresskv`` also reads ``needle``: True where
+            a text has what its answer repeats.
         passes: as in ``torch.compile``'s options; those that learn nothing are put into the plan with their settings.
         progress: show a bar.
         validation: batches that candidates of such passes are compared on. Of ``batches`` alone, the longest are held

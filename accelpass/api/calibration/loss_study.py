@@ -21,10 +21,14 @@ from accelpass.ir.attention.spec.op import ATTENTION, is_attention
 from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.ir.errors import OptionError, PassError
 from accelpass.ir.torch_private import SET_GRAD_ENABLED, recompile_limit
-from accelpass.passes.core.base import Attend
+from accelpass.passes.core.base import Attend, Seen
 
 IGNORED = -100
 """The label of a token that does not count, as transformers and torch have it."""
+MARKS = frozenset({"labels", "needle"})
+"""What a batch says of its tokens to a pass; the model is not given it."""
+_OBSERVED = 64
+"""Queries that are kept of what comes before decoded tokens."""
 _KEPT = 64
 """Logits are kept for as many last tokens as count, rounded up to this, so that few graphs serve all batches."""
 
@@ -58,7 +62,10 @@ class LossStudy:
         self, model: nn.Module, batches: Sequence[Batch], validation: Sequence[Batch], bar: Progress, name: str
     ) -> None:
         self.model, self.batches, self.validation, self.bar, self.name = model, batches, validation, bar, name
+        self.batch: Batch = {}
         self._begun: dict[int, _Begun] = {}
+        self._now: _Begun | None = None
+        self._outputs: dict[str, tuple[Tensor, ...]] = {}
         self._attend: Attend = _as_it_is
         # In one piece: what Dynamo left to Python would run without the caller's attention.
         self._graph = torch.compile(model, backend=self._backend, dynamic=False, fullgraph=True)
@@ -72,6 +79,12 @@ class LossStudy:
                 if total.requires_grad:
                     (total / count).backward()
 
+    def observed(self, attend: Attend, what: str) -> None:
+        self._attend = attend
+        for batch in self.bar.track(self.batches, description=f"{self.name}: {what}"):
+            with torch.no_grad():
+                self._loss(batch, False)
+
     def perplexity(self, attend: Attend, what: str) -> float:
         self._attend = attend
         sums = []
@@ -81,51 +94,67 @@ class LossStudy:
             sums.append((float(total), count))
         return math.exp(sum(total for total, _ in sums) / sum(count for _, count in sums))
 
-    def decoded(self, attend: Attend, what: str) -> float:
+    def last_queries(self, site: str) -> Tensor:
+        assert self._now is not None
+        return self._now.queries[site]
+
+    def projected(self, site: str, out: Tensor) -> Tensor:
+        if site not in self._outputs:
+            raise PassError(f"{self.name}: {site or 'an attention'}: no linear reads its result")
+        return F.linear(out.transpose(1, 2).flatten(2), *self._outputs[site])
+
+    def decoded(self, attend: Attend, what: str, seen: Seen | None = None) -> float:
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
             raise OptionError(f"{self.name}: calibration needs a model that takes position_ids; this one does not")
         batches = list({id(b): b for b in (*self.batches, *self.validation)}.values())
         self._gradients, total, count = False, 0.0, 0
         for batch in self.bar.track(batches, description=f"{self.name}: {what}"):
-            begun = self._begun.get(id(batch)) or self._begun.setdefault(id(batch), self._begin(batch))
+            self.batch = batch
+            begun = self._now = self._begun.get(id(batch)) or self._begun.setdefault(id(batch), self._begin(batch))
 
             def to_all(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, begun: _Begun = begun) -> Tensor | None:
                 before = begun.past[spec.site]
                 return attend(spec, q, torch.cat([before[0], k], 2), torch.cat([before[1], v], 2))
 
             self._attend = to_all
-            loss = begun.loss
+            loss, made = begun.loss, [begun.first]
             if begun.ids.shape[1]:
-                loss += float(_cross_entropy(self._logits(begun.given()), begun.labels))
+                made.append(self._logits(begun.given()))
+                loss += float(_cross_entropy(made[-1], begun.labels))
+            if seen is not None:
+                seen(torch.cat(made, 1))
             total, count = total + loss, count + begun.count
         return math.exp(total / count)
 
     def _begin(self, batch: Batch) -> _Begun:
         """Computes what comes before the tokens that count, and keeps its keys and values."""
-        more = sorted(set(batch) - {"input_ids", "labels"})
+        more = sorted(set(batch) - {"input_ids", *MARKS})
         if more:
             raise OptionError(
                 f"{self.name}: calibration batches have input_ids and labels; this one also has {', '.join(more)}"
             )
         ids, (labels, begins) = batch["input_ids"], self._labels(batch)
         past: dict[str, tuple[Tensor, Tensor]] = {}
+        queries: dict[str, Tensor] = {}
 
         def keep(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             why = not_a_prompt(spec, q, k)
             if why is not None:
                 raise PassError(f"{self.name}: {spec.site}: {why}; calibrate on texts without padding")
-            past[spec.site] = k, v
+            past[spec.site], queries[spec.site] = (k, v), q[:, :, -_OBSERVED:].clone()
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=True)
 
         self._attend = keep
-        first = {"logits_to_keep": 1} if self._keeps else {}
-        logits = self._logits({"input_ids": ids[:, : begins + 1], **first})
-        loss = float(_cross_entropy(logits[:, -1:], labels[:, begins : begins + 1]))
-        return _Begun(ids[:, begins + 1 : -1], labels[:, begins + 1 :], past, loss, int((labels != IGNORED).sum()))
+        last = {"logits_to_keep": 1} if self._keeps else {}
+        logits = self._logits({"input_ids": ids[:, : begins + 1], **last})
+        first = logits[:, -1:]
+        loss, count = float(_cross_entropy(first, labels[:, begins : begins + 1])), int((labels != IGNORED).sum())
+        return _Begun(ids[:, begins + 1 : -1], labels[:, begins + 1 :], past, queries, first, loss, count)
 
     def _loss(self, batch: Batch, gradients: bool) -> tuple[Tensor, int]:
         """Cross entropy, summed, and of how many tokens."""
-        given = {k: v for k, v in batch.items() if k != "labels"}
+        self.batch = batch
+        given = {k: v for k, v in batch.items() if k not in MARKS}
         labels, begins = self._labels(batch)
         last = labels.shape[1] - begins
         if self._keeps and last < labels.shape[1]:
@@ -151,6 +180,10 @@ class LossStudy:
 
     def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         program = attention.captured(gm, inputs)
+        for found in program.analysis(attention.detect):
+            if found.o_proj is not None and found.o_proj.target is torch.ops.aten.linear.default:
+                held = [program.tensors.value(n) for n in found.o_proj.args[1:] if n is not None]
+                self._outputs[found.path] = tuple(t.detach() for t in held if t is not None)
         part = 0
 
         def number(node: fx.Node) -> int:
@@ -173,14 +206,16 @@ class _Begun:
 
     Attributes:
         ids, labels: the tokens that are left, without the last, which predicts nothing, and what follows each.
-        past: keys and values of each site before them.
-        loss: of the first label, which what comes before them predicts.
+        past: keys and values of each site before them; queries: the last of them.
+        first: the logits that what comes before them ends with; loss: of the first label by these.
         count: of all labels.
     """
 
     ids: Tensor
     labels: Tensor
     past: Mapping[str, tuple[Tensor, Tensor]]
+    queries: Mapping[str, Tensor]
+    first: Tensor
     loss: float
     count: int
 
