@@ -83,7 +83,9 @@ def reshaped(asked: ReTtention, layers: int) -> Iterator[None]:
         F.scaled_dot_product_attention = real
 
 
-@pytest.mark.parametrize(("name", "lowering"), sweep(("cogvideox", "eager"), ("wan", "eager"), ("cogvideox", "inductor"), fast=1))
+@pytest.mark.parametrize(
+    ("name", "lowering"), sweep(("cogvideox", "eager"), ("wan", "eager"), ("cogvideox", "inductor"), fast=1)
+)
 def test_video_models_follow_the_card(name: str, lowering: str) -> None:
     model, call = model_of(name)
     text = call["encoder_hidden_states"].shape[1] if name == "cogvideox" else 0
