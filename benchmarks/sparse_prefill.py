@@ -40,7 +40,11 @@ SELECTIONS: dict[str, BlockSelect] = {
         for columns, diagonals in ((1000, 6096), (1000, 1000), (500, 700), (100, 750))
     },
 }
-CLUSTERED = {f"svg2 {top_p}": ClusteredAttention(100, 200, top_p, 0.1, 64) for top_p in (0.9, 0.8)}
+CLUSTERED = {
+    f"svg2 {top_p}, blocks of {block}": ClusteredAttention(32, 128, top_p, 0.1, block)
+    for top_p in (0.9, 0.8)
+    for block in (64, 32)
+}
 """Not causal: all tokens see all, as in a picture, and sdpa's time is that of all pairs. The choice is k-means from the
 centroids of the step before, which are those of the same operands with noise."""
 NOISE = 0.05
@@ -107,7 +111,8 @@ def compare(q: Tensor, k: Tensor, v: Tensor, selections: Mapping[str, BlockSelec
 
 @torch.no_grad()
 def compare_clustered(q: Tensor, k: Tensor, v: Tensor, ways: Mapping[str, ClusteredAttention], turns: int) -> list[Row]:
-    """As :func:`compare`, of attention between clusters of all tokens; ``blocks_read`` is of all pairs."""
+    """As :func:`compare`, of attention between clusters of all tokens; ``blocks_read`` is of all pairs, with what fills
+    clusters up to blocks."""
     rows: list[Row] = []
     scale, tokens = q.shape[3] ** -0.5, q.shape[2]
     draw = torch.Generator().manual_seed(0)

@@ -132,8 +132,12 @@ class ReTtention(StepPass):
         """The attention in the window, and what :meth:`_with_normaliser` gives, or any node if not ``normalised``."""
         spec, graph = spec_of(attention), program.graph
         if self.frame:
-            many = (spec.scale, self.frame, self.text, reach)
-            out, lse = inserted(program, attention, lambda *x: frame_band(*x, *many), *attention.args[:3])
+            scale, frame, text = spec.scale, self.frame, self.text
+
+            def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+                return frame_band(q, k, v, scale, frame, text, reach)
+
+            out, lse = inserted(program, attention, run, *attention.args[:3])
             return out, lse
         with graph.inserting_after(attention):
             near = call(

@@ -10,25 +10,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention import Attention, detect
+from accelpass.ir.attention import Attention
 from accelpass.ir.attention.lowering.clustered import ClusteredAttention, cannot_cluster
 from accelpass.ir.attention.spec.op import spec_of
 from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.resize import CannotResize
 from accelpass.ir.transform.splice import inserted
-from accelpass.ir.transform.steps import StepBlock, recall_new, step_blocks
-from accelpass.passes.core.base import Done, Skip, Take, Verdict
+from accelpass.ir.transform.steps import StepBlock, recall_new
 from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.core.staged import FULL, Site
-from accelpass.passes.step_cache.base import NO_SITES, StepPass, keep, refuse_edited, why_no_window
+from accelpass.passes.step_cache.base import keep, refuse_edited, why_no_window
+from accelpass.passes.step_cache.each_call import EachCall
 
 _WARM_FIRST, _WARM, _FIRST, _NEXT = "full+clusters", "full+clusters+recalled", "clusters", "clusters+recalled"
 _KEPT = ("queries", "keys")
 
 
 @dataclass(frozen=True)
-class SVG2(StepPass):
+class SVG2(EachCall):
     """Each cluster of queries reads the clusters of keys that matter to it, as blocks; clusters are found by k-means at each step.
 
     Yang et al., "Sparse VideoGen2: Accelerate Video Generation with Sparse Attention via Semantic-Aware Permutation", NeurIPS 2025.
@@ -48,7 +48,7 @@ class SVG2(StepPass):
         dense_layers: share of the blocks, the first ones, that stay dense.
         begin, again: iterations of k-means at the first and at later sparse steps.
         warm: cluster in the dense steps too, so that the first sparse one goes on from there (HunyuanVideo).
-        block: tokens of a block.
+        block: tokens of a block; clusters should hold more, as each is filled up to whole blocks.
         seed: of the tokens that k-means begins at.
 
     Raises:
@@ -71,7 +71,6 @@ class SVG2(StepPass):
     summary: ClassVar[str] = "tokens that are alike attend as blocks, between clusters found by k-means"
     paper: ClassVar[str] = "Sparse VideoGen 2, arXiv 2505.18875"
     identity: ClassVar[dict[str, Any] | None] = {"top_p": 1.0}
-    edits: ClassVar[frozenset[str]] = frozenset({"block.steps", "attention.blocks"})
 
     def __post_init__(self) -> None:
         for option in ("q_clusters", "k_clusters", "begin", "again", "block"):
@@ -86,38 +85,17 @@ class SVG2(StepPass):
             raise self.fail("start", "a number of steps, 0 or more")
         self.check_sites()
 
-    # --- which sites
-
     def places(self, blocks: Sequence[StepBlock]) -> list[Site]:
         dense = math.floor(self.dense_layers * len(blocks))
         return [Site(m.path, b, m) for b in blocks[dense:] for m in b.modules]
 
-    def find(self, program: Program) -> list[Any]:
-        return super().find(program) if program.analysis(step_blocks) else list(program.analysis(detect))
-
-    def whole(self, program: Program, sites: Sequence[Any]) -> str | None:
-        if sites:
-            return None
-        return NO_SITES if program.analysis(step_blocks) else "no attention was recognised"
-
-    def aspects(self, site: Any) -> frozenset[str]:
-        return frozenset({"attention.blocks"} if isinstance(site, Attention) else {"block.steps"})
-
-    def check(self, site: Any, program: Program) -> Verdict:
-        if not isinstance(site, Attention):
-            return Take()
-        why = self._why_not(site)
-        return Take() if why is None else Skip(why)
-
-    def _why_not(self, attention: Attention) -> str | None:
+    def why_not(self, attention: Attention) -> str | None:
         why = cannot_cluster(attention)
         if why is not None:
             return why
         assert attention.node is not None
         tokens = value(attention.node.args[0]).shape[2]
         return f"its {tokens} tokens are no more than the clusters of keys" if tokens <= self.k_clusters else None
-
-    # --- when
 
     def horizon(self) -> int:
         return self.start + 2
@@ -127,11 +105,9 @@ class SVG2(StepPass):
             return (_WARM if step else _WARM_FIRST) if self.warm else FULL
         return _NEXT if step > (0 if self.warm else self.start) else _FIRST
 
-    # --- what
-
     def acted(self, program: Program, site: Site, action: str) -> str:
         assert site.module is not None and site.module.attention.node is not None
-        why = self._why_not(site.module.attention) or why_no_window(program, site)
+        why = self.why_not(site.module.attention) or why_no_window(program, site)
         if why is not None:
             raise CannotResize(why)
         attention = site.module.attention.node
@@ -159,16 +135,13 @@ class SVG2(StepPass):
             keep(program, site, name, [node], [node])
         return "dense, and centroids for the next step" if is_dense else self._said()
 
-    def rewrite(self, site: Any, edit: Edits) -> Done | Skip | None:
-        if not isinstance(site, Attention):
-            return super().rewrite(site, edit)
-        assert site.node is not None
-        how, scale, many = self._how(), spec_of(site.node).scale, self.begin
-        (out,) = edit.run(
-            (how, scale, many), lambda q, k, v: how(q, k, v, scale, None, many)[:1], site.node.args[:3], site.node
-        )
-        edit.replace(site.node, out)
-        return Done(self._said())
+    def once(self, attention: Attention, edit: Edits) -> str:
+        assert attention.node is not None
+        node, how, scale, many = attention.node, self._how(), spec_of(attention.node).scale, self.begin
+        run = lambda q, k, v: how(q, k, v, scale, None, many)[:1]  # noqa: E731
+        (out,) = edit.run((how, scale, many), run, node.args[:3], node)
+        edit.replace(node, out)
+        return self._said()
 
     def _how(self) -> ClusteredAttention:
         return ClusteredAttention(self.q_clusters, self.k_clusters, self.top_p, self.least, self.block, self.seed)

@@ -20,11 +20,8 @@ from accelpass.ir.transform.steps import survived
 from accelpass.ir.transform.tokens import CannotCut, Stretch, decoder_blocks, ready
 from accelpass.passes.core.base import Done, Pass, Record
 from accelpass.passes.kv_cache.base import NO_CACHE, cannot_store
-from accelpass.passes.token_pruning.choice import highest
+from accelpass.passes.token_pruning.choice import attention_mass, highest
 from accelpass.passes.token_pruning.gone import keep_what_is_left, read_what_is_left
-
-_ROWS = 256
-"""Queries whose scores are held at once."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ class SpAtten(Pass):
         causal = _is_causal(found[0].attentions[0])
         for stretch, rate in zip(found[1:], rates, strict=True):
             for attention in run.attentions:
-                more = [] if score is None else [score]
+                more: list[fx.Node] = [] if score is None else [score]
                 (score,) = run.make(_scored(spec_of(attention).scale, causal), *attention.args[:2], *more)
             assert score is not None
             chosen, score = run.make(_choice(rate, causal), score, found[0].start)
@@ -174,34 +171,10 @@ def _is_causal(attention: fx.Node) -> bool:
 def _scored(scale: float, is_causal: bool) -> Any:
     def run(q: Tensor, k: Tensor, *score: Tensor) -> list[Tensor]:
         """What tokens got before, and get here."""
-        mass = torch.ops.accelpass.attention_mass(q, k, scale, is_causal)
+        mass = attention_mass(q, k, scale, is_causal)
         return [mass + score[0] if score else mass]
 
     return run
-
-
-@torch.library.custom_op("accelpass::attention_mass", mutates_args=())
-def attention_mass(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
-    """The probability that each key gets of all queries and heads, float32 ``(batch, keys)``, in pieces: all scores are never there at once.
-
-    Args:
-        q: ``(batch, heads, tokens, d)``; k: ``(batch, kv_heads, tokens, d)``.
-    """
-    batch, heads, tokens, _ = q.shape
-    keys = k.repeat_interleave(heads // k.shape[1], 1).mT
-    found = torch.zeros(batch, tokens, device=q.device)
-    at = torch.arange(tokens, device=q.device)
-    for rows in at.split(_ROWS):
-        scores = (q[:, :, rows] @ keys).float() * scale
-        if causal:
-            scores = scores.masked_fill(at > rows.unsqueeze(-1), -torch.inf)
-        found += scores.softmax(-1).sum((1, 2))
-    return found
-
-
-@attention_mass.register_fake
-def _(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
-    return q.new_empty((q.shape[0], k.shape[2]), dtype=torch.float32)
 
 
 def _choice(rate: float, is_causal: bool) -> Any:

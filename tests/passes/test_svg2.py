@@ -21,7 +21,7 @@ from tests.passes.step_truth import denoise
 from tests.passes.test_re_ttention import model_of
 from tests.sweep import examples, sweep
 
-TIMES = [9, 8, 7, 6, 5]
+TIMES = [9, 8, 7, 6]
 
 
 def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ def test_everything_read_is_the_dense_model(lowering: str) -> None:
     for a, b in zip(denoise(fast, call, TIMES), dense, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
     took = accelpass.explain(fast).passes["svg2"].took
-    assert any("clusters+recalled 3" in done.what for done in took.values())
+    assert any("clusters+recalled 2" in done.what for done in took.values())
 
 
 def test_an_encoder_clusters_at_each_call_and_a_decoder_is_left_alone() -> None:
