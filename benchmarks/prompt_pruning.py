@@ -40,7 +40,12 @@ CANDIDATES: dict[str, list[Any] | None] = {
     "lazyllm, 30 %": [{"name": "lazyllm", "keep": [0.3, 0.5, 0.5]}],
     "gemfilter, 512": [{"name": "gemfilter", "keep": 512}],
     "gemfilter, 512, layer 18": [{"name": "gemfilter", "keep": 512, "layer": 18}],
-    **{name: passes for name, passes in sparse_quality.METHODS.items() if passes},
+    # Those that are calibrated, where their plan has been found.
+    **{
+        name: passes
+        for name, passes in sparse_quality.METHODS.items()
+        if passes and (name not in sparse_quality.PLANS or sparse_quality.PLANS[name].exists())
+    },
 }
 
 
@@ -81,7 +86,7 @@ class Inductor:
 
 def reader(model: torch.nn.Module, name: str, capacity: int) -> Prompted:
     passes = CANDIDATES[name]
-    plan = Plan.load(sparse_quality.PLAN) if name == sparse_quality.MOA else None
+    plan = Plan.load(sparse_quality.PLANS[name]) if name in sparse_quality.PLANS else None
     return Inductor(model, capacity) if passes is None else Compiled(model, passes, capacity, plan)
 
 

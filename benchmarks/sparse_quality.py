@@ -32,7 +32,18 @@ METHODS: dict[str, list[Any]] = {
     MOA: [{"name": "moa", "density": DENSITY}],
     "pbs_attn, 0.9": [{"name": "pbs_attn", "threshold": 0.9}],
     "pbs_attn, 0.95": [{"name": "pbs_attn", "threshold": 0.95}],
+    "xattention, 0.9": [{"name": "xattention", "threshold": 0.9}],
+    "xattention, 0.95": [{"name": "xattention", "threshold": 0.95}],
+    "xattention, calibrated": [{"name": "xattention", "threshold": 0.95}],
+    "minference, 1,000 columns, 1,000 diagonals": [{"name": "minference", "vertical": 1000, "slash": 1000}],
+    "minference, 500 columns, 700 diagonals": [{"name": "minference", "vertical": 500, "slash": 700}],
+    "minference, calibrated": ["minference"],
 }
+PLANS: dict[str, Path] = {
+    MOA: PLAN,
+    **{f"{name}, calibrated": PLAN.with_name(f"smollm2_{name}.json") for name in ("xattention", "minference")},
+}
+"""Of methods that are calibrated."""
 # Answers that need what stands far before them, as those of the paper's long questions do.
 QUOTE = '\n\nThe text above says at one place: "{words}'
 SUMMARY = "\n\nA short summary of the text above:"
@@ -77,16 +88,16 @@ def measure(
 ) -> list[Row]:
     """One row for each method of :data:`METHODS` that is named.
 
-    ``moa``'s plan is :data:`PLAN` if there is that file, and else found and written there.
+    A plan is that of :data:`PLANS` if there is that file, and else found and written there.
     """
     tasks, rows = Tasks(tokenizer, sizes), []
     with progress() as bar:
         for name in names:
             torch._dynamo.reset()
             plan = None
-            if name == MOA:
+            if name in PLANS:
                 is_trial = calibration == QUICK_CALIBRATION
-                plan = (planned if is_trial else moa_plan)(model, tokenizer, calibration)
+                plan = (planned if is_trial else held_plan)(model, tokenizer, calibration, name)
             torch._dynamo.reset()
             reader = Compiled(model, METHODS[name], sizes.capacity, plan)
             task = bar.add_task(name, total=sizes.units, doing="compiling")
@@ -99,34 +110,36 @@ def measure(
     return rows
 
 
-def moa_plan(model: Any, tokenizer: Any, calibration: Calibration, path: Path = PLAN) -> Plan:
-    """The plan of :data:`MOA`, found if there is none; what that took goes beside it."""
+def held_plan(model: Any, tokenizer: Any, calibration: Calibration, name: str) -> Plan:
+    """The plan of a method, found if there is none; what that took goes beside it."""
+    path = PLANS[name]
     if not path.exists():
         started = time.perf_counter()
-        plan = planned(model, tokenizer, calibration)
+        plan = planned(model, tokenizer, calibration, name)
         path.parent.mkdir(exist_ok=True)
         plan.save(path)
-        path.with_suffix(".md").write_text(about(plan, calibration, time.perf_counter() - started))
+        path.with_suffix(".md").write_text(about(plan, calibration, time.perf_counter() - started, name))
     return Plan.load(path)
 
 
-def about(plan: Plan, calibration: Calibration, seconds: float) -> str:
+def about(plan: Plan, calibration: Calibration, seconds: float, name: str) -> str:
     """What a plan is, and what finding it took."""
-    before, after = plan.tensors["moa/perplexity"].tolist()
+    (before, after), method = plan.tensors[f"{name.split(',')[0]}/perplexity"].tolist(), METHODS[name]
     return (
-        f"`{PLAN.name}`: moa at a density of {DENSITY:.0%} for SmolLM2-135M-Instruct. Profiled at {calibration.lengths} tokens, "
+        f"`{PLANS[name].name}`: {method} for SmolLM2-135M-Instruct. Profiled at {calibration.lengths} tokens, "
         f"compared at {calibration.compared}: perplexity of the dense model's answers {before:.3f} dense, {after:.3f} with the "
-        f"plan. Found in {seconds:.0f} s by `python -m benchmarks.run --only sparse_quality --only-candidates '{MOA}'`.\n"
+        f"plan. Found in {seconds:.0f} s by `python -m benchmarks.run --only sparse_quality --only-candidates '{name}'`.\n"
     )
 
 
-def planned(model: Any, tokenizer: Any, sizes: Calibration) -> Plan:
+def planned(model: Any, tokenizer: Any, sizes: Calibration, name: str = MOA) -> Plan:
     """A plan from the last of the prose, which no task reads."""
     text = tokenizer(prose(), return_tensors="pt", add_special_tokens=False).input_ids[0, -sizes.tokens :]
     *texts, last = text.split([*sizes.lengths, sizes.compared])
     batches = [answered(model, tokenizer, part, depth, sizes.answer) for part in texts for depth in DEPTHS]
     validation = [answered(model, tokenizer, last, depth, sizes.answer) for depth in COMPARED]
-    made = [{**p, "step": sizes.step} for p in METHODS[MOA]]
+    step = {"step": sizes.step} if name == MOA else {}
+    made = [{**({"name": p} if isinstance(p, str) else p), **step} for p in METHODS[name]]
     return accelpass.calibrate(model, batches, made, progress=False, validation=validation)
 
 

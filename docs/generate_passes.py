@@ -32,6 +32,7 @@ from accelpass.passes.step_cache.base import Searched, StepPass
 from accelpass.passes.structure.shortgpt import ShortGpt
 from accelpass.passes.token_pruning.base import TokenPruning
 from accelpass.passes.token_pruning.filter import PromptFilter
+from accelpass.passes.token_pruning.spatten import SpAtten
 from accelpass.passes.visual_tokens.inside import VisualPruning
 from accelpass.passes.visual_tokens.tome import ToMe
 from accelpass.passes.visual_tokens.visual import VisualFilter
@@ -53,6 +54,7 @@ NEEDS: tuple[tuple[type, str], ...] = (
     (KVPass, "an `accelpass.KVCache` as `past_key_values`"),
     (SpanPass, "for what it keeps, an `accelpass.KVCache`; prompts need none"),
     (TokenPruning, "a causal decoder; for single tokens an `accelpass.KVCache`"),
+    (SpAtten, "a causal decoder, best with an `accelpass.KVCache`, or an encoder"),
     (
         PromptFilter,
         "a causal decoder that returns the last token alone (`logits_to_keep=1`), best with an `accelpass.KVCache`",

@@ -179,9 +179,16 @@ SETTINGS: dict[str, Setting] = {
     "fastv": Setting({"layer": 1}, ("seeing",), looks_ahead=LAST),
     "gemfilter": Setting({"keep": 8}, looks_ahead=LAST),
     "lazyllm": Setting({"keep": (0.5,)}, ("prompt", "decoder"), looks_ahead=LAST),
+    "spatten": Setting({"keep": 0.3, "dense": 0.0, "first": 0}, ("prompt", "decoder"), looks_ahead=LAST),
     # A sampling run of another batch size is compiled for it.
     "delta_cache": Setting({"start": 0, "interval": 2}, ("denoiser",), recompiles=1),
     "re_ttention": Setting({"start": 0, "interval": 2, "keep": 0.3}, ("denoiser",), recompiles=1),
+    # Of as many clusters as blocks of 4 tokens; a batch has centroids of its own.
+    "svg2": Setting(
+        {"start": 1, "q_clusters": 3, "k_clusters": 4, "top_p": 0.5, "block": 4, "begin": 5, "dense_layers": 0.0},
+        ("denoiser", "encoder", "tower"),
+        recompiles=1,
+    ),
     "tokencache": Setting(_TOKENCACHE, ("denoiser",), tensors={IMPORTANCE: _table()}, recompiles=1),
     "ditfastattn": Setting(
         {"methods": {f"{b}.attn1": "FWAC" for b in _BLOCKS}, "timesteps": TIMES, "window": 3},

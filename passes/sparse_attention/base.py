@@ -47,6 +47,10 @@ class SparseAttention(SitePass):
             tokens: queries and keys, an int or symbolic.
         """
 
+    def selected(self, attention: Attention, tokens: Any, program: Program) -> tuple[BlockSelect, str] | Skip:
+        """As :meth:`selection`, of a method that looks at its plan (``program.artefacts``) too."""
+        return self.selection(attention, tokens)
+
     def find(self, program: Program) -> list[Attention]:
         found: list[Attention] = program.analysis(detect)
         return found
@@ -57,7 +61,7 @@ class SparseAttention(SitePass):
 
     def rewrite(self, site: Attention, edit: Edits) -> Done | Skip:
         assert site.node is not None
-        made = self.selection(site, value(site.node.args[0]).shape[2])
+        made = self.selected(site, value(site.node.args[0]).shape[2], edit.program)
         if isinstance(made, Skip):
             return made
         select, what = made

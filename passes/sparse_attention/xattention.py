@@ -2,91 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from accelpass.ir.attention import Attention, AttentionSpec
-from accelpass.ir.attention.spec.block_select import Blocks, BlockSelect
-from accelpass.passes.core.base import Skip
-from accelpass.passes.sparse_attention.base import SparseAttention
+from accelpass.ir.attention import Attention
+from accelpass.ir.attention.spec.block_select import BlockSelect
+from accelpass.passes.core.base import Skip, Study
+from accelpass.passes.sparse_attention.head_plan import HeadPlan, most_within
+from accelpass.passes.sparse_attention.patterns.antidiagonals import Antidiagonals
+
+_STEP, _STEPS = 0.9, 10
+"""A step of the search takes a tenth off a head's threshold (the paper); so many at most (inferred)."""
 
 
 @dataclass(frozen=True)
-class Antidiagonals(BlockSelect):
-    """The fewest blocks whose share of a softmax over antidiagonal sums of scores reaches ``threshold``."""
-
-    part: ClassVar[str] = "xattention"
-    block: int
-    stride: int
-    threshold: float
-
-    def blocks(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Blocks:
-        shares = self.shares(q, k, spec)
-        count = shares.shape[-1]
-        at = torch.arange(count, device=q.device)
-        earlier = at.unsqueeze(-1) >= at
-        forced = (at.unsqueeze(-1) == at) | (at == 0)
-        if self.threshold >= 1:
-            return Blocks.of((earlier | forced).expand(shares.shape), self.block)
-        others = shares.masked_fill(forced, 0.0)
-        largest, where = others.sort(dim=-1, descending=True, stable=True)
-        held = shares.sum(-1, keepdim=True) - others.sum(-1, keepdim=True)
-        needed = self.threshold * shares.sum(-1, keepdim=True)
-        taken = (held + largest.cumsum(-1) - largest) < needed
-        return Blocks.of((torch.zeros_like(taken).scatter(-1, where, taken) & earlier) | forced, self.block)
-
-    def shares(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
-        """What each block of queries pays each block of keys, estimated: float32 ``(batch * heads, blocks, blocks)``.
-
-        ``stride`` queries in falling order beside ``stride`` keys in rising order are one row each; their product is the sum of an
-        antidiagonal of every ``stride x stride`` tile.
-        """
-        batch, heads, tokens, width = q.shape
-        count, groups = -(-tokens // self.block), spec.groups
-        place = torch.arange(count * self.block, device=q.device)
-        real, place = (place < tokens).unsqueeze(-1), place.clamp_max(tokens - 1)
-        falling = (place.shape[0] // self.stride, self.stride)
-        rows = (q.index_select(2, place) * real).view(batch, heads, *falling, width).flip(3)
-        columns = (k.index_select(2, place) * real).reshape(batch * heads // groups, falling[0], self.stride * width)
-        rows = rows.reshape(batch * heads // groups, groups * falling[0], self.stride * width)
-        sums = torch.bmm(rows, columns.mT).view(batch * heads, falling[0], falling[0]).float()
-        later = torch.ones_like(sums[0], dtype=torch.bool).triu(1)
-        paid = (sums * (spec.scale / self.stride)).masked_fill(later, -torch.inf).softmax(-1)
-        paid = paid * real.view(falling).any(1).unsqueeze(-1)
-        inside = self.block // self.stride
-        return paid.view(-1, count, inside, count, inside).sum((2, 4))
-
-
-@dataclass(frozen=True)
-class XAttention(SparseAttention):
+class XAttention(HeadPlan):
     """Each block of queries reads the blocks of keys in which sums over antidiagonals of the scores are largest.
 
     Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", section 2. In each tile of ``stride x stride`` scores
     one antidiagonal is summed, which every row and every column of the tile has a part in; a softmax of these sums, added up over
     blocks, estimates the attention, and the fewest blocks are read whose share reaches ``threshold``. A block's own keys and the
     first block are always read, and count (the authors' code). The estimate costs one ``stride``-th of the scores, and holds
-    ``(tokens / stride) ** 2`` float32 numbers a head. Keys are cached in their order; decoding stays dense. One threshold for all
-    heads: the paper's search for one a head (section 2.3) is not done.
+    ``(tokens / stride) ** 2`` float32 numbers a head. Keys are cached in their order; decoding stays dense.
+
+    Calibration (section 2.3): a threshold for each head, from ``threshold`` down in steps of a tenth of itself. What a step costs is
+    measured for each head, as the error of its output (inferred: the paper does not say how all heads' choices are told apart);
+    dynamic programming finds, for each number of steps in all, the heads that take them. The plan is the most steps with
+    which perplexity on the held-back batches is at most ``loss`` above the dense model's (inferred).
 
     Attributes:
         block: tokens of a block.
         stride: tokens of a side of a tile; 8 and 16 are the paper's.
-        threshold: the share of the estimated softmax that the chosen blocks reach; 1 reads all.
+        threshold: the share of the estimated softmax that the chosen blocks reach; 1 reads all. Of all heads without a plan.
+        loss: share of perplexity that calibration gives up.
 
     Raises:
         OptionError: a number out of range, or a block that is not whole tiles.
+        PlanError: when compiled, a plan for other heads.
     """
 
     name: ClassVar[str] = "xattention"
     summary: ClassVar[str] = "prompts read the blocks of keys in which antidiagonals of the scores are large"
     paper: ClassVar[str] = "XAttention, arXiv 2503.16428"
     identity: ClassVar[dict[str, Any] | None] = {"threshold": 1.0}
+    planned: ClassVar[str] = "thresholds"
+    width: ClassVar[int] = 1
     block: int = 128
     stride: int = 8
     threshold: float = 0.9
+    loss: float = 0.01
 
     def __post_init__(self) -> None:
         if self.stride < 1:
@@ -95,6 +63,8 @@ class XAttention(SparseAttention):
             raise self.fail("block", f"a multiple of stride={self.stride}")
         if not 0 < self.threshold <= 1:
             raise self.fail("threshold", "a share above 0, up to 1, which reads all")
+        if not 0 <= self.loss < float("inf"):
+            raise self.fail("loss", "a share of perplexity, 0 or more")
         self.check_sites()
 
     def selection(self, attention: Attention, tokens: Any) -> tuple[BlockSelect, str] | Skip:
@@ -102,3 +72,60 @@ class XAttention(SparseAttention):
             return Skip(f"its {tokens} tokens are two blocks of {self.block} at most, which are always read")
         select = Antidiagonals(self.block, self.stride, self.threshold)
         return select, f"blocks of {self.block} keys up to {self.threshold:.0%} of the estimated attention"
+
+    def of_heads(self, rows: Tensor) -> tuple[BlockSelect, str]:
+        each = tuple(rows.flatten().tolist())
+        said = f"blocks of {self.block} keys up to {min(each):.0%} to {max(each):.0%} of the estimated attention of each head"
+        return Antidiagonals(self.block, self.stride, each), said
+
+    def calibrate_on_loss(self, study: Study) -> dict[str, Tensor]:
+        """See the class. Beside the thresholds: ``xattention/perplexity``."""
+        ladder = torch.tensor([self.threshold * _STEP**n for n in range(_STEPS + 1)], dtype=torch.float64)
+        tried = self.tried(study, [Antidiagonals(self.block, self.stride, t) for t in ladder.tolist()], "thresholds")
+        sites = sorted(tried.errors)
+        costs = torch.cat([tried.errors[site] / tried.calls[site] for site in sites])
+        taken = fewest_errors(costs - costs[:, :1])
+        heads = [len(tried.errors[site]) for site in sites]
+
+        def rows(steps: int) -> dict[str, Tensor]:
+            each = ladder[taken(steps)].unsqueeze(1).split(heads)
+            return dict(zip(sites, each, strict=True))
+
+        before, found = self.perplexity(study, None, "the dense model"), dict[int, float]()
+
+        def is_within(steps: int) -> bool:
+            found[steps] = self.perplexity(study, rows(steps), f"{steps} steps")
+            return found[steps] <= (1 + self.loss) * before
+
+        best = most_within(len(costs) * _STEPS, is_within)
+        after = found[best] if best in found else self.perplexity(study, rows(best), f"{best} steps")
+        return self.made(rows(best), before, after)
+
+
+def fewest_errors(costs: Tensor) -> Callable[[int], Tensor]:
+    """For each number of steps in all, how many each head takes, so that the sum of what they cost is least.
+
+    Args:
+        costs: of 0, 1, ... steps of each head, ``(heads, steps + 1)``.
+
+    Returns:
+        A function from the number to int64 ``(heads,)``.
+    """
+    heads, most = costs.shape[0], costs.shape[1] - 1
+    best = torch.full((heads * most + 1,), torch.inf, dtype=torch.float64)
+    best[0] = 0
+    choice = torch.zeros(heads, len(best), dtype=torch.int64)
+    for head in range(heads):
+        after = torch.full_like(best, torch.inf).repeat(most + 1, 1)
+        for own in range(most + 1):
+            after[own, own:] = best[: len(best) - own] + costs[head, own]
+        best, choice[head] = after.min(0)
+
+    def taken(steps: int) -> Tensor:
+        made = torch.zeros(heads, dtype=torch.int64)
+        for head in reversed(range(heads)):
+            made[head] = choice[head, steps]
+            steps -= int(made[head])
+        return made
+
+    return taken

@@ -9,11 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from accelpass.ir.attention.lowering.frame_band import frame_band, why_no_frames
+from accelpass.ir.attention.spec.block_select import changed_scores
 from accelpass.ir.attention.spec.op import ATTENTION, spec_of, want
 from accelpass.ir.attention.spec.spec import Band
 from accelpass.ir.core.graph import aten, call, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.resize import CannotResize
+from accelpass.ir.transform.splice import inserted
 from accelpass.ir.transform.steps import StepBlock, recall_new
 from accelpass.passes.core.staged import FULL, Site, appending
 from accelpass.passes.step_cache.base import StepPass, keep, kept, refuse_edited, why_no_window
@@ -31,13 +34,16 @@ class ReTtention(StepPass):
     step between computes the window alone, scales it by ``rho``, which grows by ``growth`` at each such step and is not clamped,
     and adds the difference. ``rho`` is ``exp(lse_window - lse_full)``; the difference is kept before the out-projection, which is
     linear, as the paper's is after it. Defaults are those of the authors' code for PixArt (20 steps); for CogVideoX it has
-    ``start=15`` of 50 steps, and a band in each frame, which is not built. Cross attention stays dense.
+    ``start=15`` of 50 steps and a band in each frame: ``frame=1350, text=226``, where a token sees those near its own place in all
+    frames, and text sees and is seen by all. Cross attention stays dense.
 
     Attributes:
         keep: width of the band in shares of the tokens: ``|i - j| <= int(tokens * keep) // 2`` along the flattened grid; 2 sees all.
         start: dense steps before the first that remembers.
         interval: every how many steps after that is dense; 1 equals the dense model.
         growth: lambda of the paper.
+        frame: tokens of a frame of a video; 0 for a band along all tokens. ``keep`` is then of a frame.
+        text: tokens of text in front of the frames, where both attend jointly.
 
     Raises:
         OptionError: a number out of range.
@@ -47,6 +53,8 @@ class ReTtention(StepPass):
     start: int = 5
     interval: int = 5
     growth: float = 0.04
+    frame: int = 0
+    text: int = 0
 
     name: ClassVar[str] = "re_ttention"
     summary: ClassVar[str] = "attention in a narrow window, corrected by the softmax of an earlier denoising step"
@@ -62,6 +70,10 @@ class ReTtention(StepPass):
             raise self.fail("interval", "a number of steps, 1 or more")
         if not 0 <= self.growth <= 1:
             raise self.fail("growth", "a number from 0, which keeps the ratio as it was, to 1")
+        if self.frame < 0:
+            raise self.fail("frame", "tokens of a frame, or 0 for a band along all tokens")
+        if self.text < 0 or (self.text and not self.frame):
+            raise self.fail("text", "tokens of text in front of frames, 0 or more; with frame=")
 
     def places(self, blocks: Sequence[StepBlock]) -> list[Site]:
         return [Site(m.path, b, m) for b in blocks for m in b.modules]
@@ -83,18 +95,15 @@ class ReTtention(StepPass):
     def acted(self, program: Program, site: Site, action: str) -> str:
         assert site.module is not None and site.module.attention.node is not None
         attention = site.module.attention.node
-        why = why_no_window(program, site)
+        spec, tokens = spec_of(attention), int(value(attention).shape[-2])
+        why = why_no_window(program, site) if not self.frame else self._why_no_frames(site, tokens)
         if why is not None:
             raise CannotResize(why)
-        refuse_edited(spec_of(attention), self.name)
-        reach = int(int(value(attention).shape[-2]) * self.keep) // 2
-        spec = spec_of(attention).edited(by=self.name, select=Band(reach))
+        refuse_edited(spec, self.name)
+        reach = int((self.frame or tokens) * self.keep) // 2
         rows = value(attention).shape[:-1]
-        graph = program.graph
         if action == _REFRESH:
-            with graph.inserting_after(attention):
-                window = call(graph, attention, ATTENTION, *attention.args[:-1], spec.to_json())
-            near, of_window = self._with_normaliser(window)
+            near, of_window = self._window(program, attention, reach, True)
             full, of_all = self._with_normaliser(attention)
             with appending(max(near, of_window, full, of_all)) as build:
                 ratio = build(aten.exp.default, build(aten.sub.Tensor, of_window, of_all))
@@ -105,12 +114,40 @@ class ReTtention(StepPass):
         ratio = recall_new(program, f"{site.path}:ratio", tuple(int(n) for n in rows), torch.float32)
         grown = recall_new(program, site.path + _GROWN, (), torch.float32)
         (rest,) = kept(program, site, "rest", [attention])
-        with graph.inserting_after(attention):
-            near = call(graph, attention, ATTENTION, *attention.args[:-1], spec.to_json())
+        near, _ = self._window(program, attention, reach, False)
         with appending(max(near, ratio, grown, rest)) as build:
             whole = build(aten.add.Tensor, self._scaled(build, near, build(aten.add.Tensor, ratio, grown)), rest)
         attention.replace_all_uses_with(whole)
-        return f"a window of {reach} tokens to either side, scaled, and the rest of an earlier step"
+        where = "in each frame" if self.frame else "to either side"
+        return f"a window of {reach} tokens {where}, scaled, and the rest of an earlier step"
+
+    def _why_no_frames(self, site: Site, tokens: int) -> str | None:
+        assert site.module is not None
+        spec = site.module.attention.spec
+        if spec.bias != "none" or spec.causal or (why := changed_scores(spec)):
+            return "the model's own mask is not combined with a window" if spec.bias != "none" or spec.causal else why
+        return why_no_frames(tokens, self.frame, self.text)
+
+    def _window(self, program: Program, attention: fx.Node, reach: int, normalised: bool) -> tuple[fx.Node, fx.Node]:
+        """The attention in the window, and what :meth:`_with_normaliser` gives, or any node if not ``normalised``."""
+        spec, graph = spec_of(attention), program.graph
+        if self.frame:
+            scale, frame, text = spec.scale, self.frame, self.text
+
+            def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+                return frame_band(q, k, v, scale, frame, text, reach)
+
+            out, lse = inserted(program, attention, run, *attention.args[:3])
+            return out, lse
+        with graph.inserting_after(attention):
+            near = call(
+                graph,
+                attention,
+                ATTENTION,
+                *attention.args[:-1],
+                spec.edited(by=self.name, select=Band(reach)).to_json(),
+            )
+        return self._with_normaliser(near) if normalised else (near, near)
 
     def _with_normaliser(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
         """What an attention gives, and the logarithm of each query's sum of exponentials; ``node`` is replaced."""

@@ -15,6 +15,9 @@ from accelpass.ir.attention.spec.spec import All, AttentionSpec
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.splice import inserted
 
+_ROWS = 256
+"""Queries whose scores are held at once."""
+
 
 def kept(tokens: Any, share: float) -> Any:
     """How many of so many tokens, a number or a symbolic one, go on."""
@@ -57,3 +60,27 @@ def last_row(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: At
     own = replace(spec, causal=False, select=All(), statistics=frozenset({"column_sums"}))
     _, found = attend(q[:, :, -1:], k, v, steps.of_last(extras, q.shape[2]), own)
     return found["column_sums"].sum(1) / q.shape[1]
+
+
+@torch.library.custom_op("accelpass::attention_mass", mutates_args=())
+def attention_mass(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
+    """The probability that each key gets of all queries and heads, float32 ``(batch, keys)``, in pieces: all scores are never there at once.
+
+    Args:
+        q: ``(batch, heads, tokens, d)``; k: ``(batch, kv_heads, tokens, d)``.
+    """
+    batch, heads, tokens, _ = q.shape
+    keys = k.repeat_interleave(heads // k.shape[1], 1).mT
+    found = torch.zeros(batch, tokens, device=q.device)
+    at = torch.arange(tokens, device=q.device)
+    for rows in at.split(_ROWS):
+        scores = (q[:, :, rows] @ keys).float() * scale
+        if causal:
+            scores = scores.masked_fill(at > rows.unsqueeze(-1), -torch.inf)
+        found += scores.softmax(-1).sum((1, 2))
+    return found
+
+
+@attention_mass.register_fake
+def _(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
+    return q.new_empty((q.shape[0], k.shape[2]), dtype=torch.float32)

@@ -8,27 +8,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 
 from accelpass.ir.analyses.structure.block import Block
 from accelpass.ir.analyses.structure.vision import Entry, chains, vision
-from accelpass.ir.attention.spec.op import is_attention, set_spec, spec_of
+from accelpass.ir.attention.spec.op import is_attention, spec_of
 from accelpass.ir.core.graph import known, value, written_inputs
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.kv.layer import give
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.torch_private import assert_async
 from accelpass.ir.transform.sequence.removal import Rows, ShrinkingSequence
-from accelpass.ir.transform.splice import inserted
 from accelpass.ir.transform.steps import survived
 from accelpass.ir.transform.tokens import CannotCut, stretches_between
 from accelpass.passes.core.base import Done, Pass, Record, Skip
-from accelpass.passes.core.site_pass import claim
 from accelpass.passes.kv_cache.base import NO_CACHE, cannot_store
-from accelpass.passes.token_pruning.memory import Memory
-from accelpass.passes.token_pruning.rows_at_positions import RowsAtPositions
+from accelpass.passes.token_pruning.gone import keep_what_is_left, read_what_is_left
 
 
 class NotPruned(AccelpassError):
@@ -80,7 +75,7 @@ class VisualPruning(Pass):
         behind = [site for site in sites if _is_in(site, stack[self.layer :])]
         path = stack[self.layer - 1].path
         if not is_prompt:
-            self._later(program, sites, behind)
+            read_what_is_left(program, self, {1: behind})
             record.take(path, Done(f"{len(behind)} layers behind it read what is left"))
             return
         try:
@@ -93,7 +88,9 @@ class VisualPruning(Pass):
         else:
             survived(program, path, rows, tokens)
             record.take(path, Done(said))
-        self._fill(program, kv_sites(program), {site.path for site in behind}, rows)
+        paths = {site.path for site in behind}
+        left = {} if rows is None else {1: rows}
+        keep_what_is_left(program, self, {1: [site for site in kv_sites(program) if site.path in paths]}, left)
 
     def _stack(self, program: Program, sites: Sequence[KVSite]) -> list[Block]:
         """The blocks of the language model; that its tokens may leave is a matter of the model, the same in all its graphs."""
@@ -152,33 +149,6 @@ class VisualPruning(Pass):
         run.finish()
         return chosen, tokens, f"{left} of {each} visual tokens go on to {len(stack) - self.layer} layers"
 
-    def _fill(self, program: Program, sites: Sequence[KVSite], behind: set[str], rows: fx.Node | None) -> None:
-        """Let the caches of the layers behind be written where the tokens stand that go on; all of them if ``rows`` is None."""
-        mine = [site for site in sites if site.path in behind]
-        if not mine:
-            return
-        length, every = inserted(program, sites[0].append, _all, sites[0].new[0])
-        (output,) = program.graph.find_nodes(op="output")
-        Memory(program, sites[0]).note(output, 1, every if rows is None else rows)
-        for site in mine:
-            self._store(program, site)
-            give(site.append, {} if rows is None else {"rows": rows, "advance": length}, {})
-
-    def _later(self, program: Program, sites: Sequence[KVSite], behind: Sequence[KVSite]) -> None:
-        start = sites[0].append  # the layer counts its tokens there
-        memory = Memory(program, sites[0])
-        (new,) = inserted(program, start, _positions, sites[0].count, sites[0].new[0])
-        have = memory.note(start, 1, new)
-        (keep,) = inserted(program, start, lambda have: [have[:, :-1].clone()], have)
-        for site in behind:
-            self._store(program, site)
-            give(site.append, {"keep": keep}, {})
-
-    def _store(self, program: Program, site: KVSite) -> None:
-        claim(program, self.name, self.edits, [site.path])
-        assert site.attention is not None
-        set_spec(site.attention, spec_of(site.attention).edited(by=self.name, store=RowsAtPositions(False)))
-
 
 def _entry(program: Program) -> Entry:
     found = program.analysis(vision)
@@ -205,16 +175,6 @@ def _left(each: int, left: int, mask: Tensor, importance: Tensor) -> list[Tensor
     score = importance.masked_fill(mask.logical_not(), float("inf"))
     order = score.sort(dim=-1, descending=True, stable=True).indices
     return [order[:, : mask.shape[1] - (each - left)].sort(-1).values]
-
-
-def _all(k: Tensor) -> list[Tensor]:
-    """How many tokens a prompt has, and their positions."""
-    every = torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1).contiguous()
-    return [torch.full((), k.shape[2], dtype=torch.int64, device=k.device), every]
-
-
-def _positions(count: Tensor, k: Tensor) -> list[Tensor]:
-    return [count[:, None] + torch.arange(k.shape[2], device=count.device)]
 
 
 def _attentions(block: Block) -> list[fx.Node]:

@@ -127,7 +127,7 @@ def test_compiles_for_hopper():
     ("width", "dtype", "size"), [(72, torch.float16, 128), (96, torch.bfloat16, 64), (16, torch.float16, 24)]
 )
 def test_every_option_compiles(width, dtype, size):
-    options = dict.fromkeys(("RAGGED", "HAS_ORDER", "HAS_REACH", "CAUSAL"), True)
+    options = dict.fromkeys(("RAGGED", "HAS_ORDER", "HOLES", "HAS_REACH", "CAUSAL"), True)
     built = hopper(kernels.block_sparse.configs[2], width, dtype, size, **options)
     assert built.asm["cubin"] and "ld.local" not in built.asm["ptx"]
 

@@ -153,6 +153,14 @@ def test_an_order_and_tables_of_each_sequence_and_head(tables, orders, size):
     hold(q, k, v, listed, seen & (at.abs() <= 9), reach=9)
 
 
+@pytest.mark.parametrize(("holes", "size"), [(5, 24), (19, 8)])
+def test_places_that_hold_no_key(holes, size):
+    q, k, v = operands(holes, torch.float32, 1, 1, 2, 37, 53, 24, 16)
+    listed = listed_at_random(size, 2, 2, 37, 53 + holes, size)
+    listed = listed._replace(order=torch.where(listed.order < 53, listed.order, -1).int())
+    hold(q, k, v, listed, listed_mask(listed, 2, 37, 53))
+
+
 def test_an_order_changes_nothing_where_all_blocks_are_listed():
     q, k, v = operands(8, torch.float32, 1, 1, 2, 40, 40, 16, 16)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).int().repeat(2, 1)

@@ -126,7 +126,7 @@ def prompt_source(
     names = [p.name for p in kernel.params]
     padded = max(16, triton.next_power_of_2(width))
     values = {
-        **dict.fromkeys(("RAGGED", "HAS_ORDER", "HAS_REACH", "CAUSAL", "WIDEN"), False),
+        **dict.fromkeys(("RAGGED", "HAS_ORDER", "HOLES", "HAS_REACH", "CAUSAL", "WIDEN"), False),
         "D": width,
         "DV": width,
         "D_P2": padded,
@@ -136,7 +136,7 @@ def prompt_source(
         **constants,
         **config.kwargs,
     }
-    fixed = {name: values[name] for name in names if name.isupper() and name not in "NM"}
+    fixed = {name: values[name] for name in names if name.isupper() and name != "N"}
     kinds = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), POINTERS[dtype])
     kinds |= {"lse_ptr": "*fp32", "scale": "fp32", **dict.fromkeys(("blocks_ptr", "counts_ptr", "order_ptr"), "*i32")}
     strided = {name for name in names if name.endswith(("_ptr", "_sb", "_sh", "_sn"))}

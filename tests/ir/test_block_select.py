@@ -19,6 +19,7 @@ from accelpass.ir.attention.spec.spec import Part
 from accelpass.ir.core.capture import from_dynamo
 from accelpass.ir.core.verify import signature, verify
 from tests.ir.test_block_sparse import ATOL, expected, operands, random_tables, visible
+from tests.sweep import examples
 
 
 def random_order(draw, tables, columns):
@@ -95,6 +96,36 @@ def test_an_order_changes_nothing_where_all_blocks_are_listed():
         torch.testing.assert_close(got, want, atol=ATOL, rtol=0)
 
 
+@settings(max_examples=examples(30), deadline=None)
+@given(
+    columns=st.integers(1, 90), holes=st.integers(1, 60), size=st.integers(1, 40), tables=st.sampled_from([1, 4, 8]),
+    causal=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_places_may_hold_no_key(columns, holes, size, tables, causal, seed):
+    """Keys in more places than there are keys: what stands nowhere is not read, and the mask is of tokens."""
+    q, k, v = operands(2, 2, 2, columns, columns, 8, 8, seed)
+    draw, places = torch.Generator().manual_seed(seed), columns + holes
+    at = torch.stack([torch.randperm(places, generator=draw) for _ in range(tables)])
+    order = torch.where(at < columns, at, -1).int()
+    k_blocks = -(-places // size)
+    blocks, counts = random_tables(draw, tables, -(-columns // size), k_blocks, k_blocks)
+    listed = Blocks(blocks, counts, size, order)
+    mask = torch.zeros(tables, columns, columns, dtype=torch.bool)
+    for n in range(tables):
+        for row in range(columns):
+            own = set(blocks[n, row // size, : counts[n, row // size]].tolist())
+            for place, token in enumerate(order[n].tolist()):
+                if token >= 0 and place // size in own:
+                    mask[n, row, token] = not causal or token <= row
+    seen = listed_mask(listed, 4, columns, columns)
+    if causal:
+        seen = seen & torch.ones(columns, columns, dtype=torch.bool).tril()
+    assert torch.equal(seen, mask.view(-1, *((4,) if tables > 1 else (1,)), columns, columns))
+    got = BLOCK_SPARSE(q, k, v, blocks, counts, size, -1, causal, 0.3, order)
+    for one, other in zip(got, expected(q, k, v, seen.expand(2, 4, -1, -1), 0.3), strict=True):
+        torch.testing.assert_close(one, other, atol=ATOL, rtol=0)
+
+
 def test_no_queries_and_no_lists():
     q, k, v = operands(2, 2, 2, 20, 20, 4, 6)
     order = torch.arange(20, dtype=torch.int32).flip(0).unsqueeze(0)
@@ -118,6 +149,7 @@ def test_opcheck_with_an_order():
     [
         ({"order": torch.zeros(1, 20, dtype=torch.int32)}, ValueError, "does not name each of the 20 tokens once"),
         ({"order": torch.arange(1, 21).int()[None]}, ValueError, "does not name each of the 20 tokens once"),
+        ({"order": torch.arange(-2, 19).int()[None]}, ValueError, "does not name each of the 20 tokens once"),
         ({"order": torch.arange(20)[None]}, TypeError, r"order is torch\.int64"),
         ({"order": torch.arange(20).int().repeat(3, 1)}, ValueError, r"order is \(3, 20\).* need \(1 or 4 or 8, 20\)"),
         ({"order": torch.arange(19).int()[None]}, ValueError, r"order is \(1, 19\)"),

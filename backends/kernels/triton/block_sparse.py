@@ -32,13 +32,13 @@ def _block_sparse(
     v_ptr,  # (B, Hkv, M, DV)
     blocks_ptr,  # (tables, q_blocks, most)
     counts_ptr,  # (tables, q_blocks)
-    order_ptr,  # (orders, M)
+    order_ptr,  # (orders, places): -1 at places that hold no key
     out_ptr,  # (B, N, H, DV)
     lse_ptr,  # (B, H, N)
     scale,
     heads,
     N,
-    M,
+    places,  # of keys: M, or more where some hold none
     q_blocks,
     most,
     reach,
@@ -62,6 +62,7 @@ def _block_sparse(
     SIZE: tl.constexpr,
     RAGGED: tl.constexpr,  # the last key block is shorter than SIZE
     HAS_ORDER: tl.constexpr,  # a tile's keys are the tokens that stand at its places, gathered as they are loaded
+    HOLES: tl.constexpr,  # some places of an order hold no key
     HAS_REACH: tl.constexpr,
     CAUSAL: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter's dot multiplies the bit patterns of bf16 (Triton 3.7); float32 holds them
@@ -96,7 +97,7 @@ def _block_sparse(
     table = (pair % tables).to(tl.int64) * q_blocks + q_block
     count = tl.load(counts_ptr + table)
     listed_ptr = blocks_ptr + table * most
-    order_base = order_ptr + (pair % orders).to(tl.int64) * M
+    order_base = order_ptr + (pair % orders).to(tl.int64) * places
     k_base = k_ptr + sequence * k_sb + kv_head * k_sh
     v_base = v_ptr + sequence * v_sb + kv_head * v_sh
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -106,9 +107,11 @@ def _block_sparse(
         block = tl.load(listed_ptr + t // K_TILES)
         start = block * SIZE + t % K_TILES * BLOCK_N
         place = start + n
-        end = tl.minimum(block * SIZE + SIZE, M)
+        there = place < tl.minimum(block * SIZE + SIZE, places)
         if HAS_ORDER:
-            key = tl.load(order_base + place, mask=place < end, other=0)
+            key = tl.load(order_base + place, mask=there, other=0)
+            if HOLES:
+                there = there & (key >= 0)
             held = key.to(tl.int64)
             k_at = k_base + (held * k_sn)[:, None] + d[None, :]
             v_at = v_base + (held * v_sn)[:, None] + dv[None, :]
@@ -116,11 +119,11 @@ def _block_sparse(
             key = place
             k_at = k_base + start.to(tl.int64) * k_sn + (n * k_sn)[:, None] + d[None, :]
             v_at = v_base + start.to(tl.int64) * v_sn + (n * v_sn)[:, None] + dv[None, :]
-        PART: tl.constexpr = RAGGED or SIZE % BLOCK_N != 0  # a tile may go past the end of its block
+        PART: tl.constexpr = RAGGED or HOLES or SIZE % BLOCK_N != 0  # a tile may go past the end of its block
         if PART and D_P2 != D:
-            k = tl.load(k_at, mask=(place < end)[:, None] & (d < D)[None, :], other=0.0)
+            k = tl.load(k_at, mask=there[:, None] & (d < D)[None, :], other=0.0)
         elif PART:
-            k = tl.load(k_at, mask=(place < end)[:, None], other=0.0)
+            k = tl.load(k_at, mask=there[:, None], other=0.0)
         elif D_P2 != D:
             k = tl.load(k_at, mask=(d < D)[None, :], other=0.0)
         else:
@@ -129,7 +132,7 @@ def _block_sparse(
             k = k.to(tl.float32)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
         if PART:
-            s = tl.where((place < end)[None, :], s, float("-inf"))
+            s = tl.where(there[None, :], s, float("-inf"))
         if HAS_REACH:
             away = m[:, None] - key[None, :]
             s = tl.where((away <= reach) & (away >= -reach), s, float("-inf"))
@@ -145,9 +148,9 @@ def _block_sparse(
         acc *= alpha[:, None]
         top = new_top
         if PART and DV_P2 != DV:
-            v = tl.load(v_at, mask=(place < end)[:, None] & (dv < DV)[None, :], other=0.0)
+            v = tl.load(v_at, mask=there[:, None] & (dv < DV)[None, :], other=0.0)
         elif PART:
-            v = tl.load(v_at, mask=(place < end)[:, None], other=0.0)
+            v = tl.load(v_at, mask=there[:, None], other=0.0)
         elif DV_P2 != DV:
             v = tl.load(v_at, mask=(dv < DV)[None, :], other=0.0)
         else:
@@ -194,5 +197,5 @@ block_sparse: Any = triton.autotune(
         (128, 128, 8, 2),
         (128, 128, 8, 3),
     ),
-    key=["bucket", "D", "DV", "SIZE", "HAS_ORDER", "HAS_REACH", "CAUSAL"],
+    key=["bucket", "D", "DV", "SIZE", "HAS_ORDER", "HOLES", "HAS_REACH", "CAUSAL"],
 )(_block_sparse)

@@ -86,9 +86,10 @@ def block_sparse_attention_triton(
         return out, lse
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     blocks, counts = blocks.contiguous(), counts.contiguous()
-    places = blocks if order is None else order.contiguous()  # a pointer that is not read is a pointer all the same
+    held = blocks if order is None else order.contiguous()  # a pointer that is not read is a pointer all the same
     batch, heads, rows, width = q.shape
     kv_heads, columns = k.shape[1:3]
+    places = columns if order is None else order.shape[1]
     q_blocks, most = blocks.shape[1:]
     reach = effective_reach(reach, rows, columns)
 
@@ -101,18 +102,18 @@ def block_sparse_attention_triton(
         v_ptr=v,
         blocks_ptr=blocks,
         counts_ptr=counts,
-        order_ptr=places,
+        order_ptr=held,
         out_ptr=out,
         lse_ptr=lse,
         scale=scale,
         heads=heads,
         N=rows,
-        M=columns,
+        places=places,
         q_blocks=q_blocks,
         most=most,
         reach=reach,
         tables=blocks.shape[0],
-        orders=places.shape[0],
+        orders=held.shape[0],
         bucket=min(triton.next_power_of_2(max(1, most * size)), 4096),  # from there on a config is in its steady state
         q_sb=q.stride(0),
         q_sh=q.stride(1),
@@ -129,8 +130,9 @@ def block_sparse_attention_triton(
         D_P2=max(_NARROW, triton.next_power_of_2(width)),
         DV_P2=max(_NARROW, triton.next_power_of_2(v.shape[3])),
         SIZE=size,
-        RAGGED=columns % size != 0,
+        RAGGED=places % size != 0,
         HAS_ORDER=order is not None,
+        HOLES=places != columns,
         HAS_REACH=reach >= 0,
         CAUSAL=causal,
         WIDEN=INTERPRETED,

@@ -120,9 +120,10 @@ def check_block_sparse(
     if order is not None:
         if order.dtype != torch.int32:
             raise TypeError(f"{name}: order is {order.dtype}; it must be torch.int32")
-        if order.dim() != 2 or order.shape[0] not in tables or order.shape[1] != k.shape[2]:
+        if order.dim() != 2 or order.shape[0] not in tables or order.shape[1] < k.shape[2]:
             raise ValueError(
-                f"{name}: order is {tuple(order.shape)}; {k.shape[2]} keys need ({_either(tables)}, {k.shape[2]})"
+                f"{name}: order is {tuple(order.shape)}; {k.shape[2]} keys need ({_either(tables)}, {k.shape[2]}), "
+                "or more places with -1 at those that hold none"
             )
     devices = {str(t.device) for t in (q, k, v, blocks, counts, order) if t is not None}
     if len(devices) > 1:
@@ -159,8 +160,9 @@ def block_sparse_attention(
         reach: query i reads no key j with ``|i - j| > reach``, listed or not; -1 for no such limit.
         causal: query i reads no key j > i (sdpa's ``is_causal``, whatever N and M are).
         scale: of the scores.
-        order: int32 ``(1, Hq or B * Hq, M)``: key block b holds the tokens ``order[b * size : (b + 1) * size]``; each row
-            has all tokens once. ``reach`` and ``causal`` go by token. None where keys stand in their own order.
+        order: int32 ``(1, Hq or B * Hq, places)``: key block b holds the tokens ``order[b * size : (b + 1) * size]``; each row
+            has all tokens once, and -1 at further places, which hold none. ``reach`` and ``causal`` go by token. None
+            where keys stand in their own order.
 
     Returns:
         The output ``(B, Hq, N, dv)``, in memory ``(B, N, Hq, dv)``, and the natural log-sum-exp of the scaled scores,
@@ -173,8 +175,8 @@ def block_sparse_attention(
     check_block_sparse(q, k, v, blocks, counts, size, reach, order)
     rows, columns, width = q.shape[2], k.shape[2], v.shape[3]
     reach = effective_reach(reach, rows, columns)
-    blocks = _checked(blocks, counts, -(-columns // size))
-    if order is not None and not torch.zeros_like(order, dtype=torch.bool).scatter(1, _inside(order), True).all():
+    blocks = _checked(blocks, counts, -(-(columns if order is None else order.shape[1]) // size))
+    if order is not None and not _is_order(order, columns):
         raise ValueError(f"block_sparse_attention: order does not name each of the {columns} tokens once")
     out, lse = empty_results(q, v)
     if not lse.numel():
@@ -260,8 +262,11 @@ def _checked(blocks: Tensor, counts: Tensor, k_blocks: int) -> Tensor:
     return blocks.masked_fill(valid.logical_not(), 0)
 
 
-def _inside(order: Tensor) -> Tensor:
-    return order.long().clamp(0, max(0, order.shape[1] - 1))
+def _is_order(order: Tensor, tokens: int) -> bool:
+    """Whether each row has each token once, and -1 everywhere else."""
+    at = torch.where((order < 0) | (order >= tokens), tokens, order.long())
+    found = torch.zeros(len(order), tokens + 1, dtype=torch.bool, device=order.device).scatter(1, at, True)
+    return bool(found[:, :tokens].all() and ((order == -1).sum(1) == order.shape[1] - tokens).all())
 
 
 def _pieces(

@@ -44,6 +44,7 @@ def stacked(
     device, q_blocks = q.device, -(-blocks.shape[1] // _TOGETHER[0]) * _TOGETHER[0]
     pair = torch.arange(batch * heads, device=device)
     tokens = _tokens(order, columns, size, device)
+    has_holes = tokens.shape[1] * size != columns
     begin = (torch.arange(q_blocks, device=device, dtype=torch.int32) * size).unsqueeze(-1)
     listed = grid_of(blocks, counts, q_blocks, tokens.shape[1])[pair % len(blocks)]
     placed = tokens[pair % len(tokens)]
@@ -60,7 +61,7 @@ def stacked(
         """Attend over ``token (pieces, keys)`` from these of all pieces of ``together`` query blocks each."""
         asked, found, logs = (t.view(-1, together * size, t.shape[1]) for t in (queries, out, lse))
         many = q_blocks // together
-        inside = token.clamp_max(columns - 1) if columns % size else token
+        inside = token.clamp_max(columns - 1) if has_holes else token
         held = (start[at // many].unsqueeze(-1) + inside).flatten()
         if len(held) > len(room[0]):
             room[:] = [q.new_empty(len(held), width) for _ in room]
@@ -152,7 +153,9 @@ def _taken_squares(listed: Tensor, whole: Tensor, cut: Tensor, placed: Tensor, o
 def _tokens(order: Tensor | None, columns: int, size: int, device: torch.device) -> Tensor:
     """The token at each place, int32 ``(tables, k_blocks, size)``; ``_NOWHERE`` where there is none."""
     places = torch.arange(columns, dtype=torch.int32, device=device).unsqueeze(0) if order is None else order
-    return F.pad(places, (0, -columns % size), value=_NOWHERE).unflatten(1, (-1, size))
+    if order is not None and order.shape[1] > columns:
+        places = order.masked_fill(order < 0, _NOWHERE)
+    return F.pad(places, (0, -places.shape[1] % size), value=_NOWHERE).unflatten(1, (-1, size))
 
 
 def _parts(listed: Tensor, tokens: Tensor, begin: Tensor, rows: int, reach: int, causal: bool) -> tuple[Tensor, Tensor]:

@@ -32,8 +32,9 @@ class Blocks(NamedTuple):
         blocks: int32 ``(tables, q_blocks, most)``: for each query block the key blocks that it reads, ascending.
         counts: int32 ``(tables, q_blocks)``: how many of them are valid.
         size: tokens of a block.
-        order: int32 ``(tables of its own, k_tokens)``: the token that stands at each place, if the blocks are of
-            reordered keys; None where keys keep their order. Causality is by token, not by place.
+        order: int32 ``(tables of its own, places)``: the key that stands at each place, if the blocks are of reordered
+            keys; -1 at a place that holds none, where there are more places than keys. None where keys keep their order.
+            Causality is by token, not by place.
     """
 
     blocks: Tensor
@@ -118,14 +119,23 @@ def grid_of(blocks: Tensor, counts: Tensor, q_blocks: int, k_blocks: int) -> Ten
     return found.scatter(2, at, True)[..., :k_blocks]
 
 
+def places_of(order: Tensor, tokens: int) -> Tensor:
+    """Where each of so many tokens stands in an order ``(tables, places)`` that may have places without one."""
+    place = torch.arange(order.shape[1], device=order.device).expand(order.shape)
+    at = torch.where(order < 0, tokens, order.long())
+    found = torch.zeros(len(order), tokens + 1, dtype=place.dtype, device=order.device)
+    return found.scatter(1, at, place)[:, :tokens]
+
+
 def listed_mask(listed: Blocks, heads: int, rows: int, columns: int) -> Tensor:
     """Listed blocks as a boolean mask ``(batch or 1, heads or 1, rows, columns)``, without the causal cut."""
     blocks, counts, size, order = listed
     tables, q_blocks = blocks.shape[:2]
-    grid = grid_of(blocks, counts, q_blocks, -(-columns // size))
-    full = grid.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, :rows, :columns]
+    places = columns if order is None else order.shape[1]
+    grid = grid_of(blocks, counts, q_blocks, -(-places // size))
+    full = grid.repeat_interleave(size, 1).repeat_interleave(size, 2)[:, :rows, :places]
     if order is not None:
-        place = torch.argsort(order.long(), -1).unsqueeze(1)  # where each token stands
+        place = places_of(order, columns).unsqueeze(1)
         tables = max(len(full), len(place))
         full, place = (t.repeat(tables // len(t), 1, 1) for t in (full, place))
         full = full.gather(2, place.expand(-1, rows, -1))

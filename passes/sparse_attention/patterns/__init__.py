@@ -1,0 +1,1 @@
+"""Patterns of a prompt's attention, each a selection of blocks."""
