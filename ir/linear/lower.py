@@ -17,6 +17,8 @@ from accelpass.ir.linear.spec import LinearSpec, WeightFormat
 from accelpass.ir.transform.splice import Tracer
 
 Nodes = Sequence[fx.Node]
+ROUNDED = "accelpass_rounded"
+"""Key of a node's ``meta``: it holds the codes that the input of a linear was rounded to, whatever multiplies them."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def _plain(e: Emit, spec: LinearSpec, rounded: dict[Any, list[fx.Node]]) -> fx.N
         key = (x, activation, *known)
         if key not in rounded:  # once for all that read it
             rounded[key] = e.traced(activation, lambda x, *known: activation.encode(x.float(), *known), x, *known)
+            rounded[key][0].meta[ROUNDED] = True
         codes, scale = rounded[key]
         y = e(aten.mul.Tensor, e(LINEAR, codes, packed, None, text), scale)
     else:
