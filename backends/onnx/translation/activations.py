@@ -7,8 +7,9 @@ into the graph that torch runs too, so that the file is compared with what it sa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor, fx
 
 from accelpass.backends.export.errors import ExportError
 from accelpass.backends.export.functional import Functional
-from accelpass.ir.core.graph import aten, value
+from accelpass.ir.core.graph import aten, is_call, replace, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.lower import ROUNDED
-from accelpass.ir.linear.op import is_linear, linear_spec, operands_of
+from accelpass.ir.linear.op import INPUT, is_linear, linear_spec, operands_of
+from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.quantization.int8_static import Int8Static
 
 _LEVELS = 255
@@ -103,18 +105,24 @@ class StaticRanges:
 
 
 def write_static(program: Program) -> None:
-    """Round the inputs of linears that have a known step by the standard's pair of operators; the products are of floats then."""
+    """Round inputs that have a known step by the standard's pair of operators; the products are of floats then."""
     rounded: dict[tuple[fx.Node, float], fx.Node] = {}
-    for node in [n for n in program.graph.nodes if is_linear(n)]:
-        spec, operands, x = linear_spec(node), operands_of(node), node.args[0]
-        if not isinstance(spec.activation, Int8Static):
-            continue
-        (step,) = spec.of_activation(operands)
+
+    def pair(node: fx.Node, x: Any, step: fx.Node) -> fx.Node:
         size = float(getattr(program.gm, str(step.target))[0]) or 1.0
         if (x, size) not in rounded:
             rounded[x, size] = _pair(program.graph, node, x, (size, 128, 0, _LEVELS, torch.uint8), ROUNDED)
-        rest = [*spec.of_weight(operands), *spec.of_residual(operands)]
-        node.args = (rounded[x, size], rest, node.args[2], replace(spec, activation=None).to_json())
+        return rounded[x, size]
+
+    for node in list(program.graph.nodes):
+        if is_call(node, INPUT) and isinstance(LinearSpec.from_json(node.args[2]).activation, Int8Static):
+            replace(node, pair(node, node.args[0], *node.args[1]))
+        if not is_linear(node) or not isinstance((spec := linear_spec(node)).activation, Int8Static):
+            continue
+        operands = operands_of(node)
+        rest = [*spec.of_weight(operands), *spec.of_residual(operands), *spec.of_choice(operands)]
+        plain = dataclasses.replace(spec, activation=None).to_json()
+        node.args = (pair(node, node.args[0], *spec.of_activation(operands)), rest, node.args[2], plain)
 
 
 def effect_of_rounding(made: Functional) -> float:
