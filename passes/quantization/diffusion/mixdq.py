@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -19,12 +19,12 @@ from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.rows import IntRows
 from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.core.site_pass import Edits
-from accelpass.passes.quantization.bases.calibrated import InputMoments, Learnt
+from accelpass.passes.quantization.bases.calibrated import InputMoments, InputRange, Learnt
 from accelpass.passes.quantization.bases.weight_only import SharedWeight
 from accelpass.passes.quantization.int8_static import Int8Static, Int8StaticPass
 
 
-class TextMoments(InputMoments):
+class TextRange(InputRange):
     """Of text that cross-attention reads ``(batch, tokens, in)``.
 
     Attributes:
@@ -69,10 +69,13 @@ class MixDQ(Int8StaticPass):
     Attributes:
         bits: of weights, 2, 4 or 8.
         bos: compute the first token beforehand.
+        convolutions: round convolutions, too, their kernels as the matrices ``(out, in / groups * size)`` that they are; in few steps the
+            first and the last one are the most sensitive (``exclude=["conv_in", "conv_out"]``).
     """
 
     bits: int = 8
     bos: bool = True
+    convolutions: bool = field(default=True, kw_only=True)
 
     name: ClassVar[str] = "mixdq"
     summary: ClassVar[str] = "static W8A8 to W4A8 for text-to-image models, the text's first token computed beforehand"
@@ -90,10 +93,10 @@ class MixDQ(Int8StaticPass):
     def moments(self, site: SharedWeight, program: Program) -> InputMoments:
         crossing = [a for a in program.analysis(detect) if a.kind == "cross"]
         texts = {node for a in crossing for node in (*a.k_proj, *a.v_proj)}
-        return TextMoments(site) if self.bos and site.uses[0].node in texts else super().moments(site, program)
+        return TextRange(site) if self.bos and site.uses[0].node in texts else super().moments(site, program)
 
     def learn(self, weights: Sequence[Tensor], moments: InputMoments) -> list[Learnt]:
-        if isinstance(moments, TextMoments) and moments.first is not None and moments.prompts:
+        if isinstance(moments, TextRange) and moments.first is not None and moments.prompts:
             return [Learnt({"range": moments.rest.reshape(1), "bos": moments.first})] * len(weights)
         return super().learn(weights, moments)
 
