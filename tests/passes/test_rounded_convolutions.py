@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -97,20 +98,33 @@ TEXT = ("attn2.to_k", "attn2.to_v")
 def oracle(model: nn.Module, data: list[Call], bits: int) -> nn.Module:
     """The card's, by hooks on modules: ranges of the float model's inputs, then inputs and weights rounded."""
     most: dict[str, Tensor] = {}
+    widths: dict[str, list[int]] = {}
+    joined: dict[int, tuple[Tensor, list[int]]] = {}
+    join = torch.cat
+
+    def cat(parts: list[Tensor], dim: int = 0) -> Tensor:
+        made = join(parts, dim)
+        joined[id(made)] = made, [p.shape[1] for p in parts]  # kept, so that no other has its id
+        return made
+
     sites = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     sites = {n: m for n, m in sites.items() if bits == 8 or m.weight[0].numel() % 8 == 0}
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0][:, 1:] if name.endswith(TEXT) else args[0]
-            most[name] = torch.maximum(most.get(name, torch.zeros(())), x.abs().amax())
+            short_cut = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and id(x) in joined
+            widths[name] = joined[id(x)][1] if short_cut else [x.shape[1]]
+            found = torch.stack([part.abs().amax() for part in x.split(widths[name], 1)])
+            most[name] = torch.maximum(most.get(name, torch.zeros(())), found)
 
         return hook
 
     hooks = [m.register_forward_pre_hook(watch(n)) for n, m in sites.items()]
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch("torch.cat", cat):
         for call in data:
             model(**call)
+    assert sum(len(w) > 1 for w in widths.values()) >= 2
     for hook in hooks:
         hook.remove()
     made = copy.deepcopy(model)
@@ -118,10 +132,12 @@ def oracle(model: nn.Module, data: list[Call], bits: int) -> nn.Module:
         module = made.get_submodule(name)
         w = module.weight.detach()
         plain = copy.deepcopy(module)
-        module.weight.data = symmetric(w.flatten(1), bits).view_as(w)
+        columns = widths[name] if len(widths[name]) > 1 else w[0].numel()
+        module.weight.data = join([symmetric(part, bits) for part in w.flatten(1).split(columns, 1)], 1).view_as(w)
 
         def enter(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> tuple[Tensor]:
-            return (static(args[0], most[name]),)
+            parts = args[0].split(widths[name], 1) if len(widths[name]) > 1 else args
+            return (join([static(x, step) for x, step in zip(parts, most[name], strict=True)], 1),)
 
         def leave(module: nn.Module, args: Any, out: Tensor, plain: nn.Module = plain) -> Tensor:
             return torch.cat([plain(module.bos), out[:, 1:]], 1)

@@ -155,6 +155,34 @@ def test_one_graph_serves_all_steps(denoiser: tuple[nn.Module, list[dict[str, Te
     assert len(accelpass.explain(fast).passes["vidit_q"].took) >= 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("caching", ["delta_cache", "ditfastattn", "tokencache"])
+def test_beside_a_step_cache(caching: str) -> None:
+    """Each stage of a graph that was cut at its blocks reads the range's weights."""
+    from accelpass.testing.subjects import SUBJECTS, Shape
+    from tests.pass_settings import setting
+
+    subject, given = SUBJECTS["denoiser"], setting(caching)
+    model = subject.build(0)
+    call = {"hidden_states": torch.randn(2, 4, 8, 8), "class_labels": torch.arange(2)}
+    data = [call | {"timestep": torch.tensor([t, t])} for t in (9.0, 1.0)]
+    plan = accelpass.calibrate(model, data, [{"name": "vidit_q", "boundaries": (4,)}], progress=False)
+
+    def run(tensors: dict[str, Tensor], *passes: Any) -> list[Tensor]:
+        whole = Plan.of(model, [], tensors | dict(given.tensors))
+        fast = compiled(model, plan=whole, passes=list(passes))
+        with torch.no_grad():
+            made = list(subject.drive(fast, model, Shape()))
+        if len(passes) == 2:
+            assert accelpass.explain(fast).passes["vidit_q"].took and accelpass.explain(fast).passes[caching].took
+        return made
+
+    alone = run({}, {"name": caching, **given.options})
+    both = run(plan.tensors, {"name": caching, **given.options}, {"name": "vidit_q", "boundaries": (4,)})
+    for a, b in zip(alone, both, strict=True):
+        assert 0 < (a - b).norm() <= 0.1 * a.norm()
+
+
 def test_exported(tmp_path: Path) -> None:
     """The file finds the range by itself: it is compared with torch at another timestep than it was traced with."""
     pytest.importorskip("onnxruntime")
