@@ -84,6 +84,21 @@ def test_the_earlier_variant(width: int, bits: int, tokens: int, seed: int) -> N
             assert off <= 0.02 / 2**tokens * 16 + 1e-5  # a few numbers lie on the edge of two codes
 
 
+def test_weights_that_are_loaded_anew_are_packed_anew_for_each_range() -> None:
+    rng = torch.Generator().manual_seed(5)
+    model, data, other = Step(), calls(64, rng), Step()
+    plan = accelpass.calibrate(model, data, [EARLIER], progress=False)
+    fast = compiled(model, plan=plan)
+    with torch.no_grad():
+        fast(**data[0])
+        model.load_state_dict(other.state_dict())
+        for call in data[:2]:
+            # Factors are of the plan: they were fitted to the weight that the model had.
+            factors = plan.tensors["vidit_q/mix.weight/factors"][int(call["timestep"][0] > 500)]
+            want = F.linear(fq_token(call["hidden_states"] / factors, 8), fq_row_asym(other.mix.weight * factors, 8))
+            assert (fast(**call) - want).abs().mean() <= 2e-3 * want.abs().mean()
+
+
 def test_balanced_by_range_and_mixed() -> None:
     """The final variant's factors and rotation, with peaks of the range alone; of a batch with two timesteps the larger tells."""
     rng = torch.Generator().manual_seed(3)
