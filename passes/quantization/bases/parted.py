@@ -73,6 +73,6 @@ def rewrite_parts(site: SharedWeight, spec: LinearSpec, parts: Sequence[fx.Node]
     )
     node.update_arg(0, edit.call(node, aten.cat.default, inputs, 1))
     node.update_arg(1, kernel)
-    sizes = (sum(int(value(n).numel() * value(n).element_size()) for n in nodes) for nodes in ([weight], held))
+    before, after = (sum(int(value(n).numel() * value(n).element_size()) for n in nodes) for nodes in ([weight], held))
     form = "x".join(str(int(s)) for s in shape(weight))
-    return Done(f"{form} {spec.weight.part} in {len(parts)} parts, as its input was joined", *sizes)
+    return Done(f"{form} {spec.weight.part} in {len(parts)} parts, as its input was joined", before, after)
