@@ -1,8 +1,10 @@
-"""What rounding costs the digits model in W8A8 and W4A8: vidit_q and mixdq beside the nearest rounding at equal bits.
+"""What rounding costs denoisers in W8A8 and W4A8: vidit_q and mixdq beside the nearest rounding at equal bits.
 
-    python -m benchmarks.digits_rounding --per-class 10 --steps 20
+    python -m benchmarks.digits_rounding --per-class 10 --steps 20      # the digits model; goes on where it was stopped
+    python -m benchmarks.digits_rounding --pixart                       # two layers of PixArt's shape, with random weights
 
-Each makes the same images from the same noise. PSNR is against those of the dense model.
+Each makes the same images from the same noise. PSNR is against those of the dense model. Of random weights, which make no images, only
+the outputs of single steps are compared, as signal to noise.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,29 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import accelpass
+from accelpass.api.calibration.bit_search import Group, sqnr
 from accelpass.models_zoo import digits
+from benchmarks import pixart_steps
 from benchmarks.digits_quality import class_accuracy, frechet_distance, labels_of, psnr
 from benchmarks.machine import cpu
 
-RESULTS = Path(__file__).parent / "results" / "digits_rounding_cpu.json"
+RESULTS = Path(__file__).parent / "results"
 CALLS = 4
 """Of the model in a sampling run, that are learnt from."""
+EARLIER = {"boundaries": (500,), "momentum": 0.95, "rotate": False, "strength": 0.89}
+"""The paper's timestep-aware balancing: 0.11 of the activation's magnitude."""
+WAYS: dict[str, tuple[dict[str, Any], bool]] = {
+    "nearest": ({"name": "vidit_q"}, False),
+    "vidit_q": ({"name": "vidit_q"}, True),
+    "vidit_q by timestep": ({"name": "vidit_q", "boundaries": (500,)}, True),
+    "vidit_q by timestep, not mixed": ({"name": "vidit_q", **EARLIER}, True),
+    "nearest, ranges known": ({"name": "mixdq", "bos": False, "convolutions": False}, True),
+    "mixdq": ({"name": "mixdq"}, True),
+}
+"""The pass, and whether it learns from data."""
+SEARCHED = "W4A8 mixdq, bits by sensitivity"
+"""2, 4 and 8 bits with an average of 4."""
+Figures = dict[str, float]
 
 
 def calls_of(pipe: Any, steps: int) -> list[dict[str, Tensor]]:
@@ -45,45 +64,107 @@ def calls_of(pipe: Any, steps: int) -> list[dict[str, Tensor]]:
 
 def entries() -> dict[str, tuple[dict[str, Any], bool]]:
     """Name, the pass, and whether it learns from data."""
-    made: dict[str, tuple[dict[str, Any], bool]] = {}
-    for bits in (8, 4):
-        made[f"W{bits}A8 nearest"] = {"name": "vidit_q", "bits": bits}, False
-        made[f"W{bits}A8 vidit_q"] = {"name": "vidit_q", "bits": bits}, True
-        made[f"W{bits}A8 mixdq"] = {"name": "mixdq", "bits": bits}, True
-    return made
+    return {
+        f"W{bits}A8 {name}": (entry | {"bits": bits}, learns)
+        for bits in (8, 4)
+        for name, (entry, learns) in WAYS.items()
+    }
+
+
+def searched(model: Any, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """mixdq with bits that an integer program found, from what each weight's rounding does to the output of a step in the middle."""
+    call = calls[len(calls) // 2]
+    groups = (Group("all", ("*",), sqnr),)
+    found = accelpass.search_bits(
+        model, lambda m: output(m, call), 4.0, choices=(2, 4, 8), groups=groups, progress=False
+    )
+    return {"name": "mixdq", "bits": 8, "sites": found.sites}
+
+
+def output(model: Any, call: dict[str, Any]) -> Tensor:
+    made = model(**call)
+    return made[0] if isinstance(made, tuple) else made.sample
+
+
+def of_digits(per_class: int, steps: int) -> tuple[Any, list[dict[str, Any]], Callable[[Any], Figures]]:
+    """The model, what is learnt from, and what is measured of it compiled."""
+    labels, pipe = labels_of(per_class), digits.pipeline()
+    model = pipe.transformer
+    calls = calls_of(pipe, steps)
+    dense = digits.sample(pipe, labels.tolist(), steps, seed=0)
+
+    def figures(fast: Any) -> Figures:
+        pipe.transformer = fast
+        images = digits.sample(pipe, labels.tolist(), steps, seed=0)
+        made = {"accuracy": class_accuracy(images, labels), "frechet": frechet_distance(images)}
+        return made if fast is model else made | {"psnr": psnr(images, dense)}
+
+    return model, calls, figures
+
+
+def of_pixart() -> tuple[Any, list[dict[str, Any]], Callable[[Any], Figures]]:
+    """Two layers of PixArt's shape, 256 tokens, and outputs at steps that were not learnt from."""
+    sizes = pixart_steps.Sizes(layers=2, latents=32)
+    model = pixart_steps.model_of(sizes)
+
+    def call(step: int, seed: int) -> dict[str, Any]:
+        latents = torch.randn(1, 4, sizes.latents, sizes.latents, generator=torch.Generator().manual_seed(seed))
+        return pixart_steps.call_of(sizes, step, 20, latents)
+
+    calls, scored = [call(s, s) for s in (0, 6, 12, 18)], [call(s, 100 + s) for s in (3, 16)]
+    with torch.no_grad():
+        dense = [output(model, c) for c in scored]
+
+    def figures(fast: Any) -> Figures:
+        if fast is model:
+            return {}
+        with torch.no_grad():
+            return {"sqnr": sum(sqnr(output(fast, c), d) for c, d in zip(scored, dense, strict=True)) / len(scored)}
+
+    return model, calls, figures
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--per-class", type=int, default=10, help="images of each class")
     parser.add_argument("--steps", type=int, default=20, help="of DDIM")
+    parser.add_argument("--pixart", action="store_true", help="random weights in PixArt's shape instead")
+    parser.add_argument("--most", type=int, default=99, help="rows that this call measures")
     given = parser.parse_args(arguments)
-    labels, pipe = labels_of(given.per_class), digits.pipeline()
-    dense_model = pipe.transformer
-    calls = calls_of(pipe, given.steps)
-    dense = digits.sample(pipe, labels.tolist(), given.steps, seed=0)
-    found = {"dense": {"accuracy": class_accuracy(dense, labels), "frechet": frechet_distance(dense)}}
-    for name, (entry, learns) in entries().items():
+    results = RESULTS / ("pixart_rounding_cpu.json" if given.pixart else "digits_rounding_cpu.json")
+    model, calls, figures = of_pixart() if given.pixart else of_digits(given.per_class, given.steps)
+    settings: dict[str, Any] = {"cpu": cpu(), "torch": torch.__version__}
+    if not given.pixart:
+        settings |= {"images": 10 * given.per_class, "steps": given.steps}
+    before = json.loads(results.read_text()) if results.is_file() else {}
+    found: dict[str, Figures] = before["rows"] if before.items() >= settings.items() else {}
+    if "dense" not in found:
+        found["dense"] = figures(model)
+    waiting = [name for name in (*entries(), SEARCHED) if name not in found][: given.most]
+    for name in waiting:
         torch._dynamo.reset()
+        entry, learns = (searched(model, calls), True) if name == SEARCHED else entries()[name]
         options: dict[str, Any] = {"lowering": "aten", "passes": [entry]}
         if learns:
-            options |= {"passes": [], "plan": accelpass.calibrate(dense_model, calls, [entry], progress=False)}
-        pipe.transformer = torch.compile(dense_model, backend="accelpass", options=options)
-        images = digits.sample(pipe, labels.tolist(), given.steps, seed=0)
-        before, after = accelpass.explain(pipe.transformer).weight_bytes
-        found[name] = {
-            "accuracy": class_accuracy(images, labels),
-            "frechet": frechet_distance(images),
-            "psnr": psnr(images, dense),
-            "bytes": after / before,
-        }
+            options |= {"passes": [], "plan": accelpass.calibrate(model, calls, [entry], progress=False)}
+        fast = torch.compile(model, backend="accelpass", options=options)
+        made = figures(fast)
+        size, now = accelpass.explain(fast).weight_bytes
+        found[name] = made | {"bytes": now / size}
         print(json.dumps({name: found[name]}), file=sys.stderr, flush=True)
-    result = {"cpu": cpu(), "torch": torch.__version__, "images": len(labels), "steps": given.steps, "rows": found}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    table = Table("", "right class", "Fréchet", "PSNR, dB", "bytes of weights")
+        # Written as it goes: what is there is not measured again.
+        results.write_text(json.dumps({**settings, "rows": found}, indent=1) + "\n")
+    names = {
+        "accuracy": "right class",
+        "frechet": "Fréchet",
+        "psnr": "PSNR, dB",
+        "sqnr": "SQNR, dB",
+        "bytes": "bytes of weights",
+    }
+    shown = [key for key in names if any(key in row for row in found.values())]
+    table = Table("", *(names[key] for key in shown))
     for name, row in found.items():
-        psnr_said, size = (f"{row[k]:.2f}" if k in row else "" for k in ("psnr", "bytes"))
-        table.add_row(name, f"{row['accuracy']:.3f}", f"{row['frechet']:.2f}", psnr_said, size)
+        table.add_row(name, *(f"{row[key]:.3f}" if key in row else "" for key in shown))
     Console().print(table)
     return 0
 

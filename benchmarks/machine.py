@@ -6,6 +6,10 @@ import platform
 import re
 from pathlib import Path
 
+import torch
+
+from accelpass.ir.torch_private import cpu_multiplies_bfloat16, cpu_multiplies_int8
+
 
 def cpu() -> str:
     """The processor's name, with family and model where Linux tells them: a virtual machine's name may be a make's alone."""
@@ -15,6 +19,14 @@ def cpu() -> str:
         return platform.processor() or platform.machine()
     which = [f"{key.split()[-1]} {said[key]}" for key in ("cpu family", "model") if key in said]
     return f"{said['model name']} ({', '.join(which)})" if which else said["model name"]
+
+
+def features() -> str:
+    """What products this processor has instructions for: ``AVX2, no VNNI (products of int8), no bfloat16 products``."""
+    has = {"VNNI (products of int8)": cpu_multiplies_int8(), "bfloat16 products": cpu_multiplies_bfloat16()}
+    return ", ".join(
+        [torch.backends.cpu.get_cpu_capability(), *(n if known else f"no {n}" for n, known in has.items())]
+    )
 
 
 def put_table(page: Path, start: str, table: str, end: str) -> None:

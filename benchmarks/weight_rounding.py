@@ -1,9 +1,11 @@
-"""What ways of finding int4 codes cost in quality, at equal bits: perplexity of SmolLM2 on prose that no calibration saw.
+"""What ways of finding int4 codes cost in quality, at equal bits: perplexity of SmolLM2, and embeddings of MiniLM.
 
     python -m benchmarks.weight_rounding --samples 128      # half an hour; --samples 16 for a look; goes on where it was stopped
+    python -m benchmarks.weight_rounding --model minilm --samples 64
 
-The weights of this model were in 4 bits with groups of 32 once (GGUF's Q4_1), which flatters a grid that is alike. The head, tied to
-the embedding, is left out of every method, and its bits are counted.
+Neither scores text that a calibration saw. SmolLM2's weights were in 4 bits with groups of 32 once (GGUF's Q4_1), which flatters a grid
+that is alike; its head, tied to the embedding, is left out of every method. MiniLM's are the floats that it was trained to. A row says
+the bits of a weight of its linears, scales counted.
 """
 
 from __future__ import annotations
@@ -14,21 +16,23 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 import accelpass
-from accelpass.models_zoo.smollm2 import load
+from accelpass.models_zoo import minilm, smollm2
+from benchmarks import sentence_quality
 from benchmarks.machine import cpu
 from benchmarks.quality import perplexity, prose
 
-RESULTS = Path(__file__).parent / "results" / "smollm2_weight_rounding_cpu.json"
+RESULTS = Path(__file__).parent / "results"
 FOUR = (
     "int4_weights", "int4_weights half", "int4_weights search", "torchao", "hqq", "hqq half", "awq", "gptq", "gptq half", "gptq order",
 )  # fmt: skip
@@ -42,31 +46,90 @@ MORE: dict[str, dict[str, Any]] = {
     "int4_weights search": {"search": True},
 }  # fmt: skip
 TOKENS = 512
+Figures = dict[str, float]
 
 
-def batches(tokenizer: Any, samples: int) -> list[Tensor]:
-    """Text behind the part that is scored."""
-    ids = prose(tokenizer, 10**9)
-    seen = ids[:, 8192 : 8192 + samples * TOKENS]
-    return [part for part in seen.split(TOKENS, 1) if part.shape[1] == TOKENS]
+class Subject(ABC):
+    """A model with real weights, text, and what is measured on it.
+
+    Attributes:
+        exclude: of its linears and embeddings, what is left out of every method.
+        data: what methods learn from; no text that is scored.
+    """
+
+    exclude: Sequence[str]
+    model: Any
+    data: list[Tensor]
+
+    @abstractmethod
+    def figures(self, fast: Any) -> Figures:
+        """What is measured of the model, rounded or not."""
+
+    def floats(self) -> Figures:
+        """The same of the model as it is."""
+        return measured(self, {"passes": []})
 
 
-def measured(model: Any, ids: Tensor, options: dict[str, Any]) -> float:
+class SmolLM2(Subject):
+    """Perplexity on prose."""
+
+    exclude = ("lm_head", "embed_tokens")
+
+    def __init__(self, samples: int, scored: int) -> None:
+        self.model, tokenizer = smollm2.load(torch.float32)
+        self.ids = prose(tokenizer, scored)
+        seen = prose(tokenizer, 10**9)[:, 8192 : 8192 + samples * TOKENS]
+        self.data = [part for part in seen.split(TOKENS, 1) if part.shape[1] == TOKENS]
+
+    def figures(self, fast: Any) -> Figures:
+        return {"perplexity": perplexity(lambda window: fast(window, use_cache=False).logits, self.ids)}
+
+
+class MiniLM(Subject):
+    """Embeddings of passages, and how they rank each other."""
+
+    exclude = ("pooler*", "embeddings*")
+
+    def __init__(self, samples: int, scored: int) -> None:
+        self.model, self.tokenizer = minilm.load(torch.float32)
+        self.scored, others = sentence_quality.passages(scored)
+        text = self.tokenizer(" ".join(others), return_tensors="pt", verbose=False).input_ids
+        pieces = text.split(TOKENS // 4, 1)
+        self.data = [part for part in pieces if part.shape[1] == TOKENS // 4][:: max(1, len(pieces) // samples)]
+        self.data = self.data[:samples]
+        self.dense = sentence_quality.embeddings(self.model, self.tokenizer, self.scored)
+
+    def figures(self, fast: Any) -> Figures:
+        made = sentence_quality.embeddings(fast, self.tokenizer, self.scored)
+        return sentence_quality.figures(made, self.dense, self.scored)
+
+    def floats(self) -> Figures:
+        return sentence_quality.figures(self.dense, self.dense, self.scored)
+
+
+SUBJECTS: dict[str, tuple[type[Subject], str, int]] = {
+    "smollm2": (SmolLM2, "smollm2_weight_rounding_cpu.json", 4096),
+    "minilm": (MiniLM, "minilm_weight_rounding_cpu.json", 120),
+}
+"""What it is, where its results are, and how many tokens or passages are scored."""
+
+
+def measured(subject: Subject, options: dict[str, Any]) -> Figures:
     torch._dynamo.reset()
-    fast = torch.compile(model, backend="accelpass", options={"lowering": "aten", **options})
+    fast = torch.compile(subject.model, backend="accelpass", options={"lowering": "aten", **options})
     with torch.no_grad():
-        return perplexity(lambda window: fast(window, use_cache=False).logits, ids)
+        return subject.figures(fast)
 
 
-def by_torchao(model: Any, ids: Tensor, group_size: int) -> float:
+def by_torchao(subject: Subject, group_size: int) -> Figures:
     """torchao's int4, rounded to the nearest: a symmetric grid whose scale is the largest magnitude by 7.5."""
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 
-    config, head = IntxWeightOnlyConfig(torch.int4, PerGroup(group_size)), model.lm_head
-    made = copy.deepcopy(model)
-    quantize_(made, config, lambda m, name: isinstance(m, type(head)) and name != "lm_head")
+    config, made = IntxWeightOnlyConfig(torch.int4, PerGroup(group_size)), copy.deepcopy(subject.model)
+    left = tuple(name.rstrip("*") for name in subject.exclude)
+    quantize_(made, config, lambda m, name: isinstance(m, nn.Linear) and not name.startswith(left))
     with torch.no_grad():
-        return perplexity(lambda window: made(window, use_cache=False).logits, ids)
+        return subject.figures(made)
 
 
 def entries(methods: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -82,45 +145,52 @@ def entries(methods: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--samples", type=int, default=128, help="of 512 tokens, for methods that learn from data")
+    parser.add_argument("--model", choices=list(SUBJECTS), default="smollm2")
+    parser.add_argument("--samples", type=int, default=128, help="of text, for methods that learn from data")
     parser.add_argument("--methods", default=",".join((*FOUR, "smoothquant", "int8_dynamic")))
-    parser.add_argument("--tokens", type=int, default=4096, help="that are scored")
+    parser.add_argument("--tokens", type=int, help="that are scored; of MiniLM, passages")
     given = parser.parse_args(arguments)
-    model, tokenizer = load(torch.float32)
-    ids, data = prose(tokenizer, given.tokens), batches(tokenizer, given.samples)
-    settings = {"cpu": cpu(), "torch": torch.__version__, "samples": len(data), "tokens": given.tokens}
-    before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    kind, file, scored = SUBJECTS[given.model]
+    results, scored = RESULTS / file, given.tokens or scored
+    subject = kind(given.samples, scored)
+    settings = {"cpu": cpu(), "torch": torch.__version__, "samples": len(subject.data), "tokens": scored}
+    before = json.loads(results.read_text()) if results.is_file() else {}
     rows: list[dict[str, Any]] = before["rows"] if before.items() >= settings.items() else []
     done = {(row["method"], row["bits"]) for row in rows}
     if not rows:
-        rows = [
-            {"method": "dense", "bits": "32 bits", "perplexity": measured(model, ids, {"passes": []}), "ratio": 1.0}
-        ]
-    dense = rows[0]["perplexity"]
+        rows = [{"method": "dense", "bits": "32 bits", **_beside(subject.floats(), [])}]
     for name, bits, entry in entries(list(filter(None, given.methods.split(",")))):
         if (name, bits) in done:
             continue
         start = time.monotonic()
         if name == "torchao":
-            taken, found = 0.0, by_torchao(model, ids, entry["group_size"])
+            taken, found = 0.0, by_torchao(subject, entry["group_size"])
         else:
-            entry["exclude"] = ["lm_head", "embed_tokens"]
+            entry["exclude"] = list(subject.exclude)
             options: dict[str, Any] = {"passes": [entry]}
             if entry["name"] in LEARN:
-                options = {"plan": accelpass.calibrate(model, data, [entry])}
+                options = {"plan": accelpass.calibrate(subject.model, subject.data, [entry])}
             taken = time.monotonic() - start
-            found = measured(model, ids, options)
-        rows.append({"method": name, "bits": bits, "perplexity": found, "ratio": found / dense, "seconds": taken})
+            found = measured(subject, options)
+        rows.append({"method": name, "bits": bits, **_beside(found, rows), "seconds": taken})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         # Written as it goes: what is there is not measured again.
-        RESULTS.write_text(json.dumps({**settings, "peak_gib": peak, "rows": rows}, indent=1) + "\n")
-    table = Table("method", "bits of a linear's weight", "perplexity", "of dense", "to calibrate, s")
+        results.write_text(json.dumps({**settings, "peak_gib": peak, "rows": rows}, indent=1) + "\n")
+    names = [name for name in rows[0] if name not in ("method", "bits")]
+    table = Table("method", "bits of a linear's weight", *(n.replace("_", " ") for n in names), "to calibrate, s")
     for row in rows:
         seconds = f"{row.get('seconds', 0):.0f}"
-        table.add_row(row["method"], row["bits"], f"{row['perplexity']:.2f}", f"{row['ratio']:.3f}", seconds)
+        table.add_row(row["method"], row["bits"], *(f"{row[name]:.4f}" for name in names), seconds)
     Console().print(table)
     return 0
+
+
+def _beside(found: Figures, rows: list[dict[str, Any]]) -> Figures:
+    """A perplexity by that of the dense model, too."""
+    if "perplexity" not in found:
+        return found
+    return found | {"ratio": found["perplexity"] / (rows[0] if rows else found)["perplexity"]}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accelpass.backends.export.errors import ExportError
 from accelpass.ir.core.graph import value
-from accelpass.ir.linear.op import is_linear
+from accelpass.ir.linear.lower import ROUNDED
 
 TOLERANCE = 1e-4
 """Largest difference over the largest magnitude of an output, of a model that computes in float32."""
@@ -26,8 +26,8 @@ def tolerance_of(dtype: torch.dtype) -> float:
 
 
 def rounds_inputs(graph: torch.fx.Graph) -> bool:
-    """Whether a pass rounds what is multiplied with a weight."""
-    return any(is_linear(node) and not value(node.args[0]).is_floating_point() for node in graph.nodes)
+    """Whether a pass rounds what is multiplied with a weight, of whatever format; the graph is lowered."""
+    return any(ROUNDED in node.meta for node in graph.nodes)
 
 
 def coarsest(graph: torch.fx.Graph) -> torch.dtype:

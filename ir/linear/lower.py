@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from accelpass.ir.core.graph import aten, call, known, shape, value
+from accelpass.ir.core.graph import aten, call, is_call, known, shape, value
 from accelpass.ir.core.program import Program
-from accelpass.ir.linear.op import EMBEDDING, LINEAR, MATRIX, is_linear, is_packed, linear_spec, operands_of
+from accelpass.ir.linear.op import EMBEDDING, INPUT, LINEAR, MATRIX, is_linear, is_packed, linear_spec, operands_of
 from accelpass.ir.linear.spec import LinearSpec, WeightFormat
 from accelpass.ir.transform.splice import Tracer
 
 Nodes = Sequence[fx.Node]
+ROUNDED = "accelpass_rounded"
+"""Key of a node's ``meta``: it holds the codes that the input of a linear was rounded to, whatever multiplies them."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +110,22 @@ def lower(program: Program) -> None:
 def unpack_others(program: Program, formats: Collection[str], tracer: Tracer) -> list[str]:
     """Replace the semantic ops on weights in formats that are not named by their definition; returns which those were.
 
-    For a target that has forms of its own for some formats.
+    So are those on weights that are chosen as a call tells. For a target that has forms of its own for some formats.
     """
     found = dict[str, None]()
     for node in [n for n in program.graph.nodes if is_packed(n)]:
         weight = linear_spec(node).weight
-        if weight.part not in formats:
+        if weight.part not in formats or any(_computed(n) for n in linear_spec(node).of_weight(operands_of(node))):
             with program.graph.inserting_before(node), torch.no_grad():
                 new = _lowered(Emit(program.graph, node, tracer), TRACED)
             _replace(node, new)
             found[weight.shown()] = None
     return list(found)
+
+
+def _computed(node: fx.Node) -> bool:
+    """Whether a node is computed from an input of the graph."""
+    return node.op == "placeholder" or any(map(_computed, node.all_input_nodes))
 
 
 def make_plain(program: Program) -> Tracer:
@@ -127,14 +134,28 @@ def make_plain(program: Program) -> Tracer:
     What is left are products of floats, or of the integers that inputs were rounded to, with one packed weight each.
     """
     tracer, rounded = Tracer(program), dict[Any, list[fx.Node]]()
-    for node in [n for n in program.graph.nodes if is_linear(n)]:
-        spec = linear_spec(node)
-        if spec == LinearSpec(spec.weight):
-            continue
+    for node in [n for n in program.graph.nodes if is_linear(n) or is_call(n, INPUT)]:
+        e = Emit(program.graph, node, tracer)
         with program.graph.inserting_before(node), torch.no_grad():
-            new = _plain(Emit(program.graph, node, tracer), spec, rounded)
+            if is_call(node, INPUT):
+                x, known, text = node.args
+                activation = LinearSpec.from_json(str(text)).activation
+                new = e.cast(e(aten.mul.Tensor, *_codes(e, x, activation, known, rounded)), value(node).dtype)
+            elif (spec := linear_spec(node)) != LinearSpec(spec.weight):
+                new = _plain(e, spec, rounded)
+            else:
+                continue
         _replace(node, new)
     return tracer
+
+
+def _codes(e: Emit, x: Any, activation: Any, known: Any, rounded: dict[Any, list[fx.Node]]) -> list[fx.Node]:
+    """Integers of an input, and what they are to be multiplied by; once for all that read it so rounded."""
+    key = (x, activation, *known)
+    if key not in rounded:
+        rounded[key] = e.traced(activation, lambda x, *known: activation.encode(x.float(), *known), x, *known)
+        rounded[key][0].meta[ROUNDED] = True
+    return rounded[key]
 
 
 def _plain(e: Emit, spec: LinearSpec, rounded: dict[Any, list[fx.Node]]) -> fx.Node:
@@ -142,15 +163,12 @@ def _plain(e: Emit, spec: LinearSpec, rounded: dict[Any, list[fx.Node]]) -> fx.N
     bias: Any = e.like.args[2]
     packed, text = spec.of_weight(operands_of(e.like)), LinearSpec(spec.weight).to_json()
     if (by := spec.by) is not None:
-        packed = e.traced(by, lambda *packed: by.select(packed), *packed)
+        packed, count = [*packed, *spec.of_choice(operands_of(e.like))], len(packed)
+        packed = e.traced(by, lambda *given: by.select(given[:count], *given[count:]), *packed)
     if spec.activation is None and not spec.low_rank:
         return e(LINEAR, x, packed, bias, text)
     if (activation := spec.activation) is not None:
-        known = spec.of_activation(operands_of(e.like))
-        key = (x, activation, *known)
-        if key not in rounded:  # once for all that read it
-            rounded[key] = e.traced(activation, lambda x, *known: activation.encode(x.float(), *known), x, *known)
-        codes, scale = rounded[key]
+        codes, scale = _codes(e, x, activation, spec.of_activation(operands_of(e.like)), rounded)
         y = e(aten.mul.Tensor, e(LINEAR, codes, packed, None, text), scale)
     else:
         y = e(LINEAR, e.cast(x, torch.float32), packed, None, text)

@@ -1,4 +1,4 @@
-"""The semantic ops ``accelpass::linear``, ``::embedding`` and ``::matrix``: references that define what a spec means.
+"""The semantic ops ``accelpass::linear``, ``::embedding``, ``::matrix`` and ``::rounded``: references that define what a spec means.
 
 x stays inside each op: an unpacked weight is a function of constants alone, which compilers fold back to floats.
 """
@@ -23,7 +23,9 @@ def linear(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, spec: str
     y has x's dtype; it is float32 of an x that is rounded to integers already.
     """
     s, wide = LinearSpec.from_json(spec), x.float() if x.is_floating_point() else x
-    packed = s.of_weight(operands) if s.by is None else s.by.select(s.of_weight(operands))
+    packed = s.of_weight(operands)
+    if s.by is not None:
+        packed = s.by.select(packed, *s.of_choice(operands))
     if s.activation is None:
         y = s.weight.multiply(wide, packed)
     else:
@@ -68,9 +70,27 @@ def _(operands: Sequence[Tensor], spec: str, dtype: torch.dtype) -> Tensor:
     return operands[0].new_empty((*operands[0].shape[:-1], width), dtype=dtype)
 
 
+@torch.library.custom_op("accelpass::rounded", mutates_args=())
+def rounded(x: Tensor, operands: Sequence[Tensor], spec: str) -> Tensor:
+    """What the codes of x stand for, as the activation's format of a spec writes it, in x's dtype and shape.
+
+    For products that are not a linear (convolutions). ``operands`` are those of the activation alone.
+    """
+    activation = LinearSpec.from_json(spec).activation
+    assert activation is not None
+    codes, scale = activation.encode(x.float(), *operands)
+    return (codes * scale).to(x.dtype)
+
+
+@rounded.register_fake
+def _(x: Tensor, operands: Sequence[Tensor], spec: str) -> Tensor:
+    return torch.empty_like(x)
+
+
 LINEAR = torch.ops.accelpass.linear.default
 EMBEDDING = torch.ops.accelpass.embedding.default
 MATRIX = torch.ops.accelpass.matrix.default
+INPUT = torch.ops.accelpass.rounded.default
 _SPEC = {LINEAR: 3, EMBEDDING: 2, MATRIX: 1}
 _OPERANDS = {LINEAR: 1, EMBEDDING: 1, MATRIX: 0}
 

@@ -103,8 +103,13 @@ class ActivationFormat(Format):
 class Selector(Part):
     """Which of several weights a linear reads."""
 
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the tensors that it needs besides the weights."""
+        return ()
+
     @abstractmethod
-    def select(self, packed: Packed) -> list[Tensor]:
+    def select(self, packed: Packed, *operands: Tensor) -> list[Tensor]:
         """The operands of the weight that is read."""
 
 
@@ -115,8 +120,22 @@ class Expert(Selector):
     part: ClassVar[str] = "expert"
     number: int
 
-    def select(self, packed: Packed) -> list[Tensor]:
+    def select(self, packed: Packed, *operands: Tensor) -> list[Tensor]:
         return [p[self.number] for p in packed]
+
+
+@dataclass(frozen=True)
+class Numbered(Selector):
+    """One of a stack ``(sets, out, in)`` by a number that the graph computes: ``number`` int64 ``(1,)``, of a range of timesteps, say."""
+
+    part: ClassVar[str] = "numbered"
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        return ("number",)
+
+    def select(self, packed: Packed, *operands: Tensor) -> list[Tensor]:
+        return [p.index_select(0, operands[0]).squeeze(0) for p in packed]
 
 
 @dataclass(frozen=True)
@@ -126,11 +145,11 @@ class LinearSpec:
     Attributes:
         weight: how W is written.
         activation: how x is rounded before the product with W; None for as it is.
-        by: which weight is read, where the operands hold several.
+        by: which weight is read, where the weight's operands hold several.
         low_rank: the rank of a residual branch: A ``(rank, in)`` and B ``(out, rank)`` come after W's operands, and x is
             not rounded for them.
 
-    An op's operands are the weight's, the activation's, and the residual's.
+    An op's operands are the weight's, the activation's, the residual's, and what the choice of a weight needs.
     """
 
     weight: WeightFormat
@@ -150,7 +169,12 @@ class LinearSpec:
     def of_residual(self, operands: Sequence[Any]) -> list[Any]:
         """A and B, or nothing."""
         before = len(self.weight.operands) + (0 if self.activation is None else len(self.activation.operands))
-        return list(operands[before:])
+        return list(operands[before : before + 2]) if self.low_rank else []
+
+    def of_choice(self, operands: Sequence[Any]) -> list[Any]:
+        """What :attr:`by` needs besides the weights."""
+        count = 0 if self.by is None else len(self.by.operands)
+        return list(operands[len(operands) - count :])
 
     def shown(self) -> str:
         """``int8 x int8_per_token, expert(number=3), rank 16``."""

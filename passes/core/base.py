@@ -218,8 +218,11 @@ class Run(Protocol):
     def gather(self, taps: Sequence[Tap], what: str) -> dict[str, Tensor]:
         """What taps gather over all data, by the name of the point, and ``.name`` of a tap that has one."""
 
-    def blocks(self, what: str) -> Iterator[BlockRun]:
-        """The blocks in order: what one gives is held for all data, and is what the next one reads. A model without blocks is one."""
+    def blocks(self, what: str, rest: bool = False) -> Iterator[BlockRun]:
+        """The blocks in order: what one gives is held for all data, and is what the next one reads. A model without blocks is one.
+
+        ``rest``: what comes after the last block is one more.
+        """
 
     def kept(self, number: int) -> dict[str, Tensor] | None:
         """What :meth:`keep` was given for a block in a run before this one, which was interrupted; None if there is nothing."""
@@ -237,8 +240,13 @@ class BlockRun(Protocol):
     def weights(self) -> frozenset[str]:
         """Paths of the weights of its linears."""
 
-    def inputs(self, watched: Mapping[str, Watch]) -> None:
-        """Run the block on all data; functions by path of a weight are called with the input ``(..., in)`` of its linear."""
+    def inputs(
+        self, watched: Mapping[str, Watch], begin: Callable[[Mapping[str, Any]], None] = lambda call: None
+    ) -> None:
+        """Run the block on all data; functions by path of a weight are called with the input ``(..., in)`` of its linear.
+
+        ``begin`` is told the model's arguments of each call before it is run.
+        """
 
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Let later blocks read what this one gives with these weights, by path, in the form in which the model stores them."""

@@ -15,10 +15,10 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import digest, placed
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.spec import ActivationFormat, LinearSpec
-from accelpass.passes.core.base import Done
+from accelpass.passes.core.base import Done, Skip
 from accelpass.passes.core.site_pass import Edits
-from accelpass.passes.quantization.bases.calibrated import InputMoments, Learnt, LearntRounding
-from accelpass.passes.quantization.bases.weight_only import SharedWeight, WeightOnly
+from accelpass.passes.quantization.bases.calibrated import InputMoments, InputRange, Learnt, LearntRounding
+from accelpass.passes.quantization.bases.weight_only import SharedWeight, WeightOnly, WithKernels
 from accelpass.passes.quantization.int8_dynamic import Int8PerToken
 
 
@@ -43,13 +43,18 @@ class Int8Static(ActivationFormat):
 
 
 @dataclass(frozen=True)
-class Int8StaticPass(LearntRounding):
+class Int8StaticPass(LearntRounding, WithKernels):
     """Multiply int8 weights with activations rounded to int8 by one range for each input, which calibration data tell.
 
     The range is the largest magnitude that the data have there: a larger one, later, is clipped. Nothing is searched in an input
     when it comes, which saves a pass over it and lets a chip round in the layer before; a token with outliers makes the steps of all
     coarse. A weight that no data reach has no range, and its inputs are rounded as ``int8_dynamic`` does. In ONNX an input is
     rounded by ``QuantizeLinear`` and ``DequantizeLinear``.
+
+    A convolution multiplies what the codes of its input and of its kernel stand for, in floats; one that no data reach stays as it is.
+
+    Attributes:
+        convolutions: round convolutions, too, their kernels as the matrices ``(out, in / groups * size)`` that they are.
     """
 
     name: ClassVar[str] = "int8_static"
@@ -62,11 +67,18 @@ class Int8StaticPass(LearntRounding):
     def spec(self) -> LinearSpec:
         return LinearSpec(Int8(), Int8Static())
 
+    def moments(self, site: SharedWeight, program: Program) -> InputMoments:
+        return InputRange(site)
+
     def learn(self, weights: Sequence[Tensor], moments: InputMoments) -> list[Learnt]:
         return [Learnt({"range": moments.peaks.amax().reshape(1)})] * len(weights)
 
-    def rewrite(self, site: SharedWeight, edit: Edits) -> Done:
+    def rewrite(self, site: SharedWeight, edit: Edits) -> Done | Skip:
         if self.learnt(site, edit.program, "range") is None:
+            if site.is_kernel:
+                return Skip(
+                    "no data told the range of this convolution's input; give a plan that accelpass.calibrate made"
+                )
             return _AsItComes(form=self.spec.weight).rewrite(site, edit)
         return super().rewrite(site, edit)
 

@@ -121,7 +121,7 @@ class MixedPrecision(LearntRounding):
             return Skip("the plan leaves it as it is")
         return super().check(site, program) if choice is None else self._stored(choice).check(site, program)
 
-    def rewrite(self, site: SharedWeight, edit: Edits) -> Done:
+    def rewrite(self, site: SharedWeight, edit: Edits) -> Done | Skip:
         return self._stored(self._choice(site, edit.program) or self.rest).rewrite(site, edit)
 
     def _choice(self, site: SharedWeight, program: Program) -> str | None:

@@ -98,7 +98,7 @@ class Prequantized(WeightOnly):
             )
         return _One(held=held).check(site, program)
 
-    def rewrite(self, site: SharedWeight, edit: Edits) -> Done:
+    def rewrite(self, site: SharedWeight, edit: Edits) -> Done | Skip:
         return _One(held=self._held(site, edit.program)).rewrite(site, edit)
 
     def _held(self, site: SharedWeight, program: Program) -> Stored | None:

@@ -1,4 +1,4 @@
-"""``search_bits``: how many bits each linear of a model needs, by what rounding it alone does to what the model makes."""
+"""``search_bits``: how many bits each linear and convolution of a model needs, by what rounding it alone does to what the model makes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ Metric = Callable[[Tensor, Tensor], float]
 SPLITS = torch.linspace(0.46, 1.36, 10).tolist()
 """Average bits of the first of two groups, by those of the second (MixDQ's scan for weights)."""
 _SLACK = 0.02
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def sqnr(made: Tensor, wanted: Tensor) -> float:
@@ -49,10 +50,10 @@ def ssim(made: Tensor, wanted: Tensor, window: int = 511) -> float:
 
 @dataclass(frozen=True)
 class Group:
-    """Linears whose rounding is judged by one metric.
+    """Linears and convolutions whose rounding is judged by one metric.
 
     Attributes:
-        sites: shell patterns of module paths; a linear belongs to the first group that names it.
+        sites: shell patterns of module paths; a module belongs to the first group that names it.
         metric: larger is better.
     """
 
@@ -100,9 +101,10 @@ def search_bits(
     exclude: Sequence[str] = (),
     progress: bool = True,
 ) -> BitSearch:
-    """Bits for each linear within an average, with sensitivities that are measured apart and split by metric.
+    """Bits for each linear and convolution within an average, with sensitivities that are measured apart and split by metric.
 
-    One linear at a time is rounded to each of the choices, with a symmetric scale for each row, all others as they are; a metric of
+    One weight at a time is rounded to each of the choices, with a symmetric scale for each row (of a convolution: all that one output
+    channel is made with), all others as they are; a metric of
     its group compares what the model makes then with what it makes. In each group an integer program finds the bits with the largest
     sum of scores. Two groups share the bits in several ways, and the one that comes nearest to the model is taken. Activations are not
     rounded meanwhile. Zhao et al. 2024, MixDQ, arXiv 2405.17873, section 3.3, and ViDiT-Q, arXiv 2406.02540, section 3.4, whose groups
@@ -113,23 +115,23 @@ def search_bits(
         run: what is judged: runs the model at fixed inputs, or a whole sampling at a fixed seed, and returns the image or output.
         average: bits of a weight, to within 0.02.
         choices: of 2, 3, 4, 6 and 8.
-        groups: whose sites are ``nn.Linear`` modules.
-        exclude: patterns of linears that are left alone, and not counted.
+        groups: whose sites are ``nn.Linear`` modules, and ``nn.Conv1d`` to ``nn.Conv3d``.
+        exclude: patterns of modules that are left alone, and not counted.
         progress: show a bar.
 
     Raises:
-        OptionError: a choice or a group that there is not, or no linear.
+        OptionError: a choice or a group that there is not, or no module of theirs.
         PassError: no bits are within the average; names the least that would be.
     """
     offered = tuple(sorted(set(choices)))
     if not offered or any(c not in ROW_BITS for c in offered):
         raise OptionError(f"choices={list(choices)} is not supported; use some of {', '.join(map(str, ROW_BITS))}")
     weights, named = _sites(model, groups, exclude)
-    wide = {path: tuple(c for c in offered if c == 8 or w.shape[1] % 8 == 0) for path, w in weights.items()}
+    wide = {path: tuple(c for c in offered if c == 8 or w[0].numel() % 8 == 0) for path, w in weights.items()}
     with torch.no_grad(), Progress(disable=not progress) as bar:
         wanted = run(model)
         scores: dict[str, tuple[float, ...]] = {}
-        for path in bar.track(list(weights), description="sensitivity of linears"):
+        for path in bar.track(list(weights), description="sensitivity of weights"):
             found = list[float]()
             for number in offered:
                 if number not in wide[path]:
@@ -157,14 +159,16 @@ def _sites(
 ) -> tuple[dict[str, Tensor], dict[str, Group]]:
     weights, named = dict[str, Tensor](), dict[str, Group]()
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or any(fnmatch.fnmatchcase(path, p) for p in exclude):
+        if not isinstance(module, _KINDS) or any(fnmatch.fnmatchcase(path, p) for p in exclude):
             continue
         for group in groups:
             if any(fnmatch.fnmatchcase(path, p) for p in group.sites):
                 weights[path], named[path] = module.weight, group
                 break
     if not weights:
-        raise OptionError("no nn.Linear is named by groups; Group('all', ('*',), metric) takes all of them")
+        raise OptionError(
+            "no nn.Linear is named by groups, nor a convolution; Group('all', ('*',), metric) takes all of them"
+        )
     return weights, named
 
 
@@ -175,7 +179,8 @@ def _rounded(bits: Mapping[str, int], weights: Mapping[str, Tensor]) -> Iterator
     try:
         for path, number in bits.items():
             form = IntRows(number, symmetric=True)
-            weights[path].data = form.unpack(form.pack(before[path]), before[path].dtype)
+            was = before[path]
+            weights[path].data = form.unpack(form.pack(was.flatten(1)), was.dtype).view_as(was)
         yield
     finally:
         for path, data in before.items():

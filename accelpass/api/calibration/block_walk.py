@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from accelpass.ir import attention
 from accelpass.ir.analyses.structure.block import blocks
+from accelpass.ir.analyses.structure.convolution import convolutions
 from accelpass.ir.analyses.structure.linear import linears
 from accelpass.ir.core.graph import placeholders
 from accelpass.ir.core.program import Program
@@ -31,20 +32,21 @@ class _Cut:
     """A graph as stretches of nodes, each of which ends where a block does.
 
     Attributes:
-        stretches: what comes before the first block is part of the first one; what comes after the last is not run.
-        inputs: by stretch, the inputs of its linears by the path of their weight.
+        stretches: what comes before the first block is part of the first one; what comes after the last is run if ``rest`` asks for it.
+        inputs: by stretch, the inputs of its linears and convolutions by the path of their weight.
         weights: the nodes of the model's tensors by path.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, rest: bool = False) -> None:
         self.program = program
         ends = [b.outputs for b in program.analysis(blocks)]
         self.inputs: list[dict[str, fx.Node]] = []
-        sites = program.analysis(linears)
+        sites = [*program.analysis(convolutions), *program.analysis(linears)]
         attention.lower(program)
         order = {node: at for at, node in enumerate(program.graph.nodes)}
         nodes = list(order)
         bounds = sorted({max(order[n] for n in outputs) + 1 for outputs in ends if all(n in order for n in outputs)})
+        bounds += [len(nodes)] if rest else []
         self.stretches = [
             [n for n in nodes[start:end] if n.op not in ("placeholder", "output")]
             for start, end in itertools.pairwise([0, *(bounds or [len(nodes)])])  # no blocks: all of it is one
@@ -63,10 +65,11 @@ class _Cut:
 
 @dataclass(eq=False)
 class _Held:
-    """One batch: its graph, and the values that later stretches read."""
+    """One batch: its graph, the values that later stretches read, and the model's arguments."""
 
     cut: _Cut
     values: dict[fx.Node, Any]
+    call: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, number: int, weights: Mapping[str, Tensor], watched: Mapping[str, Watch]) -> dict[fx.Node, Any]:
         """The values after a stretch."""
@@ -107,10 +110,16 @@ class BlockRun:
         """Paths of the weights of its linears."""
         return frozenset(self.held[0].cut.inputs[self.number])
 
-    def inputs(self, watched: Mapping[str, Watch]) -> None:
-        """Run the block on all data; functions by path of a weight are called with the input of its linear."""
+    def inputs(
+        self, watched: Mapping[str, Watch], begin: Callable[[Mapping[str, Any]], None] = lambda call: None
+    ) -> None:
+        """Run the block on all data; functions by path of a weight are called with the input of its linear.
+
+        ``begin`` is told the model's arguments of each call before it is run.
+        """
         with torch.no_grad():
             for one in self.track(self.held):
+                begin(one.call)
                 one.run(self.number, self.replaced, watched)
 
     def put(self, weights: Mapping[str, Tensor]) -> None:
@@ -127,19 +136,21 @@ def walk(
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
     track: Callable[[Sequence[_Held]], Iterable[_Held]] = iter,
+    rest: bool = False,
 ) -> Iterator[BlockRun]:
     """The blocks of a model in order.
 
     Args:
         batches: arguments of the model.
         track: shows progress over batches.
+        rest: what comes after the last block is one more.
     """
     held: list[_Held] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         program = attention.captured(gm, inputs)
         with torch.no_grad():
-            cut = _Cut(program)
+            cut = _Cut(program, rest)
 
         def begin(*given: Any) -> Any:
             held.append(_Held(cut, dict(zip(placeholders(cut.program.gm), cut.binder(given), strict=True))))
@@ -153,7 +164,7 @@ def walk(
             try:
                 fast(**batch)
             except _Reached:
-                continue
+                held[-1].call = batch
     for number in range(min(len(one.cut.stretches) for one in held)):
         block = BlockRun(number, held, track)
         yield block

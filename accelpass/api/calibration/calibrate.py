@@ -119,9 +119,11 @@ class _Runner:
         self._run(begin, what)
         return {name.removeprefix(f"{by}."): made for name, made in DERIVED.discard_states(anchors, f"{by}.").items()}
 
-    def blocks(self, what: str) -> Iterator[BlockRun]:
+    def blocks(self, what: str, rest: bool = False) -> Iterator[BlockRun]:
         batches = [{**batch, **_without_cache(self.model, batch)} for batch in self.batches]
-        yield from walk(self.model, batches, lambda held: self.bar.track(held, description=f"{self.name}: {what}"))
+        yield from walk(
+            self.model, batches, lambda held: self.bar.track(held, description=f"{self.name}: {what}"), rest
+        )
 
     def _run(self, begin: Callable[[Program], Sequence[tuple[fx.Node, Watch]]], what: str) -> None:
         def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -7,8 +7,9 @@ into the graph that torch runs too, so that the file is compared with what it sa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor, fx
 
 from accelpass.backends.export.errors import ExportError
 from accelpass.backends.export.functional import Functional
-from accelpass.ir.core.graph import value
+from accelpass.ir.core.graph import aten, is_call, replace, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.linear.formats import Int8
-from accelpass.ir.linear.op import is_linear, linear_spec, operands_of
+from accelpass.ir.linear.lower import ROUNDED
+from accelpass.ir.linear.op import INPUT, is_linear, linear_spec, operands_of
+from accelpass.ir.linear.spec import LinearSpec
 from accelpass.passes.quantization.int8_static import Int8Static
 
 _LEVELS = 255
@@ -102,41 +105,62 @@ class StaticRanges:
 
 
 def write_static(program: Program) -> None:
-    """Round the inputs of linears that have a known step by the standard's pair of operators; the products are of floats then."""
+    """Round inputs that have a known step by the standard's pair of operators; the products are of floats then."""
     rounded: dict[tuple[fx.Node, float], fx.Node] = {}
-    for node in [n for n in program.graph.nodes if is_linear(n)]:
-        spec, operands, x = linear_spec(node), operands_of(node), node.args[0]
-        if not isinstance(spec.activation, Int8Static):
-            continue
-        (step,) = spec.of_activation(operands)
+
+    def pair(node: fx.Node, x: Any, step: fx.Node) -> fx.Node:
         size = float(getattr(program.gm, str(step.target))[0]) or 1.0
         if (x, size) not in rounded:
-            rounded[x, size] = _pair(program.graph, node, x, (size, 128, 0, _LEVELS, torch.uint8))
-        rest = [*spec.of_weight(operands), *spec.of_residual(operands)]
-        node.args = (rounded[x, size], rest, node.args[2], replace(spec, activation=None).to_json())
+            rounded[x, size] = _pair(program.graph, node, x, (size, 128, 0, _LEVELS, torch.uint8), ROUNDED)
+        return rounded[x, size]
+
+    for node in list(program.graph.nodes):
+        if is_call(node, INPUT) and isinstance(LinearSpec.from_json(node.args[2]).activation, Int8Static):
+            replace(node, pair(node, node.args[0], *node.args[1]))
+        if not is_linear(node) or not isinstance((spec := linear_spec(node)).activation, Int8Static):
+            continue
+        operands = operands_of(node)
+        rest = [*spec.of_weight(operands), *spec.of_residual(operands), *spec.of_choice(operands)]
+        plain = dataclasses.replace(spec, activation=None).to_json()
+        node.args = (pair(node, node.args[0], *spec.of_activation(operands)), rest, node.args[2], plain)
 
 
 def effect_of_rounding(made: Functional) -> float:
     """By how much the rounding of inputs to integers, a pass's, changes the outputs of the example call, over the largest."""
     given = [made.inputs[name].clone() for name in made.inputs]
     with torch.no_grad():
-        outputs = _Unrounded(made.gm, garbage_collect_values=False).run(*given)
+        outputs = _Unrounded(made.gm).run(*given)
     return _far(_run(made, made.inputs), _own(made, outputs))
 
 
 class _Unrounded(fx.Interpreter):
-    """Runs linears whose inputs are rounded to integers on what was rounded."""
+    """Runs a graph without the rounding of inputs to integers; what is beyond the codes is clipped as it was."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.way = {step for node in gm.graph.nodes if ROUNDED in node.meta for step in _way(node)}
 
     def run_node(self, n: fx.Node) -> Any:
-        if not is_linear(n) or value(n.args[0]).is_floating_point():
+        if n.target is _ROUND.dequantize_per_tensor.default and n.args[0] in self.way:
+            return self.env[n.args[0]]
+        if n not in self.way:
             return super().run_node(n)
-        codes = n.args[0]
-        while isinstance(codes, fx.Node) and codes.target is not torch.ops.aten.round.default:
-            codes = codes.args[0]
-        if not isinstance(codes, fx.Node):  # integers of the model's own
-            return super().run_node(n)
-        rest = self.map_nodes_to_values(n.args[1:], n)
-        return n.target(self.env[codes.args[0]].float(), *rest)
+        if n.target is _ROUND.quantize_per_tensor.default:
+            scale, zero, least, most = n.args[1:5]
+            return self.env[n.args[0]].clamp((least - zero) * scale, (most - zero) * scale)
+        plain = n.target in (aten.round.default, aten.to.dtype, aten._to_copy.default)
+        return self.env[n.args[0]] if plain else super().run_node(n)
+
+
+def _way(codes: fx.Node) -> list[fx.Node]:
+    """From codes back to where they are rounded; empty where no operator is known to round."""
+    found = [codes]
+    while found[-1].target not in (aten.round.default, _ROUND.quantize_per_tensor.default):
+        before = found[-1].args[0] if found[-1].args else None
+        if not isinstance(before, fx.Node):
+            return []
+        found.append(before)
+    return found
 
 
 class _Watching(fx.Interpreter):
@@ -176,8 +200,13 @@ def _rounded(graph: fx.Graph, before: fx.Node, x: fx.Node, least: float, most: f
     return _pair(graph, before, x, (scale, round(-least / scale), 0, _LEVELS, torch.uint8))
 
 
-def _pair(graph: fx.Graph, before: fx.Node, x: fx.Node, setting: tuple[float, int, int, int, torch.dtype]) -> fx.Node:
-    """x rounded and back; the setting is a scale, a zero point, the least and the largest code, and their dtype."""
+def _pair(
+    graph: fx.Graph, before: fx.Node, x: fx.Node, setting: tuple[float, int, int, int, torch.dtype], mark: str = ""
+) -> fx.Node:
+    """x rounded and back; the setting is a scale, a zero point, the least and the largest code, and their dtype.
+
+    ``mark`` is a key that the codes get in their ``meta``.
+    """
     fake = value(x)
     with graph.inserting_before(before):
         wide = x
@@ -185,7 +214,7 @@ def _pair(graph: fx.Graph, before: fx.Node, x: fx.Node, setting: tuple[float, in
             wide = graph.call_function(torch.ops.aten._to_copy.default, (x,), {"dtype": torch.float32})
             wide.meta["val"] = fake.float()
         codes = graph.call_function(_ROUND.quantize_per_tensor.default, (wide, *setting))
-        codes.meta["val"] = fake.to(setting[-1])
+        codes.meta |= {"val": fake.to(setting[-1])} | ({mark: True} if mark else {})
         back = graph.call_function(_ROUND.dequantize_per_tensor.default, (codes, *setting))
         back.meta["val"] = fake.float()
         if fake.dtype != torch.float32:

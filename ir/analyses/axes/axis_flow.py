@@ -32,7 +32,7 @@ _SAME = (
     "softmax _softmax log_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp flip roll tril triu argsort "
     "zeros_like ones_like full_like empty_like rand_like randn_like fill zero normal isin conj _conj resolve_conj real "
     "imag fft_fft fft_ifft fft_fftn fft_ifftn fft_fft2 fft_ifft2 sort cummax cummin bernoulli normalize "
-    "softplus"
+    "softplus rounded"
 )
 
 

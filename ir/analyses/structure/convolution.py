@@ -31,6 +31,12 @@ class Convolution:
     in_features: int
     transposed: bool = False
 
+    def operand(self) -> fx.Node:
+        """The input as it is now."""
+        operand = self.node.args[0]
+        assert isinstance(operand, fx.Node)
+        return operand
+
     def weight_operand(self) -> fx.Node:
         """What is multiplied: the kernel, or what casts made of it."""
         operand = self.node.args[1]

@@ -15,8 +15,8 @@ from accelpass.ir.analyses.structure.linear import Embedding, ExpertStack, Linea
 from accelpass.ir.core.derived import Recipe, is_released
 from accelpass.ir.core.graph import aten, call, replace, shape, through, value
 from accelpass.ir.core.program import Program
-from accelpass.ir.linear.op import EMBEDDING, LINEAR, MATRIX
-from accelpass.ir.linear.spec import Expert, LinearSpec
+from accelpass.ir.linear.op import EMBEDDING, INPUT, LINEAR, MATRIX
+from accelpass.ir.linear.spec import Expert, LinearSpec, Selector
 from accelpass.passes.core.base import Done, Skip, Take, Verdict
 from accelpass.passes.core.site_pass import Edits, SitePass
 
@@ -124,7 +124,7 @@ class WeightOnly(SitePass):
             return Skip("the weight holds NaN or infinity")
         return verdict
 
-    def rewrite(self, site: SharedWeight, edit: Edits) -> Done:
+    def rewrite(self, site: SharedWeight, edit: Edits) -> Done | Skip:
         """Let every use read the packed weight; returns what that did to its bytes."""
         program, weight, group = edit.program, site.weight, site.uses
         graph = program.graph
@@ -149,16 +149,19 @@ class WeightOnly(SitePass):
                             if use.transposed:
                                 w = call(graph, user, aten.transpose.int, w, -1, -2)
                         user.replace_input_with(weight, w)
+                    if isinstance(use, Convolution) and spec.activation is not None:
+                        x = call(graph, use.node, INPUT, use.operand(), self.known(site, edit), spec.to_json())
+                        use.node.update_arg(0, x)
                     continue
                 else:
-                    by = None if use.select is None else Expert(int(use.select.args[2]))
+                    by, told = self.choice(site, use, edit)
                     bias = (
                         through(use.bias, aten.to)
                         if program.tensors.is_constant(through(use.bias, aten.to))
                         else use.bias
                     )
                     read = LinearSpec(spec.weight, spec.activation, by).to_json()
-                    operands = [*packed, *self.known(site, edit)]
+                    operands = [*packed, *self.known(site, edit), *told]
                     new = call(graph, use.node, LINEAR, self.entering(site, use, edit), operands, bias, read)
                     new = self.leaving(site, use, new, edit)
             replace(use.node, new)
@@ -172,6 +175,10 @@ class WeightOnly(SitePass):
         """What is read in place of a linear of the site, from its packed product."""
         return product
 
+    def choice(self, site: SharedWeight, use: Linear, edit: Edits) -> tuple[Selector | None, list[fx.Node]]:
+        """Which weight is read, where the packed ones are several, and what the choice needs."""
+        return None if use.select is None else Expert(int(use.select.args[2])), []
+
     def known(self, site: SharedWeight, edit: Edits) -> list[fx.Node]:
         """What the rounding of a site's input needs besides the input."""
         return []
@@ -182,8 +189,8 @@ class WeightOnly(SitePass):
 
 
 @dataclass(frozen=True)
-class NearestWeights(WeightOnly):
-    """Base of passes that need no data, and round any weight by itself, so that kernels of convolutions can be packed, too.
+class WithKernels(WeightOnly):
+    """Base of passes that can pack kernels of convolutions, too.
 
     Attributes:
         convolutions: pack the kernels of convolutions (1d, 2d, 3d; patch embeddings among them) as the matrices ``(out,
@@ -196,6 +203,11 @@ class NearestWeights(WeightOnly):
 
     def kernels(self, program: Program) -> Sequence[Convolution]:
         return program.analysis(convolutions) if self.convolutions else ()
+
+
+@dataclass(frozen=True)
+class NearestWeights(WithKernels):
+    """Base of passes that need no data, and round any weight by itself."""
 
 
 def _bytes(node: fx.Node) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -12,19 +12,22 @@ from torch import Tensor, fx
 from accelpass.ir.analyses.structure.linear import Linear
 from accelpass.ir.attention.recognition.detect import detect
 from accelpass.ir.core.derived import Recipe
-from accelpass.ir.core.graph import aten
+from accelpass.ir.core.graph import aten, shape
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import digest, placed
+from accelpass.ir.errors import PlanError
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.rows import IntRows
 from accelpass.ir.linear.spec import LinearSpec
+from accelpass.passes.core.base import Done, Skip
 from accelpass.passes.core.site_pass import Edits
-from accelpass.passes.quantization.bases.calibrated import InputMoments, Learnt
+from accelpass.passes.quantization.bases.calibrated import InputMoments, InputRange, Learnt
+from accelpass.passes.quantization.bases.parted import RangesOfParts, joined_parts, rewrite_parts
 from accelpass.passes.quantization.bases.weight_only import SharedWeight
 from accelpass.passes.quantization.int8_static import Int8Static, Int8StaticPass
 
 
-class TextMoments(InputMoments):
+class TextRange(InputRange):
     """Of text that cross-attention reads ``(batch, tokens, in)``.
 
     Attributes:
@@ -63,16 +66,22 @@ class MixDQ(Int8StaticPass):
     of their own. That holds only where the first token is the same in all prompts: it is checked on the data, which need two prompts
     that differ, and where it does not hold (T5, a bidirectional encoder) the linear is rounded as any other. A plan is for that encoder.
 
+    A 1x1 convolution whose input was joined along channels (the short cut of a block that reads a skip connection) has a range and scales
+    for each part.
+
     Weights have one symmetric scale for each output row. Activations are symmetric, too (the authors' have a zero point).
     Which weights get how many bits is what ``accelpass.search_bits`` finds, by sensitivity split by metric; ``sites`` takes it.
 
     Attributes:
         bits: of weights, 2, 4 or 8.
         bos: compute the first token beforehand.
+        convolutions: round convolutions, too, their kernels as the matrices ``(out, in / groups * size)`` that they are; in few steps the
+            first and the last one are the most sensitive (``exclude=["conv_in", "conv_out"]``).
     """
 
     bits: int = 8
     bos: bool = True
+    convolutions: bool = field(default=True, kw_only=True)
 
     name: ClassVar[str] = "mixdq"
     summary: ClassVar[str] = "static W8A8 to W4A8 for text-to-image models, the text's first token computed beforehand"
@@ -90,12 +99,28 @@ class MixDQ(Int8StaticPass):
     def moments(self, site: SharedWeight, program: Program) -> InputMoments:
         crossing = [a for a in program.analysis(detect) if a.kind == "cross"]
         texts = {node for a in crossing for node in (*a.k_proj, *a.v_proj)}
-        return TextMoments(site) if self.bos and site.uses[0].node in texts else super().moments(site, program)
+        if parts := joined_parts(site, self.spec):
+            return RangesOfParts(site, [int(shape(part)[1]) for part in parts])
+        return TextRange(site) if self.bos and site.uses[0].node in texts else super().moments(site, program)
 
     def learn(self, weights: Sequence[Tensor], moments: InputMoments) -> list[Learnt]:
-        if isinstance(moments, TextMoments) and moments.first is not None and moments.prompts:
+        if isinstance(moments, RangesOfParts):
+            return [Learnt({"range": moments.peaks})] * len(weights)
+        if isinstance(moments, TextRange) and moments.first is not None and moments.prompts:
             return [Learnt({"range": moments.rest.reshape(1), "bos": moments.first})] * len(weights)
         return super().learn(weights, moments)
+
+    def rewrite(self, site: SharedWeight, edit: Edits) -> Done | Skip:
+        ranges = self.learnt(site, edit.program, "range")
+        if ranges is None or len(ranges) == 1:
+            return super().rewrite(site, edit)
+        parts = joined_parts(site, self.spec)
+        if len(parts) != len(ranges):
+            raise PlanError(
+                f"{self.name}: the plan has ranges for {len(ranges)} parts of the input of {site.path}, which has {len(parts)}; calibrate "
+                "with the options that you use"
+            )
+        return rewrite_parts(site, self.spec, parts, ranges.float() / 127, edit)
 
     def entering(self, site: SharedWeight, use: Linear, edit: Edits) -> fx.Node:
         x = super().entering(site, use, edit)

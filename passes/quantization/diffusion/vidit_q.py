@@ -12,7 +12,8 @@ from torch import Tensor
 from accelpass.ir.linear.formats import Int8
 from accelpass.ir.linear.rows import IntPerToken, IntRows
 from accelpass.ir.linear.spec import LinearSpec
-from accelpass.passes.quantization.bases.calibrated import Balanced, InputMoments
+from accelpass.passes.quantization.bases.by_timestep import BalancedByTimestep
+from accelpass.passes.quantization.bases.calibrated import InputMoments
 
 KEPT = (
     "*x_embedder*", "*pos_embed*", "*patch_embed*", "*t_embedder*", "*t_block*", "*time_embed*", "*timestep_embed*", "*time_text_embed*",
@@ -23,7 +24,7 @@ KEPT = (
 
 
 @dataclass(frozen=True)
-class ViDiTQ(Balanced):
+class ViDiTQ(BalancedByTimestep):
     """Multiply weights in a few bits with tokens rounded as they come, after channels were balanced and mixed.
 
     Ranges of an activation differ by token, guidance half, step and channel. A scale for each token, found as it comes, takes the
@@ -33,7 +34,8 @@ class ViDiTQ(Balanced):
     further matrices for widths such as 1152). Linears that read one input share m (the authors fit one for each). Without calibration
     nothing is balanced or mixed, which is the paper's W8A8.
 
-    The paper's earlier variant, with factors and weights for each range of timesteps, is not here.
+    With ``boundaries`` each range of timesteps has factors and a weight of its own: ``boundaries=(500,), momentum=0.95, rotate=False,
+    strength=0.89`` is the paper's earlier variant, whose 0.11 is of the activation's magnitude (0.7 for its 0.3 of PixArt-Sigma).
 
     Attributes:
         bits: of weights, 4, 6 or 8, with a scale and a zero point for each output row; ``sites`` gives some weights other bits.
@@ -42,6 +44,9 @@ class ViDiTQ(Balanced):
         rotate: mix the channels.
         symmetric: no zero points; 8 bits then run in the kernels of ``int8_dynamic``.
         seed: of the signs.
+        boundaries, momentum: of ranges of timesteps: the last of each but the highest, such as ``(500,)``, of the model's own timesteps,
+            and the share that a channel's moving peak keeps at each call of the data (0: the largest of all). A range is a further
+            packed weight.
         exclude: embeddings, modulation and the last layer by default.
     """
 
