@@ -119,6 +119,8 @@ def pairs(keys: Tensor, first: int, count: int) -> Tensor:
     k = torch.nn.functional.normalize(keys.float().mean(1), dim=-1)
     tokens = torch.arange(k.shape[1], device=k.device)
     one, other = tokens[(first + 1) // 2 * 2 :: 2], tokens[first // 2 * 2 + 1 :: 2]
+    if not other.shape[0]:  # one patch is left
+        return tokens.repeat(k.shape[0], 1)
     best, partner = torch.matmul(k[:, one], k[:, other].mT).max(-1)
     order = best.sort(dim=-1, descending=True, stable=True).indices
     gone, left = order[:, :count], order[:, count:].sort(-1).values

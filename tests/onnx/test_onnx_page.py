@@ -50,6 +50,7 @@ def test_the_table_is_that_of_the_results(tmp_path: Path) -> None:
             "int8_dynamic",
             "int8_static",
             "mixdq",
+            "vidit_q",
             "smoothquant",
         )
         assert (row["difference"] < 1e-4) != rounded if row["exported"] else row["why"]

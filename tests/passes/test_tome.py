@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,13 +54,15 @@ def merged_tower(model: Tower, pixels: Tensor, r: int, proportional: bool = True
         bias = size.log().transpose(1, 2)[:, None] if proportional else None
         keys = block.heads_of(x)[1].mean(1)
         x = block.attended(x, bias)
-        how = matching(keys, model.first, min(r, (x.shape[1] - model.first) // 2))
-        x = merge(x * size, how, model.first)
-        source = merge(source, how, model.first)
+        x = x * size
+        if x.shape[1] - model.first > 1:  # one patch has none to be merged with
+            how = matching(keys, model.first, min(r, (x.shape[1] - model.first) // 2))
+            x, source = (merge(t, how, model.first) for t in (x, source))
         x = block.mlp(x / source.sum(-1, keepdim=True))
     return model.read(source.transpose(1, 2) @ x)
 
 
+@example(side=2, first=0, r=2, batch=1, proportional=True, seed=0)  # down to one patch
 @settings(max_examples=examples(6), deadline=None)
 @given(
     side=st.integers(2, 5), first=st.integers(0, 3), r=st.integers(1, 9), batch=st.integers(1, 3),

@@ -64,11 +64,11 @@ def test_version(cli: Callable[..., Result]) -> None:
         (["demo", "--html", "/no/such/folder/r.html"], "there is no folder /no/such/folder"),
         (
             ["kv-map", "smollm2-135m", "--prompt", "x"],
-            "give one with --pass: a2sf, cskv, h2o, keyformer, kv_quant, kv_window, mikv",
+            "give one with --pass: a2sf, compresskv, cskv, h2o, keyformer, kv_quant, kv_window, lawcat, mikv",
         ),
         (
             ["kv-map", "smollm2-135m", "--prompt", "x", "--pass", "int8_weights"],
-            "give one with --pass: a2sf, cskv, h2o",
+            "give one with --pass: a2sf, compresskv, cskv, h2o",
         ),
         (["kv-map", "smollm2-135m", "--prompt", "x", "--pass", "h2o", "--layers", "a"], "for example 0,15,29"),
         (["kv-map", "smollm2-135m", "--prompt", "x", "--pass", "h2o", "--out", "m.gif"], ".png or .html"),
