@@ -18,7 +18,7 @@ from accelpass.backends.runtime.step_clock import Clock, Tick
 from accelpass.ir.core.derived import StateSpec
 
 if TYPE_CHECKING:
-    from accelpass.backends.staged.model import StagedModel
+    pass
 
 _COPIED = 4 * 2**20
 """Bytes up to which an input is compared by its values; a larger one by identity."""
@@ -94,14 +94,14 @@ class Branch:
 
 @dataclass(frozen=True, eq=False)
 class Ran:
-    """What one call computed: the row of actions, and its FLOPs; ``by`` is the compiled code, of a package None."""
+    """What one call computed: the row of actions, and its FLOPs; ``by`` is the compiled code, a StagedModel; of a package None."""
 
     tick: Tick
     time: float
     row: Any
     flops: int
     attention: int
-    by: StagedModel | None
+    by: Any
 
 
 @dataclass(eq=False)

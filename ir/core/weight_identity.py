@@ -67,7 +67,7 @@ class Place(NamedTuple):
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         count = min(PROBES, span)
         step = span // count
-        return cls((count,), (step,), tensor.storage_offset() + step // 2)
+        return cls((count,), (step,), int(tensor.storage_offset()) + step // 2)
 
 
 def probes(tensors: Sequence[Tensor], places: Sequence[Place | None] | None = None) -> list[tuple[float, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,10 +23,10 @@ def microseconds_of_row(form: str, group_size: int, out_features: int, in_featur
     count = max(1, min(8, _COLD // (4 * out_features * in_features)))
     stored = {"name": "weight_format", "format": form, "group_size": group_size}
     layers = [nn.Linear(in_features, out_features, bias=False).eval() for _ in range(count)]
-    passes = [] if form == "float" else [stored]
+    options: dict[str, Any] = {"passes": [] if form == "float" else [stored]}
     with tracing(None), torch.no_grad():
         # One function for all: they share its code.
-        fast = torch.compile(lambda layer, x: layer(x), backend="accelpass", options={"passes": passes}, dynamic=False)
+        fast = torch.compile(lambda layer, x: layer(x), backend="accelpass", options=options, dynamic=False)
         x = torch.ones(1, in_features)
         taken = []
         for run in range(_RUNS + count):
