@@ -78,22 +78,28 @@ class Schedule(Generic[G]):
                 found[f"{step}/{source.name}"] = tensor.contiguous()
         return found
 
-    def inputs(
-        self, step: int, call: int, example: Mapping[str, Tensor], kept: Mapping[tuple[int, str], Tensor]
-    ) -> dict[str, Tensor]:
-        """What the graph of a call takes, to compare its compiled form with torch.
+    def replay(
+        self, examples: Mapping[str, Mapping[str, Tensor]], run: Callable[[str, dict[str, Tensor]], Sequence[Tensor]]
+    ) -> None:
+        """Run all steps, to compare what was compiled with torch.
 
-        Floats of the example shrink from step to step, as a run's latents change: between equal steps a slope would be rounding alone.
+        Floats of an example shrink from step to step, as a run's latents change: between equal steps a slope would be rounding alone.
 
         Args:
-            kept: by call and name, what earlier steps kept.
+            examples: by graph, inputs of which those that are not the caller's are replaced.
+            run: is given a graph's name and inputs, and returns the outputs that the run goes on with.
         """
-        left = 1 - step / (2 * len(self.calls))
-        found = {n: t * left if t.is_floating_point() else t for n, t in example.items()}
-        for name, source in self.sources[self.calls[step][call]].items():
-            planned = self.by.operand(source.name, step) if source.kind == "plan" else None
-            found[name] = kept[0 if source.first else call, source.name] if planned is None else planned
-        return found
+        kept: dict[tuple[int, str], Tensor] = {}
+        for step, names in enumerate(self.calls):
+            left = 1 - step / (2 * len(self.calls))
+            for call, name in enumerate(names):
+                inputs = {n: t * left if t.is_floating_point() else t for n, t in examples[name].items()}
+                for given, source in self.sources[name].items():
+                    planned = self.by.operand(source.name, step) if source.kind == "plan" else None
+                    inputs[given] = kept[0 if source.first else call, source.name] if planned is None else planned
+                for output, tensor in zip(self.graphs[name].made.outputs, run(name, inputs), strict=True):
+                    if output.startswith("present."):
+                        kept[call, output.removeprefix("present.")] = tensor
 
 
 def step_pass(passes: Sequence[Pass]) -> StepPass | None:

@@ -61,16 +61,16 @@ def compared(
 ) -> float:
     """Run the whole schedule on ``examples``, inputs by file; see :func:`accelpass.backends.onnx.runtime.difference`."""
     sessions = {name: runtime.session(folder / name, optimised) for name in steps.graphs}
-    kept: dict[tuple[int, str], Tensor] = {}
     worst = 0.0
-    for step, files in enumerate(steps.calls):
-        for call, file in enumerate(files):
-            made, inputs = steps.graphs[file].made, steps.inputs(step, call, examples[file], kept)
-            with torch.no_grad():
-                expected = made.gm(*inputs.values())
-            got = runtime.run(sessions[file], inputs)
-            worst = max(worst, runtime.difference(made.outputs, got, expected, tolerance))
-            for name, tensor in zip(made.outputs, expected, strict=True):
-                if name.startswith("present."):
-                    kept[call, name.removeprefix("present.")] = tensor
+
+    def run(file: str, inputs: dict[str, Tensor]) -> list[Tensor]:
+        nonlocal worst
+        made = steps.graphs[file].made
+        with torch.no_grad():
+            expected: list[Tensor] = made.gm(*inputs.values())
+        got = runtime.run(sessions[file], inputs)
+        worst = max(worst, runtime.difference(made.outputs, got, expected, tolerance))
+        return expected
+
+    steps.replay(examples, run)
     return worst

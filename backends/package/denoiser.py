@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +34,7 @@ class PackagedDenoiser:
         self.manifest, self._graphs = manifest, dict(graphs)
         self._schedule: Schedule = manifest.schedule
         self._planned = {key: weights[name] for key, name in self._schedule.operands.items()}
+        self._keepers: dict[tuple[int, int, str], int] = {}
         self._runs, self._anchor = Runs(key=id(self)), torch.empty(0)
         first = self._graphs[self._schedule.calls[0][0]].graph
         self._names = [v.name for v in first.inputs if v.name not in self._sources(self._schedule.calls[0][0])]
@@ -48,7 +48,7 @@ class PackagedDenoiser:
     @property
     def notes(self) -> list[str]:
         """What kept calls from reusing what an earlier step had kept, and how often."""
-        return [f"{count} calls {why}" for why, count in Counter(self._runs.notes).items()]
+        return [f"{count} calls {why}" for why, count in self._runs.notes.items()]
 
     def sampling_run(self) -> Declared:
         """The calls made inside ``with package.sampling_run():`` are one run; see :func:`accelpass.sampling_run`."""
@@ -127,11 +127,13 @@ class PackagedDenoiser:
 
     def _kept_at(self, step: int, at: int, name: str) -> int:
         """The latest step before this one whose graph keeps it."""
-        earlier = range(step - 1, -1, -1)
-        names = (self._schedule.calls[t][min(at, len(self._schedule.calls[t]) - 1)] for t in earlier)
-        return next(
-            (t for t, g in zip(earlier, names, strict=True) if PRESENT + name in self._graphs[g].graph.outputs), 0
-        )
+        key = step, at, name
+        if key not in self._keepers:
+            calls = self._schedule.calls
+            earlier = ((t, calls[t][min(at, len(calls[t]) - 1)]) for t in range(step - 1, -1, -1))
+            keeps = (t for t, graph in earlier if PRESENT + name in self._graphs[graph].graph.outputs)
+            self._keepers[key] = next(keeps, 0)
+        return self._keepers[key]
 
     def _shape(self, value: Value, given: Mapping[str, Tensor]) -> list[int | None]:
         """Sizes of an input, as the caller's tensors have them; None where these do not tell."""

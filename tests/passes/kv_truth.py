@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accelpass import KVCache
 from accelpass.testing.eager_cache import EagerAttention as Oracle
 from accelpass.testing.eager_cache import attending as attending
 from accelpass.testing.eager_cache import mixed, probabilities
@@ -253,3 +254,19 @@ def fed(model: Any, cache: Any, pieces: list[Tensor], padding: Tensor | None = N
             extra = {"attention_mask": left, "position_ids": positions}
         out.append(model(input_ids=piece, past_key_values=cache, use_cache=True, **extra).logits[:, -1])
     return torch.stack(out)
+
+
+def assisted_like_plain(model: Any, **options: Any) -> bool:
+    """Whether guessed tokens leave no trace: answers to two prompts with prompt look-up, and without, are the same."""
+    torch._dynamo.reset()
+    model.compile(backend="accelpass", options={"lowering": "eager", **options})
+    same = True
+    for length in (21, 27):
+        ids = torch.randint(0, 9, (1, length), generator=torch.Generator().manual_seed(length))
+        given = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
+        plain, guessed = (
+            model.generate(ids, past_key_values=KVCache(model, 64), **given, **more)
+            for more in ({}, {"prompt_lookup_num_tokens": 3})
+        )
+        same &= torch.equal(plain, guessed)
+    return same

@@ -19,7 +19,7 @@ from accelpass.ir.kv.banks import Floats
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.kv_cache.learnt.compresskv import CompressKV, HeadsMass, OneChoice, artefact, layer_budgets
 from accelpass.passes.kv_cache.learnt.retrieval import needle_of
-from tests.passes.kv_truth import Dense, Oracle, attending, fed, mixed, probabilities
+from tests.passes.kv_truth import Dense, Oracle, assisted_like_plain, attending, fed, mixed, probabilities
 from tests.passes.test_kv_methods import CAPACITY, VOCABULARY, llama, tokens
 from tests.passes.test_kv_storage import Layer
 from tests.sweep import examples, sweep
@@ -154,16 +154,7 @@ def test_two_prompts_and_an_assistant():
     """Candidates that are rejected leave no trace: with guesses the answer is the same."""
     model = llama()
     plan = plan_of(model, {"tokens": 10, "window": 3, "answer": 4}, [2, 1, 3, 0])
-    torch._dynamo.reset()
-    model.compile(backend="accelpass", options={"lowering": "eager", "plan": plan})
-    for length in (21, 27):
-        ids = torch.randint(0, 9, (1, length), generator=torch.Generator().manual_seed(length))
-        given = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
-        plain, guessed = (
-            model.generate(ids, past_key_values=KVCache(model, 64), **given, **more)
-            for more in ({}, {"prompt_lookup_num_tokens": 3})
-        )
-        assert torch.equal(plain, guessed)
+    assert assisted_like_plain(model, plan=plan)
 
 
 # What calibration finds

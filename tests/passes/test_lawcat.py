@@ -21,7 +21,7 @@ from accelpass.ir.kv.storage import Layout
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.kv_cache.learnt.lawcat import LAWCAT, artefact
 from accelpass.passes.kv_cache.storage.recurrence import WEIGHTS, Recurrence, attended, convolved, linear_attention
-from tests.passes.kv_truth import Oracle, attending, fed
+from tests.passes.kv_truth import Oracle, assisted_like_plain, attending, fed
 from tests.passes.test_kv_methods import CAPACITY, VOCABULARY, llama, tokens
 from tests.passes.test_lazyllm import SIZES
 from tests.sweep import examples, sweep
@@ -206,16 +206,7 @@ def test_the_size_is_constant():
 def test_two_prompts_and_an_assistant():
     model = llama()
     plan = plan_of(model)
-    torch._dynamo.reset()
-    model.compile(backend="accelpass", options={"lowering": "eager", "plan": plan})
-    for length in (21, 27):
-        ids = torch.randint(0, 9, (1, length), generator=torch.Generator().manual_seed(length))
-        given = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
-        plain, guessed = (
-            model.generate(ids, past_key_values=KVCache(model, 64), **given, **more)
-            for more in ({}, {"prompt_lookup_num_tokens": 3})
-        )
-        assert torch.equal(plain, guessed)
+    assert assisted_like_plain(model, plan=plan)
 
 
 def test_tokens_cannot_be_taken_back_without_candidates():

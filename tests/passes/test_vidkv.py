@@ -18,7 +18,7 @@ from accelpass.ir.kv.storage import Held
 from accelpass.passes.kv_cache.storage.spectrum import SpectrumBlocks, SpectrumSpan, spectrum
 from accelpass.passes.kv_cache.storage.token_groups import Signs, Ternary, TwoBits
 from accelpass.passes.kv_cache.vidkv import VidKV
-from tests.passes.kv_truth import Dense, Oracle, attending, fed, mixed, probabilities
+from tests.passes.kv_truth import Dense, Oracle, assisted_like_plain, attending, fed, mixed, probabilities
 from tests.passes.test_kv_methods import CAPACITY, compiled, llama, tokens
 from tests.passes.test_kv_storage import Layer
 from tests.sweep import examples, sweep
@@ -240,17 +240,8 @@ def test_the_bytes_are_few():
 @pytest.mark.parametrize("options", [{"span": (1, 17)}, {}])
 def test_two_prompts_and_an_assistant(options):
     model = llama()
-    torch._dynamo.reset()
     passes = [{"name": "vidkv", "block": 8, "window": 8, **options}]
-    model.compile(backend="accelpass", options={"lowering": "eager", "passes": passes})
-    for length in (21, 27):
-        ids = torch.randint(0, 9, (1, length), generator=torch.Generator().manual_seed(length))
-        given = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
-        plain, guessed = (
-            model.generate(ids, past_key_values=KVCache(model, 64), **given, **more)
-            for more in ({}, {"prompt_lookup_num_tokens": 3})
-        )
-        assert torch.equal(plain, guessed)
+    assert assisted_like_plain(model, passes=passes)
 
 
 def test_a_span_that_is_not_whole_groups():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
+from accelpass.ir.linear.gemv_probe import quickest
 from accelpass.ir.torch_private import tracing
 
-_RUNS, _COLD = 30, 64_000_000
+_COLD = 64_000_000
 
 
 @cache
@@ -28,11 +28,5 @@ def microseconds_of_row(form: str, group_size: int, out_features: int, in_featur
         # One function for all: they share its code.
         fast = torch.compile(lambda layer, x: layer(x), backend="accelpass", options=options, dynamic=False)
         x = torch.ones(1, in_features)
-        taken = []
-        for run in range(_RUNS + count):
-            layer = layers[run % count]
-            start = time.perf_counter()
-            fast(layer, x)
-            if run >= count:
-                taken.append(time.perf_counter() - start)
-    return min(taken) * 1e6
+        (seconds,) = quickest(lambda run: fast(layers[run % count], x))
+    return seconds * 1e6
