@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import aten, call, value
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.errors import OptionError
 from accelpass.passes.core.base import Done, Pass
 from accelpass.passes.core.registry import registered

@@ -14,8 +14,7 @@ from torch import Tensor
 from accelpass.api.lookup import modules_of
 from accelpass.backends.runtime.runs import RUNS
 from accelpass.backends.runtime.step_clock import Declared, declared
-from accelpass.backends.runtime.survivors import forget_last
-from accelpass.ir.core.derived import DERIVED, StateSpec
+from accelpass.ir.core.state import STATE, Slot
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.kv import holdings
 
@@ -79,16 +78,16 @@ def state(fast: Any, history: bool = False) -> list[StateBuffer]:
 def _remembered(fast: Any, history: bool = False) -> list[tuple[StateBuffer, Tensor]]:
     known = named_tensors(fast)
     tensors = [t for _, t in known.values()]
-    found = [_buffer(spec, known[anchor][0], t) for spec, anchor, t in DERIVED.states(tensors)]
+    found = [_buffer(slot, known[anchor][0]) for anchor, slot in STATE.of(tensors)]
     for number, cache in enumerate(caches_of(tensors)):
         for index, layer in enumerate(cache.layers):
             owner = f"cache {number}, layer {index}"
-            found += [_buffer(spec, owner, t) for spec, _, t in DERIVED.states([layer.count])]
-    runs = [run for known in RUNS.all_of(tensors) for run in known.all() if run.memory.held or (history and run.past)]
+            found += [_buffer(slot, owner) for _, slot in STATE.of([layer.count])]
+    runs = [run for known in RUNS.all_of(tensors) for run in known.all() if run.memory or (history and run.past)]
     for number, run in enumerate(runs, 1):
         owner = f"sampling run {number}" if number > 1 else "sampling run"
-        held = [*run.memory.states(), *(run.history() if history else ())]
-        found += [_buffer(spec, owner, t) for spec, t in held]
+        found += [_buffer(slot, owner, name) for name, slot in run.memory.slots()]
+        found += [_made(name, owner, t, "sampling_run") for name, t in (run.history() if history else ())]
     return found
 
 
@@ -137,11 +136,15 @@ def _named(fast: Any, pattern: str) -> dict[str, Tensor]:
 def remembered_by(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors that :func:`state` lists, for the model with these tensors."""
     own = list(tensors)
-    return [t for anchors in (own, counters_of(own)) for _, _, t in DERIVED.states(anchors)]
+    return [slot.tensor for anchors in (own, counters_of(own)) for _, slot in STATE.of(anchors)]
 
 
-def _buffer(spec: StateSpec, owner: str, t: Tensor) -> tuple[StateBuffer, Tensor]:
-    return StateBuffer(spec.name, owner, tuple(t.shape), t.dtype, t.numel() * t.element_size(), spec.lifetime), t
+def _buffer(slot: Slot, owner: str, name: str = "") -> tuple[StateBuffer, Tensor]:
+    return _made(name or slot.spec.name, owner, slot.tensor, slot.spec.lifetime)
+
+
+def _made(name: str, owner: str, t: Tensor, lifetime: str) -> tuple[StateBuffer, Tensor]:
+    return StateBuffer(name, owner, tuple(t.shape), t.dtype, t.numel() * t.element_size(), lifetime), t
 
 
 def reset(fast: Any) -> None:
@@ -150,10 +153,8 @@ def reset(fast: Any) -> None:
     Which tokens of the last prompt survived is forgotten. The next call of a diffusion model is the first step of a sampling run.
     """
     tensors = [t for _, t in named_tensors(fast).values()]
-    with torch.no_grad():
-        for spec, _, t in DERIVED.states(tensors):
-            t.fill_(spec.fill)
-    forget_last(tensors)
+    for t in tensors:
+        STATE.reset(t)
     for known in RUNS.all_of(tensors):
         known.reset()
     for count in counters_of(tensors):

@@ -6,12 +6,14 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
+from accelpass.ir.core.state import STATE
 from accelpass.ir.errors import CacheError
 from accelpass.ir.kv import holdings
 from accelpass.ir.kv import ops as _ops  # registers the ops
@@ -116,8 +118,7 @@ class KVLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         holdings.holding_of(self.count).tail = None
-        for _, buffer in holdings.buffers_of(self.count):
-            buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+        STATE.reorder(self.count, beam_idx)
 
     def activate_past_recording(self) -> None:
         """Store candidates so that they can be taken back: the tokens of a call whose logits are asked for, but the first."""
@@ -144,7 +145,7 @@ class KVLayer(CacheLayerMixin):
         """A layer of its own that holds the same: a prompt that is read once can be answered several times."""
         twin = KVLayer(self.capacity, self.batch_size, self.count.device, self.window)
         twin.fresh, twin.token_bytes = self.fresh, self.token_bytes
-        holdings.copy(self.count, twin.count)
+        holdings.restore(twin.count, holdings.snapshot(self.count))
         return twin
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -231,6 +232,27 @@ class KVCache(Cache):
                 holding.check_crop(abs(tokens_to_remove))
         super().crop(tokens_to_remove)
 
+    def snapshot(self) -> CacheSnapshot:
+        """A copy of all that is held: a prompt that many requests begin with is read once, and :meth:`restore` goes back to its end."""
+        return CacheSnapshot([(holdings.snapshot(one.count), one.fresh, one.token_bytes) for one in self.layers])
+
+    def restore(self, saved: CacheSnapshot) -> None:
+        """Hold what a snapshot of this cache does, or one of a cache of the same model, capacity and batch size.
+
+        Raises:
+            CacheError: it is of a cache of another size; nothing is changed.
+        """
+        sizes = [(holdings.holding_of(one.count).room, one.batch_size) for one in self.layers]
+        theirs = [(held.holding.room, len(held.count)) for held, _, _ in saved.layers]
+        if sizes != theirs:
+            raise CacheError(
+                f"the snapshot is of a cache of {_sizes(theirs)}, this one has {_sizes(sizes)}; make it with the same model, capacity "
+                "and batch_size"
+            )
+        for layer, (held, fresh, token_bytes) in zip(self.layers, saved.layers, strict=True):
+            holdings.restore(layer.count, held)
+            layer.fresh, layer.token_bytes = fresh, token_bytes
+
     def counted(self, counts: Sequence[Tensor], fresh: bool) -> KVCache:
         """The same cache with other counters, for a graph that is traced: it is neither listed nor does it hold anything."""
         twin = copy.copy(self)
@@ -262,6 +284,22 @@ class KVCache(Cache):
         return (
             f"KVCache({len(self.layers)} layers, {self.seen} of {self.capacity} tokens, {self.nbytes() / 1e6:.1f} MB)"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class CacheSnapshot:
+    """What a :class:`KVCache` held: of each layer the snapshot, whether it was empty, and the bytes of a token."""
+
+    layers: Sequence[tuple[holdings.LayerSnapshot, bool, int]]
+
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(held.slots.nbytes() for held, _, _ in self.layers)
+
+
+def _sizes(layers: Sequence[tuple[int, int]]) -> str:
+    room, batch = layers[0]
+    return f"{len(layers)} layers, {room} rows and {batch} sequences"
 
 
 def _decodes(model: torch.nn.Module) -> bool:

@@ -14,8 +14,8 @@ from torch.fx.graph import CodeGen
 
 from accelpass.backends.export.capture import Captured
 from accelpass.backends.export.errors import ExportError
-from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import argument_name, aten, known, placeholders, value
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.core.tensors import FromModule
 from accelpass.ir.torch_private import tree_leaves
 

@@ -115,7 +115,7 @@ class PackagedDenoiser:
             return self._planned[f"{step}/{source.name}"]
         assert turn.run is not None
         branch = turn.run.first if source.first else turn.branch.number
-        kept = turn.run.memory.held.get((branch, source.name))
+        kept = turn.run.memory.get(branch, source.name)
         oldest = step if source.first else self._kept_at(step, at, source.name)
         if kept is None or turn.tick.fresh or kept.step < oldest or (self._schedule.exact_age and kept.step > oldest):
             return None

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelpass.ir.core.derived import DERIVED, StateSpec
 from accelpass.ir.core.graph import size_among, value
+from accelpass.ir.core.state import STATE, StateSpec
 from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import GraphError
 from accelpass.ir.kv.holdings import Holding, holding_of
@@ -42,7 +42,7 @@ class Kept:
 
     def tensors(self, args: Sequence[Any]) -> list[Tensor]:
         """The buffers of a call."""
-        return [DERIVED.get([args[position]], spec.recipe()).tensors[0] for position, spec in self.buffers]
+        return [STATE.slot(args[position], spec).tensor for position, spec in self.buffers]
 
 
 @dataclass(frozen=True)

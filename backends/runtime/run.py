@@ -15,7 +15,6 @@ from torch import Tensor
 from accelpass.backends.runtime.continuity import STEPS, Past
 from accelpass.backends.runtime.run_memory import RunMemory
 from accelpass.backends.runtime.step_clock import Clock, Tick
-from accelpass.ir.core.derived import StateSpec
 
 if TYPE_CHECKING:
     pass
@@ -134,7 +133,7 @@ class Run:
     def reset(self) -> None:
         """Back to its beginning."""
         self.clock.reset()
-        self.memory.held = {}
+        self.memory.clear()
         self.branches.clear()
         self.past.clear()
         self.log.clear()
@@ -205,7 +204,7 @@ class Run:
         self._times, self._thread = call.times, weakref.ref(threading.current_thread())
         self.passed.clear()
 
-    def history(self) -> list[tuple[StateSpec, Tensor]]:
+    def history(self) -> list[tuple[str, Tensor]]:
         """What the next call is recognised by: latents and results of the last steps, and copies of small inputs."""
         named = []
         for ago, step in enumerate(reversed(self.past), 1):
@@ -215,7 +214,7 @@ class Run:
             named += [
                 (f"{name} (call {b.number + 1})", seen.kept) for name, seen in b.given.items() if seen.kept is not None
             ]
-        return [(StateSpec(name, tuple(t.shape), t.dtype, "sampling_run"), t) for name, t in named]
+        return named
 
     def new_branch(self, tick: Tick) -> Branch:
         taken = {b.number for b in self.branches}

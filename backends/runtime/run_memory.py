@@ -9,28 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.state import STATE, Slot
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """A tensor, and the step that kept it."""
-
-    tensor: Tensor
-    step: int
+class _Calls:
+    """Which of the calls of a step: the owner of what they keep."""
 
 
 @dataclass(eq=False)
 class RunMemory:
-    """Tensors by branch (which of the calls of a step) and name; :meth:`find` looks at shape and age besides.
+    """Slots by branch (which of the calls of a step) and name; :meth:`find` looks at shape and age besides.
 
     One name is one tensor: where the batch changes in the middle of a run, the new tensor takes the old one's place.
     """
 
-    held: dict[tuple[int, str], Kept] = field(default_factory=dict)
+    _branches: dict[int, _Calls] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.slots())
 
     def keep(self, branch: int, step: int, tensors: dict[str, Tensor]) -> None:
-        self.held.update({(branch, name): Kept(t, step) for name, t in tensors.items()})
+        owner = self._branches.setdefault(branch, _Calls())
+        for name, t in tensors.items():
+            STATE.keep(owner, name, t, "sampling_run", step)
+
+    def get(self, branch: int, name: str) -> Slot | None:
+        """What is remembered, of any shape and age."""
+        owner = self._branches.get(branch)
+        return None if owner is None else STATE.kept(owner, name)
 
     def find(self, branch: int, name: str, like: Hashable, oldest: int, exact: bool = False) -> Tensor | None:
         """What is remembered, laid out in memory as ``like`` says (:func:`accelpass.backends.staged.stage.layout`).
@@ -41,7 +47,7 @@ class RunMemory:
         Returns:
             None if there is nothing, or it is of another shape, or of an earlier step than the schedule means.
         """
-        kept = self.held.get((branch, name))
+        kept = self.get(branch, name)
         if kept is None or kept.step < oldest or (exact and kept.step > oldest):
             return None
         shape, strides, dtype, device, *_ = _laid_out(like)
@@ -53,15 +59,18 @@ class RunMemory:
         return torch.empty_strided(shape, strides, dtype=dtype, device=device).copy_(found)
 
     def drop(self, branch: int) -> None:
-        self.held = {key: kept for key, kept in self.held.items() if key[0] != branch}
+        self._branches.pop(branch, None)
 
-    def states(self) -> list[tuple[StateSpec, Tensor]]:
-        """What is held, for ``accelpass.state``."""
-        made = []
-        for (branch, name), kept in self.held.items():
-            called = name if branch == 0 else f"{name} (call {branch + 1})"
-            made.append((StateSpec(called, tuple(kept.tensor.shape), kept.tensor.dtype, "sampling_run"), kept.tensor))
-        return made
+    def clear(self) -> None:
+        self._branches.clear()
+
+    def slots(self) -> list[tuple[str, Slot]]:
+        """What is held, by name; of later calls of a step, with their number."""
+        return [
+            (slot.spec.name if branch == 0 else f"{slot.spec.name} (call {branch + 1})", slot)
+            for branch, owner in self._branches.items()
+            for _, slot in STATE.of([owner])
+        ]
 
 
 def _laid_out(like: Any) -> tuple[Any, ...]:

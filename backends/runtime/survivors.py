@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from accelpass.backends.runtime.caches import Tokens, tokens_of
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.state import STATE
 from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.transform.steps import SURVIVORS
 
@@ -64,21 +64,20 @@ class Choices:
         return made[:own]
 
 
-_LAST: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_NAMED = "survivors."
 
 
 def keep_last(model: Tensor | None, found: Sequence[Survivors]) -> None:
     """Remember what was chosen at the last prompt of the model that owns this tensor; nothing if all tokens went on."""
     if model is not None:
-        _LAST[model] = tuple(found)
+        STATE.discard([model], _NAMED)
+        for one in found:
+            STATE.keep(model, _NAMED + one.path, one.kept, "sequence", one.tokens)
 
 
 def last_of(tensors: Iterable[Tensor]) -> tuple[Survivors, ...]:
     """What was chosen at the last prompt of the model with these tensors."""
-    return next((_LAST[t] for t in tensors if t in _LAST), ())
-
-
-def forget_last(tensors: Iterable[Tensor]) -> None:
-    """Forget what :func:`last_of` would find."""
-    for t in tensors:
-        _LAST.pop(t, None)
+    held = STATE.of(tensors, _NAMED)
+    return tuple(
+        Survivors(slot.spec.name.removeprefix(_NAMED), slot.tensor, slot.step) for at, slot in held if at == held[0][0]
+    )

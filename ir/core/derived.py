@@ -1,4 +1,4 @@
-"""Tensors derived from weights (packed, concatenated) and state that passes declare, kept beside the weights themselves.
+"""Tensors derived from weights (packed, concatenated), kept beside the weights themselves.
 
 Dynamo shares one compiled graph among all instances of a class and does not recompile when a weight is swapped or
 reloaded. What a pass computes from a weight is therefore found by the identity of the weight that was passed in.
@@ -17,41 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accelpass.ir.core.state import STATE, Slot, StateSpec
 from accelpass.ir.core.weight_identity import VOID, Place, Stamp, probes, same_values, stamp
 from accelpass.ir.errors import ReleasedWeightError
-
-
-@dataclass(frozen=True)
-class StateSpec:
-    """A tensor that a pass remembers between calls, for one model instance.
-
-    Attributes:
-        name: unique within the pass: ``h2o.scores``.
-        shape, dtype, fill: how it starts, and what ``reset`` makes of it.
-        lifetime: what ends it: ``sequence``, ``sampling_run`` or ``model``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    lifetime: str
-    fill: float = 0.0
-    batched: bool = False
-    """One such tensor for each sequence: the anchor's first dimension comes before ``shape``."""
-
-    def __post_init__(self) -> None:
-        if self.lifetime not in ("sequence", "sampling_run", "model"):
-            raise ValueError(f"lifetime={self.lifetime!r} is not known; use sequence, sampling_run or model")
-
-    def recipe(self) -> Recipe:
-        """State is derived from its anchor weight in one respect: it lives with it, on its device."""
-
-        def fresh(anchor: Tensor) -> tuple[Tensor]:
-            shape = (anchor.shape[0], *self.shape) if self.batched else self.shape
-            return (torch.full(shape, self.fill, dtype=self.dtype, device=anchor.device),)
-
-        key = ("state", self.name, self.shape, str(self.dtype), self.lifetime, self.fill, self.batched)
-        return Recipe(key, fresh, self)
 
 
 @dataclass(frozen=True)
@@ -67,6 +35,12 @@ class Recipe:
     fn: Callable[..., tuple[Tensor, ...]]
     state: StateSpec | None = None
     first: bool = False
+
+    @staticmethod
+    def of_state(spec: StateSpec) -> Recipe:
+        """State is derived from its owner in one respect: it lives with it, on its device. It is kept in :data:`.state.STATE`."""
+        key = ("state", spec.name, spec.shape, str(spec.dtype), spec.lifetime, spec.fill, spec.batched)
+        return Recipe(key, lambda owner: (spec.start(owner),), spec)
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -141,14 +115,13 @@ class Entry:
 
     refs: tuple[weakref.ref[Tensor], ...]
     stamps: tuple[Stamp, ...]
-    """Empty for state, which outlives a change of its anchor's values."""
     tensors: tuple[Tensor, ...]
 
     def serves(self, sources: Sequence[Tensor]) -> bool:
         """Whether ``sources`` are the tensors that these were derived from, unchanged."""
         if any(ref() is not source for ref, source in zip(self.refs, sources, strict=True)):
             return False
-        return all(known.fits(source) for known, source in zip(self.stamps, sources, strict=False))  # none for state
+        return all(known.fits(source) for known, source in zip(self.stamps, sources, strict=True))
 
 
 class Snapshot:
@@ -164,7 +137,7 @@ class Snapshot:
     EVERY = 64
     """On a GPU reading a value waits for it: small calls then compare all weights, once in so many calls."""
 
-    def __init__(self, entries: Sequence[Entry], restamped: int) -> None:
+    def __init__(self, entries: Sequence[Entry | Slot], restamped: int) -> None:
         """
         Args:
             restamped: ``DERIVED.restamped`` from before the entries were asked.
@@ -182,11 +155,11 @@ class Snapshot:
         self._restamped = restamped
 
     @property
-    def entries(self) -> list[Entry | None]:
+    def entries(self) -> list[Entry | Slot | None]:
         """The entries; None for one that is gone."""
         return [ref() for ref in self._entries]
 
-    def served(self, sources: Sequence[Tensor], thorough: bool = True) -> list[Entry] | None:
+    def served(self, sources: Sequence[Tensor], thorough: bool = True) -> list[Entry | Slot] | None:
         """The entries, if they still serve ``sources``; None also where only a closer look can tell.
 
         Args:
@@ -229,8 +202,10 @@ class DerivedTensors:
         self.restamped = 0
         """How often the stamps of entries were changed; what a :class:`Snapshot` compared before is void then."""
 
-    def get(self, sources: Sequence[Tensor], recipe: Recipe, path: str = "") -> Entry:
-        """The derived tensors; computed if they are missing or a source changed since."""
+    def get(self, sources: Sequence[Tensor], recipe: Recipe, path: str = "") -> Entry | Slot:
+        """The derived tensors; computed if they are missing or a source changed since. Of state, the slot."""
+        if recipe.state is not None:
+            return STATE.slot(sources[0], recipe.state)
         key = (tuple(map(id, sources)), recipe)
         entry = self._entries.get(key)
         if entry is not None and entry.serves(sources):
@@ -239,7 +214,7 @@ class DerivedTensors:
             entry = self._entries.get(key)
             if entry is not None and entry.serves(sources):
                 return entry
-            if recipe.state is None and any(map(is_released, sources)):
+            if any(map(is_released, sources)):
                 raise ReleasedWeightError(
                     f"the memory of {path or 'a weight'} was released by free_weights, and it is needed again by "
                     f"{_pass_name(recipe.key)}. Load the model again, or compile it once with all the passes you want."
@@ -263,7 +238,7 @@ class DerivedTensors:
             self.restamped += 1
             freed = sum(map(_give_back, sources))
             for (ids, _), entry in self._entries.items():
-                if entry.stamps and wanted.intersection(ids):
+                if wanted.intersection(ids):
                     alive = [r() for r in entry.refs]
                     entry.stamps = tuple(stamp(t) for t in alive if t is not None)
         return freed
@@ -275,7 +250,7 @@ class DerivedTensors:
             self.restamped += 1
             for key in [k for k in self._entries if wanted.intersection(k[0])]:
                 entry = self._entries[key]
-                if entry.stamps and not any(t is not None and is_released(t) for t in (r() for r in entry.refs)):
+                if not any(t is not None and is_released(t) for t in (r() for r in entry.refs)):
                     entry.stamps = (VOID,) * len(entry.refs)  # compiled graphs hold the entry too
                     del self._entries[key]
 
@@ -285,27 +260,11 @@ class DerivedTensors:
         with self._lock:
             return [(k[1], k[0], e.tensors) for k, e in self._entries.items() if wanted.issuperset(k[0])]
 
-    def states(self, anchors: Sequence[Tensor]) -> list[tuple[StateSpec, int, Tensor]]:
-        """Declared state that lives with ``anchors``: what was declared, the anchor's id, the tensor."""
-        return [(recipe.state, ids[0], made[0]) for recipe, ids, made in self.of(anchors) if recipe.state is not None]
-
-    def discard_states(self, anchors: Sequence[Tensor], prefix: str) -> dict[str, Tensor]:
-        """Forget state whose name begins with ``prefix``; returns what it held."""
-        wanted, found = set(map(id, anchors)), {}
-        with self._lock:
-            for key, entry in list(self._entries.items()):
-                state = key[1].state
-                if state is not None and state.name.startswith(prefix) and wanted.issuperset(key[0]):
-                    found[state.name] = entry.tensors[0]
-                    del self._entries[key]
-        return found
-
     def _store(self, key: tuple[tuple[int, ...], Recipe], sources: Sequence[Tensor], made: tuple[Tensor, ...]) -> Entry:
         def drop(_: object, key: tuple[tuple[int, ...], Recipe] = key) -> None:
             self._entries.pop(key, None)
 
-        stamps = () if key[1].state else tuple(map(stamp, sources))
-        entry = Entry(tuple(weakref.ref(s, drop) for s in sources), stamps, tuple(made))
+        entry = Entry(tuple(weakref.ref(s, drop) for s in sources), tuple(map(stamp, sources)), tuple(made))
         self._entries[key] = entry
         return entry
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.core.derived import DERIVED, Entry, Recipe, Snapshot, StateSpec, leave_file, owns_storage
+from accelpass.ir.core.derived import DERIVED, Entry, Recipe, Snapshot, leave_file, owns_storage
 from accelpass.ir.core.graph import append_placeholder, placeholders, value, written_inputs
+from accelpass.ir.core.state import Slot, StateSpec
 from accelpass.ir.torch_private import FakeTensor
 
 
@@ -164,7 +165,7 @@ class FromInputs(TensorSource):
 
         Write to the returned node with an in-place ATen op; AOTAutograd and Inductor see a mutated model buffer.
         """
-        (node,) = self.derive([anchor], spec.recipe(), [spec.name.replace(".", "_")])
+        (node,) = self.derive([anchor], Recipe.of_state(spec), [spec.name.replace(".", "_")])
         return node
 
     def origin(self, node: fx.Node) -> tuple[str, Any]:
@@ -279,9 +280,9 @@ class Binder:
             self._last = Snapshot(entries, restamped)
         return [args[p] for p in self.kept] + [entries[group].tensors[output] for group, output in self._outputs]
 
-    def _asked(self, args: Sequence[Any]) -> list[Entry]:
+    def _asked(self, args: Sequence[Any]) -> list[Entry | Slot]:
         """The entry of each group, derived now if it is missing or a source has changed."""
-        made, missed = [], False
+        made, missed = list[Entry | Slot](), False
         for group, entry in zip(self.groups, self._known(), strict=True):
             sources = [args[p] for p in group.positions]
             if entry is None or not entry.serves(sources):
@@ -293,7 +294,7 @@ class Binder:
             leave_file([args[p] for p in self.staying])
         return made
 
-    def _known(self) -> list[Entry | None]:
+    def _known(self) -> list[Entry | Slot | None]:
         """The entry of each group at the last call; None where there is none, or none any more."""
         return [None] * len(self.groups) if self._last is None else self._last.entries
 
@@ -361,7 +362,7 @@ class FromModule(TensorSource):
             if known == (anchor, spec):
                 return node
         fake = value(anchor)
-        (start,) = spec.recipe().fn(torch.empty(fake.shape, dtype=fake.dtype, device=fake.device))
+        start = spec.start(torch.empty(fake.shape, dtype=fake.dtype, device=fake.device))
         name = re.sub(r"\W", "_", f"{anchor.name}.{spec.name}")
         self.gm.register_buffer(name, start)
         with self.gm.graph.inserting_after(placeholders(self.gm)[-1]):

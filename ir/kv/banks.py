@@ -17,7 +17,7 @@ from torch import Tensor
 
 from accelpass.ir.attention.lowering.one_row import by_chunks, each_group, row_scores, row_sum
 from accelpass.ir.attention.spec.spec import Format, Native
-from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.errors import GraphError
 from accelpass.ir.kv.rows import PARTS, dequantize_rows, quantize_rows, row_bytes
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from accelpass.ir.core.derived import DERIVED
+from accelpass.ir.core.state import STATE, Snapshot
 from accelpass.ir.errors import CacheError
 from accelpass.ir.kv.tail import Tail
 from accelpass.ir.torch_private import has_stopped_compiling
@@ -166,18 +166,31 @@ def holdings() -> list[tuple[Tensor, Holding]]:
 
 def buffers_of(count: Tensor) -> list[tuple[str, Tensor]]:
     """Name and tensor of everything that is stored for the layer with this counter."""
-    return [(spec.name, t) for spec, _, t in DERIVED.states([count])]
+    return [(slot.spec.name, slot.tensor) for _, slot in STATE.of([count])]
 
 
-def copy(count: Tensor, other: Tensor) -> None:
-    """Let the layer with the counter ``other``, which is empty, hold what that of ``count`` does."""
+@dataclass(frozen=True, eq=False)
+class LayerSnapshot:
+    """What one layer held: its counter, what the host knows of it, and all its slots."""
+
+    count: Tensor
+    holding: Holding
+    slots: Snapshot
+
+
+def snapshot(count: Tensor) -> LayerSnapshot:
+    """A copy of what the layer with this counter holds. Candidates of the last call are accepted in it."""
+    return LayerSnapshot(count.clone(), replace(holding_of(count)), STATE.snapshot(count))
+
+
+def restore(count: Tensor, saved: LayerSnapshot) -> None:
+    """Let a layer, of the same cache or of another of its size, hold what ``saved`` does."""
     with torch.no_grad():
-        other.copy_(count)
-        for recipe, _, tensors in DERIVED.of([count]):
-            DERIVED.seed([other], recipe, tuple(t.clone() for t in tensors))
-    mine, its = holding_of(count), holding_of(other)
+        count.copy_(saved.count)
+    STATE.restore(count, saved.slots)
+    mine, its = saved.holding, holding_of(count)
     its.tokens, its.form, its.model = mine.tokens, mine.form, mine.model
-    its.dropped, its.kept = mine.dropped, mine.kept
+    its.dropped, its.kept, its.tail, its.buffers = mine.dropped, mine.kept, None, ()
     its.by_position, its.by_mask, its.method, its.site = mine.by_position, mine.by_mask, mine.method, mine.site
 
 
@@ -185,6 +198,5 @@ def clear(count: Tensor) -> None:
     """Empty the layer: counters and buffers as they were at the start."""
     with torch.no_grad():
         count.zero_()
-        for spec, _, t in DERIVED.states([count]):
-            t.fill_(spec.fill)
+    STATE.reset(count)
     holding_of(count).forget()

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.spec.faults import WrongResult, checked, shapes_said
 from accelpass.ir.attention.spec.spec import AttentionSpec, Dense, Native
-from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import value
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.kv.banks import RowFormat
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Layout, New, Positions, Query, RowSelect, Storage

@@ -16,9 +16,9 @@ from accelpass.ir.attention.spec.block_select import MASKS, BlockSelect
 from accelpass.ir.attention.spec.faults import WrongResult, checked, named, shape_said
 from accelpass.ir.attention.spec.op import ATTENTION, set_spec, spec_of, want
 from accelpass.ir.attention.spec.spec import All, AttentionSpec, Dense, Native, Places, Step, tap_of
-from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import aten, call, known, refresh, value
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.errors import GraphError, SpecConflict
 from accelpass.ir.kv.banks import row_format
 from accelpass.ir.kv.layer import Extension, Layer, advance, operands_said

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from accelpass.ir.core.derived import DERIVED, StateSpec
+from accelpass.ir.core.state import STATE, StateSpec
 from accelpass.ir.errors import CacheError
 from accelpass.ir.kv.holdings import holding_of
 from accelpass.ir.torch_private import has_stopped_compiling
@@ -71,7 +71,7 @@ def kv_append(
     holding.check(tokens, form(k, v), None, False)
     start = holding.tokens
     for spec, new in zip(dense_state(k, v, capacity), (k, v), strict=True):
-        DERIVED.get([count], spec.recipe()).tensors[0][:, :, start : start + tokens] = new
+        STATE.slot(count, spec).tensor[:, :, start : start + tokens] = new
     count.add_(tokens)
     holding.add(tokens, form(k, v), None)
 
@@ -90,7 +90,7 @@ def kv_read(count: Tensor, k: Tensor, v: Tensor, capacity: int) -> tuple[Tensor,
     """
     if holding_of(count).form not in (None, form(k, v)):
         raise CacheError("this cache is compressed; read it with the compiled model that filled it, or cache.reset()")
-    keys, values = (DERIVED.get([count], s.recipe()).tensors[0] for s in dense_state(k, v, capacity))
+    keys, values = (STATE.slot(count, s).tensor for s in dense_state(k, v, capacity))
     return keys.clone(), values.clone()
 
 

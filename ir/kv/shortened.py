@@ -13,9 +13,9 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.spec.block_select import MASKS
 from accelpass.ir.attention.spec.op import spec_of
-from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import aten, call, is_call, known, placeholders, through, value
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.transform.sequence.prompt import positions_of
 from accelpass.ir.transform.splice import splice, trace

@@ -19,7 +19,7 @@ from accelpass.ir.attention.lowering.one_row import materialise, unnormalised_so
 from accelpass.ir.attention.spec import steps
 from accelpass.ir.attention.spec.block_select import MASKS
 from accelpass.ir.attention.spec.spec import AttentionMass, AttentionSpec, Places, ScoreTap, Select, Store
-from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.kv.banks import EXACT, RowFormat, Rows, ValueFormat, taken_rows
 
 Held = Mapping[str, Tensor]
@@ -309,6 +309,15 @@ class Query:
         bias = last.bias(Segment(EXACT, [new.k], [new.v], new.positions))
         assert bias is not None
         return (bias > _HIDDEN).any(1)
+
+    def sees(self, new: New) -> Tensor | None:
+        """Which of a call's tokens each of them sees, ``(batch, heads, tokens, tokens)``; None if no mask tells. One row a token."""
+        kept = [s for s in self._before if s.kind in MASKS]
+        if not kept:
+            return None
+        tokens = new.k.shape[2]
+        zeros = self.q.new_zeros(()).expand(new.k.shape[0], new.k.shape[1] * self.spec.groups, tokens, tokens)
+        return steps.apply(zeros, kept, self._moved(Segment(EXACT, [new.k], [new.v], new.positions))) > _HIDDEN
 
     def _moved(self, segment: Segment) -> list[Tensor]:
         return [e if segment.at is None else self._taken(e, segment.at) for e in self.extras]

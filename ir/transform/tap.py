@@ -18,9 +18,9 @@ from accelpass.ir.analyses.structure.mlp import mlps
 from accelpass.ir.analyses.structure.moe import moes
 from accelpass.ir.analyses.structure.output_head import output_heads
 from accelpass.ir.attention.recognition.detect import detect
-from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import aten, call, placeholders, value
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.transform.splice import splice, trace
 

@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, fx
 
-from accelpass.ir.core.derived import Recipe, StateSpec
+from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import call, replace
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.errors import SpecConflict
 from accelpass.ir.transform.splice import Tracer
 from accelpass.passes.core.base import Done, Record, SitePatterns, Skip, Take, Verdict

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.attention.spec.spec import AttentionSpec
-from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.kv.banks import Quantized, RowFormat, buffer, put_rows
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, bank

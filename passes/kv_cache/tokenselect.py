@@ -10,8 +10,8 @@ from torch import Tensor
 
 from accelpass.ir.attention.spec.block_select import BlockSelect
 from accelpass.ir.attention.spec.spec import AttentionSpec
-from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.kv.banks import RowFormat, buffer
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Held, Layout, New, Positions, Query, RowSelect, Segment, bank

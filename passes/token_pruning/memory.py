@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.core.derived import DERIVED, StateSpec
 from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.state import STATE, StateSpec
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.transform.sequence.rows import rows_of, write_rows
 from accelpass.ir.transform.splice import inserted
@@ -27,7 +27,7 @@ def have_state(number: int, capacity: int) -> StateSpec:
 
 def computed(count: Tensor, number: int, capacity: int) -> Tensor:
     """The same of a cache whose first layer has this counter, ``(batch, capacity + 1)``."""
-    found: Tensor = DERIVED.get([count], have_state(number, capacity).recipe()).tensors[0]
+    found: Tensor = STATE.slot(count, have_state(number, capacity)).tensor
     return found
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.core.derived import DERIVED, StateSpec
+from accelpass.ir.core.state import STATE, StateSpec
 from accelpass.ir.kv.banks import RowFormat, buffer, put_rows
 from accelpass.ir.kv.holdings import holding_of
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage, bank
@@ -68,7 +68,7 @@ class RowsAtPositions(Storage):
 
 def importance_of(count: Tensor) -> Tensor:
     """What the last query's attention gave to each position, in the scored layer with this counter, ``(batch, capacity)``."""
-    found: Tensor = DERIVED.get([count], importance_state(holding_of(count).room).recipe()).tensors[0]
+    found: Tensor = STATE.slot(count, importance_state(holding_of(count).room)).tensor
     return found
 
 

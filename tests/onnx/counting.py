@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from accelpass.ir.analyses.structure.linear import linears
-from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import aten, call
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.state import StateSpec
 from accelpass.passes.core.base import Done, Pass, Record
 
 

@@ -41,7 +41,7 @@ class Layer:
         self.random = torch.Generator().manual_seed(seed)
         self.batch, self.count = batch, torch.zeros(batch, dtype=torch.int64)
         specs = storage.states(self.layout, format)
-        self.held = {s.name.removeprefix("kv."): s.recipe().fn(self.count)[0] for s in specs}
+        self.held = {s.name.removeprefix("kv."): s.start(self.count) for s in specs}
         self.k = self.v = torch.zeros(batch, 2, 0, width)
 
     def feed(self, tokens: int) -> tuple[Any, torch.Tensor]:

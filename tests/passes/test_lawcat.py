@@ -285,6 +285,36 @@ def test_a_mask_that_is_not_causal():
         assert "not causal" in str(accelpass.explain(fast))
 
 
+def test_a_mask_that_a_caller_made():
+    """As generate hands one to a compiled model: looked at when it is there, in prompts and after them."""
+    model = llama()
+    plan, (ids, more) = plan_of(model), tokens(2, 12, 5)
+    fast = compiled(model, plan)
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    padding[0, :4] = False
+    seen = torch.ones(12, 12, dtype=torch.bool).tril() & padding[:, None, None]
+    whole = seen | ~seen.any(-1, keepdim=True)  # softmax over nothing is NaN
+    with attending(model, Linear(plan)) as dense:
+        want = fed(model, dense, [ids], padding.long())[0]
+    for mask in (seen, whole):
+        with torch.no_grad():
+            given = {"attention_mask": mask, "position_ids": (padding.cumsum(-1) - 1).clamp_min(0)}
+            got = fast(ids, past_key_values=KVCache(model, 64, 2), **given).logits[:, -1]
+        assert torch.allclose(got, want, atol=1e-4)
+    every, window = torch.ones(2, 1, 12, 12, dtype=torch.bool), torch.ones(12, 12, dtype=torch.bool).triu(-4).tril()
+    packed = torch.block_diag(torch.ones(7, 7), torch.ones(5, 5)).tril().bool()
+    for mask in (every, seen | every.triu(9), window.expand_as(every), packed.expand_as(every)):
+        with pytest.raises(Exception, match="not causal"), torch.no_grad():
+            fast(ids, attention_mask=mask, past_key_values=KVCache(model, 64, 2))
+    cache = KVCache(model, 64, 2)
+    with torch.no_grad():
+        fast(ids, past_key_values=cache)
+        behind = torch.ones(2, 1, 5, 64, dtype=torch.bool).tril(12)
+        fast(more, attention_mask=behind, past_key_values=cache)
+        with pytest.raises(Exception, match="not causal"):
+            fast(more, attention_mask=torch.ones_like(behind).tril(14), past_key_values=cache)
+
+
 @pytest.mark.slow
 def test_padding_at_any_length():
     model, plan = llama(), plan_of(llama())

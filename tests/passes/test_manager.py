@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from accelpass.api.stateful import reset, state
-from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import aten, call
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.errors import OptionError
 from accelpass.passes.core.base import Done, Pass
 from accelpass.passes.core.manager import ordered

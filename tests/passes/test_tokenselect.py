@@ -32,7 +32,7 @@ def test_it_reads_what_the_oracle_reads(shape, budget, sinks, newest, reuse):
     select, store = Voted(budget, sinks, newest, reuse, 1), Positions()
     specs = [*store.states(layout, format), *select.states(layout)]
     count = torch.zeros(batch, dtype=torch.int64)
-    held = {s.name.removeprefix("kv."): s.recipe().fn(count)[0] for s in specs}
+    held = {s.name.removeprefix("kv."): s.start(count) for s in specs}
     oracle, remembered = kv_truth.TokenSelect(budget, sinks, newest, reuse), {}
     keys = values = torch.zeros(batch, 2, 0, width)
     for tokens in (prompt, *[1] * more, 3, 1, 1):
@@ -55,7 +55,7 @@ def test_neighbours_of_a_token_are_read_with_it():
     """All votes are for token 7: with pooling over three, tokens 6, 7 and 8 are read, beside the first and the newest."""
     layout, format, store = Layout(1, 1, 4, 4, torch.float32, 24), Floats(), Positions()
     count = torch.zeros(1, dtype=torch.int64)
-    held = {s.name.removeprefix("kv."): s.recipe().fn(count)[0] for s in store.states(layout, format)}
+    held = {s.name.removeprefix("kv."): s.start(count) for s in store.states(layout, format)}
     k, v = torch.zeros(1, 1, 20, 4), torch.randn(1, 1, 20, 4)
     k[:, :, 7] = 50.0
     new = New(torch.zeros(1, 1, 20, 4), k, v, count)

@@ -154,6 +154,31 @@ def test_a_copied_cache_goes_on_alone():
     assert torch.equal(fed(fast, twin, rest), want)
 
 
+@pytest.mark.parametrize("passes", [(), (H2O,), ("mikv",), ("kv_quant",)], ids=["none", "h2o", "mikv", "kv_quant"])
+def test_a_snapshot_is_gone_back_to(passes):
+    """What followed it leaves no trace, in the cache that it is of and in another of its size."""
+    model = llama()
+    fast = compiled(model, *passes)
+    prompt, *rest = tokens(1, 14, 1, 1, 1)
+    cache, other = KVCache(model, 40), KVCache(model, 40)
+    fed(fast, cache, [prompt])
+    saved = cache.snapshot()
+    assert 0 < saved.nbytes() <= cache.nbytes()
+    want = fed(fast, cache, rest)
+    fed(fast, other, tokens(1, 9, 1, seed=5))
+    for one in (cache, other):
+        one.restore(saved)
+        assert one.seen == 14
+        assert torch.equal(fed(fast, one, rest), want)
+    empty = KVCache(model, 40).snapshot()
+    cache.restore(empty)
+    assert cache.seen == 0
+    fed(fast, cache, [prompt])
+    assert torch.equal(fed(fast, cache, rest), want), "an empty snapshot is an empty cache"
+    with pytest.raises(CacheError, match="same model, capacity and batch_size"):
+        KVCache(model, 400).restore(saved)
+
+
 def test_dense_keys_and_values_never_exist():
     model = llama()
     fast = compiled(model, {"name": "h2o", "budget": 0.25})

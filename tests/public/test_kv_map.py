@@ -13,7 +13,7 @@ from torch import Tensor
 
 import accelpass
 from accelpass.caches.kv_map import FEW_BITS, GONE, KEPT, KVMap, Step, kept, pick_layers, record
-from accelpass.ir.core.derived import DERIVED, StateSpec
+from accelpass.ir.core.state import STATE, StateSpec
 from accelpass.ir.errors import AccelpassError, CacheError
 from accelpass.ir.kv import holdings
 from accelpass.view.pictures.drawing import MissingExtra
@@ -31,7 +31,7 @@ def holding(seen: int, **buffers: Tensor) -> Any:
         holdings.holding_of(layer.count).tokens = seen
         for name, t in buffers.items():
             spec = StateSpec(f"kv.{name}", tuple(t.shape[1:]), t.dtype, "sequence", batched=True)
-            DERIVED.get([layer.count], spec.recipe()).tensors[0].copy_(t)
+            STATE.slot(layer.count, spec).tensor.copy_(t)
     return cache
 
 

@@ -17,8 +17,8 @@ from accelpass.api.calibration.resuming import BlockStore
 from accelpass.caches.kv_cache import KVCache
 from accelpass.ir import attention
 from accelpass.ir.analyses.structure.linear import linears
-from accelpass.ir.core.derived import DERIVED
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.state import STATE
 from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import AccelpassError, OptionError, PassError
 from accelpass.ir.transform.tap import Tap, tap
@@ -115,9 +115,9 @@ class _Runner:
                 raise OptionError(
                     f"{self.name}: a batch has padding, which would be counted; calibrate on texts without"
                 )
-        DERIVED.discard_states(anchors, f"{by}.")
+        STATE.discard(anchors, f"{by}.")
         self._run(begin, what)
-        return {name.removeprefix(f"{by}."): made for name, made in DERIVED.discard_states(anchors, f"{by}.").items()}
+        return {name.removeprefix(f"{by}."): made for name, made in STATE.discard(anchors, f"{by}.").items()}
 
     def blocks(self, what: str, rest: bool = False) -> Iterator[BlockRun]:
         batches = [{**batch, **_without_cache(self.model, batch)} for batch in self.batches]

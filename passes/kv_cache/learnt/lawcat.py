@@ -217,11 +217,10 @@ def not_causal(site: KVSite, spec: AttentionSpec) -> str | None:
         return None
     if spec.bias != "tensor":
         return f"it is not causal (its mask is {spec.bias})"
-    # The mask depends on what the caller says of padding: it must be causal where there is none.
+    # The mask depends on what the caller says of padding: it must be causal where there is none. One that the caller has made, as generate
+    # does, is looked at when it is there.
     seen = _without_padding(site, spec)
-    if seen is None:
-        return "its mask cannot be shown to be causal"
-    return "it is not causal: a token sees later ones" if bool(seen.triu(1).any()) else None
+    return "it is not causal: a token sees later ones" if seen is not None and bool(seen.triu(1).any()) else None
 
 
 def _without_padding(site: KVSite, spec: AttentionSpec) -> Tensor | None:

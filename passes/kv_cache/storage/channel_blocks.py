@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.kv.banks import EXACT, Quantized, RowFormat, buffer
 from accelpass.ir.kv.rows import pack, row_bytes, to_half_precision, unpack
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage, bank

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.attention.lowering.one_row import row_sum
-from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.kv.banks import EXACT, RowFormat, Rows, ValueFormat, buffer
 from accelpass.ir.kv.rows import pack, row_bytes, to_half_precision, unpack
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage

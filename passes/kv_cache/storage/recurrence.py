@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.kv.banks import RowFormat, buffer
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Storage
+from accelpass.ir.torch_private import assert_async
 
 WEIGHTS = ("conv_q", "conv_k", "map_q", "map_k", "gate", "bias")
 """What is learnt: kernels ``(heads, d, taps)``, the current token's first; maps ``(heads, d, features)``; gates ``(kv_heads, d)`` and
@@ -20,6 +21,10 @@ WEIGHTS = ("conv_q", "conv_k", "map_q", "map_k", "gate", "bias")
 CHUNK = 64
 """Tokens of a prompt that are computed at once."""
 _EPS = 1e-6
+NOT_CAUSAL = (
+    "lawcat: a mask that the call was given is not causal: a token sees later ones, or not all before it. Leave the pass out, or exclude "
+    "the sites with such a mask"
+)
 
 
 def convolved(x: Tensor, kernel: Tensor, before: Tensor) -> Tensor:
@@ -120,6 +125,19 @@ def attended(
     return out.flatten(1, 2), {"sum": state, **tails}
 
 
+def is_causal(sees: Tensor, real: Tensor) -> Tensor:
+    """Whether each real token sees the real ones up to itself and no others, a scalar.
+
+    Args:
+        sees: ``(batch, heads, tokens, tokens)``; real: ``(batch, tokens)``. Padding may see real tokens, nothing at all, or everything, as
+            softmax over nothing would be NaN; not padding alone, which would be a text of its own.
+    """
+    sees = sees.all(1) | (sees.any(1) & ~real.unsqueeze(-1))
+    wanted = real.unsqueeze(1).expand_as(sees).tril()
+    padding = (sees <= real.unsqueeze(1)).all(-1) | sees.all(-1)
+    return torch.where(real, (sees == wanted).all(-1), padding).all()
+
+
 @dataclass(frozen=True)
 class Recurrence(Storage):
     """A sum over all tokens in the place of their keys and values; prompts and later tokens are computed from it alike.
@@ -147,7 +165,12 @@ class Recurrence(Storage):
 
     def extend(self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat) -> Tensor:
         # A single token is no padding, and masks of later calls hide what the sum has left out.
-        return self._attended(held, new, None if query.one else query.real(new)).to(query.dtype)
+        real = None if query.one else query.real(new)
+        if query.spec.bias == "tensor" and real is not None:
+            sees = query.sees(new)
+            assert sees is not None
+            assert_async(is_causal(sees, real), NOT_CAUSAL)
+        return self._attended(held, new, real).to(query.dtype)
 
     def _attended(self, held: Held, new: New, real: Tensor | None) -> Tensor:
         out, after = attended(new.given, new.q, new.k, new.v, held, real)

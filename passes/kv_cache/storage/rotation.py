@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.kv.banks import buffer
 from accelpass.ir.kv.layer import give
 from accelpass.ir.kv.sites import KVSite

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from accelpass.ir.attention.spec.spec import AttentionMass, ScoreTap
-from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.kv.banks import EXACT, RowFormat, Rows, buffer, put_rows, taken_rows
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage, bank
 from accelpass.passes.core.base import Pass

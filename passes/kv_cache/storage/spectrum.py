@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from accelpass.ir.core.derived import StateSpec
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.kv.banks import EXACT, RowFormat, buffer, put_rows
 from accelpass.ir.kv.storage import Held, Layout, New, Query, Segment, Storage
 from accelpass.ir.torch_private import assert_async
