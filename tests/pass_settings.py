@@ -177,6 +177,12 @@ SETTINGS: dict[str, Setting] = {
     "visionzip": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
     "hired": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
     "fastv": Setting({"layer": 1}, ("seeing",), looks_ahead=LAST),
+    "yopo": Setting(
+        {"layer": 1, "window": 3, "first": 0},
+        ("seeing",),
+        looks_ahead="a visual token sees its neighbours on all sides",
+        tensors={"yopo/votes/model.language_model.layers.0.self_attn": torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])},
+    ),
     "gemfilter": Setting({"keep": 8}, looks_ahead=LAST),
     "lazyllm": Setting({"keep": (0.5,)}, ("prompt", "decoder"), looks_ahead=LAST),
     "spatten": Setting({"keep": 0.3, "dense": 0.0, "first": 0}, ("prompt", "decoder"), looks_ahead=LAST),

@@ -98,10 +98,10 @@ def answered(model: Any, given: dict[str, Tensor], *passes: Any, capacity: int =
     return torch.cat(made, 1), fast
 
 
-def generated(model: Any, given: dict[str, Tensor], *passes: Any) -> tuple[Tensor, Any]:
+def generated(model: Any, given: dict[str, Tensor], *passes: Any, **options: Any) -> tuple[Tensor, Any]:
     """Logits ``(texts, NEW, words)`` of the words that ``generate`` answers with, and the model."""
     torch._dynamo.reset()
-    model.compile(backend="accelpass", options={"passes": list(passes), "lowering": "eager"})
+    model.compile(backend="accelpass", options={"passes": list(passes), "lowering": "eager", **options})
     cache = accelpass.KVCache(model, capacity=96, batch_size=len(given["input_ids"]))
     made = model.generate(
         **given,
