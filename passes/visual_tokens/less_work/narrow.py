@@ -7,10 +7,10 @@ from torch import fx
 from accelpass.ir.analyses.axes.axes import Axes, axes
 from accelpass.ir.analyses.axes.flow import between
 from accelpass.ir.analyses.structure.mlp import Mlp
-from accelpass.ir.core.graph import aten, call, is_call, refresh, replace, value
+from accelpass.ir.core.graph import aten, call, is_call, refresh, replace
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.resize import CannotResize
-from accelpass.ir.transform.sequence.again import on_rows
+from accelpass.ir.transform.sequence.again import count_of, on_rows
 from accelpass.ir.transform.sequence.rows import rows_of
 from accelpass.ir.transform.splice import inserted
 from accelpass.passes.visual_tokens.less_work.neighbours import joined
@@ -42,7 +42,7 @@ def narrow(program: Program, mlp: Mlp, words: fx.Node, visual: fx.Node, parts: i
         for rows in (words, visual):
             (some,) = inserted(program, anchor, lambda x, rows: [rows_of(x, rows)], x, rows)
             with program.graph.inserting_before(anchor):
-                made.append(on_rows(known_axes, region, {x: some}, dim, value(rows).shape[1]))
+                made.append(on_rows(known_axes, region, {x: some}, dim, count_of(some)))
         for site in (mlp.gate, mlp.up, mlp.down):
             if site is not None:
                 _sliced(made[1][site.node], 1 if site is mlp.down else 0, kept)

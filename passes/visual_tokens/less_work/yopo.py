@@ -75,7 +75,7 @@ class Yopo(VisualPruning, Calibrated):
     name: ClassVar[str] = "yopo"
     summary: ClassVar[str] = "visual tokens with a window, fewer heads and narrow MLPs, and none in late layers"
     paper: ClassVar[str] = "YOPO, arXiv 2410.06169"
-    identity: ClassVar[dict[str, Any] | None] = {"layer": 1 << 16, "window": 0, "narrow": 1}
+    identity: ClassVar[dict[str, Any] | None] = {"layer": 1 << 16, "window": 0, "narrow": 1, "first": 1 << 16}
 
     def __post_init__(self) -> None:
         super().__post_init__()
