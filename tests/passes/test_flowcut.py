@@ -18,7 +18,7 @@ from accelpass.ir.core.graph import value
 from accelpass.ir.errors import OptionError, PlanError
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.visual_tokens.flowcut import FlowCut, _flow
-from tests.ir.test_prompt import captured
+from tests.ir.test_shrink import captured
 from tests.passes import vision_truth
 from tests.passes.visual_truth import IMAGE, answer, answered, asked, llava
 from tests.small_models import relative_error
