@@ -90,7 +90,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], spec: At
             seen = own.seen(words, every)
             of_words = F.scaled_dot_product_attention(rows_of(qs, words, 2), ks, vs, seen, scale=spec.scale)
             parts = [rows_of(x, rows, 2) for rows in (words, visual) for x in (ks, vs)]
-            near = _near(select, rows_of(qs, visual, 2) * spec.scale, *parts, own.seen(visual, words))
+            near = _near(select, rows_of(qs, visual, 2) * spec.scale, parts, own.seen(visual, words))
             made = joined(of_words, near, words, visual, 2)
         out = out.index_copy(1, torch.tensor(seeing, device=q.device), made)
     if silent:
@@ -136,10 +136,10 @@ class _Masked:
         return seen & (steps.apply(none, masks, taken) > HIDDEN)
 
 
-def _near(
-    select: Neighbours, q: Tensor, word_keys: Tensor, word_values: Tensor, keys: Tensor, values: Tensor, seen: Tensor
-) -> Tensor:
-    """Visual tokens see their neighbours, and the words that the model lets them see (``seen``)."""
+def _near(select: Neighbours, q: Tensor, parts: Sequence[Tensor], seen: Tensor) -> Tensor:
+    """Visual tokens see their neighbours, and the words that the model lets them see (``seen``); keys and values of words, then of
+    visual tokens, are ``parts``."""
+    word_keys, word_values, keys, values = parts
     high, wide, least = select.height, select.width, torch.finfo(torch.float32).min
     reach = min(select.reach or 0, max(high, wide) - 1)
     grid = (-1, high, wide)

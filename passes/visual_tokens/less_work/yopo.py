@@ -97,7 +97,7 @@ class Yopo(VisualPruning, Calibrated):
 
     def score(self, program: Program, attention: fx.Node, before: fx.Node) -> fx.Node:
         run = lambda q: [torch.zeros((q.shape[0], q.shape[2]), dtype=torch.float32, device=q.device)]  # noqa: E731
-        return inserted(program, before, run, attention.args[0])[0]  # type: ignore[arg-type]
+        return inserted(program, before, run, attention.args[0])[0]
 
     def early(self, program: Program, record: Record, layers: Sequence[Block], sites: Sequence[KVSite]) -> None:
         by_node = {site.attention: site for site in sites}
@@ -218,9 +218,9 @@ def _seen_by(path: str, program: Program) -> list[fx.Node]:
     """What queries of an attention see: its keys, and the mask of visual tokens where an image enters the text."""
     found = [a.node.args[1] for a in program.analysis(detect) if a.path == path and a.node is not None]
     try:
-        return [found[0], *(m for m in (entry_of(program).mask,) if m is not None)]  # type: ignore[list-item]
+        return [found[0], *(m for m in (entry_of(program).mask,) if m is not None)]
     except NotPruned:
-        return found[:1]  # type: ignore[return-value]
+        return found[:1]
 
 
 def _looked(threshold: float, scale: float, q: Tensor, k: Tensor, *mask: Tensor) -> Tensor:
