@@ -176,7 +176,16 @@ SETTINGS: dict[str, Setting] = {
     "tome": Setting({"merge": 3}, ("tower",)),
     "visionzip": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
     "hired": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
+    "stc": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
+    "flowcut": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
     "fastv": Setting({"layer": 1}, ("seeing",), looks_ahead=LAST),
+    "yopo": Setting(
+        {"layer": 1, "window": 3, "first": 0},
+        ("seeing",),
+        looks_ahead="a visual token sees its neighbours on all sides",
+        recompiles=1,  # a text of one word beside its image has a graph of its own
+        tensors={"yopo/votes/text.model.layers.0.self_attn": torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])},
+    ),
     "gemfilter": Setting({"keep": 8}, looks_ahead=LAST),
     "lazyllm": Setting({"keep": (0.5,)}, ("prompt", "decoder"), looks_ahead=LAST),
     "spatten": Setting({"keep": 0.3, "dense": 0.0, "first": 0}, ("prompt", "decoder"), looks_ahead=LAST),

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.lowering.lower import like_in_memory
 from accelpass.ir.attention.recognition.masks import shows_all_held
-from accelpass.ir.attention.spec.block_select import MASKS, BlockSelect
+from accelpass.ir.attention.spec.block_select import MASKS
 from accelpass.ir.attention.spec.faults import WrongResult, checked, named, shape_said
 from accelpass.ir.attention.spec.op import ATTENTION, set_spec, spec_of, want
 from accelpass.ir.attention.spec.spec import All, AttentionSpec, Dense, Native, Places, Step, tap_of
@@ -340,7 +340,7 @@ def _states(part: Storage | RowSelect, method: str, made: Any) -> list[StateSpec
 
 
 def _statistics(attention: fx.Node, wants: Sequence[str]) -> list[fx.Node]:
-    """The prompt's attention as the model wrote it but for the blocks that it reads, with these statistics beside it.
+    """The prompt's attention as the model wrote it but for the keys that it reads, with these statistics beside it.
 
     Raises:
         SpecConflict: statistics of all keys are wanted of an attention that reads some.
@@ -349,11 +349,11 @@ def _statistics(attention: fx.Node, wants: Sequence[str]) -> list[fx.Node]:
     text = attention.meta.get("attention_spec")  # a copy for fewer rows was never the model's own
     own = AttentionSpec.from_json(text) if text else replace(spec, store=Dense(), format=Native(), edits=())
     makers = {part: who for who, part in spec.edits}
-    if isinstance(spec.select, BlockSelect):
+    if not isinstance(spec.select, All | RowSelect):
         if wants:
             raise SpecConflict(
                 f"{makers['store']!r} scores tokens by the prompt's attention to all of them at "
-                f"{spec.site or 'this attention'}, and {makers['select']!r} computes some blocks of it alone. Use one of "
+                f"{spec.site or 'this attention'}, and {makers['select']!r} computes some of it alone. Use one of "
                 "the two there (include=, exclude= choose sites), or a cache pass that needs no scores (kv_window, kv_quant)."
             )
         own = own.edited(by=makers["select"], select=spec.select)

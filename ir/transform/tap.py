@@ -68,6 +68,7 @@ class Tap:
             it takes the place of the last value.
         how: what is gathered over calls: their ``sum``, ``max``, ``min`` or ``last`` result; ``replace`` for a tap that replaces.
         name: tells several taps at one point apart.
+        also: finds further values of a graph that ``fn`` gets after the point's.
         written: ``fn`` gets one vector more, of the last value's channels: zeros, until ``accelpass.write`` sets it (steering,
             masking).
     """
@@ -77,6 +78,7 @@ class Tap:
     how: str = "sum"
     name: str = ""
     written: bool = False
+    also: Callable[[Program], Sequence[fx.Node]] | None = None
 
     def __post_init__(self) -> None:
         if self.how not in (*STARTS, "replace"):
@@ -132,7 +134,7 @@ def tap(program: Program, taps: Sequence[Tap], by: str) -> dict[str, fx.Node]:
         for point in found:
             if one.fits(point):
                 name = ".".join(filter(None, (by, point.name, one.name)))
-                given = list(point.nodes)
+                given = [*point.nodes, *(one.also(program) if one.also is not None else ())]
                 if one.written:
                     written = name if one.how == "replace" else f"{name}.written"
                     slots[written] = _vector(program, point, anchor, written)

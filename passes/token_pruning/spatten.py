@@ -12,16 +12,15 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.spec.block_select import causal_form, changed_scores
 from accelpass.ir.attention.spec.op import is_attention, spec_of
-from accelpass.ir.core.graph import value, written_inputs
+from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.transform.sequence.removal import Rows, ShrinkingSequence
 from accelpass.ir.transform.steps import survived
 from accelpass.ir.transform.tokens import CannotCut, Stretch, decoder_blocks, ready
 from accelpass.passes.core.base import Done, Pass, Record
-from accelpass.passes.kv_cache.base import NO_CACHE, cannot_store
 from accelpass.passes.token_pruning.choice import attention_mass, highest
-from accelpass.passes.token_pruning.gone import keep_what_is_left, read_what_is_left
+from accelpass.passes.token_pruning.gone import keep_what_is_left, read_what_is_left, why_none_may_leave
 
 
 @dataclass(frozen=True)
@@ -114,16 +113,9 @@ class SpAtten(Pass):
         rates = self.rates(len(layers))
         if not rates:
             raise CannotCut(f"keep={self.keep}, first={self.first}: no token leaves between its {len(layers)} layers")
-        if not sites and written_inputs(program.graph):
-            raise CannotCut(f"it writes to a cache of another kind: {NO_CACHE}")
-        for site in sites:
-            if (why := cannot_store(site)) is not None:
-                raise CannotCut(f"{site.path}: {why}")
-        for node in program.graph.nodes:
-            if is_attention(node) and (spec_of(node).bias == "sliding_window" or spec_of(node).window):
-                raise CannotCut(
-                    f"{spec_of(node).site}: it sees a window of positions, which tokens that left are holes in"
-                )
+        why = why_none_may_leave(program, sites, [n for n in program.graph.nodes if is_attention(n)])
+        if why is not None:
+            raise CannotCut(why)
         return ready(program, tuple(rates))
 
     def _prompt(self, program: Program, found: Sequence[Stretch]) -> tuple[list[fx.Node], str]:

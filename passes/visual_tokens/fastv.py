@@ -9,7 +9,7 @@ from torch import fx
 
 from accelpass.ir.core.program import Program
 from accelpass.passes.token_pruning.choice import importance_in
-from accelpass.passes.visual_tokens.inside import VisualPruning
+from accelpass.passes.visual_tokens.inside import NotPruned, VisualPruning
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,25 @@ class FastV(VisualPruning):
         keep: share of visual tokens that goes on (1 - R of the paper).
     """
 
+    keep: float = 0.5
+
     name: ClassVar[str] = "fastv"
     summary: ClassVar[str] = (
         "behind its first layers a language model reads the visual tokens that the last token looks at"
     )
     paper: ClassVar[str] = "FastV, arXiv 2403.06764"
     identity: ClassVar[dict[str, Any] | None] = {"keep": 1.0}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.keep <= 1:
+            raise self.fail("keep", "a share from 0 to 1 (1 takes out nothing)")
+
+    def left(self, each: int) -> int:
+        left = int(each * self.keep)
+        if left == each:
+            raise NotPruned(f"keep={self.keep}: all of its {each} visual tokens go on")
+        return left
 
     def score(self, program: Program, attention: fx.Node, before: fx.Node) -> fx.Node:
         return importance_in(program, attention, before)

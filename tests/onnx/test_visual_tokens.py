@@ -15,7 +15,12 @@ from accelpass.models_zoo import small
 from tests.passes.vision_truth import compiled
 from tests.small_models import relative_error
 
-PASSES: dict[str, dict[str, Any]] = {"fastv": {"layer": 1}, "hired": {"keep": 0.5}, "visionzip": {"keep": 0.5}}
+PASSES: dict[str, dict[str, Any]] = {
+    "fastv": {"layer": 1},
+    "hired": {"keep": 0.5},
+    "visionzip": {"keep": 0.5},
+    "yopo": {"layer": 1, "window": 0},
+}
 
 
 @pytest.mark.parametrize("name", PASSES)

@@ -11,6 +11,7 @@ from torch import Tensor
 import accelpass
 from accelpass.ir.errors import OptionError
 from accelpass.passes.visual_tokens.hired import HiRED, shared_out
+from tests.passes.vision_truth import compiled
 from tests.passes.visual_truth import IMAGE, answer, answered, asked, llava, seen
 from tests.small_models import relative_error
 from tests.sweep import examples, sweep
@@ -111,3 +112,15 @@ def test_what_is_not_taken_is_said(options, images, why):
 def test_options(options):
     with pytest.raises(OptionError, match="is not supported; use"):
         HiRED(**options)
+
+
+def test_padding_without_a_cache_is_known_to_leave_the_text_causal():
+    model, question = llava(), asked()
+    question["input_ids"][0, :2], question["attention_mask"][0, :2] = 0, 0
+    want, _ = answered(model, question, {"name": "hired", "keep": 0.5})
+    fast = compiled(model, [{"name": "hired", "keep": 0.5}])
+    with torch.no_grad():
+        got = fast(**question, use_cache=False, logits_to_keep=1).logits
+    assert relative_error(got[:, -1], want[:, 0]) < 1e-4
+    took = accelpass.explain(fast).passes["hired"].took
+    assert took["model.vision_tower.encoder.layers"].what == "8 of 16 visual tokens are read"

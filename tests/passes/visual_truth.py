@@ -82,10 +82,12 @@ def answer(model: Any, given: dict[str, Tensor], features: Tensor, stays: Tensor
 
 
 @torch.no_grad()
-def answered(model: Any, given: dict[str, Tensor], *passes: Any, capacity: int = 96) -> tuple[Tensor, Any]:
+def answered(
+    model: Any, given: dict[str, Tensor], *passes: Any, capacity: int = 96, **options: Any
+) -> tuple[Tensor, Any]:
     """Logits ``(texts, NEW, words)`` of the compiled model, which takes the most likely word each time; and the model."""
     model(**given, use_cache=False)  # transformers installs hooks at the first call
-    fast = compiled(model, list(passes))
+    fast = compiled(model, list(passes), **options)
     cache = accelpass.KVCache(model, capacity=capacity, batch_size=len(given["input_ids"]))
     made = [fast(**given, past_key_values=cache, logits_to_keep=1).logits]
     mask = given["attention_mask"]
@@ -98,10 +100,10 @@ def answered(model: Any, given: dict[str, Tensor], *passes: Any, capacity: int =
     return torch.cat(made, 1), fast
 
 
-def generated(model: Any, given: dict[str, Tensor], *passes: Any) -> tuple[Tensor, Any]:
+def generated(model: Any, given: dict[str, Tensor], *passes: Any, **options: Any) -> tuple[Tensor, Any]:
     """Logits ``(texts, NEW, words)`` of the words that ``generate`` answers with, and the model."""
     torch._dynamo.reset()
-    model.compile(backend="accelpass", options={"passes": list(passes), "lowering": "eager"})
+    model.compile(backend="accelpass", options={"passes": list(passes), "lowering": "eager", **options})
     cache = accelpass.KVCache(model, capacity=96, batch_size=len(given["input_ids"]))
     made = model.generate(
         **given,

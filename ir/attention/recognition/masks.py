@@ -18,6 +18,9 @@ _LAYOUT = (
     *(aten.to, aten._to_copy, aten.type_as, aten.view, aten.reshape, aten.squeeze, aten.unsqueeze, aten.expand),
     *(aten.repeat, aten.repeat_interleave, aten.slice, aten.contiguous, aten.clone, aten.transpose, aten.permute),
 )
+_SAME = (aten.to, aten._to_copy, aten.expand, aten.contiguous, aten.clone, aten.alias)
+"""What leaves the places of queries and keys in a mask alone."""
+_AND = (aten.__and__, aten.bitwise_and, aten.logical_and)
 _MOST_NODES = 200
 _MOST_TOKENS = 4096
 _END = 2**31  # a slice up to the end has a number beyond this
@@ -118,6 +121,48 @@ def _seen(step: Step, mask: Tensor) -> Tensor | None:
         seen = mask > _HIDDEN
         return None if bool((mask[seen] != 0).any()) else seen
     return None
+
+
+def is_causal_but_for_padding(spec: AttentionSpec, extras: Sequence[fx.Node], rows: Any, columns: Any) -> bool:
+    """Whether a mask is one that is causal AND others that say of each key alone whether it is there, whatever the query.
+
+    Whatever the caller says of keys, no query sees a later one then; and a mask of windows, or of several texts in one, is none.
+    """
+    steps = [s for s in spec.before if s.extra is not None]
+    if len(steps) != 1 or steps[0].kind not in ("keep", "add") or steps[0].other is not None or spec.causal:
+        return False
+    (step,) = steps
+    assert step.extra is not None
+    mask = through(extras[step.extra], *_SAME)
+    if step.kind == "add":  # 0 where the condition holds, and what hides a key elsewhere
+        if not is_call(mask, aten.where) or len(mask.args) != 3:
+            return False
+        shown, hidden = (constant(a) if isinstance(a, fx.Node) else torch.tensor(a) for a in mask.args[1:])
+        if shown is None or hidden is None or bool((shown != 0).any()) or bool((hidden > _HIDDEN).any()):
+            return False
+        mask = mask.args[0]
+    elif float(step.value) > _HIDDEN:
+        return False
+    named = set()
+    front = [mask]
+    while front:
+        part = front.pop()
+        while is_call(part, *_SAME) and value(part.args[0]).dtype == torch.bool:
+            part = part.args[0]
+        if not isinstance(part, fx.Node) or not isinstance(value(part), Tensor) or value(part).dtype != torch.bool:
+            return False
+        if is_call(part, *_AND):
+            front += part.args[:2]
+            continue
+        alone = AttentionSpec(steps=(Step("keep", extra=0, value=float("-inf")), Step("softmax")))
+        name, _ = bias_of(alone, [part], rows, columns)
+        of_keys = (
+            value(part).dim() > 1 and known(value(part).shape[-2] == 1) and known(value(part).shape[-1] == columns)
+        )
+        if name not in ("none", "causal") and not (name == "tensor" and of_keys and constant(part) is None):
+            return False
+        named.add(name)
+    return "causal" in named
 
 
 def shows_all_held(step: Step, mask: fx.Node, counts: Sequence[fx.Node], capacity: int) -> bool:

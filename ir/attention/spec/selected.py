@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from accelpass.ir.attention.spec.block_select import BlockSelect
 from accelpass.ir.attention.spec.spec import All, Band, BlockList, Select, SinksAndWindow
 
 
@@ -31,10 +30,8 @@ def selected_pairs(select: Select, heads: int, rows: int, columns: int, causal: 
     elif isinstance(select, BlockList):
         of_heads = select.blocks if select.per_head else (select.blocks,) * heads
         return sum(_listed(pairs, select.size, rows, columns, causal) for pairs in of_heads)
-    elif isinstance(select, BlockSelect):
-        return select.pairs(heads, rows, columns, causal)
     else:
-        return None
+        return select.pairs(heads, rows, columns, causal)
     return heads * each
 
 

@@ -54,6 +54,10 @@ class Format(Part):
 class Select(Part):
     """Which keys each query attends to."""
 
+    def pairs(self, heads: int, rows: int, columns: int, causal: bool) -> int | None:
+        """How many (query, key) pairs of all heads of one sequence are computed; None if that is not known before."""
+        return None
+
 
 class Places(NamedTuple):
     """Where a block of scores lies.

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from accelpass.ir.analyses.axes.axes import Axes, Dim, axes
-from accelpass.ir.core.graph import aten, call, is_call, known, mutates, refresh, value
+from accelpass.ir.core.graph import aten, call, hint, is_call, known, mutates, refresh, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.ops import KV_APPEND
 from accelpass.ir.torch_private import enable_python_dispatcher
@@ -48,8 +48,7 @@ def again(
     graph = program.graph
     (output,) = graph.find_nodes(op="output")
     with graph.inserting_before(output):
-        count = value(rows).shape[1]
-        count = count if isinstance(count, int) else call(graph, rows, aten.sym_size.int, rows, 1)
+        count = count_of(rows)
     short = {one.node: _taken(program, one, rows, positions, count) for one in found.inputs} | dict(others)
     if not is_symbolic(found.tokens):
         _refuse_numbers(region, int(found.tokens))
@@ -61,6 +60,14 @@ def again(
     except CannotResize as cause:
         raise NoPrompt(f"the first prompt is not filtered (later ones of other lengths are): {cause}") from cause
     replaced(program, region, made)
+
+
+def count_of(node: fx.Node, dim: int = 1) -> Any:
+    """The size of a dimension: a number, or a node at the graph's insertion point that holds it."""
+    size = value(node).shape[dim]
+    if is_symbolic(size):
+        return call(node.graph, node, aten.sym_size.int, node, dim)
+    return size if isinstance(size, int) else hint(size)
 
 
 def is_symbolic(size: Any) -> bool:

@@ -12,6 +12,7 @@ from accelpass.ir.analyses.axes.axes import Axes, Dim, axes
 from accelpass.ir.analyses.axes.flow import output_nodes
 from accelpass.ir.analyses.structure.linear import embeddings
 from accelpass.ir.attention.recognition.detect import Attention, detect, near_misses
+from accelpass.ir.attention.recognition.masks import is_causal_but_for_padding
 from accelpass.ir.attention.spec import steps
 from accelpass.ir.attention.spec.block_select import MASKS
 from accelpass.ir.core.graph import (
@@ -140,7 +141,10 @@ def _attentions(program: Program) -> tuple[Attention, ...]:
 
 
 def _is_causal(attention: Attention) -> bool:
-    """Whether a mask that depends on nothing but a symbolic number of tokens is causal, tried for a few of them."""
+    """Whether a mask is causal but for padding; or depends on nothing but a symbolic number of tokens, and is causal for one of them."""
+    sizes = value(attention.q).shape[-2], value(attention.k).shape[-2]
+    if is_causal_but_for_padding(attention.spec, attention.extras, *sizes):
+        return True
     steps_ = [s for s in attention.spec.before if s.kind in MASKS]
     tokens = value(attention.q).shape[-2]
     if not steps_ or not isinstance(tokens, torch.SymInt):

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from accelpass.ir.analyses.axes.axes import axes
-from accelpass.ir.core.graph import aten, call, value
 from accelpass.ir.core.program import Program
+from accelpass.ir.transform.sequence.again import count_of
 from accelpass.ir.transform.sequence.rows import rows_of, write_rows
 from accelpass.ir.transform.splice import inserted
 from accelpass.ir.transform.tokens import CannotCut, Stretch, ends_with, on_fewer, take_over
@@ -114,11 +114,8 @@ class ShrinkingSequence:
 
     def _count(self, stream: fx.Node) -> Any:
         """How many rows there are: a number, or the node that holds it."""
-        size = value(stream).shape[1]
-        if isinstance(size, int):
-            return size
         with self.program.graph.inserting_before(self.anchor):
-            return call(self.program.graph, stream, aten.sym_size.int, stream, 1)
+            return count_of(stream)
 
 
 def _taken(dims: Sequence[int]) -> Callable[[Tensor, Tensor], list[Tensor]]:

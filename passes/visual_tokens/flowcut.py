@@ -1,0 +1,176 @@
+"""FlowCut: a vision tower lets go of patches layer by layer, by what flows from them to the class token so far (arXiv 2505.19536)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from accelpass.ir.analyses.structure.vision import Tower, vision
+from accelpass.ir.attention.spec.op import spec_of
+from accelpass.ir.core.program import Program
+from accelpass.ir.errors import PassError, PlanError
+from accelpass.ir.transform.sequence.prompt import NoPrompt
+from accelpass.ir.transform.sequence.removal import Rows, ShrinkingSequence
+from accelpass.ir.transform.tap import Tap
+from accelpass.ir.transform.tokens import CannotCut, stretches_between
+from accelpass.passes.core.base import Calibrated, Run
+from accelpass.passes.token_pruning.choice import highest
+from accelpass.passes.visual_tokens.visual import Left, VisualFilter, attention_of
+
+
+@dataclass(frozen=True)
+class FlowCut(VisualFilter, Calibrated):
+    """Patches leave a vision tower layer by layer, and those that are left at its end are what the language model reads.
+
+    Tong et al., "FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models", NeurIPS 2025. In each
+    layer a patch scores what the class token pays it, and how like their values are, each as a share, times the sum of its value's
+    magnitudes; half of a score is that of the layers before. After every other layer, and before the last, patches of least
+    score leave: the more, the more of the class token's attention is on few of them (low entropy), and at the end as many
+    as must. Without a class token a patch scores what the mean of all queries pays it, times its value's magnitudes: the authors' rule
+    for Qwen2-VL, there inside the tower (inferred).
+
+    How many leave after a layer follows the entropies of a plan (``accelpass.calibrate``; the mean over its images, in the dense
+    tower), or ``entropy``, and not those of the call, so that all sizes are known before; which ones leave, and how many are
+    left, is the paper's. Its second stage in an early layer of the language model, for images in tiles, is not here.
+
+    Attributes:
+        keep: share of an image's patches that is read.
+        entropy: of the class token's attention where there is no plan, over that of one that is spread evenly: 0 to 1.
+
+    Raises:
+        OptionError: a share out of range.
+    """
+
+    keep: float = 0.11
+    entropy: float = 0.8
+
+    name: ClassVar[str] = "flowcut"
+    summary: ClassVar[str] = "patches leave a vision tower layer by layer, by what flows from them to its class token"
+    paper: ClassVar[str] = "FlowCut, arXiv 2505.19536"
+    identity: ClassVar[dict[str, Any] | None] = {"keep": 1.0}
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise self.fail("keep", "a share above 0, at most 1 (1 leaves out nothing)")
+        if not 0 <= self.entropy <= 1:
+            raise self.fail("entropy", "a share from 0, all of the attention on one patch, to 1")
+
+    def schedule(self, patches: int, entropies: Sequence[float]) -> dict[int, int]:
+        """By number of a block behind which patches leave: how many go on. The last block's entropy is not read."""
+        left, goal, rest = patches, max(1, int(patches * self.keep)), len(entropies) - 2
+        counts = {}
+        for number, entropy in enumerate(entropies[:-1]):
+            more = rest - number
+            if more % 2 == 0 and left > goal:
+                gone = left - goal if more == 0 else round((left - goal) / math.sqrt(more) * (1 - entropy**2))
+                if gone:
+                    counts[number] = left = left - gone
+        return counts
+
+    def leave(self, program: Program, tower: Tower, before: fx.Node) -> Left:
+        counts = self.schedule(tower.patches, self._entropies(program, tower))
+        if not counts:
+            raise NoPrompt(f"{tower.path}: all of its {tower.patches} patches are read")
+        ends = [*counts, len(tower.blocks) - 1]
+        streams = [tower.start, *(tower.blocks[n].output for n in ends)]
+        limits = [0, *(n + 1 for n in ends)]
+        known = set(program.graph.nodes)
+        try:
+            found = stretches_between(program, streams, [tower.blocks[a:b] for a, b in itertools.pairwise(limits)])
+            run, score = ShrinkingSequence(program, found), None
+            for stretch, count in zip(found[1:], counts.values(), strict=True):
+                for attention in run.attentions:
+                    flow = partial(_flow, tower.first, spec_of(attention).scale, spec_of(attention).groups)
+                    (score,) = run.make(flow, *attention.args[:3], *([] if score is None else [score]))
+                assert score is not None
+                chosen, score = run.make(partial(_choice, tower.first, count), score)
+                run.go_on(stretch, Rows(chosen))
+        except CannotCut as cause:
+            for node in reversed([n for n in program.graph.nodes if n not in known]):
+                program.graph.erase_node(node)
+            raise NoPrompt(str(cause)) from cause
+        assert run.rows is not None
+        places, stream = run.make(partial(_left, tower.first, tower.patches), run.rows, run.stream)
+        return Left(places, stream)
+
+    # --- calibration
+
+    def calibrate(self, program: Program, run: Run) -> dict[str, Tensor]:
+        """``flowcut/entropy/<tower>``: of each block, the mean over all images, float32 ``(blocks,)``."""
+        towers = program.analysis(vision).towers
+        if not towers:
+            raise PassError("flowcut: no vision tower was recognised; calibrate with the model's images")
+        made = {}
+        for tower in towers:
+            specs = [spec_of(attention_of(tower, n)) for n in range(len(tower.blocks))]
+            taps = [
+                Tap(f"{s.site}.q", partial(_entropy, tower.first, s.scale), also=partial(_keys, s.site)) for s in specs
+            ]
+            found = run.gather(taps, "how attention is spread over patches")
+            sums = [found[f"{s.site}.q"] for s in specs]
+            made[f"flowcut/entropy/{tower.path}"] = torch.stack([total / images for total, images in sums])
+        return made
+
+    def _entropies(self, program: Program, tower: Tower) -> list[float]:
+        found = program.artefacts.get(f"flowcut/entropy/{tower.path}")
+        if found is None:
+            return [self.entropy] * len(tower.blocks)
+        if found.shape != (len(tower.blocks),) or not bool(((found >= 0) & (found <= 1.001)).all()):
+            raise PlanError(
+                f"flowcut: the plan has entropies of {list(found.shape)} for {tower.path}, and this tower has {len(tower.blocks)} "
+                "blocks, of a number from 0 to 1 each; calibrate again with this model"
+            )
+        return [float(h) for h in found.clamp(0, 1)]
+
+
+def _paid(first: int, scale: float, q: Tensor, k: Tensor) -> Tensor:
+    """What the class token, or without one the mean of all queries, pays each patch: float32 ``(images, patches)``."""
+    query = q[:, :, :1] if first else q.mean(2, keepdim=True)
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return (torch.matmul(query.float(), keys.float().mT) * scale).softmax(-1)[:, :, 0, first:].mean(1)
+
+
+def _flow(first: int, scale: float, groups: int, q: Tensor, k: Tensor, v: Tensor, *before: Tensor) -> list[Tensor]:
+    """The score of each patch so far, float32 ``(images, patches)``."""
+    paid, values = _paid(first, scale, q, k), v.float()
+    size = values.repeat_interleave(groups, 1).mean(1)[:, first:].abs().sum(-1)
+    score = paid * size
+    if first:
+        like = torch.matmul(values[:, :, :1], values.mT).softmax(-1)[:, :, 0, first:].mean(1)
+        least = torch.finfo(torch.float32).tiny
+        score = (paid / paid.sum(-1, True).clamp_min(least) + like / like.sum(-1, True).clamp_min(least)) * size
+    return [0.5 * before[0] + 0.5 * score if before else score]
+
+
+def _choice(first: int, count: int, score: Tensor) -> list[Tensor]:
+    """The tokens that go on, ascending, those before the patches among them; and the scores of the patches."""
+    best = highest(score, count)
+    front = torch.arange(first, device=score.device).expand(score.shape[0], -1)
+    return [torch.cat([front, best + first], 1), score.gather(1, best)]
+
+
+def _left(first: int, patches: int, rows: Tensor, stream: Tensor) -> list[Tensor]:
+    own = torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1) * patches
+    return [(rows[:, first:] - first + own).flatten(), stream[:, first:]]
+
+
+def _entropy(first: int, scale: float, q: Tensor, k: Tensor) -> Tensor:
+    """Entropies of all images of a call, over that of even attention, and how many images: float32 ``(2,)``."""
+    share = _paid(first, scale, q, k)
+    share = share / share.sum(-1, True)
+    found = -(share * share.clamp_min(1e-12).log()).sum(-1) / math.log(max(2, share.shape[1]))
+    return torch.stack([found.sum(), found.new_tensor(float(q.shape[0]))])
+
+
+def _keys(path: str, program: Program) -> list[Any]:
+    """The keys that an attention of a tower reads."""
+    towers: Sequence[Tower] = program.analysis(vision).towers
+    nodes = [attention_of(tower, n) for tower in towers for n in range(len(tower.blocks))]
+    return [node.args[1] for node in nodes if spec_of(node).site == path]

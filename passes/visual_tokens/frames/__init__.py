@@ -1,0 +1,1 @@
+"""Videos: what a frame shows again is neither computed nor read again."""
