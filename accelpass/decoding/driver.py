@@ -180,6 +180,7 @@ class Decoder:
         return reader
 
     def _run(self, request: Request, reader: Reader, stops: Any, pad: int) -> Iterator[Tensor]:
+        _refuse_both_directions(request.model)
         text = _Text(request, pad)
         pace, self.statistics = Pace(self.sizes, self.adaptive), Statistics()
         logits = reader.first(request.ids)
@@ -215,7 +216,14 @@ class Decoder:
         if size == 1 and not drafter.guides:
             return Proposal.nothing(text.ids)
         found = drafter.propose(text.host, size - 1)
-        return Proposal.nothing(text.ids) if found is None else found
+        if found is None:
+            return Proposal.nothing(text.ids)
+        if found.tree is not None and found.count > size - 1:
+            raise DecodingError(
+                f"{type(drafter).__name__} proposed a tree of {found.count} guesses where a call has room for {size - 1}: give the decoder a "
+                f"size of {found.count + 1}, or propose fewer; a tree cannot be cut by others, as it may lose a parent"
+            )
+        return found
 
 
 class _Text:
@@ -303,6 +311,16 @@ def _with_cache(request: Request, reader: Reader) -> Request:
     """What the cache can do, which shows when it holds a prompt."""
     trees = request.batch == 1 and takes_trees(request.model, reader.cache)
     return replace(request, trees=trees, capacity=getattr(reader.cache, "capacity", 0))
+
+
+def _refuse_both_directions(model: Any) -> None:
+    """Raises :class:`DecodingError` for a model whose earlier tokens see later ones: guesses would change what is read before them."""
+    causal = getattr(model.config.get_text_config(decoder=True), "is_causal", True)
+    if causal is False or not hasattr(model, "prepare_inputs_for_generation"):
+        raise DecodingError(
+            f"{type(model).__name__} is no causal decoder: it reads a text in both directions, and guesses verified in one call would change "
+            "what is before them. For masked-diffusion language models use accelpass.decoding.dparallel"
+        )
 
 
 _REMEMBERING = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
