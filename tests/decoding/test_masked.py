@@ -278,3 +278,16 @@ def test_the_loss_of_certainty_is_the_papers():
         ok = m & (logits.argmax(-1) == text)
         total = total + (2 * entropy(logits[ok] / 0.5).mean() if ok.any() else 0)
     torch.testing.assert_close(got, total.to(got.dtype), rtol=1e-4, atol=1e-5)
+
+
+def test_the_distilled_model_takes_fewer_steps():
+    from accelpass.models_zoo import bytes_moe
+    from accelpass.models_zoo.masked.model import masked
+
+    ids, calls = bytes_moe.tokens(b"The value of the expression is the ")[None], []
+    for name in ("masked_bytes_teacher", "masked_bytes"):
+        decoder = dparallel(0.5, 32, shifted=True)
+        text = decoder(masked(name), ids, 32)
+        assert text.shape == (1, ids.shape[1] + 32) and (text != 2).all()
+        calls.append(decoder.statistics.calls)
+    assert calls[1] <= 0.6 * calls[0]
