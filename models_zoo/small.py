@@ -107,6 +107,30 @@ def pooled(seed: int = 0) -> Pooled:
         return Pooled().eval()
 
 
+class Recurrent(nn.Module):
+    """One MLP applied again and again, which reads the embedding anew each time; its state settles."""
+
+    def __init__(self, vocabulary: int = 128, width: int = 32, trips: int = 6) -> None:
+        super().__init__()
+        self.embed, self.trips = nn.Embedding(vocabulary, width), trips
+        self.inner, self.again = nn.Linear(width, width, bias=False), nn.Linear(width, width)
+        self.head = nn.Linear(width, vocabulary)
+        with torch.no_grad():
+            self.inner.weight.mul_(0.4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = e = self.embed(ids)
+        for _ in range(self.trips):
+            h = torch.tanh(self.inner(h) + self.again(e))
+        return self.head(h)
+
+
+def recurrent(seed: int = 0) -> Recurrent:
+    """Nothing beside torch is needed."""
+    with _seeded(seed):
+        return Recurrent().eval()
+
+
 def experts(seed: int = 0, layers: int = 2, form: str = "batched_mm") -> Any:
     """A Mixtral with 4 experts in each layer, of which a token goes to 2; needs transformers."""
     from transformers import MixtralConfig, MixtralForCausalLM

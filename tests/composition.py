@@ -34,7 +34,7 @@ from tests.pass_settings import names, setting
 from tests.resumable import Notes, bar
 
 FORMAT = 1
-MODELS = ("decoder", "denoiser", "prompt", "tower", "seeing", "lexicon", "experts", "pooled")
+MODELS = ("decoder", "denoiser", "prompt", "tower", "seeing", "lexicon", "experts", "pooled", "recurrent")
 """In the order in which they are preferred; every registered pass takes a site of one of them."""
 PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
 NOTES = Notes("composition")

@@ -138,6 +138,9 @@ SETTINGS: dict[str, Setting] = {
     "tutel_moe": Setting({"capacity_factor": 0.5}, ("experts",), looks_ahead=CROWD),
     "expert_pool": Setting({}, ("pooled",)),
     "vocabulary_prune": Setting({"keep": tuple(range(2, 40)), "unknown": 5}, ("prompt", "decoder")),
+    "roll_loop": Setting(
+        {"exit_eps": 0.05}, ("recurrent",), looks_ahead="a loop ends when the states of all tokens have settled"
+    ),
     "skip_layers": Setting({"least": 1, "start": 24, "horizon": 25}),
     "early_exit": Setting({"threshold": 0.0}),
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from accelpass.decoding.acceptance import exact
+from accelpass.decoding.guidance import Guidance, GuidedReader
 from accelpass.decoding.interfaces import Acceptance, DecodingError, Drafter, Proposal, Proposer, Request, Verified
 from accelpass.decoding.pace import Pace
 from accelpass.decoding.reader import Reader, takes_trees
@@ -52,6 +53,7 @@ class Decoder:
         adaptive: guess only as long as it pays, by the clock; the text does not depend on it, but for draws.
         streamer: gets the prompt and each token in order. transformers hands a ``custom_generate`` no streamer, so it is given here.
         generator: draws tokens; None for torch's own.
+        guidance: logits are those of two prompts together (classifier-free guidance); the cache has room for twice the batch.
     """
 
     def __init__(
@@ -63,12 +65,13 @@ class Decoder:
         adaptive: bool = True,
         streamer: Any = None,
         generator: torch.Generator | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         if not sizes or min(sizes) < 1:
             raise DecodingError(f"sizes={tuple(sizes)}: numbers of rows, at least 1; the default is {SIZES}")
         self.proposer, self.acceptance, self.adaptive = proposer, acceptance, adaptive
         self.sizes = tuple(sorted({1, *sizes}))
-        self.streamer, self.generator = streamer, generator
+        self.streamer, self.generator, self.guidance = streamer, generator, guidance
         self.statistics = Statistics()
 
     def __call__(
@@ -97,7 +100,7 @@ class Decoder:
         pieces = [input_ids]
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        for new in self._run(request, Reader(model, cache, model_kwargs), stopping_criteria, 0 if pad is None else pad):
+        for new in self._run(request, self._reader(model, cache, model_kwargs), stopping_criteria, pad or 0):
             pieces.append(new)
             if self.streamer is not None:
                 for column in new.unbind(1):
@@ -141,7 +144,9 @@ class Decoder:
         def stops(ids: Tensor, scores: None) -> Tensor:
             return torch.isin(ids[:, -1], ends) | (ids.shape[1] >= longest)
 
-        yield from self._run(request, Reader(model, cache, {"use_cache": True}, call), stops, eos[0] if eos else 0)
+        yield from self._run(
+            request, self._reader(model, cache, {"use_cache": True}, call), stops, eos[0] if eos else 0
+        )
 
     @torch.no_grad()
     def prepare(self, model: Any, cache: Any, call: Any = None) -> None:
@@ -149,9 +154,12 @@ class Decoder:
 
         The prompt's own graph is compiled as well; a prompt of another length may compile it once more.
         """
-        ids = torch.zeros((getattr(cache.layers[0], "batch_size", 1), 2), dtype=torch.int64, device=model.device)
+        batch = max(1, getattr(cache.layers[0], "batch_size", 1) // (1 if self.guidance is None else 2))
+        ids = torch.zeros((batch, 2), dtype=torch.int64, device=model.device)
         for size in self.sizes:
-            reader = Reader(model, cache, {"use_cache": True}, call)
+            reader = self._reader(model, cache, {"use_cache": True}, call)
+            if isinstance(reader, GuidedReader):
+                reader.guidance = replace(reader.guidance, without=torch.clone)  # a prompt of any length will do
             reader.first(ids)
             request = Request(model, ids, None, None, 3 + size, generator=self.generator)
             request = _with_cache(request, reader)
@@ -161,7 +169,18 @@ class Decoder:
             reader.read(torch.zeros((len(ids), size), dtype=torch.int64, device=model.device), tree)
             cache.reset()
 
+    def _reader(self, model: Any, cache: Any, kwargs: dict[str, Any], call: Any = None) -> Reader:
+        guidance = self.guidance
+        reader = (
+            Reader(model, cache, kwargs, call)
+            if guidance is None
+            else GuidedReader(model, cache, kwargs, guidance, call)
+        )
+        reader.asks_hidden = self.proposer.needs_hidden
+        return reader
+
     def _run(self, request: Request, reader: Reader, stops: Any, pad: int) -> Iterator[Tensor]:
+        _refuse_both_directions(request.model)
         text = _Text(request, pad)
         pace, self.statistics = Pace(self.sizes, self.adaptive), Statistics()
         logits = reader.first(request.ids)
@@ -171,6 +190,7 @@ class Decoder:
         read = request.ids[:, -1:]
         while True:
             verified = self.acceptance(read, text.processed(read, logits, proposal), proposal, request)
+            verified = verified if reader.hidden is None else replace(verified, hidden=reader.hidden)
             new, rows, accepted = text.add(verified, stops)
             reader.keep(text.length - 1, None if rows is None else rows[: new.shape[1]])
             if started:
@@ -196,7 +216,14 @@ class Decoder:
         if size == 1 and not drafter.guides:
             return Proposal.nothing(text.ids)
         found = drafter.propose(text.host, size - 1)
-        return Proposal.nothing(text.ids) if found is None else found
+        if found is None:
+            return Proposal.nothing(text.ids)
+        if found.tree is not None and found.count > size - 1:
+            raise DecodingError(
+                f"{type(drafter).__name__} proposed a tree of {found.count} guesses where a call has room for {size - 1}: give the decoder a "
+                f"size of {found.count + 1}, or propose fewer; a tree cannot be cut by others, as it may lose a parent"
+            )
+        return found
 
 
 class _Text:
@@ -284,6 +311,16 @@ def _with_cache(request: Request, reader: Reader) -> Request:
     """What the cache can do, which shows when it holds a prompt."""
     trees = request.batch == 1 and takes_trees(request.model, reader.cache)
     return replace(request, trees=trees, capacity=getattr(reader.cache, "capacity", 0))
+
+
+def _refuse_both_directions(model: Any) -> None:
+    """Raises :class:`DecodingError` for a model whose earlier tokens see later ones: guesses would change what is read before them."""
+    causal = getattr(model.config.get_text_config(decoder=True), "is_causal", True)
+    if causal is False or not hasattr(model, "prepare_inputs_for_generation"):
+        raise DecodingError(
+            f"{type(model).__name__} is no causal decoder: it reads a text in both directions, and guesses verified in one call would change "
+            "what is before them. For masked-diffusion language models use accelpass.decoding.dparallel"
+        )
 
 
 _REMEMBERING = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")

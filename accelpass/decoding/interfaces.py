@@ -95,6 +95,8 @@ class Verified:
         read: the tokens of the call, the last of the text and all guesses, ``(batch, rows)``.
         chosen: what the model would have said after each of them, ``(batch, rows)``.
         logits: after each of them, processed, float32 ``(batch, rows, vocabulary)``.
+        hidden: the model's last hidden states of the call's tokens, where the proposer needs them, ``(batch, rows, width)``; of the first
+            call, those of the prompt.
     """
 
     tokens: Tensor
@@ -103,6 +105,7 @@ class Verified:
     read: Tensor
     chosen: Tensor
     logits: Tensor
+    hidden: Tensor | None = None
 
 
 class Drafter(ABC):
@@ -125,7 +128,13 @@ class Drafter(ABC):
 
 
 class Proposer(ABC):
-    """A way of guessing; it may remember over requests, and hands out a :class:`Drafter` for each."""
+    """A way of guessing; it may remember over requests, and hands out a :class:`Drafter` for each.
+
+    Attributes:
+        needs_hidden: its drafters observe the model's last hidden states.
+    """
+
+    needs_hidden = False
 
     @abstractmethod
     def start(self, request: Request) -> Drafter:

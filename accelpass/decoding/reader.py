@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,13 @@ class Reader:
         cache: transformers' own, or an ``accelpass.KVCache``.
         kwargs: what ``generate`` gives the model besides: mask and positions of the prompt, images.
         call: what is called in place of the model: its compiled form.
+
+    Attributes:
+        asks_hidden: calls return hidden states as well, which ``hidden`` holds: the last ones ``(batch, tokens, width)`` of the last call.
     """
+
+    asks_hidden = False
+    hidden: Tensor | None = None
 
     def __init__(self, model: Any, cache: Any, kwargs: dict[str, Any], call: Any = None) -> None:
         self.model, self.cache, self.call = model, cache, model if call is None else call
@@ -44,7 +50,7 @@ class Reader:
         new = ids.shape[1] - self.held
         inputs = self._prepared(ids, new if self.held else None, self.mask, self.positions, keep, True)
         self.prompt = self.held = ids.shape[1]
-        return self.call(**inputs, return_dict=True).logits[:, -1:].float()
+        return self._called(inputs)[:, -1:].float()
 
     def read(self, piece: Tensor, tree: Tree | None = None) -> Tensor:
         """The logits ``(batch, tokens, vocabulary)`` after each of some tokens ``(batch, tokens)``, float32.
@@ -71,7 +77,7 @@ class Reader:
                     if isinstance(tensor, Tensor):
                         mark_static(tensor)
         self.held += count
-        return self.call(**inputs, return_dict=True).logits[:, -count:].float()
+        return self._called(inputs)[:, -count:].float()
 
     def keep(self, tokens: int, rows: list[int] | None = None) -> None:
         """Hold the first ``tokens`` alone; ``rows``: their last ones are these of the last call, which ascend.
@@ -88,6 +94,13 @@ class Reader:
         if self.held > tokens:
             self.cache.crop(tokens - self.held)
         self.held = tokens
+
+    def _called(self, inputs: dict[str, Any]) -> Tensor:
+        if not self.asks_hidden:
+            return cast(Tensor, self.call(**inputs, return_dict=True).logits)
+        made = self.call(**inputs, return_dict=True, output_hidden_states=True)
+        self.hidden = made.hidden_states[-1]
+        return cast(Tensor, made.logits)
 
     def _prepared(
         self, ids: Tensor, new: int | None, mask: Tensor | None, positions: Tensor | None, more: dict[str, Any],

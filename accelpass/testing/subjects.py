@@ -173,6 +173,14 @@ SUBJECTS: dict[str, Subject] = {
             about="two layers that choose among each other's experts; no attention",
         ),
         Subject(
+            "recurrent",
+            small.recurrent,
+            _mlp,
+            causal=True,
+            export=lambda shape: ((shape.ids(128),), {}),
+            about="one body of six trips that reads the embedding anew in each; no attention",
+        ),
+        Subject(
             "prompt",
             small.decoder,
             _prompt,

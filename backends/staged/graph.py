@@ -126,6 +126,11 @@ class Call:
         found: Tensor = self.execution.values[self.model.linked.place["value", name]]
         return found
 
+    def stream(self, number: int) -> Tensor:
+        ref = self.model.entry if number < 0 else self.model.streams[number]
+        found: Tensor = self.execution.values[self.model.linked.place[ref]]
+        return found
+
     def counter(self, number: int) -> Tensor:
         within = f"{self.path(number)}."
         last = [at for at, _, kept in self.model.caches if kept.site.startswith(within)][-1]

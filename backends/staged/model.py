@@ -34,7 +34,7 @@ class StagedModel:
         paths: of the blocks.
         stages: by number of the block (-1 and the number of blocks for what surrounds them) and actions.
         arguments: how many a call has.
-        streams: the value after each block.
+        streams: the value after each block; entry: the one that the first block reads.
         derived: binds the tensors that passes derived from weights, in the order of ``order``.
         disabled: (pass, path) of sites that some action could not be done at; they stay dense, and the report says why.
         compiled: how many different stages were compiled; ``seconds`` in all.
@@ -48,6 +48,7 @@ class StagedModel:
     arguments: int
     results: tuple[Ref, ...]
     streams: tuple[Ref, ...]
+    entry: Ref
     derived: Binder
     order: dict[Any, int]
     records: list[Record]

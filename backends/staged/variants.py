@@ -70,6 +70,7 @@ class Variants:
         sites: Sites = [[(p, place.path) for p, place in places if place.block.number == b.number] for b in blocks]
         owner = {place.path: place.block.number for _, place in places}
         streams = tuple(("value", block.outputs[0].meta[NAME]) for block in blocks)
+        entry = _ref(dense.tensors, blocks[0].inputs[0], {})
         nodes, flops, results = self._variant(dense, sites, [all_full(b) for b in sites], owner)
         for chosen in self._ways(sites):
             self._variant(self._captured()[0], sites, chosen, owner)
@@ -88,6 +89,7 @@ class Variants:
             len(dense.tensors.inputs_nodes),
             results,
             streams,
+            entry,
             _union(self._binders, list(self._derived)),
             {what: i for i, what in enumerate(self._derived)},
             self._records,

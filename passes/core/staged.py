@@ -144,6 +144,9 @@ class StagedCall(Protocol):
     def value(self, name: str) -> Tensor:
         """A value that a stage has made, by its name in all variants."""
 
+    def stream(self, number: int) -> Tensor:
+        """What a block has handed on; of -1, what the first one reads."""
+
     def counter(self, number: int) -> Tensor:
         """The counter of the cache layer that a block appends to, with which its state lives."""
 

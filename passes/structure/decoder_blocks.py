@@ -62,21 +62,14 @@ class DecoderBlocks(StagedPass):
         return [tuple(self.instead if can(path) else FULL for path in paths)]
 
     def acted(self, program: Program, site: Site, action: str) -> str:
-        with appending(max(site.results)) as build:
-            passed = [build(aten.alias.default, stream) for stream in site.streams]
-        put(site, passed)
+        hand_on(site)
         if action == OUT:
             inside = set(site.block.region)
             for append in program.graph.find_nodes(op="call_function", target=KV_APPEND):
                 if append.args[0] in inside:
                     program.unwritten.add(append.args[2].name)
                     program.graph.erase_node(append)
-        # Dead code elimination leaves an attention alone, as it may draw random numbers (dropout), and what asserts on values.
-        for node in sorted(site.block.region, reverse=True):
-            for user in [u for u in node.users if is_call(u, aten._assert_tensor_metadata)]:
-                program.graph.erase_node(user)
-            if not node.users and not mutates(node) and node.op == "call_function":
-                program.graph.erase_node(node)
+        drop_dead(program, site)
         return _DONE[action]
 
     def find(self, program: Program) -> list[Site]:
@@ -87,6 +80,25 @@ class DecoderBlocks(StagedPass):
 
     def asked(self, program: Program, site: Site) -> str:
         return self.instead if self.fixed(program) else super().asked(program, site)
+
+
+def hand_on(site: Site) -> None:
+    """Let the streams pass by a block as they are."""
+    with appending(max(site.results)) as build:
+        passed = [build(aten.alias.default, stream) for stream in site.streams]
+    put(site, passed)
+
+
+def drop_dead(program: Program, site: Site) -> None:
+    """Erase what a block computes and nothing reads.
+
+    Dead code elimination leaves an attention alone, as it may draw random numbers (dropout), and what asserts on values.
+    """
+    for node in sorted(site.block.region, reverse=True):
+        for user in [u for u in node.users if is_call(u, aten._assert_tensor_metadata)]:
+            program.graph.erase_node(user)
+        if not node.users and not mutates(node) and node.op == "call_function":
+            program.graph.erase_node(node)
 
 
 def one_token(program: Program) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import accelpass
 from accelpass import KVCache, decoding
@@ -177,3 +177,41 @@ def test_refused_parts():
         with pytest.raises(DecodingError):
             wrong()
     assert issubclass(DecodingError, accelpass.AccelpassError)
+
+
+def test_models_that_read_in_both_directions_are_refused():
+    from transformers import BertConfig, BertForMaskedLM
+
+    model = settled(llama())
+    model.config.is_causal = False
+    with pytest.raises(DecodingError, match=r"reads a text in both directions.*use accelpass\.decoding\.dparallel"):
+        model.generate(prompt(), custom_generate=decoding.jacobi(4), **GREEDY)
+    bert = BertForMaskedLM(
+        BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    )
+    with pytest.raises(DecodingError, match="BertForMaskedLM is no causal decoder"):
+        next(decoding.prompt_lookup().steps(bert, prompt(), DynamicCache(), 4))
+
+
+def test_a_tree_has_to_fit_a_call():
+    """The paper's tree is cut to a call's rows, with the parents of all that is left; a tree of one's own that is too large is refused."""
+    model = settled(llama())
+    want = model.generate(prompt(), **GREEDY)
+    decoder = decoding.token_recycling(80, sizes=(1, 6), adaptive=False)
+    for _ in range(2):
+        got = model.generate(prompt(), past_key_values=KVCache(model, 64), custom_generate=decoder, **GREEDY)
+        assert torch.equal(got, want)
+    assert decoder.statistics.rows.get(6)
+
+    class Large(decoding.Proposer):
+        def start(self, request):
+            class Guess(decoding.Drafter):
+                def propose(self, text, most):
+                    return decoding.Proposal(torch.zeros((1, 7), dtype=torch.int64), tree=TokenRecycling(7).tree(7))
+
+            return Guess()
+
+    with pytest.raises(
+        DecodingError, match="a tree of 7 guesses where a call has room for 3: give the decoder a size of 8"
+    ):
+        model.generate(prompt(), custom_generate=decoding.Decoder(Large(), sizes=(1, 4), adaptive=False), **GREEDY)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from accelpass.decoding.driver import Decoder
 from accelpass.decoding.interfaces import DecodingError, Drafter, Proposal, Proposer, Request, Verified
@@ -31,10 +32,12 @@ class Jacobi(Proposer):
         self.fill: Fill = fill
 
     def start(self, request: Request) -> Drafter:
-        return _Window(self.fill, request)
+        return Window(self.fill, request)
 
 
-class _Window(Drafter):
+class Window(Drafter):
+    """The guesses that are left of the step before, and what stands where there are none yet."""
+
     def __init__(self, fill: Fill, request: Request) -> None:
         self.fill, self.request = fill, request
         self.left = Proposal.nothing(request.ids)
@@ -43,29 +46,30 @@ class _Window(Drafter):
         request, guesses, probs = self.request, self.left.tokens[:, :most], self.left.probs
         missing = most - guesses.shape[1]
         if missing:
-            if self.fill == "repeat":
-                last = torch.tensor([[line[-1]] for line in text], device=guesses.device)
-                more = (guesses[:, -1:] if guesses.shape[1] else last).expand(-1, missing)
-            else:
-                more = torch.randint(
-                    request.vocabulary, (request.batch, missing), device=guesses.device, generator=request.generator
-                )
-            guesses = torch.cat([guesses, more], 1)
+            guesses = torch.cat([guesses, self.initial(text, guesses, missing)], 1)
         if not request.samples:
             return Proposal(guesses)
         sure = F.one_hot(guesses, request.vocabulary).float()  # a guess that was not drawn has all the probability
         return Proposal(guesses, sure if probs is None else torch.cat([probs[:, :most], sure[:, probs.shape[1] :]], 1))
 
+    def initial(self, text: Sequence[Sequence[int]], guesses: Tensor, missing: int) -> Tensor:
+        """Tokens ``(batch, missing)`` to begin with, after ``guesses``."""
+        if self.fill == "repeat":
+            last = torch.tensor([[line[-1]] for line in text], device=guesses.device)
+            return (guesses[:, -1:] if guesses.shape[1] else last).expand(-1, missing)
+        return self.any_tokens(0, self.request.vocabulary, missing)
+
+    def any_tokens(self, low: int, high: int, count: int) -> Tensor:
+        """``(batch, count)`` of low to high - 1."""
+        request = self.request
+        return torch.randint(low, high, (request.batch, count), device=request.ids.device, generator=request.generator)
+
     def observe(self, verified: Verified, accepted: int) -> None:
         left = verified.tokens[:, accepted + 1 :]
-        if not self.request.samples:
-            self.left = Proposal(left)
-            return
-        # A text that accepted more than its neighbours has tokens here that were not drawn from the last distributions alone.
-        number = torch.arange(accepted + 1, verified.tokens.shape[1], device=left.device)
-        fresh = (number > verified.counts[:, None]).unsqueeze(-1)
-        sure = F.one_hot(left, self.request.vocabulary).float()
-        self.left = Proposal(left, torch.where(fresh, verified.logits[:, accepted + 1 :].softmax(-1), sure))
+        # Where a neighbour in the batch accepted fewer, guesses that this text accepted are here as well. With the token that follows
+        # them they have the distribution after their rows, as fresh draws have; the next call computes the same one and accepts them.
+        probs = verified.logits[:, accepted + 1 :].softmax(-1) if self.request.samples else None
+        self.left = Proposal(left, probs)
 
 
 def jacobi(window: int = 8, fill: Fill = "repeat", **options: Any) -> Decoder:

@@ -1,0 +1,1 @@
+"""A small masked-diffusion language model that reads bytes, and how it was trained."""
