@@ -136,6 +136,7 @@ SETTINGS: dict[str, Setting] = {
     "vq_logits": Setting({"codes": 8}, ("prompt", "decoder")),
     "lexicon_head": Setting({"topk": 8}, ("lexicon",)),
     "tutel_moe": Setting({"capacity_factor": 0.5}, ("experts",), looks_ahead=CROWD),
+    "eep": Setting({"keep": (0, 1, 3)}, ("experts",)),
     "expert_pool": Setting({}, ("pooled",)),
     "vocabulary_prune": Setting({"keep": tuple(range(2, 40)), "unknown": 5}, ("prompt", "decoder")),
     "skip_layers": Setting({"least": 1, "start": 24, "horizon": 25}),

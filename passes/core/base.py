@@ -335,5 +335,29 @@ class CalibratedOnLoss(ABC):
         """
 
 
+Judge = Callable[[Mapping[str, Tensor]], float]
+"""Tries a candidate, given by what is written to the state of the pass that tries it, and returns its score; larger is better."""
+
+
+class Judged(ABC):
+    """Mix-in of passes whose plan is the candidate that a user's score likes best (``accelpass.search_by_score``)."""
+
+    @abstractmethod
+    def judged(self, found: dict[str, Any]) -> Pass:
+        """The pass that the model is compiled with meanwhile: it reads candidates from state, and notes in ``found`` what there is
+        to choose, by site."""
+
+    @abstractmethod
+    def search(self, found: Mapping[str, Any], judge: Judge, again: Judge, seed: int) -> dict[str, Tensor]:
+        """Try candidates, and return the tensors of the plan.
+
+        Args:
+            judge: on the data of the search; ``again`` on other data.
+
+        Raises:
+            PassError: there is nothing to choose.
+        """
+
+
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(path, p) or p in path.split(".") for p in patterns)
