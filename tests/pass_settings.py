@@ -62,6 +62,14 @@ def _norms() -> dict[str, Tensor]:
     return {f"wanda/model.layers.{n}.{at}": torch.rand(s, generator=draw) for n in (0, 1) for at, s in sizes.items()}
 
 
+def _small_parts() -> dict[str, Tensor]:
+    """Of the decoder's MLPs: feed-forward layers of 4 channels, and routers."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = {"up": (4, 32), "gate": (4, 32), "down": (32, 4), "bias": (32,), "router": (2, 32)}
+    paths = [(f"duo_llm/model.layers.{n}.mlp/{name}", size) for n in (0, 1) for name, size in sizes.items()]
+    return {path: torch.randn(size, generator=draw) / 4 for path, size in paths}
+
+
 def _factors(name: str) -> dict[str, Tensor]:
     """Of the channels that the linears of the kit's models read; those that read one input have the same."""
     inputs = {
@@ -136,6 +144,7 @@ SETTINGS: dict[str, Setting] = {
     "vq_logits": Setting({"codes": 8}, ("prompt", "decoder")),
     "lexicon_head": Setting({"topk": 8}, ("lexicon",)),
     "tutel_moe": Setting({"capacity_factor": 0.5}, ("experts",), looks_ahead=CROWD),
+    "duo_llm": Setting({"route": "router"}, tensors=_small_parts()),
     "eep": Setting({"keep": (0, 1, 3)}, ("experts",)),
     "expert_pool": Setting({}, ("pooled",)),
     "vocabulary_prune": Setting({"keep": tuple(range(2, 40)), "unknown": 5}, ("prompt", "decoder")),

@@ -56,9 +56,8 @@ def search_by_score(
     (one,) = fitted
     others, found, name = [p for p in made if p is not one], dict[str, Any](), getattr(one, "name", "")
     forget_compilations()
-    fast = torch.compile(
-        model, backend="accelpass", options={**(options or {}), "passes": [one.judged(found), *others]}
-    )
+    asked: dict[str, Any] = {**(options or {}), "passes": [one.judged(found), *others]}
+    fast = torch.compile(model, backend="accelpass", options=asked)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

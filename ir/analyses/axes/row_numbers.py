@@ -38,7 +38,7 @@ def row_numbers(program: Program) -> RowNumbers:
 
     def axis_at(node: Any, dim: int) -> Axis | None:
         dims = found.of(node)
-        leaves = dims[dim].leaves if dims and -len(dims) <= dim < len(dims) else ()
+        leaves: tuple[Axis, ...] = [*dims][dim].leaves if -len(dims) <= dim < len(dims) else ()
         return leaves[0] if len(leaves) == 1 else None
 
     def picked(numbers: Any, node: Any, dim: int) -> None:
