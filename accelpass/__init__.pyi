@@ -31,6 +31,7 @@ from .api.stateful import sampling_run as sampling_run
 from .api.stateful import state as state
 from .api.stateful import write as write
 from .api.vision import one_graph as one_graph
+from .api.widening import grow_pattention as grow_pattention
 from .api.widening import rex_widen as rex_widen
 from .backends.export.errors import ExportError as ExportError
 from .backends.package.errors import DamagedPackageError as DamagedPackageError

@@ -62,6 +62,18 @@ def _norms() -> dict[str, Tensor]:
     return {f"wanda/model.layers.{n}.{at}": torch.rand(s, generator=draw) for n in (0, 1) for at, s in sizes.items()}
 
 
+def _masks() -> dict[str, Tensor]:
+    """Of the decoder's channels and groups of heads: half of them noise."""
+    sizes = {"mlp.act": 64, "self_attn.heads": 2}
+    return {
+        f"vtrans/model.layers.{n}.{at}": torch.stack(
+            [torch.linspace(0.5, 1.5, s), torch.where(torch.arange(s) % 2 < 1, -9.0, 3.0)]
+        )
+        for n in (0, 1)
+        for at, s in sizes.items()
+    }
+
+
 def _small_parts() -> dict[str, Tensor]:
     """Of the decoder's MLPs: feed-forward layers of 4 channels, and routers."""
     draw = torch.Generator().manual_seed(0)
@@ -140,6 +152,7 @@ SETTINGS: dict[str, Setting] = {
     "cpu_gemv": Setting({}),
     "magnitude_prune": Setting({"heads": 0.5}, ("prompt", "decoder", "encoder")),
     "wanda": Setting({"heads": 0.5}, tensors=_norms()),
+    "vtrans": Setting({"multiple": 8}, identity={"include": ()}, tensors=_masks()),
     "shortgpt": Setting({"remove": 1}, tensors={INFLUENCE: torch.tensor([0.9, 0.1])}),
     "vq_logits": Setting({"codes": 8}, ("prompt", "decoder")),
     "lexicon_head": Setting({"topk": 8}, ("lexicon",)),
@@ -159,6 +172,7 @@ SETTINGS: dict[str, Setting] = {
     "weight_format": Setting({"format": "mxfp4"}, ("mlp", "prompt")),
     "mixed_precision": Setting({"group_size": 32}, ("mlp", "prompt")),
     "prequantized": Setting({}, ("mlp", "prompt"), tensors=_codes()),
+    "two_of_four": Setting({}, ("mlp", "prompt")),
     "hqq": Setting({"group_size": 32}, ("mlp", "prompt")),
     "gptq": Setting({"group_size": 32}, ("mlp", "prompt")),
     "awq": Setting({"group_size": 32}, ("mlp", "prompt"), tensors=_factors("awq")),

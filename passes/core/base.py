@@ -286,9 +286,11 @@ class Study(Protocol):
 
     Attributes:
         batch: the one whose attentions are being computed: ``input_ids``, and ``labels`` and ``needle`` if they were given.
+        batches: those that are learnt from.
     """
 
     batch: Mapping[str, Any]
+    batches: Sequence[Mapping[str, Any]]
 
     def gradients(self, attend: Attend, what: str) -> None:
         """Run the loss of each batch and its gradient; what ``attend`` returns must be differentiable. Where it leaves all to
@@ -299,6 +301,21 @@ class Study(Protocol):
 
     def perplexity(self, attend: Attend, what: str) -> float:
         """On the batches that :meth:`gradients` does not see, unless there are no others."""
+
+    def losses(
+        self,
+        taps: Callable[[Program], Sequence[Tap]],
+        vectors: Callable[[], Mapping[str, Tensor]],
+        what: str,
+        epochs: int = 1,
+    ) -> Iterator[Tensor]:
+        """The mean loss of each batch of :meth:`gradients`, with taps in the model's graph; differentiable in their vectors alone.
+
+        Args:
+            taps: those of a graph; with ``written`` vectors.
+            vectors: these, anew for each batch, by the name of the point, and ``.0``, ``.1`` where a tap has several.
+            epochs: how often all batches are run.
+        """
 
     def last_queries(self, site: str) -> Tensor:
         """In a call of ``attend`` by :meth:`decoded`: queries of the tokens before those of the call, the last 64 at most."""
