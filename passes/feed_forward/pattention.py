@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accelpass.ir.analyses.axes.flow import between
-from accelpass.ir.analyses.structure.pattention import Pattention, pattentions
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
+from accelpass.ir.linear.pattention import Pattention, pattentions
 from accelpass.passes.core.base import Done, Skip, Take, Verdict
 from accelpass.passes.core.site_pass import Edits, SitePass
 
