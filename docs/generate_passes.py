@@ -22,8 +22,9 @@ from typing import Any
 
 import typer
 
-from accelpass.passes.core.base import PHASES, Calibrated, CalibratedOnLoss, Pass, SitePatterns
+from accelpass.passes.core.base import PHASES, Calibrated, CalibratedOnLoss, Judged, Pass, SitePatterns
 from accelpass.passes.core.registry import registered
+from accelpass.passes.feed_forward.duo_llm import DuoLLM
 from accelpass.passes.kv_cache.base import KVPass
 from accelpass.passes.pruning.wanda import Wanda
 from accelpass.passes.quantization.mixed_precision import MixedPrecision
@@ -46,6 +47,8 @@ GUIDES = {
     "token_pruning": "token-pruning.md",
     "visual_tokens": "visual-tokens.md",
     "pruning": "structured-pruning.md",
+    "experts": "structured-pruning.md",
+    "feed_forward": "structured-pruning.md",
     "step_cache": "diffusion.md",
     "quantization": "quantization.md",
 }
@@ -62,6 +65,8 @@ NEEDS: tuple[tuple[type, str], ...] = (
     (StepPass, "a denoising model whose inputs are named as diffusers names them (`hidden_states`, `timestep`)"),
     (Searched, "a plan of `accelpass.search_steps`, which runs the sampler"),
     (CalibratedOnLoss, "a plan of `accelpass.calibrate`, or the rule as options"),
+    (DuoLLM, "a plan of `accelpass.calibrate`, except for layers that are skipped"),
+    (Judged, "a plan of `accelpass.search_by_score`, or what stays as an option"),
     (Wanda, "a plan of `accelpass.calibrate`"),
     (ShortGpt, "a plan of `accelpass.calibrate`; a decoder"),
     (MixedPrecision, "a plan of `accelpass.calibrate`"),

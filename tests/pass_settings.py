@@ -62,6 +62,26 @@ def _norms() -> dict[str, Tensor]:
     return {f"wanda/model.layers.{n}.{at}": torch.rand(s, generator=draw) for n in (0, 1) for at, s in sizes.items()}
 
 
+def _masks() -> dict[str, Tensor]:
+    """Of the decoder's channels and groups of heads: half of them noise."""
+    sizes = {"mlp.act": 64, "self_attn.heads": 2}
+    return {
+        f"vtrans/model.layers.{n}.{at}": torch.stack(
+            [torch.linspace(0.5, 1.5, s), torch.where(torch.arange(s) % 2 < 1, -9.0, 3.0)]
+        )
+        for n in (0, 1)
+        for at, s in sizes.items()
+    }
+
+
+def _small_parts() -> dict[str, Tensor]:
+    """Of the decoder's MLPs: feed-forward layers of 4 channels, and routers."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = {"up": (4, 32), "gate": (4, 32), "down": (32, 4), "bias": (32,), "router": (2, 32)}
+    paths = [(f"duo_llm/model.layers.{n}.mlp/{name}", size) for n in (0, 1) for name, size in sizes.items()]
+    return {path: torch.randn(size, generator=draw) / 4 for path, size in paths}
+
+
 def _factors(name: str) -> dict[str, Tensor]:
     """Of the channels that the linears of the kit's models read; those that read one input have the same."""
     inputs = {
@@ -132,10 +152,13 @@ SETTINGS: dict[str, Setting] = {
     "cpu_gemv": Setting({}),
     "magnitude_prune": Setting({"heads": 0.5}, ("prompt", "decoder", "encoder")),
     "wanda": Setting({"heads": 0.5}, tensors=_norms()),
+    "vtrans": Setting({"multiple": 8}, identity={"include": ()}, tensors=_masks()),
     "shortgpt": Setting({"remove": 1}, tensors={INFLUENCE: torch.tensor([0.9, 0.1])}),
     "vq_logits": Setting({"codes": 8}, ("prompt", "decoder")),
     "lexicon_head": Setting({"topk": 8}, ("lexicon",)),
     "tutel_moe": Setting({"capacity_factor": 0.5}, ("experts",), looks_ahead=CROWD),
+    "duo_llm": Setting({"route": "router"}, tensors=_small_parts()),
+    "eep": Setting({"keep": (0, 1, 3)}, ("experts",)),
     "expert_pool": Setting({}, ("pooled",)),
     "vocabulary_prune": Setting({"keep": tuple(range(2, 40)), "unknown": 5}, ("prompt", "decoder")),
     "roll_loop": Setting(
@@ -152,6 +175,7 @@ SETTINGS: dict[str, Setting] = {
     "weight_format": Setting({"format": "mxfp4"}, ("mlp", "prompt")),
     "mixed_precision": Setting({"group_size": 32}, ("mlp", "prompt")),
     "prequantized": Setting({}, ("mlp", "prompt"), tensors=_codes()),
+    "two_of_four": Setting({}, ("mlp", "prompt")),
     "hqq": Setting({"group_size": 32}, ("mlp", "prompt")),
     "gptq": Setting({"group_size": 32}, ("mlp", "prompt")),
     "awq": Setting({"group_size": 32}, ("mlp", "prompt"), tensors=_factors("awq")),

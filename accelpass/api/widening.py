@@ -99,3 +99,68 @@ def candidates_at(step: int, start: int, end: int, own: int, pool: int) -> int:
     if step <= start:
         return own
     return pool if step > end else int((1 + (pool / own - 1) * (step - start) / (end - start)) * own)
+
+
+class ParameterAttention(nn.Module):
+    """Attention over learned parameter tokens in the place of a linear (TokenFormer, arXiv 2410.23168, equation 4).
+
+    ``GeLU(x K^T * tau / ||x K^T||_2) V``. ``tau`` is kept, not computed from the number of tokens: with it, tokens whose keys are 0 change
+    nothing.
+
+    Attributes:
+        key_param_tokens, value_param_tokens: ``(tokens, in)`` and ``(tokens, out)``.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, tau: float) -> None:
+        super().__init__()
+        self.key_param_tokens, self.value_param_tokens = nn.Parameter(keys), nn.Parameter(values)
+        self.tau = float(tau)
+
+    def get_extra_state(self) -> Tensor:
+        """``tau``, which a state dict has beside the parameters."""
+        return torch.tensor(self.tau, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.tau = float(state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x @ self.key_param_tokens.t()
+        norms = torch.linalg.vector_norm(scores, dim=-1, keepdim=True)
+        return torch.nn.functional.gelu(scores / norms * self.tau) @ self.value_param_tokens
+
+
+def grow_pattention(model: nn.Module, tokens: int, keep_function: bool = True) -> list[str]:
+    """Append parameter tokens to every layer that is attention over such (TokenFormer); returns their paths.
+
+    New values are random, of the spread of the old ones. Keys are 0, so that the model computes what it did before, or random, too, as in the
+    paper's own runs, which train on from there.
+
+    Args:
+        model: with modules that have ``key_param_tokens`` and ``value_param_tokens`` (the authors' names), whose norm is
+            ``l2_norm_gelu``; they are replaced, and the scale is kept as a number. Changed in place.
+        tokens: how many each layer gets.
+        keep_function: whether new keys are 0.
+
+    Raises:
+        AccelpassError: ``tokens`` is below 1, no such module, or one with another norm.
+    """
+    if tokens < 1:
+        raise AccelpassError(f"grow_pattention: tokens={tokens!r} adds nothing; give 1 or more")
+    found: list[tuple[str, Any]] = [
+        (p, m) for p, m in model.named_modules() if hasattr(m, "key_param_tokens") and hasattr(m, "value_param_tokens")
+    ]
+    if not found:
+        raise AccelpassError("grow_pattention: no module has key_param_tokens and value_param_tokens")
+    odd = [(p, n) for p, m in found if (n := getattr(m, "norm_activation_type", "l2_norm_gelu")) != "l2_norm_gelu"]
+    if odd:
+        raise AccelpassError(f"grow_pattention: {odd[0][0]} has the norm {odd[0][1]!r}; only l2_norm_gelu can grow")
+    for path, module in found:
+        keys, values = module.key_param_tokens.detach(), module.value_param_tokens.detach()
+        tau = getattr(module, "tau", len(keys) ** 0.5)
+        new_keys, new_values = (torch.randn(tokens, *w.shape[1:]).to(w) * w.std() for w in (keys, values))
+        if keep_function:
+            new_keys.zero_()
+        made = ParameterAttention(torch.cat([keys, new_keys]), torch.cat([values, new_values]), float(tau))
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, made.to(keys).train(module.training))
+    return [path for path, _ in found]

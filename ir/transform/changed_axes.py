@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from accelpass.ir.analyses.axes.axes import Axes, Axis, Dim, axes
-from accelpass.ir.core.graph import value
+from accelpass.ir.analyses.axes.row_numbers import row_numbers
+from accelpass.ir.core.graph import known, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.transform.kept import CHOSEN, PIECES, Leaf, Leaves, before_of, by_rows, kept_of
@@ -33,8 +34,25 @@ class ChangedAxes:
         if not 0 < count <= size:
             raise CannotShrink(f"{count} of {size} rows cannot be kept")
         self.axes: Axes = program.analysis(axes)
-        self.leaf: dict[Axis, Leaf] = {axis: (CHOSEN, size, count)}
+        self.numbers = program.analysis(row_numbers)
+        self.leaf: dict[Axis, Leaf] = dict.fromkeys(self._alike(axis), (CHOSEN, size, count))
         self._spread()
+
+    def _alike(self, axis: Axis) -> list[Axis]:
+        """The axis, and those that rows are picked of by the numbers of its rows."""
+        found = [axis]
+        for one in found:
+            for pair in self.numbers.picks:
+                found += [other for other in pair if one in pair and other not in found]
+        odd = [other for other in found if not known(other.size == axis.size)]
+        if odd:
+            raise CannotShrink(f"numbers of {axis.size} rows pick among {odd[0].size} of {odd[0].made}")
+        return found
+
+    def renumbered(self, node: fx.Node) -> fx.Node | None:
+        """What chose the numbers that a value holds, if they are of rows that are taken out."""
+        axis, chooser = self.numbers.of.get(node, (None, None))
+        return chooser if axis in self.leaf else None
 
     def _spread(self) -> None:
         """What is put together from the axis, or is cut from what is, changes too."""

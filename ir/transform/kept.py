@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.ir.core.derived import Recipe
+from accelpass.ir.core.tensors import placed
 
 CHOSEN, PIECES = "chosen", "pieces"
 Leaf = int | tuple[Any, ...]
@@ -66,6 +67,72 @@ class Static:
             return (scores.argsort(descending=True, stable=True)[:count].sort().values,)
 
         return cls(count, Recipe(("best", count, score.key), chosen), tuple(of))
+
+    def of_tensor(self, tensor: Tensor, dims: Mapping[int, Leaves], made: Tensor) -> Tensor:
+        """The kept rows of a weight.
+
+        Args:
+            dims: the dimensions that have the axis, and how it lies in each.
+            made: what ``by`` makes.
+        """
+        made = made.to(tensor.device)
+        for dim, leaves in dims.items():
+            tensor = tensor.index_select(dim, positions(leaves, made))
+        return tensor.contiguous()
+
+    def between(self, leaves: Leaves, made: Tensor) -> Tensor:
+        """What a value that has rows of the axis is cut with where a region reads it: their positions."""
+        return positions(leaves, made)
+
+    def cut(self, dim: int) -> Callable[..., Tensor]:
+        """A value's rows, by what :meth:`between` gives."""
+        return lambda outer, rows: outer.index_select(dim, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Merge(Static):
+    """Rows that are weighted sums of the axis's rows.
+
+    Attributes:
+        by: makes a matrix ``(count, size)`` from the tensors of ``of``: what each new row of a weight is made of.
+        outside: the same for values that a region reads of other nodes.
+    """
+
+    outside: Recipe | None = None
+
+    @classmethod
+    def matrices(cls, weights: Tensor, values: Tensor) -> Merge:
+        """Both matrices ``(count, size)``, whatever the model's weights.
+
+        Raises:
+            ValueError: they differ in shape, or one is no matrix of finite numbers with a row.
+        """
+        if weights.dim() != 2 or weights.shape != values.shape or not len(weights):
+            raise ValueError(
+                f"two matrices (rows, of rows) of one shape are needed; got {weights.shape}, {values.shape}"
+            )
+        if not bool(torch.isfinite(weights).all() and torch.isfinite(values).all()):
+            raise ValueError("a matrix has numbers that are not finite")
+
+        def held(matrix: Tensor) -> Recipe:
+            own = matrix.detach().double().cpu()
+            return Recipe(("merge", tuple(own.shape), tuple(own.flatten().tolist())), lambda *_: (own,))
+
+        return cls(len(weights), held(weights), (), held(values))
+
+    def of_tensor(self, tensor: Tensor, dims: Mapping[int, Leaves], made: Tensor) -> Tensor:
+        dtype = torch.promote_types(tensor.dtype, torch.float32)  # merged in floats, and cast once
+        matrix = placed(tensor, [made])[0].to(dtype)
+        whole = tensor.to(dtype)
+        for dim in dims:
+            whole = torch.tensordot(matrix, whole, dims=([1], [dim])).movedim(0, dim)
+        return whole.to(tensor.dtype).contiguous()
+
+    def between(self, leaves: Leaves, made: Tensor) -> Tensor:
+        return made
+
+    def cut(self, dim: int) -> Callable[..., Tensor]:
+        return lambda outer, matrix: torch.matmul(outer.movedim(dim, -1), matrix.to(outer.dtype).t()).movedim(-1, dim)
 
 
 def kept_of(leaf: Leaf) -> int:

@@ -24,16 +24,12 @@ from accelpass.ir.attention.spec.op import is_attention
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import aten, call, is_call, known, value
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.tensors import placed
 from accelpass.ir.torch_private import tree_leaves
 from accelpass.ir.transform.changed_axes import CannotShrink, ChangedAxes
-from accelpass.ir.transform.kept import (
-    Leaves,
-    Static,
-    before_of,
-    now_of,
-    positions,
-)
+from accelpass.ir.transform.kept import CHOSEN, Leaves, Merge, Static, before_of, now_of
 from accelpass.ir.transform.shrink_rules import Change, Scaled, rule_for
+from accelpass.ir.transform.splice import inserted
 
 FORMAT = 1
 """Part of every recipe's key: raised when the same description would come to mean other rows."""
@@ -50,7 +46,9 @@ class Shrunk:
     bytes_after: int
 
 
-def shrink(program: Program, axis: Axis, keep: Static, region: Collection[fx.Node] | None = None) -> list[Shrunk]:
+def shrink(
+    program: Program, axis: Axis, keep: Static, region: Collection[fx.Node] | None = None, contest: bool = False
+) -> list[Shrunk]:
     """Keep some rows of an axis, everywhere; returns the weights that became smaller.
 
     What sums over the axis (a product, a norm's mean) sums over the rows that are left, as a model that had been built with as
@@ -60,11 +58,13 @@ def shrink(program: Program, axis: Axis, keep: Static, region: Collection[fx.Nod
         axis: of ``program.analysis(axes)``.
         keep: the rows.
         region: the nodes to change, all of them by default. What they read of other nodes is cut to the rows that are kept.
+        contest: let what compares the rows (a softmax, a choice of the largest) compare those that are left. What is picked by
+            the numbers of rows so chosen has fewer rows, too.
 
     Raises:
         CannotShrink: something has the axis and cannot do with fewer rows; names the node. The graph is as it was.
     """
-    surgery = _Surgery(program, axis, keep, None if region is None else frozenset(region))
+    surgery = _Surgery(program, axis, keep, None if region is None else frozenset(region), contest)
     surgery.follow()
     return surgery.commit()
 
@@ -72,8 +72,11 @@ def shrink(program: Program, axis: Axis, keep: Static, region: Collection[fx.Nod
 class _Surgery:
     """One call of :func:`shrink`: what becomes of each node is found first (:meth:`follow`), and done once all can follow."""
 
-    def __init__(self, program: Program, axis: Axis, keep: Static, region: frozenset[fx.Node] | None) -> None:
-        changing = ChangedAxes(program, axis, keep.count)
+    def __init__(
+        self, program: Program, axis: Axis, keep: Static, region: frozenset[fx.Node] | None, contest: bool
+    ) -> None:
+        changing = self.changing = ChangedAxes(program, axis, keep.count)
+        self.contest = contest
         self.axes, self.changed, self.size = changing.axes, changing.of, changing.size
         if keep.by.key[:1] == ("rows",) and keep.by.key[1][-1] >= axis.size:
             raise CannotShrink(f"row {keep.by.key[1][-1]} is kept, and the axis has {axis.size} rows, from 0")
@@ -98,12 +101,20 @@ class _Surgery:
                 self._end(node)
             elif self.region is None or node in self.region:
                 self._step(node)
-            elif any(self.region is not None and n in self.region and self._resized(n) for n in node.all_input_nodes):
+            elif any(n in self.region and self._resized(n) for n in node.all_input_nodes):
+                if is_call(node, aten._assert_tensor_metadata):  # an exported graph has them; they compute nothing
+                    self._step(node)
+                    continue
                 raise CannotShrink(f"{node.name}, which is outside, reads the axis")
 
     def _resized(self, node: fx.Node) -> bool:
         """Whether what a node gives has another shape; of a tuple the analysis has no dimensions, so values tell."""
         return node in self.values and _shapes(self.values[node]) != _shapes(value(node))
+
+    def renumbered(self, node: fx.Node) -> bool:
+        """Whether a value holds numbers of rows that were chosen among those that are left."""
+        chooser = self.changing.renumbered(node)
+        return self.contest and chooser is not None and (self.region is None or chooser in self.region)
 
     def _source(self, node: fx.Node) -> None:
         dims = self.changed(node)
@@ -118,8 +129,13 @@ class _Surgery:
         stale = [at for at, leaves in dims.items() if not known(value(node).shape[at] == before_of(leaves))]
         if stale:
             raise CannotShrink(f"{self.program.tensors.path(node)} was made smaller already")
+        self._refuse_sums(dims)
         self.weights[node] = dims
         self.values[node] = self._smaller(value(node), dims)
+
+    def _refuse_sums(self, dims: dict[int, Leaves]) -> None:
+        if isinstance(self.keep, Merge) and any(len(leaves) > 1 or leaves[0][0] != CHOSEN for leaves in dims.values()):  # type: ignore[index]
+            raise CannotShrink("rows that lie among others cannot be merged")
 
     def _end(self, node: fx.Node) -> None:
         for given in node.all_input_nodes:
@@ -154,6 +170,7 @@ class _Surgery:
                 continue
             dims = self.changed(outer)
             if dims:
+                self._refuse_sums(dims)
                 self.taken[outer] = dims
                 self.values[outer] = self._smaller(value(outer), dims)
 
@@ -223,14 +240,11 @@ class _Surgery:
     def _derived(self, weight: fx.Node, dims: dict[int, Leaves]) -> fx.Node:
         sources = list(dict.fromkeys((weight, *self.keep.of)))
         at = [sources.index(n) for n in self.keep.of]
-        recipe = self.keep.by
+        recipe, keep = self.keep.by, self.keep
 
         def smaller(*given: Tensor) -> tuple[Tensor]:
             (chosen,) = recipe.fn(*(given[i] for i in at))
-            tensor, chosen = given[0], chosen.to(given[0].device)
-            for dim, leaves in dims.items():
-                tensor = tensor.index_select(dim, positions(leaves, chosen))
-            return (tensor.contiguous(),)
+            return (keep.of_tensor(given[0], dims, chosen),)
 
         key = ("shrink", FORMAT, recipe.key, tuple(at), tuple(dims.items()))
         (made,) = self.program.tensors.derive(sources, Recipe(key, smaller, first=True), [f"{weight.name}_kept"])
@@ -239,19 +253,19 @@ class _Surgery:
     def _cut(self, outer: fx.Node, dims: dict[int, Leaves]) -> fx.Node:
         """The rows that are kept of a value that the region reads."""
         anchor = self.keep.of or tuple(itertools.islice(self.weights, 1))
-        recipe = self.keep.by
+        keep, recipe = self.keep, getattr(self.keep, "outside", None) or self.keep.by
         first = min(n for n in self.changes if outer in n.all_input_nodes)
         node = outer
         for dim, leaves in dims.items():
 
             def at(*given: Tensor, leaves: Leaves = leaves) -> tuple[Tensor]:
-                (chosen,) = recipe.fn(*(given if self.keep.of else ()))
-                return (positions(leaves, chosen.to(given[0].device)),)
+                (chosen,) = recipe.fn(*(given if keep.of else ()))
+                return (keep.between(leaves, *placed(given[0], [chosen])),)
 
             key = ("shrink.rows", FORMAT, recipe.key, leaves)
             (rows,) = self.program.tensors.derive(list(anchor), Recipe(key, at), [f"{outer.name}_rows"])
-            with self.program.graph.inserting_before(first):
-                node = call(self.program.graph, outer, aten.index_select.default, node, dim, rows)
+            cut = keep.cut(dim)
+            (node,) = inserted(self.program, first, lambda *given, cut=cut: [cut(*given)], node, rows)
         return node
 
     def _argument(self, given: Any, node: fx.Node, made: dict[fx.Node, fx.Node]) -> Any:

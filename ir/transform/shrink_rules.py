@@ -34,6 +34,10 @@ class Shrinking(Protocol):
     """What the rules ask of a surgery."""
 
     axes: Axes
+    contest: bool
+
+    def renumbered(self, node: fx.Node) -> bool:
+        """Whether a value holds numbers of rows that were chosen among those that are left."""
 
     def changed(self, node: fx.Node) -> dict[int, Leaves]:
         """The dimensions of a node that change."""
@@ -138,6 +142,8 @@ _NOT_ALONG = (
     "argmax argmin cummax cummin select unbind index_select gather take_along_dim index_add index_copy index_fill "
     "scatter scatter_add scatter_reduce prod"
 )
+_CONTESTS = frozenset(["softmax", "_softmax", "topk", "sort", "argsort", "argmax", "cumsum"])
+"""What compares or counts up rows, which a smaller model would do with those that it has."""
 Rule = Callable[[Change], None]
 _RULES: dict[str, Rule] = {}
 
@@ -181,8 +187,26 @@ def _as_it_is(change: Change) -> None:
 def _not_along(change: Change) -> None:
     """Each row by itself, as long as the rows are not what the operator goes through."""
     dim = change.get("dim")
-    if dim is None or change.changed(change.axis(default=-1)) is not None:
+    if dim is None or (change.changed(change.axis(default=-1)) is not None and not _may_compare(change)):
         raise change.refuse("goes through the rows of the axis")
+
+
+def _may_compare(change: Change) -> bool:
+    name = change.node.target._schema.name.split("::")[1]
+    if name in ("index_select", "gather"):
+        return change.of.renumbered(change.get("index"))
+    return change.of.contest and name in _CONTESTS
+
+
+@rule("histc", "bincount", "one_hot")
+def _counts(change: Change) -> None:
+    """Of numbers of rows, a place for each row that is left."""
+    if not change.of.renumbered(change.source):
+        raise change.refuse("counts rows of the axis by number")
+    rows = change.of.size(change.of.axes.of(change.node)[-1])
+    for name, given in {"bins": rows, "max": rows - 1, "minlength": rows, "num_classes": rows}.items():
+        if change.get(name) is not None:
+            change.put(name, given)
 
 
 @rule("glu")
@@ -257,13 +281,13 @@ def _split(change: Change) -> None:
 @rule("index", "index_put", "_unsafe_index", "_unsafe_index_put")
 def _index(change: Change) -> None:
     for at, index in enumerate(change.get("indices")):
-        if index is not None and change.changed(at) is not None:
+        if index is not None and change.changed(at) is not None and not change.of.renumbered(index):
             raise change.refuse("picks rows of the axis by number")
 
 
 @rule("embedding")
 def _embedding(change: Change) -> None:
-    if change.changed(0) is not None:
+    if change.changed(0) is not None and not change.of.renumbered(change.get("indices")):
         raise change.refuse("picks rows of the axis by number")
 
 

@@ -68,16 +68,16 @@ class Tap:
             it takes the place of the last value.
         how: what is gathered over calls: their ``sum``, ``max``, ``min`` or ``last`` result; ``replace`` for a tap that replaces.
         name: tells several taps at one point apart.
+        written: ``fn`` gets so many vectors more, of the last value's channels: zeros, until ``accelpass.write`` sets them (steering,
+            masking). Of several each is called by its number, from 0.
         also: finds further values of a graph that ``fn`` gets after the point's.
-        written: ``fn`` gets one vector more, of the last value's channels: zeros, until ``accelpass.write`` sets it (steering,
-            masking).
     """
 
     at: str
     fn: Callable[..., Tensor]
     how: str = "sum"
     name: str = ""
-    written: bool = False
+    written: int = 0
     also: Callable[[Program], Sequence[fx.Node]] | None = None
 
     def __post_init__(self) -> None:
@@ -135,10 +135,11 @@ def tap(program: Program, taps: Sequence[Tap], by: str) -> dict[str, fx.Node]:
             if one.fits(point):
                 name = ".".join(filter(None, (by, point.name, one.name)))
                 given = [*point.nodes, *(one.also(program) if one.also is not None else ())]
-                if one.written:
-                    written = name if one.how == "replace" else f"{name}.written"
-                    slots[written] = _vector(program, point, anchor, written)
-                    given.append(slots[written])
+                written = name if one.how == "replace" else f"{name}.written"
+                for number in range(one.written):
+                    vector = f"{written}.{number}" if one.written > 1 else written
+                    slots[vector] = _vector(program, point, anchor, vector)
+                    given.append(slots[vector])
                 if one.how == "replace":
                     _replace(program, one, point, given)
                 else:

@@ -286,9 +286,11 @@ class Study(Protocol):
 
     Attributes:
         batch: the one whose attentions are being computed: ``input_ids``, and ``labels`` and ``needle`` if they were given.
+        batches: those that are learnt from.
     """
 
     batch: Mapping[str, Any]
+    batches: Sequence[Mapping[str, Any]]
 
     def gradients(self, attend: Attend, what: str) -> None:
         """Run the loss of each batch and its gradient; what ``attend`` returns must be differentiable. Where it leaves all to
@@ -299,6 +301,21 @@ class Study(Protocol):
 
     def perplexity(self, attend: Attend, what: str) -> float:
         """On the batches that :meth:`gradients` does not see, unless there are no others."""
+
+    def losses(
+        self,
+        taps: Callable[[Program], Sequence[Tap]],
+        vectors: Callable[[], Mapping[str, Tensor]],
+        what: str,
+        epochs: int = 1,
+    ) -> Iterator[Tensor]:
+        """The mean loss of each batch of :meth:`gradients`, with taps in the model's graph; differentiable in their vectors alone.
+
+        Args:
+            taps: those of a graph; with ``written`` vectors.
+            vectors: these, anew for each batch, by the name of the point, and ``.0``, ``.1`` where a tap has several.
+            epochs: how often all batches are run.
+        """
 
     def last_queries(self, site: str) -> Tensor:
         """In a call of ``attend`` by :meth:`decoded`: queries of the tokens before those of the call, the last 64 at most."""
@@ -332,6 +349,30 @@ class CalibratedOnLoss(ABC):
 
         Raises:
             PassError: the model has nothing to fit; says why.
+        """
+
+
+Judge = Callable[[Mapping[str, Tensor]], float]
+"""Tries a candidate, given by what is written to the state of the pass that tries it, and returns its score; larger is better."""
+
+
+class Judged(ABC):
+    """Mix-in of passes whose plan is the candidate that a user's score likes best (``accelpass.search_by_score``)."""
+
+    @abstractmethod
+    def judged(self, found: dict[str, Any]) -> Pass:
+        """The pass that the model is compiled with meanwhile: it reads candidates from state, and notes in ``found`` what there is
+        to choose, by site."""
+
+    @abstractmethod
+    def search(self, found: Mapping[str, Any], judge: Judge, again: Judge, seed: int) -> dict[str, Tensor]:
+        """Try candidates, and return the tensors of the plan.
+
+        Args:
+            judge: on the data of the search; ``again`` on other data.
+
+        Raises:
+            PassError: there is nothing to choose.
         """
 
 

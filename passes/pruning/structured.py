@@ -83,36 +83,17 @@ Site = Channels | Heads
 
 
 @dataclass(frozen=True)
-class StructuredPruning(SitePass):
-    """Base of passes that make MLPs and attentions narrower; a method says how rows are scored.
+class RowPruning(SitePass):
+    """Base of passes that make MLPs and attentions narrower; a method says how many rows stay, and how they are scored.
 
-    Every layer keeps as many rows, so that equal layers still share code. Weights, biases, caches and products are smaller; masks
-    are not kept. What is kept follows the weights when these are swapped or loaded anew.
-
-    Attributes:
-        channels: share of each MLP's hidden channels that is taken out, from 0 to below 1.
-        heads: share of each attention's heads that is taken out, rounded to whole groups that share keys and values; at
-            least one group stays.
-        multiple: kept channels are a multiple of this, as formats that pack weights in groups want it.
+    Weights, biases, caches and products are smaller; masks are not kept. What is kept follows the weights when these are swapped or
+    loaded anew.
     """
 
-    channels: float = 0.25
-    heads: float = 0.25
-    multiple: int = 16
-
     phase: ClassVar[str] = "structure"
-    identity: ClassVar[dict[str, Any] | None] = {"channels": 0.0, "heads": 0.0}
     edits: ClassVar[frozenset[str]] = frozenset({Channels.aspect, Heads.aspect})
     reads: ClassVar[frozenset[str]] = frozenset({"block.steps"})  # a layer that is left out is not pruned first
     nothing: ClassVar[str] = "no MLP and no attention was recognised in this graph"
-
-    def __post_init__(self) -> None:
-        for name in ("channels", "heads"):
-            if not 0 <= getattr(self, name) < 1:
-                raise self.fail(name, "a share from 0 to below 1")
-        if self.multiple < 1:
-            raise self.fail("multiple", "a number of channels, at least 1")
-        super().__post_init__()
 
     @abstractmethod
     def score(self, site: Site, found: Sequence[Carrier], program: Program) -> tuple[Recipe, Sequence[fx.Node]] | Skip:
@@ -121,6 +102,10 @@ class StructuredPruning(SitePass):
         Args:
             found: the weights that have the rows; at least one.
         """
+
+    @abstractmethod
+    def count(self, site: Site, size: int, program: Program) -> int | Skip:
+        """How many of ``size`` rows stay; Skip says why none goes."""
 
     def find(self, program: Program) -> list[Site]:
         of = {linear.node: linear for linear in program.analysis(linears)}
@@ -133,20 +118,10 @@ class StructuredPruning(SitePass):
             ),
         ]
 
-    def kept(self, site: Site, size: int) -> int:
-        """How many of ``size`` rows stay."""
-        if isinstance(site, Heads):
-            return max(1, size - round(size * self.heads))
-        if not self.channels:
-            return size
-        return min(size, max(1, round(size * (1 - self.channels) / self.multiple)) * self.multiple)
-
     def aspects(self, site: Site) -> frozenset[str]:
         return frozenset({site.aspect})
 
     def check(self, site: Site, program: Program) -> Verdict:
-        if not (self.heads if isinstance(site, Heads) else self.channels):
-            return Skip("nothing is to be taken out here")
         if isinstance(site, Heads) and site.reader is None:
             return Skip("what reads the heads was not recognised")
         found = site.dimension(program)
@@ -155,14 +130,8 @@ class StructuredPruning(SitePass):
         size = found[0].size
         if not isinstance(size, int):
             return Skip(f"how many there are, only run time knows ({size})")
-        if self.kept(site, size) >= size:
-            return Skip(f"of {size} none is taken out: {self._share(site)}")
-        return Take()
-
-    def _share(self, site: Site) -> str:
-        if isinstance(site, Heads):
-            return f"heads={self.heads} is not more than half of one"
-        return f"channels={self.channels} leaves as many multiples of {self.multiple}"
+        count = self.count(site, size, program)
+        return count if isinstance(count, Skip) else Take()
 
     def rewrite(self, site: Site, edit: Edits) -> Done | Skip:
         program = edit.program
@@ -176,9 +145,60 @@ class StructuredPruning(SitePass):
             if isinstance(score, Skip):
                 return score
             recipe, of = score
-            count = self.kept(site, int(axis.size))
+            count = self.count(site, int(axis.size), program)
+            assert isinstance(count, int)
             shrunk = shrink(program, axis, Static.best(count, recipe, of), region)
         except CannotShrink as cause:
             return Skip(str(cause))
         before, after = (sum(getattr(s, name) for s in shrunk) for name in ("bytes_before", "bytes_after"))
         return Done(site.said(int(axis.size), count), before, after, shrunk=tuple(shrunk))
+
+
+@dataclass(frozen=True)
+class StructuredPruning(RowPruning):
+    """Base of passes that take a given share out of every layer.
+
+    Every layer keeps as many rows, so that equal layers still share code.
+
+    Attributes:
+        channels: share of each MLP's hidden channels that is taken out, from 0 to below 1.
+        heads: share of each attention's heads that is taken out, rounded to whole groups that share keys and values; at
+            least one group stays.
+        multiple: kept channels are a multiple of this, as formats that pack weights in groups want it.
+    """
+
+    channels: float = 0.25
+    heads: float = 0.25
+    multiple: int = 16
+
+    identity: ClassVar[dict[str, Any] | None] = {"channels": 0.0, "heads": 0.0}
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "heads"):
+            if not 0 <= getattr(self, name) < 1:
+                raise self.fail(name, "a share from 0 to below 1")
+        if self.multiple < 1:
+            raise self.fail("multiple", "a number of channels, at least 1")
+        super().__post_init__()
+
+    def kept(self, site: Site, size: int) -> int:
+        """How many of ``size`` rows stay."""
+        if isinstance(site, Heads):
+            return max(1, size - round(size * self.heads))
+        if not self.channels:
+            return size
+        return min(size, max(1, round(size * (1 - self.channels) / self.multiple)) * self.multiple)
+
+    def check(self, site: Site, program: Program) -> Verdict:
+        if not (self.heads if isinstance(site, Heads) else self.channels):
+            return Skip("nothing is to be taken out here")
+        return super().check(site, program)
+
+    def count(self, site: Site, size: int, program: Program) -> int | Skip:
+        kept = self.kept(site, size)
+        return kept if kept < size else Skip(f"of {size} none is taken out: {self._share(site)}")
+
+    def _share(self, site: Site) -> str:
+        if isinstance(site, Heads):
+            return f"heads={self.heads} is not more than half of one"
+        return f"channels={self.channels} leaves as many multiples of {self.multiple}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,15 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint
 
+from accelpass.api.calibration.tapped_graph import TappedGraph
 from accelpass.ir import attention
 from accelpass.ir.attention.spec.block_select import not_a_prompt
 from accelpass.ir.attention.spec.op import ATTENTION, is_attention
 from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.program import Program
 from accelpass.ir.errors import OptionError, PassError
 from accelpass.ir.torch_private import SET_GRAD_ENABLED, recompile_limit
+from accelpass.ir.transform.tap import Tap
 from accelpass.passes.core.base import Attend, Seen
 
 IGNORED = -100
@@ -93,6 +96,23 @@ class LossStudy:
                 total, count = self._loss(batch, False)
             sums.append((float(total), count))
         return math.exp(sum(total for total, _ in sums) / sum(count for _, count in sums))
+
+    def losses(
+        self,
+        taps: Callable[[Program], Sequence[Tap]],
+        vectors: Callable[[], Mapping[str, Tensor]],
+        what: str,
+        epochs: int = 1,
+    ) -> Iterator[Tensor]:
+        graph = TappedGraph(self.model, taps, vectors, f"study.{self.name}")
+        try:
+            for batch in self.bar.track([*self.batches] * epochs, description=f"{self.name}: {what}"):
+                labels, _ = self._labels(batch)
+                made = graph(**{k: v for k, v in batch.items() if k not in MARKS}, use_cache=False).logits
+                with torch.enable_grad():
+                    yield _cross_entropy(made[:, :-1], labels) / int((labels != IGNORED).sum())
+        finally:
+            graph.close()
 
     def last_queries(self, site: str) -> Tensor:
         assert self._now is not None

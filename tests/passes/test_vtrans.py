@@ -1,0 +1,187 @@
+"""Masks of channels and heads: the card's formulas, what is left of a model by them, and how they are learned."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import accelpass
+from accelpass.api.calibration.tapped_graph import TappedGraph
+from accelpass.ir.transform.tap import Tap
+from accelpass.models_zoo import small
+from accelpass.passes.core.plan import Plan
+from accelpass.passes.core.registry import make
+from accelpass.passes.pruning.information_bottleneck import Masks, divergence, log_alpha, masked, sparsity
+from tests.passes.pruned_truth import llama
+from tests.small_models import relative_error
+from tests.sweep import examples
+
+pytest.importorskip("transformers")
+IDS = torch.arange(24).view(2, 12)
+
+
+def plan_of(kv: int, hidden: int, seed: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    made = {}
+    for n in (0, 1):
+        for at, size in (("mlp.act", hidden), ("self_attn.heads", kv)):
+            mean = 1 + 0.3 * torch.randn(size, generator=draw)
+            noisy = torch.rand(size, generator=draw) < 0.5
+            noisy[0] = False
+            made[f"vtrans/model.layers.{n}.{at}"] = torch.stack([mean, torch.where(noisy, 4.0, -9.0)])
+    return made
+
+
+def by_the_card(model: Any, plan: dict[str, Tensor]) -> Any:
+    """Masks by hooks: the mean where it outweighs noise, and 0 elsewhere."""
+    twin = copy.deepcopy(model)
+    for name, (mean, log_variance) in ((k.removeprefix("vtrans/"), t) for k, t in plan.items()):
+        path, _, kind = name.rpartition(".")
+        keep = (log_variance - torch.log(mean**2 + 1e-8)) < 0
+        module = twin.get_submodule(f"{path}.{'down_proj' if kind == 'act' else 'o_proj'}")
+        z = (mean * keep).repeat_interleave(module.in_features // len(mean))
+        module.register_forward_pre_hook(lambda m, x, z=z: (x[0] * z,))
+    return twin
+
+
+def compiled(model: Any, *passes: Any, plan: Any = None, **options: Any) -> Any:
+    torch._dynamo.reset()
+    asked = {"passes": list(passes), "plan": plan, "lowering": "eager", **options}
+    return torch.compile(model, backend="accelpass", options=asked)
+
+
+@settings(max_examples=examples(2), deadline=None)
+@given(seed=st.integers(0, 99), kv=st.integers(2, 4), groups=st.integers(1, 2), hidden=st.integers(5, 20))
+def test_what_is_left_is_the_masked_model(seed: int, kv: int, groups: int, hidden: int):
+    model, tensors = llama(seed, kv, groups, hidden), plan_of(kv, hidden, seed)
+    asked = {"name": "vtrans", "multiple": 1}
+    fast = compiled(model, asked, plan=Plan.of(model, [asked], tensors))
+    with torch.no_grad():
+        want = by_the_card(model, tensors)(IDS, use_cache=False).logits
+        assert relative_error(fast(IDS, use_cache=False).logits, want) < 1e-4
+    took = accelpass.explain(fast).passes["vtrans"].took
+    for n in (0, 1):
+        kept = int((log_alpha(*tensors[f"vtrans/model.layers.{n}.mlp.act"]) < 0).sum())
+        done = took[f"model.layers.{n}.mlp"]
+        assert (
+            {s.path.split(".")[-2]: s.after for s in done.shrunk} == {}
+            if kept == hidden
+            else done.bytes_after * hidden == (done.bytes_before * kept)
+        )
+
+
+def test_masks_of_one_leave_the_model_as_it_is():
+    model = small.decoder(0)
+    ones = {k: torch.stack([torch.ones_like(t[0]), torch.full_like(t[1], -9.0)]) for k, t in plan_of(2, 64, 0).items()}
+    fast = compiled(model, "vtrans", plan=Plan.of(model, ["vtrans"], ones))
+    with torch.no_grad():
+        assert relative_error(fast(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits) < 1e-5
+
+
+def test_kept_channels_fill_up_a_multiple_by_their_signal_and_weights_are_packed_after():
+    model, tensors = small.decoder(0), plan_of(2, 64, 3)
+    for n in (0, 1):  # 22 of 64 are kept by the rule
+        tensors[f"vtrans/model.layers.{n}.mlp.act"][1] = torch.where(torch.arange(64) % 3 == 0, -9.0, 4.0)
+    asked = {"name": "vtrans", "multiple": 32}
+    fast = compiled(model, asked, {"name": "int4_weights", "group_size": 32}, plan=Plan.of(model, [asked], tensors))
+    with torch.no_grad():
+        cache = accelpass.KVCache(model, 32, batch_size=2)
+        for part in IDS.split(6, 1):
+            assert torch.isfinite(fast(part, past_key_values=cache).logits).all()
+    sizes = {s.path: s.after for d in accelpass.explain(fast).passes["vtrans"].took.values() for s in d.shrunk}
+    assert sizes["model.layers.0.mlp.down_proj.weight"] == (32, 32)
+
+
+def test_formulas_are_the_cards():
+    mean, log_variance = 1 + 0.3 * torch.randn(7), torch.tensor([-9.0, 2, 0, 1, -2, 3, -1])
+    variance = log_variance.exp()
+    assert torch.allclose(divergence(mean, log_variance), 0.5 * torch.log(1 + mean**2 / (variance + 1e-8)).sum())
+    keep = log_alpha(mean, log_variance) < 0
+    assert torch.equal(keep, mean**2 + 1e-8 > variance), "the mean outweighs the noise"
+    soft = torch.sigmoid(-10 * log_alpha(mean, log_variance))
+    masks = Masks(mean, log_variance, 4, 30, 1.0)
+    other = Masks.fresh(5, 1, 7, 1.0, torch.Generator())
+    assert torch.allclose(sparsity({"a": masks, "b": other}), 1 - (30 * soft.sum() + 35) / (210 + 35), atol=1e-4)
+    x = torch.randn(6, 28)
+    many = torch.stack([masked(x, *masks.vectors(), 4) for _ in range(2000)])
+    assert relative_error(many.mean(0), x * mean.repeat_interleave(4)) < 0.2
+    units = (many / x).view(2000, 6, 7, 4)
+    assert torch.allclose(units[..., 0], units[..., 3], atol=1e-3), "the channels of a unit share a draw"
+    assert torch.allclose(units[..., 0].var(dim=(0, 1)), variance, rtol=0.1)
+
+
+def test_losses_have_the_gradients_of_an_eager_model():
+    model = small.decoder(0)
+    z = (1 + 0.1 * torch.randn(64)).requires_grad_()
+    graph = TappedGraph(
+        model,
+        lambda program: [Tap("model.layers.1.mlp.act", lambda x, z: x * z, "replace", written=1)],
+        lambda: {"model.layers.1.mlp.act": z * 1.0},
+        "test",
+    )
+    twin = copy.deepcopy(model)
+    twin.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, x: (x[0] * z,))
+    with torch.enable_grad():
+        (found,) = torch.autograd.grad(graph(input_ids=IDS, use_cache=False).logits.square().mean(), [z])
+        (want,) = torch.autograd.grad(twin(IDS, use_cache=False).logits.square().mean(), [z])
+    graph.close()
+    assert relative_error(found, want) < 1e-4
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_training_reaches_its_size_and_beats_chance(monkeypatch: pytest.MonkeyPatch):
+    def nearer(units: int, width: int, weights: int, multiplier: float, draw: torch.Generator) -> Masks:
+        """From the authors' start, with next to no noise, thousands of steps are needed."""
+        mean, log_variance = torch.ones(units), torch.full((units,), -1.0)
+        return Masks(mean.requires_grad_(), log_variance.requires_grad_(), width, weights, multiplier)
+
+    monkeypatch.setattr(Masks, "fresh", nearer)
+    model = small.decoder(2)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        text = model.generate(torch.randint(0, 64, (8, 2), generator=draw), max_new_tokens=14, do_sample=False)
+    asked = {"name": "vtrans", "sparsity": 0.4, "epochs": 60, "rate": 0.05, "multiple": 1}
+    plan = accelpass.calibrate(model, list(text.split(2)), [asked], progress=False, validation=[text])
+    fast = compiled(model, plan=plan)
+
+    def loss(logits: Tensor) -> float:
+        return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten()))
+
+    with torch.no_grad():
+        mine = loss(fast(text, use_cache=False).logits)
+        took = accelpass.explain(fast).passes["vtrans"].took.values()
+        before, after = (sum(getattr(d, n) for d in took) for n in ("bytes_before", "bytes_after"))
+        assert 0.2 < 1 - after / before < 0.6
+        chance = []
+        for seed in range(3):
+            drawn = torch.Generator().manual_seed(seed)
+            other = {}
+            for name, (mean, log_variance) in plan.tensors.items():
+                kept = (log_alpha(mean, log_variance) < 0)[torch.randperm(len(mean), generator=drawn)]
+                other[name] = torch.stack([torch.ones_like(mean), torch.where(kept, -9.0, 9.0)])
+            chance.append(loss(by_the_card(model, other)(text, use_cache=False).logits))
+    assert mine < min(chance)
+
+
+def test_what_does_not_fit_says_so():
+    for bad, match in (
+        ({"sparsity": 1.0}, "between 0 and 1"),
+        ({"epochs": 0}, "1 or more"),
+        ({"rate": -1.0}, "above 0"),
+    ):
+        with pytest.raises(accelpass.OptionError, match=match):
+            make({"name": "vtrans", **bad})
+    model = small.decoder(0)
+    with pytest.raises(Exception, match="which has 64 units"), torch.no_grad():
+        compiled(model, "vtrans", plan=Plan.of(model, ["vtrans"], plan_of(2, 63, 0)))(IDS, use_cache=False)
+    fast = compiled(model, "vtrans")
+    with torch.no_grad():
+        fast(IDS, use_cache=False)
+    assert "the plan has no masks of it" in str(accelpass.explain(fast).passes["vtrans"].skipped)
