@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accelpass.ir.analyses.structure.moe import MoE, moes
-from accelpass.ir.core.derived import StateSpec
 from accelpass.ir.core.graph import shape
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.state import StateSpec
 from accelpass.ir.errors import OptionError
 from accelpass.passes.core.base import Done, Skip, Take, Verdict
 from accelpass.passes.core.site_pass import Edits, SitePass

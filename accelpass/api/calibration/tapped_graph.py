@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from accelpass.ir import attention
-from accelpass.ir.core.derived import DERIVED
 from accelpass.ir.core.graph import placeholders
 from accelpass.ir.core.program import Program
+from accelpass.ir.core.state import STATE
 from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.torch_private import SET_GRAD_ENABLED, recompile_limit
 from accelpass.ir.transform.tap import Tap, tap
@@ -44,7 +44,7 @@ class TappedGraph:
 
     def close(self) -> None:
         """Forget the state that the taps declared."""
-        DERIVED.discard_states([*self.model.parameters(), *self.model.buffers()], f"{self.by}.")
+        STATE.discard([*self.model.parameters(), *self.model.buffers()], f"{self.by}.")
 
     def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         program = attention.captured(gm, inputs)
