@@ -23,7 +23,7 @@ from accelpass.backends.runtime.owners import Owners
 from accelpass.backends.runtime.survivors import Choices
 from accelpass.backends.staged.by_step import SteppedGraph
 from accelpass.backends.staged.compiler import marks, staged_graph
-from accelpass.ir.core import autocast
+from accelpass.ir.core.canonical import autocast
 from accelpass.ir.core.capture import NotCanonical, model_path
 from accelpass.ir.core.derived import refuse_uncompiled_calls
 from accelpass.ir.core.graph import placeholders

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from accelpass.ir.core import autocast
-from accelpass.ir.core.aliases import drop_aliases, functional_views
+from accelpass.ir.core.canonical import autocast
+from accelpass.ir.core.canonical.aliases import drop_aliases, functional_views
 from accelpass.ir.core.graph import clean_path, placeholders, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import FromInputs, FromModule

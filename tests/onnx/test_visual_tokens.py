@@ -32,7 +32,7 @@ def test_a_file_chooses_as_the_compiled_model(name: str, tmp_path: Path):
     alone = {"use_cache": False, "logits_to_keep": 1}
     chosen = {"name": name, **PASSES[name]}
     report = accelpass.export_onnx(model, (ids, pixels), tmp_path / "m.onnx", [chosen], kwargs=alone)
-    assert report.took() == {name: 1}
+    assert report.took() == {name: 2 if name == "yopo" else 1}  # yopo also leaves the image out of late layers
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     given = dict(zip(names, (ids.numpy(), pixels.numpy()), strict=True))
