@@ -93,7 +93,7 @@ class Pooled(nn.Module):
         x = self.embed(ids)
         for router in self.routers:
             gates, chosen = router(x).softmax(-1).topk(2, -1)
-            up, down = torch.cat([*self.up]), torch.cat([*self.down])
+            up, down = torch.cat(list(self.up)), torch.cat(list(self.down))
             rows, picked = x.flatten(0, 1).repeat_interleave(2, 0), chosen.flatten()
             rows = torch.bmm(up[picked], rows.unsqueeze(-1)).squeeze(-1).relu()
             rows = torch.bmm(down[picked], rows.unsqueeze(-1)).squeeze(-1) * gates.flatten().unsqueeze(-1)

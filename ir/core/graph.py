@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from accelpass.ir.torch_private import FakeTensor, FakeTensorMode, mark_model_state, source_name, tree_leaves
+from accelpass.ir.torch_private import (
+    FakeTensor,
+    FakeTensorMode,
+    enable_python_dispatcher,
+    mark_model_state,
+    source_name,
+    tree_leaves,
+)
 
 aten = torch.ops.aten
 
@@ -88,7 +95,8 @@ def refresh(node: fx.Node) -> None:
     if mode is None:
         node.meta["val"] = node.target(*args, **kwargs)
         return
-    with mode, torch.no_grad():
+    # torch 2.11's own composite operators (linear of three dimensions) cannot count symbolic sizes; their Python forms can.
+    with mode, torch.no_grad(), enable_python_dispatcher():
         node.meta["val"] = node.target(*args, **kwargs)
 
 
