@@ -5,6 +5,7 @@ They are what passes are tested on: a pass author's conformance kit and the comp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -105,6 +106,30 @@ def pooled(seed: int = 0) -> Pooled:
     """Nothing beside torch is needed."""
     with _seeded(seed):
         return Pooled().eval()
+
+
+class ParameterTokens(nn.Module):
+    """Two projections that are attention over learnt keys and values, as TokenFormer's are."""
+
+    def __init__(self, vocabulary: int = 128, width: int = 32, tokens: int = 40) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
+        self.keys = nn.ParameterList([nn.Parameter(torch.randn(tokens, width) / 2) for _ in range(2)])
+        self.values = nn.ParameterList([nn.Parameter(torch.randn(tokens, width) / 4) for _ in range(2)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for keys, values in zip(self.keys, self.values, strict=True):
+            scores = x @ keys.t()
+            scores = scores / torch.norm(scores, p=2, dim=-1, keepdim=True) * math.sqrt(keys.shape[0])
+            x = x + F.gelu(scores) @ values
+        return self.head(x)
+
+
+def parameter_tokens(seed: int = 0) -> ParameterTokens:
+    """Nothing beside torch is needed."""
+    with _seeded(seed):
+        return ParameterTokens().eval()
 
 
 class Recurrent(nn.Module):

@@ -34,7 +34,18 @@ from tests.pass_settings import names, setting
 from tests.resumable import Notes, bar
 
 FORMAT = 1
-MODELS = ("decoder", "denoiser", "prompt", "tower", "seeing", "lexicon", "experts", "pooled", "recurrent")
+MODELS = (
+    "decoder",
+    "denoiser",
+    "prompt",
+    "tower",
+    "seeing",
+    "lexicon",
+    "experts",
+    "pooled",
+    "recurrent",
+    "parameter_tokens",
+)
 """In the order in which they are preferred; every registered pass takes a site of one of them."""
 PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
 NOTES = Notes("composition")

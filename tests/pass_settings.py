@@ -213,6 +213,7 @@ SETTINGS: dict[str, Setting] = {
         recompiles=1,  # a text of one word beside its image has a graph of its own
         tensors={"yopo/votes/text.model.layers.0.self_attn": torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])},
     ),
+    "pattention": Setting({"block": 16}, ("parameter_tokens",)),
     "gemfilter": Setting({"keep": 8}, looks_ahead=LAST),
     "lazyllm": Setting({"keep": (0.5,)}, ("prompt", "decoder"), looks_ahead=LAST),
     "spatten": Setting({"keep": 0.3, "dense": 0.0, "first": 0}, ("prompt", "decoder"), looks_ahead=LAST),

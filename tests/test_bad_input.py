@@ -345,6 +345,7 @@ def test_load_refuses_another_model_and_damage(tmp_path):
         load(tiny_lm(0), tmp_path / "packed")
 
 
+@pytest.mark.slow
 def test_compiler_missing(tmp_path):
     """In a process of its own: Inductor remembers the compiler that it found."""
     code = (

@@ -193,6 +193,7 @@ def test_passes_without_patterns_leave_sites_alone_too(name, site):
     assert report.skipped[site] == "named in skip_sites" and site not in report.took
 
 
+@pytest.mark.slow
 def test_command(monkeypatch):
     class Tokenizer:
         chat_template = None

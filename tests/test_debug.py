@@ -135,6 +135,7 @@ def test_passes_across_steps_are_written_for_each_variant(folder):
     assert_stands_alone(folder)
 
 
+@pytest.mark.slow
 def test_a_prompt_whose_tokens_are_dropped_is_measured_and_what_takes_them_up_is_not(folder):
     model = tiny_llama(2)
     fast = compiled(model, {"name": "lazyllm", "keep": [0.5], "layers": [0]})
@@ -258,6 +259,7 @@ def test_an_export_writes_each_pass_and_measures_it(folder, tmp_path, passes):
     assert lowering["name"] == "lowering" and float(lowering["difference"]) < 1e-3
 
 
+@pytest.mark.slow
 def test_an_exported_graph_with_a_cache_is_written_and_not_measured(folder, tmp_path):
     pytest.importorskip("onnxruntime")
     model = tiny_llama()

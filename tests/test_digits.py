@@ -133,6 +133,7 @@ def test_frechet_of_covariances_that_do_not_commute_agrees_with_scipy() -> None:
     assert quality.frechet_of_features(two, one) == pytest.approx(wanted.item(), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_frechet_tells_real_images_from_others() -> None:
     reals, unlike = quality.reals(held_out=True), quality.reals(held_out=True).roll(3, 2)
     assert quality.frechet_distance(reals) == pytest.approx(0, abs=1e-6)

@@ -155,6 +155,7 @@ def test_the_page_of_a_pass_tells_its_options(name):
     assert ":class:" not in text and "``" not in text.replace("```", "")
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_asks_no_network(tmp_path):
     if shutil.which("mkdocs", path=Path(sys.executable).parent) is None:
         pytest.skip("mkdocs is not installed; pip install 'accelpass[docs]'")

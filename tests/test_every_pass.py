@@ -58,7 +58,7 @@ class Tried:
         assert difference(got, want) <= self.tolerance, what
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", quick(OURS, *ONE_OF_EACH_FAMILY, "h2o", "kv_quant", "gptq", "tome", "fastv", "eep"))
 def test_weights_are_those_of_the_call(name):
     tried = Tried(name)
     first, second = tried.subject.build(0), tried.subject.build(1)
@@ -110,6 +110,8 @@ def in_threads(tried: Tried, fasts: Any, models: Any, wants: list[list[Tensor]])
         tried.check(made.get(number, []), want, f"model {number} in a thread")
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick(OURS, *ONE_OF_EACH_FAMILY))
 def test_inductor_gives_what_the_graph_gives(name):
     """One model for each pass, compiled: the sweep over models and sizes is slower, and elsewhere."""

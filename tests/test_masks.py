@@ -59,6 +59,7 @@ def test_prompts(name):
         assert finding.status != "failed", finding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick(names(), "tidaldecode"))
 def test_decoders(name):
     some = MASKED_DECODERS[-1:] if name == "tidaldecode" else MASKED_DECODERS

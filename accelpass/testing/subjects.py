@@ -173,6 +173,14 @@ SUBJECTS: dict[str, Subject] = {
             about="two layers that choose among each other's experts; no attention",
         ),
         Subject(
+            "parameter_tokens",
+            small.parameter_tokens,
+            _mlp,
+            causal=True,
+            export=lambda shape: ((shape.ids(128),), {}),
+            about="projections that are attention over learnt keys and values",
+        ),
+        Subject(
             "recurrent",
             small.recurrent,
             _mlp,

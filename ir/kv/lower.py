@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.lowering.lower import like_in_memory
 from accelpass.ir.attention.recognition.masks import shows_all_held
-from accelpass.ir.attention.spec.block_select import MASKS
+from accelpass.ir.attention.spec.block_select import MASKS, BlockSelect
 from accelpass.ir.attention.spec.faults import WrongResult, checked, named, shape_said
 from accelpass.ir.attention.spec.op import ATTENTION, set_spec, spec_of, want
 from accelpass.ir.attention.spec.spec import All, AttentionSpec, Dense, Native, Places, Step, tap_of
@@ -351,9 +351,10 @@ def _statistics(attention: fx.Node, wants: Sequence[str]) -> list[fx.Node]:
     makers = {part: who for who, part in spec.edits}
     if not isinstance(spec.select, All | RowSelect):
         if wants:
+            what = "some blocks" if isinstance(spec.select, BlockSelect) else "some"
             raise SpecConflict(
                 f"{makers['store']!r} scores tokens by the prompt's attention to all of them at "
-                f"{spec.site or 'this attention'}, and {makers['select']!r} computes some of it alone. Use one of "
+                f"{spec.site or 'this attention'}, and {makers['select']!r} computes {what} of it alone. Use one of "
                 "the two there (include=, exclude= choose sites), or a cache pass that needs no scores (kv_window, kv_quant)."
             )
         own = own.edited(by=makers["select"], select=spec.select)

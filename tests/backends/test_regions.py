@@ -62,6 +62,7 @@ def check(model: Stack, options: dict[str, Any] | None, cases: int = 2) -> Any:
     return fast
 
 
+@pytest.mark.slow
 def test_equal_blocks_share_their_code():
     torch.manual_seed(0)
     fast = check(Stack(5).eval(), None)

@@ -52,6 +52,7 @@ SOME = [("dense", ("token_recycling", "draft_model"), 1), ("h2o", ("prompt_looku
 """Caches, decoders, and layers of the model: each is compiled for each size."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cache", "names", "layers"), sweep(*SOME, *((cache, tuple(DECODERS), 2) for cache in CACHES), fast=2)
 )
@@ -178,6 +179,7 @@ def test_a_streamer_sees_tokens_in_order():
     assert torch.equal(torch.cat(streamer.pieces[1:]), want[0, 20:])
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own():
     """After it was prepared nothing is compiled for a step, however many texts and guesses there are."""
     model = settled(llama(layers=1))

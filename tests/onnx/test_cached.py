@@ -76,6 +76,7 @@ def unoptimised() -> Any:
     return options
 
 
+@pytest.mark.slow
 def test_packed_rows_go_from_call_to_call(tmp_path: Path, example: ModuleType) -> None:
     model, passes = llama(layers=1), PASSES["kv_quant"]
     report = exported(model, tmp_path / "m.onnx", passes, dynamic=False, verify=False)
@@ -124,6 +125,7 @@ def test_the_same_tokens_as_torch(tmp_path: Path, example: ModuleType, name: str
         assert example.generate(decoder, prompt, 8) == of_torch(model, PASSES[name], prompt, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["early_exit", "skip_layers"])
 def test_what_the_host_would_choose_is_left_out_and_said(name: str, tmp_path: Path) -> None:
     given = {"name": name, "least": 1} if name == "skip_layers" else name
@@ -133,6 +135,7 @@ def test_what_the_host_would_choose_is_left_out_and_said(name: str, tmp_path: Pa
         assert not record.took and "the host chooses at each call" in record.skipped["model"]
 
 
+@pytest.mark.slow
 def test_layers_left_out_for_good(tmp_path: Path, example: ModuleType) -> None:
     model, passes = llama(hidden=64), [{"name": "skip_layers", "layers": [1]}]
     report = exported(model, tmp_path / "m.onnx", passes)

@@ -22,6 +22,7 @@ def cli() -> Callable[..., Result]:
     return lambda *words: CliRunner().invoke(app, ["export", *(str(w) for w in words)])
 
 
+@pytest.mark.slow
 def test_a_file(cli: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "m.onnx"
     done = cli(folder, "--passes", "int8_weights", "-o", target)
@@ -44,6 +45,7 @@ def test_a_decoder_as_json(cli: Callable[..., Result], folder: Path, tmp_path: P
     assert list(h2o[0]["took"]) == ["model.layers.0.self_attn"]
 
 
+@pytest.mark.slow
 def test_a_pipelines_transformer(cli: Callable[..., Result], tmp_path: Path) -> None:
     """Called as the pipeline calls it: two images and their halves without a class."""
     done = cli("digits-dit", "--ask", 3, "--ask", 7, "--no-verify", "-o", tmp_path / "d.onnx", "--json")

@@ -16,6 +16,7 @@ PBS = {"name": "pbs_attn", "block": 8, "segment": 16, "threshold": 0.5}
 WINDOW = {"name": "sink_window", "density": 0.5, "block": 8, "sinks": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("passes", "opset", "operators"),
     [

@@ -31,6 +31,7 @@ def of_chosen(model: Any, ids: Tensor) -> np.ndarray:
     return model(ids.gather(1, chosen(model, ids)), **ALONE).logits.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(20,), (20, 33)], ids=["of one length", "of any length"])
 def test_gemfilter(tmp_path: Path, lengths: tuple[int, ...]) -> None:
     model = built()
@@ -46,6 +47,7 @@ def test_gemfilter(tmp_path: Path, lengths: tuple[int, ...]) -> None:
         np.testing.assert_allclose(got, of_chosen(model, ids), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gemfilter_with_a_cache_goes_on_behind_the_chosen_tokens(tmp_path: Path) -> None:
     model, ids = built(), prompt_of(1, 20)
     kwargs = {"past_key_values": KVCache(model, 30), "logits_to_keep": 1}
@@ -55,6 +57,7 @@ def test_gemfilter_with_a_cache_goes_on_behind_the_chosen_tokens(tmp_path: Path)
     assert "past.0.tokens.dropped" in decode.inputs
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_left_whole_is_followed_by_the_models_own_steps(tmp_path: Path) -> None:
     model, ids = built(), prompt_of(1, 20)
     kwargs = {"past_key_values": KVCache(model, 30), "logits_to_keep": 1}
@@ -70,6 +73,7 @@ def test_a_prompt_that_is_left_whole_is_followed_by_the_models_own_steps(tmp_pat
     assert [f.inputs for f in report.files] == [f.inputs for f in plain.files]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(20,), (20, 27)], ids=["of one length", "of any length"])
 def test_lazyllm(tmp_path: Path, lengths: tuple[int, ...]) -> None:
     model, keep = llama(), {0: 0.6, 2: 0.5}

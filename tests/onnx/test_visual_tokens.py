@@ -23,6 +23,7 @@ PASSES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PASSES)
 def test_a_file_chooses_as_the_compiled_model(name: str, tmp_path: Path):
     model = small.seeing()
@@ -43,6 +44,7 @@ def test_a_file_chooses_as_the_compiled_model(name: str, tmp_path: Path):
     assert relative_error(want, dense) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hired", "visionzip"])
 def test_images_that_are_kept_whole_are_followed_by_the_models_own_steps(name: str, tmp_path: Path):
     model = small.seeing()

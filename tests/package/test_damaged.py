@@ -44,6 +44,7 @@ def _with_manifest(source: Path, target: Path, **changed: Any) -> Path:
     return _rewritten(source, target, {MANIFEST: text, DIGEST: hashlib.sha256(text).hexdigest().encode()})
 
 
+@pytest.mark.slow
 def test_another_torch(mlp: Packaged, tmp_path: Path) -> None:
     file = _with_manifest(mlp.path, tmp_path / "m.pt2", torch="2.12.0+cpu")
     with pytest.raises(TorchMismatchError, match=r"is for torch 2.12.0\+cpu, and this is .* pip install torch==2.12.0"):

@@ -126,6 +126,7 @@ def test_layers_differ_by_their_error_and_the_cache_is_smaller():
     assert cache.nbytes() < 0.6 * cache.dense_nbytes()
 
 
+@pytest.mark.slow
 def test_padding_gets_nothing():
     model, pieces, plain = llama(), tokens(2, 20, 1, 1, 1), tokens(2, 20, 1, 1, 1)
     padding = torch.ones(2, 20, dtype=torch.long)
@@ -150,6 +151,7 @@ def test_equals_dense_where_it_must(options):
     assert float((got - want).abs().max() / want.abs().max()) < 1e-5
 
 
+@pytest.mark.slow
 def test_two_prompts_and_an_assistant():
     """Candidates that are rejected leave no trace: with guesses the answer is the same."""
     model = llama()
@@ -192,6 +194,7 @@ def found_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelpass.passes.kv_cache.learnt.retrieval.FOUND", -1.0)
 
 
+@pytest.mark.slow
 def test_heads_are_ranked_by_their_attention_to_the_needle(monkeypatch, tmp_path):
     found_always(monkeypatch)
     model, data = llama(), texts()
@@ -287,6 +290,7 @@ def test_without_a_plan():
         fed(compiled(llama(), None, "compresskv"), KVCache(llama(), CAPACITY), tokens(1, 9))
 
 
+@pytest.mark.slow
 def test_heads_by_hand():
     model, pieces = llama(), tokens(1, 20, 1, 1)
     by_hand = {"name": "compresskv", "tokens": 9, "window": 3, "ranking": (3, 0)}

@@ -209,6 +209,7 @@ def test_the_first_token_is_rounded_where_data_do_not_show_that_it_is_constant(
 # --- models ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "given", "most"),
     sweep(
@@ -236,6 +237,7 @@ def test_denoisers(name: str, given: dict[str, Any], most: float) -> None:
         assert kept and not any("time" in site for site in made.took)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("caching", sweep("delta_cache", "ditfastattn", "tokencache"))
 def test_beside_a_step_cache(caching: str) -> None:
     """At the caching pass's own setting, a run is as far from the run without rounding as rounding goes."""

@@ -143,6 +143,7 @@ def test_by_calls_when_compiled_for_its_plan() -> None:
     assert f"{PATHS[0]}:output (call 2)" in names
 
 
+@pytest.mark.slow
 def test_compiled_with_inductor() -> None:
     model, call = model_of("dit")
     methods = {PATHS[0]: "FW", PATHS[1]: "FW"}
@@ -289,6 +290,7 @@ def packed(model: nn.Module) -> nn.Module:
     return made
 
 
+@pytest.mark.slow
 def test_with_packed_weights() -> None:
     model, call = model_of("dit")
     methods = dict(zip(PATHS, ("FWAXCW", "FAFWAF"), strict=True))
@@ -342,6 +344,7 @@ def test_an_attention_that_another_pass_has_edited(letter: str) -> None:
         denoise(fast, call, TIMES[:3])
 
 
+@pytest.mark.slow
 def test_an_edited_attention_can_be_shared() -> None:
     model, call = model_of("dit")
     fast = fast_of(model, "eager", (Edits(),), methods=dict.fromkeys(PATHS, "FF"), timesteps=TIMES[:2])

@@ -219,6 +219,7 @@ def test_the_first_candidates_are_whole_experts_and_later_ones_are_near_good_one
     assert evolution.scored[-1][0] == float("-inf")
 
 
+@pytest.mark.slow
 def test_the_search_finds_the_experts_that_a_score_wants_and_leaves_the_model(tmp_path: Any):
     model = small.experts(0)
     before = copy.deepcopy(model.state_dict())

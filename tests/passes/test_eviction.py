@@ -126,6 +126,7 @@ RENUMBERED: list[tuple[dict[str, Any], Budget]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "budget"), sweep(*RENUMBERED), ids=str)
 def test_positions_within_the_cache(options, budget):
     model, pieces = llama(), tokens(2, 20, *[1] * 4, 5, 1, 1)

@@ -34,6 +34,7 @@ def attended(ids: Tensor, keep: float) -> Any:
     return choose
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keep", "layer", "texts", "images"), sweep((0.5, 1, 2, 1), (0.25, 2, 1, 2), (0.0, 1, 1, 1), (0.7, 2, 2, 2))
 )
@@ -65,6 +66,7 @@ def test_without_a_cache_the_last_logits_are_the_same():
     assert relative_error(got[:, -1], want[:, 0]) < 1e-4
 
 
+@pytest.mark.slow
 def test_text_alone_and_then_an_image_share_the_compiled_model():
     model, question = llava(), asked()
     words = torch.randint(16, 128, (1, 11))

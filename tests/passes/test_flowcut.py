@@ -102,6 +102,7 @@ def run_tower(model: Any, pixels: Tensor, counts: dict[int, int]) -> tuple[Tenso
     return x[0, 1:], ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "texts", "images"), sweep((0.4, 1, 2), (0.2, 2, 1)))
 def test_the_language_model_goes_on_from_the_patches_that_are_left(keep: float, texts: int, images: int):
     model, question = llava(), asked(texts, images)
@@ -124,6 +125,7 @@ def test_the_language_model_goes_on_from_the_patches_that_are_left(keep: float, 
     assert took == f"{int(16 * keep) * texts * images} of {16 * texts * images} visual tokens are read"
 
 
+@pytest.mark.slow
 def test_a_plan_has_the_entropies_of_the_images():
     model, question = llava(), asked()
     model(**question, use_cache=False)  # transformers installs hooks at the first call

@@ -115,6 +115,7 @@ def test_generates_as_the_dense_model_does_from_the_chosen_tokens(family, tokens
         assert cache.seen == KEEP + NEW - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", sweep("eager", "inductor"))
 @pytest.mark.parametrize("family", sweep("llama", "gpt2", "phi3"))
 def test_a_plain_loop(family, lowering):
@@ -129,6 +130,7 @@ def test_a_plain_loop(family, lowering):
         torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pads", sweep(3, 14), ids=lambda p: f"{p} of 20 padded")
 @pytest.mark.parametrize("family", sweep("llama", "gpt2"))
 def test_a_batch_with_left_padding_over_two_turns(family, pads):
@@ -184,6 +186,7 @@ def test_a_prompt_of_at_most_keep_tokens_is_dense(dynamic):
     assert any("at most 8 tokens is read as it is" in why for why in said(fast).values())
 
 
+@pytest.mark.slow
 def test_a_short_prompt_after_a_long_one():
     model = built()
     fast, cache = compiled(model), KVCache(model, 40)
@@ -195,6 +198,7 @@ def test_a_short_prompt_after_a_long_one():
         assert bool(accelpass.surviving_tokens(fast)) == (n > KEEP)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dynamic", "graphs"), sweep((None, 3), (True, 2)))
 def test_lengths_share_graphs(dynamic, graphs):
     model = built()
@@ -205,6 +209,7 @@ def test_lengths_share_graphs(dynamic, graphs):
     assert len(graphs_of(model)) == graphs
 
 
+@pytest.mark.slow
 def test_without_a_cache():
     model = built()
     fast = compiled(model)
@@ -227,6 +232,7 @@ def test_embeddings_in_place_of_tokens():
     )
 
 
+@pytest.mark.slow
 def test_beams():
     model, ids = built(), prompt_of(1, 20)
     dense, rows = copy.deepcopy(model), chosen(model, ids)
@@ -249,6 +255,7 @@ def test_the_default_layer_is_the_papers_share_of_the_depth():
 # --- together with others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     sweep(
@@ -279,6 +286,7 @@ def test_other_passes_rewrite_both_graphs(other):
     assert accelpass.explain(fast).passes[other["name"]].took
 
 
+@pytest.mark.slow
 def test_float_weights_can_be_given_back():
     model = built()
     want = logits(compiled(model, {"name": "int8_weights"}), KVCache(model, 40), prompt_of(1, 20), *steps())

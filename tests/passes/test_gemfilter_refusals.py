@@ -37,6 +37,7 @@ from tests.passes.gemfilter_truth import (
 # --- the cache
 
 
+@pytest.mark.slow
 def test_capacity_is_that_of_the_kept_tokens():
     model, ids = built(), prompt_of(1, 30)
     fast, small = compiled(model), KVCache(model, KEEP - 1)

@@ -112,6 +112,7 @@ def compiled(model: Any, plan: Plan) -> Any:
     return torch.compile(model, backend="accelpass", options={"plan": plan, "lowering": "eager"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [{**X, "loss": 0.5}, {**M, "density": 0.7}])
 def test_calibrated_saved_loaded_compiled(asked, tmp_path):
     model, name = llama(layers=2), asked["name"]
@@ -137,6 +138,7 @@ def test_calibrated_saved_loaded_compiled(asked, tmp_path):
         assert after <= 1.5 * before and each.max() <= 0.9 and each.min() < 0.9, "some heads give up blocks"
 
 
+@pytest.mark.slow
 def test_a_model_that_no_calibration_saw():
     model = llama(layers=2)
     plan = Plan.of(model, [X], {"xattention/thresholds/model.layers.0.self_attn": torch.full((4, 1), 0.5)})

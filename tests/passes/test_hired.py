@@ -74,6 +74,7 @@ def test_the_choice_is_the_oracles(images, side, rows, columns, keep, alpha, chu
         assert filled.numel() == 0 or others.numel() == 0 or filled.min() >= others.max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "columns", "images"), sweep((1, 2, 3), (1, 1, 2)))
 def test_the_language_model_goes_on_from_the_patches_that_are_left(rows: int, columns: int, images: int):
     model, question = llava(), asked(images=images)
@@ -114,6 +115,7 @@ def test_options(options):
         HiRED(**options)
 
 
+@pytest.mark.slow
 def test_padding_without_a_cache_is_known_to_leave_the_text_causal():
     model, question = llava(), asked()
     question["input_ids"][0, :2], question["attention_mask"][0, :2] = 0, 0

@@ -117,6 +117,7 @@ def test_equals_dense_where_it_must(passes, lowering):
     assert error(llama(), kv_truth.Dense(), passes, tokens(2, 15, 1, 1, 8, 1, 1), lowering) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", sweep("h2o", "tidaldecode", "mikv 2"))
 def test_compiled_by_inductor(which):
     passes, oracle = METHODS[which]
@@ -125,6 +126,7 @@ def test_compiled_by_inductor(which):
     assert error(llama(), oracle(), passes, tokens(1, 20, *[1] * 5), "inductor") < most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "rotate"), sweep((3, False), (3, True), (2, False), (4, True), (8, False), fast=2))
 def test_kv_quant(bits, rotate):
     """Every stored row is rounded; the prompt's own attention is exact."""
@@ -144,6 +146,7 @@ def test_kv_quant(bits, rotate):
     assert error(llama(), Rounded(), [made], tokens(2, 17, *[1] * 6)) < (1e-3 if rotate else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", sweep(3, 32))
 def test_cskv(window):
     model = llama(head_dim=32)
@@ -156,24 +159,28 @@ def test_cskv(window):
     assert float((got - want).abs().max() / want.abs().max()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "most"), sweep((8, 0.05), (4, 0.6)))
 def test_cskv_rounds_its_latents(bits, most):
     passes = [{"name": "cskv", "keep_k": 1.0, "keep_v": 1.0, "bits": bits}]
     assert 1e-6 < error(llama(head_dim=32), kv_truth.Dense(), passes, tokens(2, 44, 1, 1)) < most
 
 
+@pytest.mark.slow
 def test_h2o_with_rounded_rows():
     oracle = kv_truth.H2O(0.2, 0.2, lambda x: kv_truth.quant_rows(x, 4, x.shape[-1] // 2))
     passes = [{"name": "h2o", "budget": 0.4}, {"name": "kv_quant", "bits": 4}]
     assert error(llama(), oracle, passes, tokens(2, 20, *[1] * 8)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reselect", sweep((3, 5), pytest.param((3,))))
 def test_tidaldecode_reselects(reselect):
     passes = [{"name": "tidaldecode", "budget": 5, "first": 1, "reselect": reselect}]
     assert error(llama(layers=7), kv_truth.Tidal(5, 1, *reselect), passes, tokens(1, 20, 1, 1)) < 1e-5
 
 
+@pytest.mark.slow
 def test_tidaldecode_with_rounded_rows_keeps_all_where_it_must():
     alone = fed(compiled(llama(), {"name": "kv_quant", "bits": 8}), KVCache(llama(), CAPACITY), tokens(1, 20, 1, 1))
     torch._dynamo.reset()

@@ -183,6 +183,7 @@ def test_in_a_model(lowering):
     assert float((got - want).abs().max() / want.abs().max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_prompt_and_its_tokens_one_by_one_leave_the_same_state():
     model, (ids,) = llama(), tokens(1, 70)
     fast = compiled(model, plan_of(model))
@@ -209,6 +210,7 @@ def test_two_prompts_and_an_assistant():
     assert assisted_like_plain(model, plan=plan)
 
 
+@pytest.mark.slow
 def test_tokens_cannot_be_taken_back_without_candidates():
     model = llama()
     cache = KVCache(model, 64)
@@ -225,6 +227,7 @@ def sequences(count: int) -> list[Tensor]:
     return [torch.randint(0, VOCABULARY, (2, 40)) for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_it_imitates_the_model(tmp_path):
     model = llama()
     few, more = (
@@ -243,6 +246,7 @@ def test_it_imitates_the_model(tmp_path):
         assert float(loss.exp()) == pytest.approx(perplexity, rel=1e-3), "what runs is what was learnt"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_learnt():
     window = MistralForCausalLM(
         MistralConfig(intermediate_size=48, num_key_value_heads=2, sliding_window=4, **SIZES)
@@ -261,6 +265,7 @@ def test_what_cannot_be_learnt():
 # What is refused
 
 
+@pytest.mark.slow
 def test_a_mask_that_is_not_causal():
     """Image tokens that see each other, as in prefix language models: a mask of the caller's."""
     config = LlamaConfig(
@@ -285,6 +290,7 @@ def test_a_mask_that_is_not_causal():
         assert "not causal" in str(accelpass.explain(fast))
 
 
+@pytest.mark.slow
 def test_a_mask_that_a_caller_made():
     """As generate hands one to a compiled model: looked at when it is there, in prompts and after them."""
     model = llama()

@@ -67,6 +67,7 @@ def check(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_fixed_layers_are_gone_from_prompt_and_answer():
     model = model_of()
     fast = compiled(model, {"name": "skip_layers", "layers": [1, 3]})
@@ -79,6 +80,7 @@ def test_fixed_layers_are_gone_from_prompt_and_answer():
 BY_POSITION = {"name": "skip_layers", "least": 2, "start": PROMPT, "horizon": PROMPT + 4}
 
 
+@pytest.mark.slow
 def test_later_tokens_run_fewer_layers_and_a_second_prompt_begins_anew():
     model, by = model_of(), SkipLayers(least=2, start=PROMPT, horizon=PROMPT + 4)
     fast, cache = compiled(model, BY_POSITION), KVCache(model, 16)
@@ -96,6 +98,7 @@ def test_later_tokens_run_fewer_layers_and_a_second_prompt_begins_anew():
     assert len(graphs) == 2  # no step was compiled for itself
 
 
+@pytest.mark.slow
 def test_generate_leaves_layers_out():
     model = model_of()
     torch._dynamo.reset()
@@ -116,6 +119,7 @@ def gap(model: Any, stream: Tensor) -> float:
     return float((first - second).min())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 def test_tokens_exit_where_the_head_is_confident(batch: int):
     model = model_of()
@@ -150,6 +154,7 @@ def test_identity(passes: dict[str, Any]):
     check(answered(fast, KVCache(model, 16), given), plain)
 
 
+@pytest.mark.slow
 def test_layers_that_the_user_names_stay():
     model = model_of()
     fast = compiled(model, BY_POSITION, skip_sites={"skip_layers": ["model.layers.1"]})

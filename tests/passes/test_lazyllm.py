@@ -88,6 +88,7 @@ def test_equals_the_oracle(seed, kv_heads, prompt, after, keep):
     assert max(errors(compiled(model, keep), model, keep, [prompt, *after], seed)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "keep", "after", "graphs"),
     [
@@ -104,6 +105,7 @@ def test_compiled_by_inductor_for_prompts_of_any_length(layers, keep, after, gra
     assert len(graphs_of(model)) == graphs
 
 
+@pytest.mark.slow
 def test_tokens_come_back_and_each_passes_a_block_once():
     model, keep = llama(), {0: 0.5, 2: 0.5}
     oracle, given = LazyOracle(model, keep), ids(40)
@@ -130,6 +132,7 @@ def test_survivors_are_those_of_the_oracle_nested_and_with_the_last_token():
             assert second <= first and piece.stop - 1 in second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", sweep("eager", "inductor"))
 def test_each_sequence_of_a_batch_has_its_own_choice(lowering):
     model, keep = llama(layers=4), {0: 0.5, 2: 0.6}
@@ -179,6 +182,7 @@ def test_generate_token_for_token_at_keep_1():
     assert got.tolist() == model.generate(given, attention_mask=mask, **asked).tolist()
 
 
+@pytest.mark.slow
 def test_without_a_cache_dropped_tokens_leave_with_the_state_that_they_had():
     model, keep = llama(), {0: 0.5, 2: 0.5}
     given = ids(21)
@@ -192,6 +196,7 @@ def test_without_a_cache_dropped_tokens_leave_with_the_state_that_they_had():
         assert torch.allclose(got[0, dropped], left, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_later_token_changes_an_earlier_one():
     """Which tokens are computed is the last token's choice; what is computed of one depends on those before it alone."""
     model, keep = llama(), {0: 0.5}
@@ -370,6 +375,7 @@ def test_a_cache_that_another_set_of_passes_filled():
         assert max(errors(compiled(model, {0: 0.5}), model, {0: 0.5}, [9, 1, 1])) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_prompt_that_does_not_fit_changes_nothing():
     model = llama()
     fast, cache, given = compiled(model, {0: 0.5}), KVCache(model, 16), ids(30)

@@ -56,6 +56,7 @@ def by_wanda(model: Any, batches: list[Tensor], channels: int, groups: int) -> A
     return smaller(model, kept_channels, kept_groups)
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(1), deadline=None)
 @given(kv=st.integers(2, 4), per=st.integers(1, 2), seed=st.integers(0, 9))
 def test_wanda_keeps_the_rows_of_its_rule(kv: int, per: int, seed: int):
@@ -83,6 +84,7 @@ def test_a_plan_of_another_model_is_refused():
         compiled(other, plan=plan)(ids(), use_cache=False)
 
 
+@pytest.mark.slow
 def test_a_calibrated_model_is_saved_and_loaded_with_its_plan(tmp_path: Any):
     model, given = llama(0, layers=1), ids()
     wanda = {"name": "wanda", "channels": 0.5, "heads": 0.5}
@@ -123,6 +125,7 @@ def influence(model: Any, batches: list[Tensor]) -> Tensor:
     return 1 - torch.stack(each)
 
 
+@pytest.mark.slow
 def test_shortgpt_takes_out_the_layers_that_change_the_stream_least():
     model, batches, given = llama(2, layers=4), data(), ids(2)
     plan = accelpass.calibrate(model, batches, [{"name": "shortgpt", "remove": 2}], progress=False)

@@ -90,11 +90,13 @@ def test_equals_dense_where_it_must(passes, lowering):
     assert far(llama(), kv_truth.Dense(), tokens(2, *PIECES), passes=passes, lowering=lowering) < 1e-5
 
 
+@pytest.mark.slow
 def test_sink_window_is_one_rule():
     model, passes = llama(), [{"name": "sink_window", **SMALL}]
     assert far(model, truth(HALF), tokens(2, *PIECES), passes=passes) < 1e-5
 
 
+@pytest.mark.slow
 def test_settings_of_sites():
     passes = [{"name": "moa", **SMALL, "alpha": -4, "beta": 0.5, "sites": {"*.1.*": {"alpha": 8, "beta": 0}}}]
     oracle = truth({0: HALF, 1: [(8.0, 0.0)] * 2})
@@ -113,6 +115,7 @@ def test_a_prompt_without_a_cache():
     assert torch.allclose(got.logits, want.logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_cache_takes_what_the_spans_need():
     model = llama()
     cache = KVCache(model, CAPACITY)
@@ -292,6 +295,7 @@ def data(*lengths: int) -> list[torch.Tensor]:
 CALIBRATED = {"name": "moa", **SMALL, "step": 8, "shares": 4, "density": 0.6}
 
 
+@pytest.mark.slow
 def test_calibrated_saved_loaded_compiled(tmp_path):
     model = llama(layers=3)
     plan = accelpass.calibrate(model, data(32, 40, 32, 40, 48), [CALIBRATED], progress=False)
@@ -357,6 +361,7 @@ def test_many_lengths():
     assert plan.tensors["moa/perplexity"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_nothing_to_calibrate():
     torch.manual_seed(0)
     config = MistralConfig(

@@ -207,6 +207,7 @@ def oracle_forward(model: Any, ids: Tensor, oracle_: kv_truth.Oracle) -> Tensor:
         return forward(model, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", sweep(None, False, True))
 def test_a_plain_forward_of_any_length(dynamic):
     """Lengths that are no multiples of a block, one graph for all of them once a second one was seen."""
@@ -233,6 +234,7 @@ def test_compiled_by_inductor_for_any_length():
     assert len(accelpass.explain(fast).graphs) == 1
 
 
+@pytest.mark.slow
 def test_prompts_of_any_length_share_a_graph():
     model, graphs = llama(), []
     fast = compiled(model, PBS)
@@ -407,6 +409,7 @@ def test_is_registered():
     assert registered()["pbs_attn"] is PBSAttn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens_", sweep(50, 33, 64))
 def test_keys_after_the_last_whole_segment_keep_their_places_in_compiled_code(tokens_):
     """Inductor's own code for the sort once forgot them, or wrote past the end."""

@@ -62,6 +62,7 @@ def without(model: Any, layer: int) -> Any:
     return less
 
 
+@pytest.mark.slow
 def test_tokens_are_chosen_by_the_layers_that_are_left():
     model = built()
     less = without(model, 1)
@@ -93,6 +94,7 @@ def test_two_policies_that_run_the_stages_themselves():
         logits(fast, KVCache(model, 40), prompt_of(1, 20), *steps(count=1))
 
 
+@pytest.mark.slow
 @dataclass(frozen=True)
 class Unforeseen(LazyLLM):
     """Takes twenty tokens up at once, in a variant that a test names."""

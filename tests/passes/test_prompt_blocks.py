@@ -135,6 +135,7 @@ X = {"name": "xattention", "block": 4, "stride": 2, "threshold": 0.5}
 M = {"name": "minference", "block": 4, "vertical": 3, "slash": 4, "first": 1, "local": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("asked", "dense"), sweep((X, {"threshold": 1.0}), (M, {"slash": 1 << 30}), fast=2))
 def test_whole_models(asked, dense):
     """All blocks are the dense model with prompts, tokens and pieces of a text; some blocks are not."""

@@ -91,6 +91,7 @@ def test_follows_the_oracle(keep: float, start: int, interval: int, growth: floa
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4, msg=lambda m, step=step: f"step {step}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "lowering"), sweep(("dit", "inductor"), ("pixart", "inductor")))
 def test_other_models_and_inductor(name: str, lowering: str) -> None:
     model, call = model_of(name)

@@ -157,6 +157,7 @@ def denoiser() -> tuple[nn.Module, list[dict[str, Tensor]]]:
 GIVEN = {"name": "vidit_q", "bits": 4, "boundaries": (500,)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_one_graph_serves_all_steps(denoiser: tuple[nn.Module, list[dict[str, Tensor]]], lowering: str) -> None:
     model, data = denoiser
@@ -198,6 +199,7 @@ def test_beside_a_step_cache(caching: str) -> None:
         assert 0 < (a - b).norm() <= 0.1 * a.norm()
 
 
+@pytest.mark.slow
 def test_exported(tmp_path: Path) -> None:
     """The file finds the range by itself: it is compared with torch at another timestep than it was traced with."""
     pytest.importorskip("onnxruntime")

@@ -93,6 +93,7 @@ def test_the_choice_is_the_cards(videos: int, frames: int, patches: int, chunk: 
         assert torch.equal(rows - video * frames * patches, want) and bool((rows.diff() > 0).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keep", "update", "interval", "chunk", "texts", "frames"),
     sweep((0.5, 0.3, 2, 1, 1, 3), (0.4, 0.25, 2, 1, 2, 2), (0.5, 0.5, 2, 2, 1, 5), (0.5, 1.0, 3, 1, 1, 3)),
@@ -116,6 +117,7 @@ def test_the_language_model_reads_what_is_new(keep, update, interval, chunk, tex
     assert f"{texts * reusing} of {texts * frames} frames compute {max(1, int(17 * update))} of 17 tokens" in took
 
 
+@pytest.mark.slow
 def test_one_frame_is_computed_as_it_is_and_said():
     _, fast = answered(llava(), asked(), {"name": "stc", "keep": 1.0})
     skipped = " ".join(accelpass.explain(fast).passes["stc"].skipped.values())

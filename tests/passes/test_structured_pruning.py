@@ -63,6 +63,7 @@ def by_magnitude(model: Any, channels: int, groups: int) -> Any:
     return smaller(model, kept_channels, kept_groups)
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(2), deadline=None)
 @given(
     kv=st.integers(2, 4), per=st.integers(1, 2), hidden=st.sampled_from([32, 48]), share=st.sampled_from([0.25, 0.5]),
@@ -101,6 +102,7 @@ COMBINED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", quick(list(COMBINED), "int8_weights, h2o"))
 def test_with_other_passes_it_is_the_smaller_model_with_these(which: str):
     model, given = llama(1, layers=1), ids(2)
@@ -144,6 +146,7 @@ def test_a_pruned_model_is_saved_and_loaded_and_its_floats_can_go(tmp_path: Any)
         assert relative_error(again(given, use_cache=False).logits, wanted) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_onnx_has_the_smaller_weights(tmp_path: Any):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     model, given = llama(0, hidden=48), ids()

@@ -70,6 +70,7 @@ def test_every_row_read_is_the_dense_model():
     assert torch.allclose(tried[2:], dense, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_layers_choose_anew():
     """Two searches and one more for the layer found first; no pair that was tried decodes better than the one taken."""
     model, wanted = llama(layers=6), {**TIDAL, "reselect": [2, 3]}

@@ -181,6 +181,7 @@ def test_in_a_model(lowering):
     assert model_error({"block": 4, "window": 8}, VidOracle(1.5, 4, 8), pieces, lowering) < 5e-2
 
 
+@pytest.mark.slow
 def test_protected_tokens():
     """Those whose embedding agrees most with the text's have values in two bits."""
     pieces, model = tokens(1, 30, 1, 1), llama()
@@ -200,6 +201,7 @@ def test_protected_tokens():
     assert model_error({**options, "protect": 1.0}, VidOracle(1.5, 8, 8, (3, 19), q2), pieces) < 5e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", sweep({"span": (2, 14), "protect": 0.3}, {}))
 def test_padding_is_in_no_group(options):
     model, pieces = llama(), tokens(2, 22, 1, 1, 1)
@@ -222,6 +224,7 @@ def test_equals_dense_within_the_window():
     assert model_error({"window": 1 << 20}, Dense(), tokens(2, 15, 1, 1, 8, 1, 1)) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_bytes_are_few():
     """Codes of 1.5 and 1.6 bits, and float16 scales of each channel and 32 tokens: 0.5 + 0.25 x 2 + 0.5 bits more on average."""
     model = llama(head_dim=80, hidden=80)
@@ -244,6 +247,7 @@ def test_two_prompts_and_an_assistant(options):
     assert assisted_like_plain(model, passes=passes)
 
 
+@pytest.mark.slow
 def test_a_span_that_is_not_whole_groups():
     model = llama()
     torch._dynamo.reset()

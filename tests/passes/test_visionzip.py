@@ -62,6 +62,7 @@ def test_tokens_are_the_papers(images: int, patches: int, first: int, kept: int,
         assert torch.equal(places.view(images, -1)[i], at + i * patches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("texts", sweep(2, 1))
 def test_the_language_model_goes_on_from_the_tokens_that_are_left(texts: int):
     model, question = llava(), asked(texts)
@@ -82,6 +83,7 @@ def test_the_language_model_goes_on_from_the_tokens_that_are_left(texts: int):
     assert took["model.vision_tower.encoder.layers"].what == f"{8 * texts} of {16 * texts} visual tokens are read"
 
 
+@pytest.mark.slow
 def test_generate_runs_tower_and_text_as_one_graph(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRANSFORMERS_DISABLE_TORCH_CHECK")
     question, zipped_to_half = asked(2), {"name": "visionzip", "keep": 0.5, "contextual": 0.3}
@@ -99,6 +101,7 @@ def test_generate_runs_tower_and_text_as_one_graph(monkeypatch: pytest.MonkeyPat
         generated(fast, few, zipped_to_half)
 
 
+@pytest.mark.slow
 def test_generate_alone_says_what_to_call(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRANSFORMERS_DISABLE_TORCH_CHECK")
     _, fast = generated(llava(), asked(), {"name": "visionzip"})

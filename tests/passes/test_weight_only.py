@@ -301,6 +301,7 @@ def test_linears_in_a_row(passes):
         assert relative_error(compiled(model, *passes)(x), model(x)) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_large_matrix_is_expanded_in_parts(bits, monkeypatch):
     """Many rows, three parts of 64 outputs and one of 8; with one row fewer the matrix is streamed."""

@@ -156,6 +156,7 @@ def dense(model: Any, question: dict[str, Tensor]) -> Tensor:
     return pruned_answer(model, question, 99, None)
 
 
+@pytest.mark.slow
 def test_calibration_finds_the_heads_that_look_at_images():
     model = llava()
     batches = [asked(seed=n) for n in range(2)]
@@ -177,6 +178,7 @@ def test_calibration_finds_the_heads_that_look_at_images():
         torch.testing.assert_close(rows[name], want)
 
 
+@pytest.mark.slow
 def test_what_is_computed_is_less(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("accelpass.passes.core.options.DEFAULTS", ())  # they would be counted too
     model, question = llava(), asked()

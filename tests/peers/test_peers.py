@@ -35,6 +35,7 @@ def test_samples_of_torch(key: str) -> None:
     assert row["same"] >= 4 and "wrong" not in row, row
 
 
+@pytest.mark.slow
 def test_generation() -> None:
     row: Row = {}
     model_samples.generation_row("llama", ("left padding",))(row)

@@ -75,6 +75,7 @@ def test_calibrated_factors_are_the_nearest(tmp_path):
     assert report == "cskv"
 
 
+@pytest.mark.slow
 def test_the_first_token_may_count_more():
     """Its keys get nearer, at the cost of the others'."""
     model, data = llama(head_dim=32), batches(6)

@@ -66,6 +66,7 @@ def test_generate(how, compile_it):
     assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 def test_beams_reorder_what_a_pass_keeps():
     """A budget that keeps everything, so that only the order of sequences could go wrong."""
     model = settled(llama())
@@ -93,6 +94,7 @@ FAMILIES = ("gpt2", "bloom", "mistral", "gemma2", "qwen3", "gpt_neox", "falcon",
 QUICK = [("gpt2", "h2o"), ("bloom", "h2o"), ("gemma2", "h2o"), ("gpt_oss", "h2o"), ("qwen3", "cskv"), ("phi3", "cskv")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "which"),
     quick(list(itertools.product(FAMILIES, (*WIDE, "dense"))), *QUICK),
@@ -110,6 +112,7 @@ def test_families_equal_their_own_cache(family, which):
     assert float((got - want).abs().max() / want.abs().max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_lengths_and_another_for_single_tokens():
     model = llama()
     fast = compiled(model, H2O)
@@ -143,6 +146,7 @@ def test_two_models_share_a_graph_and_not_their_caches():
     assert torch.allclose(fed(fast[1], KVCache(second, 40), pieces), want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_copied_cache_goes_on_alone():
     model = llama()
     fast = compiled(model, H2O)
@@ -154,7 +158,7 @@ def test_a_copied_cache_goes_on_alone():
     assert torch.equal(fed(fast, twin, rest), want)
 
 
-@pytest.mark.parametrize("passes", [(), (H2O,), ("mikv",), ("kv_quant",)], ids=["none", "h2o", "mikv", "kv_quant"])
+@pytest.mark.parametrize("passes", sweep((H2O,), (), ("mikv",), ("kv_quant",)), ids=["h2o", "none", "mikv", "kv_quant"])
 def test_a_snapshot_is_gone_back_to(passes):
     """What followed it leaves no trace, in the cache that it is of and in another of its size."""
     model = llama()
@@ -188,6 +192,7 @@ def test_dense_keys_and_values_never_exist():
     assert not [name for _, name, t in cache.buffers() if 400 in t.shape]
 
 
+@pytest.mark.slow
 def test_a_cache_is_freed_with_its_buffers():
     model = llama()
     fast = compiled(model, H2O)
@@ -220,6 +225,7 @@ def test_another_batch_size():
         fed(model, KVCache(model, 16, 2), tokens(3, 4))
 
 
+@pytest.mark.slow
 def test_another_model_another_form_another_dtype():
     model, other = llama(seed=1), llama(seed=2)
     cache = KVCache(model, 40)
@@ -343,6 +349,7 @@ def test_what_cannot_be_combined_is_named(passes):
     assert all(repr(name) in str(caught.value) for name in passes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights",
     sweep("int8_weights", {"name": "int4_weights", "group_size": 32}),
@@ -380,6 +387,7 @@ def test_room_for_a_capacity():
     assert len(set(rooms[:8192])) < 130
 
 
+@pytest.mark.slow
 def test_capacities_and_batches_share_graphs():
     """Seven capacities, prompts of several lengths: two graphs, or three where a length became symbolic."""
     model, capacities = settled(llama()), range(17, 24)
@@ -397,6 +405,7 @@ def test_capacities_and_batches_share_graphs():
         )
 
 
+@pytest.mark.slow
 def test_each_layer_keeps_its_form():
     """A prompt by a model that compresses one layer cannot be gone on with by one that compresses none."""
     model = settled(llama())

@@ -13,6 +13,7 @@ from accelpass.view.surviving import SurvivingTokens
 from tests.passes.visual_truth import IMAGE, asked, generated, llava
 
 
+@pytest.mark.slow
 def test_patches_that_went_on_are_bright(tmp_path: Path) -> None:
     model, question = accelpass.one_graph(llava()), asked(2, images=2)
     _, fast = generated(model, question, {"name": "hired", "keep": 0.25})
@@ -39,6 +40,7 @@ def test_another_prompt_is_refused() -> None:
         kept_patches(SurvivingTokens("model.layers.1", 9, ((0, 1),)), torch.ones(4, dtype=torch.bool), 1)
 
 
+@pytest.mark.slow
 def test_nothing_dropped_is_said(tmp_path: Path) -> None:
     _, fast = generated(accelpass.one_graph(llava()), asked())
     with pytest.raises(accelpass.AccelpassError, match="nothing to draw"):

@@ -26,6 +26,7 @@ def prose(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_evaluate_is_what_its_words_say() -> None:
     torch._dynamo.reset()
     model, ids = tiny_llama(1), torch.randint(128, (1, 45), generator=torch.Generator().manual_seed(0))
@@ -58,6 +59,7 @@ class _Silent(nn.Module):
         return {"hidden": ids + 1}
 
 
+@pytest.mark.slow
 def test_quantize_then_load_and_score(cli: Callable[..., Result], folder: Path, prose: Path, tmp_path: Path) -> None:
     torch._dynamo.reset()
     out = tmp_path / "packed"

@@ -67,6 +67,7 @@ def test_a_folder_of_another_calibration_is_refused(tmp_path: Path) -> None:
         accelpass.calibrate(model, batches, passes, **given)
 
 
+@pytest.mark.slow
 def test_the_command_goes_on(cli: Callable[..., Result], folder: Path, tmp_path: Path, counted: list[int]) -> None:
     torch._dynamo.reset()
     prose, out = tmp_path / "prose.txt", tmp_path / "packed"

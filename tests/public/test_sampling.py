@@ -49,6 +49,7 @@ def following(model: nn.Module, letters: str, **given: Any) -> Any:
     return torch.compile(model, backend="accelpass", options={"passes": [asked], "lowering": "eager"})
 
 
+@pytest.mark.slow
 def test_a_plan_is_searched_kept_and_followed(pipe: Any, tmp_path: Any) -> None:
     model = pipe.transformer
     dense = images(pipe, model)
@@ -86,6 +87,7 @@ def test_a_plan_is_searched_kept_and_followed(pipe: Any, tmp_path: Any) -> None:
         assert "search_steps" in str(caught.value) and "reset(model)" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_runs_do_not_leak_into_each_other(pipe: Any) -> None:
     """Other seeds, batches and numbers of steps through one compiled model, against one that is compiled for each."""
     model = pipe.transformer
@@ -265,6 +267,7 @@ def test_one_model_compiled_twice() -> None:
             xs[name] = x - 0.5 * out
 
 
+@pytest.mark.slow
 def test_sizes_that_change() -> None:
     """Dynamo makes sizes symbolic at the second one; each size is compiled when it comes, and is a run of its own."""
     model = Denoiser().eval()

@@ -50,6 +50,7 @@ def test_assisted_generation_is_greedy(which):
     assert cache.seen == want.shape[1] - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [pytest.param(m, marks=pytest.mark.slow) if m != "h2o" else m for m in METHODS])
 def test_an_assistant_that_is_often_wrong(which):
     model, assistant = settled(llama()), settled(llama())
@@ -62,6 +63,7 @@ def test_an_assistant_that_is_often_wrong(which):
     assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_candidates_that_are_taken_back_leave_no_trace():
     """Any number of them, in one go or bit by bit; the next token, and all that is stored, are as if they had never come."""
@@ -82,6 +84,7 @@ def test_candidates_that_are_taken_back_leave_no_trace():
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_crop_beyond_what_can_be_taken_back_changes_nothing():
     model = llama()
