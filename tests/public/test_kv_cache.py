@@ -158,7 +158,7 @@ def test_a_copied_cache_goes_on_alone():
     assert torch.equal(fed(fast, twin, rest), want)
 
 
-@pytest.mark.parametrize("passes", sweep((H2O,), (), ("mikv",), ("kv_quant",)), ids=["h2o", "none", "mikv", "kv_quant"])
+@pytest.mark.parametrize("passes", sweep([H2O], [], ["mikv"], ["kv_quant"]), ids=["h2o", "none", "mikv", "kv_quant"])
 def test_a_snapshot_is_gone_back_to(passes):
     """What followed it leaves no trace, in the cache that it is of and in another of its size."""
     model = llama()
