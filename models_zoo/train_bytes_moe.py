@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from accelpass.models_zoo import bytes_moe
+from accelpass.models_zoo.packaged import write_half
 
 WINDOW = 256
 
@@ -79,8 +79,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=bytes_moe.WEIGHTS)
     given = parser.parse_args()
     model = trained(given.minutes, given.batch, given.rate, given.seed)
-    held = {n: t.half().contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"}
-    save_file(held, given.out)
+    write_half(model, given.out)
     train, unseen = (bytes_moe.tokens(bytes_moe.text(held_out=h)) for h in (False, True))
     unigram, bigram = counted(train, unseen)
     print(f"perplexity of a held-out byte: {perplexity(model, unseen):.2f}; unigram {unigram:.2f}, bigram {bigram:.2f}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import accelpass
 from accelpass.backends import graphs_of
-from accelpass.ir.core.derived import Snapshot
+from accelpass.ir.core.derived import SeenSources
 from tests.packing import dequantize_int4, dequantize_int8, pack_int4, pack_int8
 from tests.small_models import TinyLm, relative_error, tiny_lm
 from tests.sweep import quick, sweep
@@ -149,7 +149,7 @@ def test_write_through_data_is_seen(which):
         fast(one)
         model.layers[1].up_proj.weight.data += 1
         weights = sum(1 for _ in model.parameters())
-        for _ in range(weights // Snapshot.TURNS + 1):
+        for _ in range(weights // SeenSources.TURNS + 1):
             last = fast(one)
         check(last, model, which, one)
 

@@ -45,7 +45,7 @@ def save(fast: Any, folder: str | Path) -> None:
         raise AccelpassError(f"{len(found.modules)} modules are behind this function; compile and save one model")
     named = named_tensors(module)
     names = {key: name for key, (name, _) in named.items()}
-    held = [h for h in DERIVED.of([t for _, t in named.values()]) if h[0].state is None]
+    held = DERIVED.of([t for _, t in named.values()])
     if not held:
         raise AccelpassError(f"nothing is packed: {_nothing_packed(found)}")
     tensors: dict[str, Tensor] = {}

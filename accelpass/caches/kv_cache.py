@@ -145,7 +145,7 @@ class KVLayer(CacheLayerMixin):
         """A layer of its own that holds the same: a prompt that is read once can be answered several times."""
         twin = KVLayer(self.capacity, self.batch_size, self.count.device, self.window)
         twin.fresh, twin.token_bytes = self.fresh, self.token_bytes
-        holdings.restore(twin.count, holdings.snapshot(self.count))
+        holdings.restore(twin.count, holdings.snapshot(self.count, copied=False))
         return twin
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -212,7 +212,7 @@ def _run(program: Program, example_inputs: Sequence[Any]) -> list[Tensor]:
         for site in program.analysis(kv_sites):
             at = tensors.position(site.count)
             holdings.register(given[at], site.capacity)
-            holdings.restore(given[at], holdings.snapshot(example_inputs[at]))
+            holdings.restore(given[at], holdings.snapshot(example_inputs[at], copied=False))
         mine = {id(a) for a in given}
         args = [a if id(a) in mine else _copied(a) for a in tensors.arguments(given)]
     devices = {a.device for a in args if isinstance(a, Tensor) and a.device.type == "cuda"}

@@ -117,7 +117,7 @@ class PackagedDenoiser:
         branch = turn.run.first if source.first else turn.branch.number
         kept = turn.run.memory.get(branch, source.name)
         oldest = step if source.first else self._kept_at(step, at, source.name)
-        if kept is None or turn.tick.fresh or kept.step < oldest or (self._schedule.exact_age and kept.step > oldest):
+        if kept is None or turn.tick.fresh or kept.mark < oldest or (self._schedule.exact_age and kept.mark > oldest):
             return None
         wanted = self._shape(value, given)
         fits = len(wanted) == kept.tensor.dim() and all(

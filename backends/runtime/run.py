@@ -7,7 +7,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from torch import Tensor
 from accelpass.backends.runtime.continuity import STEPS, Past
 from accelpass.backends.runtime.run_memory import RunMemory
 from accelpass.backends.runtime.step_clock import Clock, Tick
-
-if TYPE_CHECKING:
-    pass
 
 _COPIED = 4 * 2**20
 """Bytes up to which an input is compared by its values; a larger one by identity."""

@@ -48,7 +48,7 @@ class RunMemory:
             None if there is nothing, or it is of another shape, or of an earlier step than the schedule means.
         """
         kept = self.get(branch, name)
-        if kept is None or kept.step < oldest or (exact and kept.step > oldest):
+        if kept is None or kept.mark < oldest or (exact and kept.mark > oldest):
             return None
         shape, strides, dtype, device, *_ = _laid_out(like)
         found = kept.tensor

@@ -79,5 +79,5 @@ def last_of(tensors: Iterable[Tensor]) -> tuple[Survivors, ...]:
     """What was chosen at the last prompt of the model with these tensors."""
     held = STATE.of(tensors, _NAMED)
     return tuple(
-        Survivors(slot.spec.name.removeprefix(_NAMED), slot.tensor, slot.step) for at, slot in held if at == held[0][0]
+        Survivors(slot.spec.name.removeprefix(_NAMED), slot.tensor, slot.mark) for at, slot in held if at == held[0][0]
     )

@@ -124,7 +124,7 @@ class Entry:
         return all(known.fits(source) for known, source in zip(self.stamps, sources, strict=True))
 
 
-class Snapshot:
+class SeenSources:
     """The sources of several entries as one call found them, for the next call to compare all at once.
 
     :meth:`Entry.serves` asks tensor by tensor, some 10 us a weight. Comparing all at once takes a tenth of a microsecond each
@@ -200,7 +200,7 @@ class DerivedTensors:
         self._entries: dict[tuple[tuple[int, ...], Recipe], Entry] = {}
         self._lock = threading.RLock()
         self.restamped = 0
-        """How often the stamps of entries were changed; what a :class:`Snapshot` compared before is void then."""
+        """How often the stamps of entries were changed; what a :class:`SeenSources` compared before is void then."""
 
     def get(self, sources: Sequence[Tensor], recipe: Recipe, path: str = "") -> Entry | Slot:
         """The derived tensors; computed if they are missing or a source changed since. Of state, the slot."""

@@ -51,14 +51,14 @@ class Slot:
     Attributes:
         owner: a tensor of a model, the counter of a cache's layer, a branch of a sampling run; the slot goes with it.
         begins: it has a value before the first call. Others exist from the call on that keeps them, to the next reset.
-        step: of a sampling run, the step that kept it; of tokens, how many there were to choose from.
+        mark: a number that whoever keeps a value wants back with it: the denoising step, say.
     """
 
     owner: weakref.ref[Any]
     spec: StateSpec
     tensor: Tensor
     begins: bool
-    step: int = 0
+    mark: int = 0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -109,12 +109,12 @@ class StateStore:
                     held[spec] = Slot(ref, spec, spec.start(owner), True)
             return held[spec]
 
-    def keep(self, owner: Any, name: str, tensor: Tensor, lifetime: str, step: int = 0) -> Slot:
+    def keep(self, owner: Any, name: str, tensor: Tensor, lifetime: str, mark: int = 0) -> Slot:
         """Remember what a call has made, in the place of what an earlier one kept by this name."""
         with self._lock:
             ref, held = self._of(owner)
             spec = StateSpec(name, tuple(tensor.shape), tensor.dtype, lifetime)
-            held[name] = Slot(ref, spec, tensor, False, step)
+            held[name] = Slot(ref, spec, tensor, False, mark)
             return held[name]
 
     def kept(self, owner: Any, name: str) -> Slot | None:
@@ -155,11 +155,13 @@ class StateStore:
             for slot in (slot for _, slot in self.of([owner]) if slot.spec.batched):
                 slot.tensor.copy_(slot.tensor.index_select(0, index.to(slot.tensor.device)))
 
-    def snapshot(self, owner: Any) -> Snapshot:
-        """A copy of all that the owner's slots hold."""
+    def snapshot(self, owner: Any, copied: bool = True) -> Snapshot:
+        """What the owner's slots hold: copies, or, for a snapshot that is restored elsewhere at once, the tensors themselves."""
         with self._lock:
             _, held = self._slots.get(id(owner), (None, {}))
-            return Snapshot({key: (s.spec, s.tensor.clone(), s.begins, s.step) for key, s in held.items()})
+            return Snapshot(
+                {key: (s.spec, s.tensor.clone() if copied else s.tensor, s.begins, s.mark) for key, s in held.items()}
+            )
 
     def restore(self, owner: Any, snapshot: Snapshot) -> None:
         """Put a snapshot back, of this owner or another; slots that it does not have go back to their start.
@@ -169,13 +171,13 @@ class StateStore:
         self.reset(owner)
         with self._lock, torch.no_grad():
             ref, held = self._of(owner)
-            for key, (spec, tensor, begins, step) in snapshot.slots.items():
+            for key, (spec, tensor, begins, mark) in snapshot.slots.items():
                 there = held.get(key)
                 if there is not None and there.tensor.shape == tensor.shape:
                     there.tensor.copy_(tensor)
-                    there.step = step
+                    there.mark = mark
                 else:
-                    held[key] = Slot(ref, spec, tensor.clone(), begins, step)
+                    held[key] = Slot(ref, spec, tensor.clone(), begins, mark)
 
     def _of(self, owner: Any) -> tuple[weakref.ref[Any], dict[Hashable, Slot]]:
         known = self._slots.get(id(owner))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.core.derived import DERIVED, Entry, Recipe, Snapshot, leave_file, owns_storage
+from accelpass.ir.core.derived import DERIVED, Entry, Recipe, SeenSources, leave_file, owns_storage
 from accelpass.ir.core.graph import append_placeholder, placeholders, value, written_inputs
 from accelpass.ir.core.state import Slot, StateSpec
 from accelpass.ir.torch_private import FakeTensor
@@ -267,9 +267,9 @@ class Binder:
         self.staying = staying
         """Positions of the model's other tensors; any of them would keep a mapped file in memory."""
         self._sources = [p for group in self.groups for p in group.positions]
-        self._last: Snapshot | None = None
+        self._last: SeenSources | None = None
         self.thorough = True
-        """Whether a call takes long enough for values of all weights to be compared; see :class:`.derived.Snapshot`."""
+        """Whether a call takes long enough for values of all weights to be compared; see :class:`.derived.SeenSources`."""
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
         last = self._last
@@ -277,7 +277,7 @@ class Binder:
         if entries is None:
             restamped = DERIVED.restamped
             entries = self._asked(args)
-            self._last = Snapshot(entries, restamped)
+            self._last = SeenSources(entries, restamped)
         return [args[p] for p in self.kept] + [entries[group].tensors[output] for group, output in self._outputs]
 
     def _asked(self, args: Sequence[Any]) -> list[Entry | Slot]:

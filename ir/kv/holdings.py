@@ -178,9 +178,9 @@ class LayerSnapshot:
     slots: Snapshot
 
 
-def snapshot(count: Tensor) -> LayerSnapshot:
-    """A copy of what the layer with this counter holds. Candidates of the last call are accepted in it."""
-    return LayerSnapshot(count.clone(), replace(holding_of(count)), STATE.snapshot(count))
+def snapshot(count: Tensor, copied: bool = True) -> LayerSnapshot:
+    """What the layer with this counter holds, candidates of the last call accepted; ``copied``: see :meth:`.StateStore.snapshot`."""
+    return LayerSnapshot(count.clone(), replace(holding_of(count)), STATE.snapshot(count, copied))
 
 
 def restore(count: Tensor, saved: LayerSnapshot) -> None:

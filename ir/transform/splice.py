@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,18 @@ def trace_on(program: Program, run: Callable[..., Sequence[Tensor]], fakes: Sequ
     assert mode is not None
     with mode, torch.no_grad():
         return make_fx(run, pre_dispatch=True)(*fakes)
+
+
+@contextmanager
+def all_or_nothing(program: Program) -> Iterator[None]:
+    """What is added to the graph inside is gone again if an error ends it; nothing that was there may read it by then."""
+    before = set(program.graph.nodes)
+    try:
+        yield
+    except Exception:
+        for node in reversed([n for n in program.graph.nodes if n not in before]):
+            program.graph.erase_node(node)
+        raise
 
 
 class Tracer:

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from accelpass.models_zoo import bytes_moe
 from accelpass.models_zoo.masked.model import BLOCK, FOLDER, MASK, WINDOW, see, untrained
+from accelpass.models_zoo.packaged import write_half
 
 _PROMPT = 64
 
@@ -162,10 +162,6 @@ def distilled(model: Any, minutes: float, samples: int, batch: int, rate: float,
     return model.eval()
 
 
-def _kept(model: Any, file: Path) -> None:
-    save_file({n: t.half().contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"}, file)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=7, help="of training; 0 takes the teacher that is there")
@@ -179,7 +175,7 @@ def main() -> None:
     unseen = bytes_moe.tokens(bytes_moe.text(held_out=True))
     if given.minutes:
         model = trained(given.minutes, given.batch, given.rate, given.seed)
-        _kept(model, given.out / "masked_bytes_teacher.safetensors")
+        write_half(model, given.out / "masked_bytes_teacher.safetensors")
     else:
         from accelpass.models_zoo.masked.model import masked
 
@@ -187,7 +183,7 @@ def main() -> None:
     print(f"a masked byte of held-out text: {judged(model, unseen):.3f} nats", flush=True)
     if given.distil:
         model = distilled(model, given.distil, given.samples, given.batch, given.rate / 8, given.seed)
-        _kept(model, given.out / "masked_bytes.safetensors")
+        write_half(model, given.out / "masked_bytes.safetensors")
         print(f"after distillation: {judged(model, unseen):.3f} nats")
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from accelpass.models_zoo.packaged import write_half
 from accelpass.models_zoo.pixels import model as pixels
 
 _WRONG = 0.08
@@ -92,8 +92,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=pixels.FILE)
     given = parser.parse_args()
     model = trained(given.minutes, given.batch, given.rate, given.seed)
-    held = {n: t.half().contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"}
-    save_file(held, given.out)
+    write_half(model, given.out)
     unseen, truth = pixels.images(held_out=True)
     with torch.no_grad():
         loss = loss_of(model, pixels.prompts(truth), unseen).item()

@@ -357,7 +357,14 @@ Judge = Callable[[Mapping[str, Tensor]], float]
 
 
 class Judged(ABC):
-    """Mix-in of passes whose plan is the candidate that a user's score likes best (``accelpass.search_by_score``)."""
+    """Mix-in of passes whose plan is the candidate that a user's score likes best (``accelpass.search_by_score``).
+
+    Attributes:
+        trials: candidates that the search scores.
+    """
+
+    name: ClassVar[str]
+    trials: int
 
     @abstractmethod
     def judged(self, found: dict[str, Any]) -> Pass:

@@ -16,6 +16,7 @@ from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.transform.sequence.removal import Rows, ShrinkingSequence
+from accelpass.ir.transform.splice import all_or_nothing
 from accelpass.ir.transform.steps import survived
 from accelpass.ir.transform.tokens import CannotCut, Stretch, decoder_blocks, ready
 from accelpass.passes.core.base import Done, Pass, Record
@@ -91,15 +92,13 @@ class SpAtten(Pass):
             read_what_is_left(program, self, _behind(program, found))
             record.take(shown, Done("later layers read what is left of the prompt"))
             return
-        before = set(program.graph.nodes)
         try:
             why_not = next((w for s in found for n in s.attentions if (w := _uncounted(n))), None)
             if why_not is not None:
                 raise CannotCut(why_not)
-            rows, said = self._prompt(program, found)
+            with all_or_nothing(program):
+                rows, said = self._prompt(program, found)
         except CannotCut as why:
-            for node in reversed([n for n in program.graph.nodes if n not in before]):
-                program.graph.erase_node(node)
             rows = []
             record.skip("model", str(why))
         else:

@@ -18,6 +18,7 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.errors import PassError, PlanError
 from accelpass.ir.transform.sequence.prompt import NoPrompt
 from accelpass.ir.transform.sequence.removal import Rows, ShrinkingSequence
+from accelpass.ir.transform.splice import all_or_nothing
 from accelpass.ir.transform.tap import Tap
 from accelpass.ir.transform.tokens import CannotCut, stretches_between
 from accelpass.passes.core.base import Calibrated, Run
@@ -81,20 +82,18 @@ class FlowCut(VisualFilter, Calibrated):
         ends = [*counts, len(tower.blocks) - 1]
         streams = [tower.start, *(tower.blocks[n].output for n in ends)]
         limits = [0, *(n + 1 for n in ends)]
-        known = set(program.graph.nodes)
         try:
-            found = stretches_between(program, streams, [tower.blocks[a:b] for a, b in itertools.pairwise(limits)])
-            run, score = ShrinkingSequence(program, found), None
-            for stretch, count in zip(found[1:], counts.values(), strict=True):
-                for attention in run.attentions:
-                    flow = partial(_flow, tower.first, spec_of(attention).scale, spec_of(attention).groups)
-                    (score,) = run.make(flow, *attention.args[:3], *([] if score is None else [score]))
-                assert score is not None
-                chosen, score = run.make(partial(_choice, tower.first, count), score)
-                run.go_on(stretch, Rows(chosen))
+            with all_or_nothing(program):
+                found = stretches_between(program, streams, [tower.blocks[a:b] for a, b in itertools.pairwise(limits)])
+                run, score = ShrinkingSequence(program, found), None
+                for stretch, count in zip(found[1:], counts.values(), strict=True):
+                    for attention in run.attentions:
+                        flow = partial(_flow, tower.first, spec_of(attention).scale, spec_of(attention).groups)
+                        (score,) = run.make(flow, *attention.args[:3], *([] if score is None else [score]))
+                    assert score is not None
+                    chosen, score = run.make(partial(_choice, tower.first, count), score)
+                    run.go_on(stretch, Rows(chosen))
         except CannotCut as cause:
-            for node in reversed([n for n in program.graph.nodes if n not in known]):
-                program.graph.erase_node(node)
             raise NoPrompt(str(cause)) from cause
         assert run.rows is not None
         places, stream = run.make(partial(_left, tower.first, tower.patches), run.rows, run.stream)

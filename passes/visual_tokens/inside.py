@@ -20,6 +20,7 @@ from accelpass.ir.errors import AccelpassError
 from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.torch_private import assert_async
 from accelpass.ir.transform.sequence.removal import Rows, ShrinkingSequence
+from accelpass.ir.transform.splice import all_or_nothing
 from accelpass.ir.transform.steps import survived
 from accelpass.ir.transform.tokens import CannotCut, stretches_between
 from accelpass.passes.core.base import Done, Pass, Record, Skip
@@ -135,13 +136,8 @@ class VisualPruning(Pass):
         run = ShrinkingSequence(program, found)
         importance = self.score(program, run.attentions[-1], run.anchor)
         (chosen,) = run.make(partial(_left, each, left), mask, importance)
-        before = set(program.graph.nodes)
-        try:
+        with all_or_nothing(program):
             run.go_on(found[1], Rows(chosen))
-        except CannotCut:
-            for node in reversed([n for n in program.graph.nodes if n not in before]):
-                program.graph.erase_node(node)
-            raise
         run.finish()
         return chosen, tokens, f"{left} of {each} visual tokens go on to {len(stack) - self.layer} layers"
 

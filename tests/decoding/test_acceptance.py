@@ -135,6 +135,32 @@ SAMPLERS = {
 }
 
 
+EVERY = torch.cartesian_prod(*[torch.arange(6)] * 3)
+"""Every text of three tokens."""
+
+
+def drawn(
+    model: Any, prompt: torch.Tensor, decoder: Any, cache: KVCache, draws: int, batch: int, **how: Any
+) -> torch.Tensor:
+    """How often each text of three tokens is drawn after a prompt ``(1, tokens)``, ``(216,)``."""
+    texts = []
+    for _ in range(draws // batch):
+        cache.reset()
+        made = model.generate(prompt.expand(batch, -1), past_key_values=cache, custom_generate=decoder, **how)
+        texts.append(made[:, prompt.shape[1] :])
+    return torch.bincount(torch.cat(texts) @ torch.tensor([36, 6, 1]), minlength=216)
+
+
+def followed(prompt: torch.Tensor) -> torch.Tensor:
+    """The prompt with each of those texts."""
+    return torch.cat([prompt.expand(len(EVERY), -1), EVERY], 1)
+
+
+def of_every(logits: torch.Tensor) -> torch.Tensor:
+    """The probability of each text, from logits ``(216, 3, 6)``."""
+    return logits.softmax(-1).gather(-1, EVERY.unsqueeze(-1)).squeeze(-1).prod(-1)
+
+
 @pytest.mark.parametrize("name", quick(list(SAMPLERS), "draft_model", "jacobi"))
 def test_drawn_texts_have_the_models_distribution(name):
     """Texts of three tokens, through temperature and top-k, against their probabilities under the model."""
@@ -142,16 +168,8 @@ def test_drawn_texts_have_the_models_distribution(name):
     draws, batch = (1500, 1) if name == "token_recycling" else (6000, 20)  # trees are for one text
     how = {"do_sample": True, "max_new_tokens": 3, "temperature": 1.3, "top_k": 4}
     decoder, cache = SAMPLERS[name](torch.Generator().manual_seed(3)), KVCache(model, 24, batch)
-    texts = []
-    for _ in range(draws // batch):
-        cache.reset()
-        made = model.generate(prompt.expand(batch, -1), past_key_values=cache, custom_generate=decoder, **how)
-        texts.append(made[:, 5:])
-    found = torch.cat(texts)
-    every = torch.cartesian_prod(*[torch.arange(6)] * 3)
+    counts = drawn(model, prompt, decoder, cache, draws, batch, **how)
     with torch.no_grad():
-        logits = model(torch.cat([prompt.expand(len(every), -1), every], 1)).logits[:, 4:-1] / 1.3
+        logits = model(followed(prompt)).logits[:, 4:-1] / 1.3
     logits = logits.masked_fill(logits < logits.topk(4, -1).values[..., -1:], float("-inf"))
-    probs = logits.softmax(-1).gather(-1, every.unsqueeze(-1)).squeeze(-1).prod(-1)
-    counts = torch.bincount(found @ torch.tensor([36, 6, 1]), minlength=216)
-    assert chi_square(counts, probs) < 1
+    assert chi_square(counts, of_every(logits)) < 1

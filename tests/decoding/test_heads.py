@@ -16,7 +16,7 @@ from accelpass.decoding import DecodingError, MTPHeads, exact
 from accelpass.decoding.heads import distil, unverified
 from accelpass.decoding.heads.training import losses
 from accelpass.models_zoo import small
-from tests.decoding.test_acceptance import chi_square, tiny
+from tests.decoding.test_acceptance import chi_square, drawn, followed, of_every, tiny
 from tests.decoding.test_exact import GREEDY, prompt
 from tests.passes.test_kv_methods import llama
 from tests.public.test_kv_cache import settled
@@ -162,24 +162,11 @@ def test_a_loss_is_of_the_models_own_distribution():
 def test_drawn_texts_have_the_models_distribution():
     model, ids = tiny(), torch.tensor([[1, 3, 1, 3, 1]])
     decoder = decoding.mtp_heads(made(model, 2), adaptive=False, generator=torch.Generator().manual_seed(0))
-    cache, texts, batch = KVCache(model, 24, 50), [], 50
-    for _ in range(60):
-        cache.reset()
-        texts.append(
-            model.generate(
-                ids.expand(batch, -1),
-                past_key_values=cache,
-                custom_generate=decoder,
-                do_sample=True,
-                top_k=0,
-                max_new_tokens=3,
-            )[:, 5:]
-        )
-    every = torch.cartesian_prod(*[torch.arange(6)] * 3)
+    how = {"do_sample": True, "top_k": 0, "max_new_tokens": 3}
+    counts = drawn(model, ids, decoder, KVCache(model, 24, 50), 3000, 50, **how)
     with torch.no_grad():
-        logits = model(torch.cat([ids.expand(len(every), -1), every], 1)).logits[:, 4:-1]
-    probs = logits.softmax(-1).gather(-1, every.unsqueeze(-1)).squeeze(-1).prod(-1)
-    assert chi_square(torch.bincount(torch.cat(texts) @ torch.tensor([36, 6, 1]), minlength=216), probs) < 1
+        logits = model(followed(ids)).logits[:, 4:-1]
+    assert chi_square(counts, of_every(logits)) < 1
 
 
 def test_modules_are_saved(tmp_path):

@@ -14,7 +14,7 @@ from accelpass import KVCache, decoding
 from accelpass.decoding import DecodingError, Guidance, Proposal, Request, SpeculativeJacobi, Verified, exact
 from accelpass.models_zoo.pixels import model as pixels
 from accelpass.models_zoo.pixels import train
-from tests.decoding.test_acceptance import asked, chi_square, tiny
+from tests.decoding.test_acceptance import asked, chi_square, drawn, followed, of_every, tiny
 from tests.passes.test_kv_methods import llama
 from tests.public.test_kv_cache import settled
 from tests.sweep import examples
@@ -172,24 +172,10 @@ def test_drawn_images_have_the_guided_distribution(initial):
     model, batch, draws = tiny(), 50, 4000
     ids, without = torch.tensor([[1, 3, 2]]), torch.tensor([4, 0, 2])
     decoder = decoding.sjd(3, Guidance(1.7, without), initial, row=2, generator=torch.Generator().manual_seed(1))
-    cache, texts = KVCache(model, 24, 2 * batch), []
-    for _ in range(draws // batch):
-        cache.reset()
-        texts.append(
-            model.generate(
-                ids.expand(batch, -1),
-                past_key_values=cache,
-                custom_generate=decoder,
-                do_sample=True,
-                top_k=0,
-                max_new_tokens=3,
-            )[:, 3:]
-        )
-    every = torch.cartesian_prod(*[torch.arange(6)] * 3)
-    logits = guided(model, torch.cat([ids.expand(len(every), -1), every], 1), without, 1.7)[:, 2:-1]
-    probs = logits.softmax(-1).gather(-1, every.unsqueeze(-1)).squeeze(-1).prod(-1)
-    counts = torch.bincount(torch.cat(texts) @ torch.tensor([36, 6, 1]), minlength=216)
-    assert chi_square(counts, probs) < 1
+    how = {"do_sample": True, "top_k": 0, "max_new_tokens": 3}
+    counts = drawn(model, ids, decoder, KVCache(model, 24, 2 * batch), draws, batch, **how)
+    logits = guided(model, followed(ids), without, 1.7)[:, 2:-1]
+    assert chi_square(counts, of_every(logits)) < 1
 
 
 def images(decoder: Any, model: Any, labels: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def test_a_slot_goes_with_its_owner():
 def test_reset_is_the_beginning():
     store, owner = StateStore(), torch.zeros(2)
     store.slot(owner, SCORES).tensor.zero_()
-    store.keep(owner, "kept", torch.ones(4), "sampling_run", step=3)
+    store.keep(owner, "kept", torch.ones(4), "sampling_run", mark=3)
     store.reset(owner)
     assert store.slot(owner, SCORES).tensor.unique().tolist() == [2.0]
     assert store.kept(owner, "kept") is None, "what has no beginning is gone"
@@ -50,10 +50,10 @@ def test_reset_is_the_beginning():
 
 def test_what_is_kept_takes_the_place_of_what_was():
     store, owner = StateStore(), Owner()
-    store.keep(owner, "out", torch.ones(4), "sampling_run", step=1)
-    store.keep(owner, "out", torch.zeros(2, 2), "sampling_run", step=2)
+    store.keep(owner, "out", torch.ones(4), "sampling_run", mark=1)
+    store.keep(owner, "out", torch.zeros(2, 2), "sampling_run", mark=2)
     (found,) = [slot for _, slot in store.of([owner])]
-    assert found.spec.shape == (2, 2) and found.step == 2
+    assert found.spec.shape == (2, 2) and found.mark == 2
     assert store.kept(Owner(), "out") is None
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
+from accelpass.api.calibration.searching import counting_bar, only_one
 from accelpass.api.stateful import write
 from accelpass.ir.errors import OptionError
 from accelpass.ir.torch_private import forget_compilations
@@ -49,25 +49,13 @@ def search_by_score(
         PassError: the model has nothing to choose; says why.
     """
     made = [make(p) for p in passes]
-    fitted = [p for p in made if isinstance(p, Judged)]
-    if len(fitted) != 1:
-        names = ", ".join(getattr(p, "name", "?") for p in fitted) or "none"
-        raise OptionError(f"search_by_score fits one pass that is judged by a score at a time; {names} given")
-    (one,) = fitted
-    others, found, name = [p for p in made if p is not one], dict[str, Any](), getattr(one, "name", "")
+    one = only_one([p for p in made if isinstance(p, Judged)], "search_by_score", "is judged by a score")
+    others, found, name = [p for p in made if p is not one], dict[str, Any](), one.name
     forget_compilations()
     asked: dict[str, Any] = {**(options or {}), "passes": [one.judged(found), *others]}
     fast = torch.compile(model, backend="accelpass", options=asked)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, disable=not progress) as bar, torch.no_grad():
-        total = getattr(one, "trials", None)
-        task, best = bar.add_task(name, total=total), float("-inf")
+    with counting_bar(progress) as bar, torch.no_grad():
+        task, best = bar.add_task(name, total=one.trials), float("-inf")
 
         def by(what: str, score: Score, advance: int) -> Judge:
             def judge(candidate: Mapping[str, Tensor]) -> float:

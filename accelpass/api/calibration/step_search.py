@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from accelpass.ir.errors import OptionError
+from accelpass.api.calibration.searching import counting_bar, only_one
 from accelpass.ir.torch_private import forget_compilations
 from accelpass.passes.core.plan import Plan
 from accelpass.passes.core.registry import make
@@ -49,25 +48,15 @@ def search_steps(
         OptionError: none of the passes, or more than one, is fitted in this way.
     """
     made = [make(p) for p in passes]
-    fitted = [p for p in made if isinstance(p, Searched)]
-    if len(fitted) != 1:
-        names = ", ".join(p.name for p in fitted) or "none"
-        raise OptionError(f"search_steps fits one pass that works across steps at a time; {names} given")
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task(fitted[0].name, total=None if steps is None else steps * runs)
+    one = only_one([p for p in made if isinstance(p, Searched)], "search_steps", "works across steps")
+    others = [p for p in made if p is not one]
+    with counting_bar(progress) as bar:
+        task = bar.add_task(one.name, total=None if steps is None else steps * runs)
 
         def tell(what: str) -> None:
-            bar.update(task, advance=1, description=f"{fitted[0].name}: {what}")
+            bar.update(task, advance=1, description=f"{one.name}: {what}")
 
-        search = fitted[0].search(tell)
-        others = [p for p in made if p is not fitted[0]]
+        search = one.search(tell)
         asked = {**(options or {}), **search.options, "passes": [search.in_search, *others]}
         forget_compilations()
         fast = torch.compile(model, backend="accelpass", options=asked)

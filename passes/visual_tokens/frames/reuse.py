@@ -20,7 +20,7 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.transform.resize import CannotResize
 from accelpass.ir.transform.sequence.again import on_rows
 from accelpass.ir.transform.sequence.rows import rows_of
-from accelpass.ir.transform.splice import inserted
+from accelpass.ir.transform.splice import all_or_nothing, inserted
 
 
 def why_not_reused(tower: Tower) -> str | None:
@@ -57,14 +57,13 @@ def reuse(program: Program, tower: Tower, references: Sequence[int], others: dic
         raise CannotResize(f"{outside[0]} of the tower is read by what follows it")
     at = [references.index(others[frame]) for frame in others]
     try:
-        whole, part = (
-            _copied(program, known, region, tower, list(frames), anchor) for frames in (references, list(others))
-        )
-        program.changed()
-        end = _Frames(program, anchor, whole, part, at, count).run(tower)
+        with all_or_nothing(program):
+            whole, part = (
+                _copied(program, known, region, tower, list(frames), anchor) for frames in (references, list(others))
+            )
+            program.changed()
+            end = _Frames(program, anchor, whole, part, at, count).run(tower)
     except CannotResize:
-        for node in reversed([n for n in program.graph.nodes if n not in before]):
-            program.graph.erase_node(node)
         program.changed()
         raise
     order = torch.tensor([*references, *others]).argsort().tolist()

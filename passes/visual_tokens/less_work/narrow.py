@@ -12,7 +12,7 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.transform.resize import CannotResize
 from accelpass.ir.transform.sequence.again import count_of, on_rows
 from accelpass.ir.transform.sequence.rows import rows_of
-from accelpass.ir.transform.splice import inserted
+from accelpass.ir.transform.splice import all_or_nothing, inserted
 from accelpass.passes.visual_tokens.less_work.neighbours import joined
 
 
@@ -36,8 +36,8 @@ def narrow(program: Program, mlp: Mlp, words: fx.Node, visual: fx.Node, parts: i
     known_axes: Axes = program.analysis(axes)
     region, x = between(program, mlp.x, mlp.node), mlp.x
     dim, kept = known_axes.of(x)[1], mlp.down.in_features // parts
-    anchor, before = mlp.node.next, set(program.graph.nodes)
-    try:
+    anchor = mlp.node.next
+    with all_or_nothing(program):
         made = []
         for rows in (words, visual):
             (some,) = inserted(program, anchor, lambda x, rows: [rows_of(x, rows)], x, rows)
@@ -51,10 +51,6 @@ def narrow(program: Program, mlp: Mlp, words: fx.Node, visual: fx.Node, parts: i
                 refresh(node)
             except Exception as cause:  # whatever an operator's fake says about operands that do not fit
                 raise CannotResize(f"{node.name}: {str(cause).splitlines()[0]}") from cause
-    except CannotResize:
-        for node in reversed([n for n in program.graph.nodes if n not in before]):
-            program.graph.erase_node(node)
-        raise
     parted = [made[0][mlp.node], made[1][mlp.node], words, visual]
     (whole,) = inserted(program, anchor, lambda a, b, w, v: [joined(a, b, w, v, 1)], *parted)
     replace(mlp.node, whole)
