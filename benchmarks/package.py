@@ -3,6 +3,7 @@
     python -m benchmarks.package                # compile the packages (minutes) and measure; best on a quiet machine
     python -m benchmarks.package --no-timing    # sizes and differences alone, which other work does not disturb
     python -m benchmarks.package --packages build/packages    # packages that lie there already
+    python -m benchmarks.package --peer PYTHON  # beside llama.cpp and OpenVINO GenAI, with a Python that has them
 
 Candidates take turns, token by token, after the same prompt of 128 tokens. Inductor and accelpass under torch.compile use a
 static cache, as in ``benchmarks.decode``; a package has its own.
@@ -32,6 +33,7 @@ import accelpass
 from accelpass.cli.commands.export_command import EXAMPLE
 from accelpass.models_zoo import load
 from benchmarks.decode import CANDIDATES, Candidate, Session, bandwidth
+from benchmarks.gguf_peers import NAMES, Peer
 from benchmarks.machine import cpu, put_table
 
 ROOT = Path(__file__).parent.parent
@@ -93,8 +95,8 @@ class Packaged:
 
 
 @torch.no_grad()
-def tokens(model: Any, known: dict[str, dict[str, Any]], say: Say) -> list[dict[str, Any]]:
-    """Milliseconds of a token, the candidates in turns."""
+def tokens(model: Any, known: dict[str, dict[str, Any]], peers: list[Peer], say: Say) -> list[dict[str, Any]]:
+    """Milliseconds of a token, the candidates in turns: ours token by token, those in processes of their own by sixteen."""
     ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     begun: dict[str, Any] = {f"package {n}": Packaged(accelpass.open(k["path"]), ids) for n, k in known.items()}
     for name in COMPILED:
@@ -105,7 +107,11 @@ def tokens(model: Any, known: dict[str, dict[str, Any]], say: Say) -> list[dict[
         begun[name].step()
     seconds: dict[str, list[float]] = {name: [] for name in begun}
     say("timing tokens")
+    seconds |= {peer.name: [] for peer in peers}
     for number in range(TOKENS):
+        if number % 16 == 8:
+            for peer in peers:
+                seconds[peer.name] += peer.tokens(16)
         for name, one in begun.items():
             taken = one.step()
             if number >= 8:
@@ -118,6 +124,7 @@ def tokens(model: Any, known: dict[str, dict[str, Any]], say: Say) -> list[dict[
         if name.startswith("package "):
             read = known[name.removeprefix("package ")]["weights_after"]
             row["share_of_bandwidth"] = round(read / median / stream, 3)
+        row |= next(({"version": p.about["version"], "bytes": p.about["bytes"]} for p in peers if p.name == name), {})
         rows.append(row)
     return rows
 
@@ -177,8 +184,11 @@ def write_table(content: dict[str, Any], page: Path = PAGE) -> None:
         lines.append(f"| `{name}` | {' | '.join(sizes)} | {one['difference']:.1e} |")
     if content.get("tokens"):
         lines += ["", f"Measured on {content['cpu']}, {content['threads']} threads, in turns.", ""]
-        lines += ["| | ms a token | against Inductor f32 |", "|---|---|---|"]
-        lines += [f"| {r['name']} | {r['ms_per_token']} | {r['against_inductor_f32']}x |" for r in content["tokens"]]
+        lines += ["| | ms a token | against Inductor f32 | share of the bandwidth |", "|---|---|---|---|"]
+        for row in content["tokens"]:
+            share = f"{row['share_of_bandwidth']:.0%}" if "share_of_bandwidth" in row else ""
+            name = f"{row['name']} ({row['version']})" if "version" in row else row["name"]
+            lines.append(f"| {name} | {row['ms_per_token']} | {row['against_inductor_f32']}x | {share} |")
         lines += ["", "| a fresh process | seconds to the first token |", "|---|---|"]
         lines += [f"| {r['name']} | {r['seconds']} |" for r in content["starts"]]
         if (ran := content.get("long_run")) is not None:
@@ -201,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", type=Path, default=ROOT / "build" / "packages")
     parser.add_argument("--no-timing", action="store_true")
+    parser.add_argument("--peer", help="a Python that has llama-cpp-python and openvino-genai")
     asked = parser.parse_args()
 
     def say(what: str) -> None:
@@ -216,7 +227,12 @@ def main() -> None:
         content["packages"][name] = about
     if not asked.no_timing:
         content |= {"cpu": cpu(), "threads": torch.get_num_threads(), "prompt": PROMPT}
-        content["tokens"], content["starts"] = tokens(model, known, say), starts(known, say)
+        files = asked.packages / "gguf"
+        peers = [Peer(name, asked.peer, files, CAPACITY, PROMPT) for name in NAMES] if asked.peer else []
+        content["tokens"] = tokens(model, known, peers, say)
+        for peer in peers:
+            peer.close()
+        content["starts"] = starts(known, say)
         content["long_run"] = long_run(known["int8_weights"]["path"], model.config.vocab_size, say)
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     write_table(content)

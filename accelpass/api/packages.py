@@ -30,6 +30,7 @@ def package(
     verify: bool = True,
     debug: bool = False,
     steps: int | None = None,
+    tokenizer: Any = None,
 ) -> PackageReport:
     """Compile ``model`` with ``passes`` ahead of time and write it as one file, which :func:`accelpass.open` runs without a compiler.
 
@@ -52,6 +53,8 @@ def package(
         verify: compare the compiled graphs with torch, at the example's sizes and at others.
         steps: how many model calls a sampling run has, for a pass that works across denoising steps and whose plan does not say. One
             graph is compiled for each way of computing a step, and what is opened tells a call's step from timestep and latents.
+        tokenizer: of a language model, to be in the file, too: a fast tokenizer of transformers, a ``tokenizers.Tokenizer``, or the path
+            of a ``tokenizer.json``. What is opened has it as ``tokenizer``, without transformers.
         debug: write the graph before and after each pass, as ``options={"debug": True}`` does.
 
     Raises:
@@ -64,7 +67,9 @@ def package(
     from accelpass.backends.package.writing import wanted
 
     chosen = wanted(passes, plan, skip_sites, debug)
-    return write(model, example, path, chosen, cache, dynamic_shapes, decode, inductor, verify, steps=steps)
+    return write(
+        model, example, path, chosen, cache, dynamic_shapes, decode, inductor, verify, steps=steps, tokenizer=tokenizer
+    )
 
 
 def open(path: str | os.PathLike[str], *, threads: int = 8) -> PackagedModel | PackagedDecoder | PackagedDenoiser:

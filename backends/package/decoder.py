@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,12 +85,28 @@ class PackagedDecoder:
         about: room, batch, tokens that end an answer.
     """
 
-    def __init__(self, manifest: Manifest, graphs: Mapping[str, Library]) -> None:
+    def __init__(self, manifest: Manifest, graphs: Mapping[str, Library], tokenizer: str | None = None) -> None:
         assert manifest.decoder is not None
+        self._tokenizer = tokenizer
         self.manifest = manifest
         self.about: Decoder = manifest.decoder
         self.graphs = dict(graphs)
         self._free: deque[list[Tensor]] = deque(maxlen=16)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that was packaged, a ``tokenizers.Tokenizer``: ``encode(text).ids``, ``decode(ids)``.
+
+        Raises:
+            PackageError: none was packaged, or the tokenizers package is not installed.
+        """
+        if self._tokenizer is None:
+            raise PackageError("the package has no tokenizer; package the model with tokenizer=")
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as cause:
+            raise PackageError("reading the tokenizer needs tokenizers; type: pip install tokenizers") from cause
+        return Tokenizer.from_str(self._tokenizer)
 
     def session(self) -> Session:
         """State for one answer, for a loop of one's own."""

@@ -25,7 +25,7 @@ def opened(path: str | os.PathLike[str], threads: int = 8) -> PackagedModel | Pa
     weights = archive.weights()
     graphs = {name: Library(g, archive.library(name), weights, threads) for name, g in manifest.graphs.items()}
     if manifest.decoder is not None:
-        return PackagedDecoder(manifest, graphs)
+        return PackagedDecoder(manifest, graphs, archive.tokenizer())
     if manifest.schedule is not None:
         from accelpass.backends.package.denoiser import PackagedDenoiser  # what tells runs apart is for these alone
 

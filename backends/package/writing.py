@@ -70,13 +70,17 @@ def package(
     verify: bool = True,
     update: Update = lambda news: None,
     steps: int | None = None,
+    tokenizer: Any = None,
 ) -> PackageReport:
     """See :func:`accelpass.package`."""
     target = writable(path, ".pt2")
+    words = None if tokenizer is None else _as_json(tokenizer)
     given = _bound(model, example, cache)
     place = cache_of(given)
     if place is None:
         refuse_kept(model)
+        if words is not None:
+            raise ExportError("a tokenizer is packaged with a decoder, and there is no cache; give cache=, or leave it out")
     refuse_left_out(chosen.passes, place)
     asked = [p.name for p in chosen.passes if p.name in chosen.asked]
     who = "the pass " + " and ".join(map(repr, asked)) if asked else "the model"
@@ -122,7 +126,7 @@ def package(
     decoder = None if place is None else _decoder(model, given, place[1], graphs, chosen)
     with staged(target) as folder_:
         update("Writing")
-        report.weights_after = _written(folder_ / target.name, graphs, chosen, decoder, schedule)
+        report.weights_after = _written(folder_ / target.name, graphs, chosen, decoder, schedule, words)
         report.bytes = (folder_ / target.name).stat().st_size
     report.weights_before = next(iter(graphs.values())).rewritten.weights_before
     for name, graph in graphs.items():
@@ -170,6 +174,26 @@ def _bound(model: torch.nn.Module, example: Any, cache: Any) -> dict[str, Any]:
             cache = KVCache(model, capacity=cache, batch_size=first.shape[0])
         kwargs.setdefault("past_key_values", cache)
     return bound(model, args, kwargs)
+
+
+def _as_json(tokenizer: Any) -> bytes:
+    """A tokenizer as the ``tokenizers`` package writes it."""
+    inner = getattr(tokenizer, "backend_tokenizer", tokenizer)  # of transformers' fast tokenizers
+    if isinstance(tokenizer, str | Path):
+        try:
+            content = Path(tokenizer).expanduser().read_bytes()
+            held = msgspec.json.decode(content)
+        except (OSError, msgspec.DecodeError) as cause:
+            raise ExportError(f"{tokenizer} cannot be read as a tokenizer.json: {cause}") from None
+        if not isinstance(held, dict) or "model" not in held:
+            raise ExportError(f"{tokenizer} is no tokenizer.json: it says nothing of a model")
+        return content
+    if not callable(getattr(inner, "to_str", None)):
+        raise ExportError(
+            f"a {type(tokenizer).__name__} cannot be packaged; give a fast tokenizer of transformers, a tokenizers.Tokenizer, or the "
+            "path of a tokenizer.json"
+        )
+    return str(inner.to_str()).encode()
 
 
 def _ids(given: Mapping[str, Any]) -> str:
@@ -237,6 +261,7 @@ def _written(
     chosen: Options,
     decoder: Decoder | None,
     schedule: Schedule[Rewritten] | None = None,
+    tokenizer: bytes | None = None,
 ) -> int:
     """Write the package; returns the bytes of its weights.
 
@@ -254,6 +279,8 @@ def _written(
         for s in first.rewritten.made.states
     ]
     members = {about.WEIGHTS: weights.content()}
+    if tokenizer is not None:
+        members[about.TOKENIZER] = tokenizer
     for name, graph in graphs.items():
         members |= {f"{about.LIBRARIES}{name}/{file}": content for file, content in graph.files.items()}
     made = Manifest(

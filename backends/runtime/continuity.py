@@ -59,22 +59,30 @@ def origin(latents: Tensor, past: Sequence[Past]) -> Origin:
     """
     if not past or latents.dim() != past[-1].latents.dim() or latents.device != past[-1].latents.device:
         return UNRELATED
-    count = latents.shape[0]
     parts: list[Tensor] = []
+    last = 0
     for step in reversed(past):
         mine = [step.latents, *step.results]
         # Guidance in one batch: each half's next latents are made of both halves' results.
         mine += [r.roll(len(r) // 2, 0) for r in step.results if len(r) % 2 == 0]
-        fitted = [_batched(t, count) for t in mine]
+        fitted = [_batched(t, latents.shape[0]) for t in mine]
         if any(t is None for t in fitted):
             break
         parts += [t for t in fitted if t is not None]
         if len(parts) * _ROOM > latents[0].numel():
             parts = parts[: -len(fitted)]
             break
+        last = last or len(parts)
     shape = _common([latents, *parts])
     if not parts or shape is None:
         return UNRELATED
+    # Most samplers step from the last latents alone. What fewer tensors prove, more would: the others cost several times as much.
+    found = _explained(latents, parts[:last], shape)
+    return found if found.proved or last == len(parts) else _explained(latents, parts, shape)
+
+
+def _explained(latents: Tensor, parts: Sequence[Tensor], shape: list[int]) -> Origin:
+    """How far a sum of ``parts``, the last latents first, explains ``latents``, cut to ``shape``."""
     precision = torch.finfo(latents.dtype).eps
     now, *parts = [_cut(t, shape).flatten(1).float() for t in (latents, *parts)]
     moved = now != parts[0]

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 import accelpass
 from accelpass.backends.package.report import PackageReport
@@ -22,6 +25,13 @@ class Packaged:
     model: torch.nn.Module
     path: Path
     report: PackageReport
+
+
+def words() -> Tokenizer:
+    """A tokenizer of 128 numbers, written as words."""
+    made = Tokenizer(WordLevel({str(n): n for n in range(128)}, unk_token="0"))
+    made.pre_tokenizer = Whitespace()
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -40,5 +50,5 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Packaged:
     model, path = tiny_llama(1), tmp_path_factory.mktemp("decoder") / "m.pt2"
     model.generation_config.pad_token_id = 0
     example = {"input_ids": prompts(2, 7), "logits_to_keep": 1}
-    report = accelpass.package(model, example, PASSES, path=path, cache=24)
+    report = accelpass.package(model, example, PASSES, path=path, cache=24, tokenizer=words())
     return Packaged(model, path, report)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import accelpass
 from accelpass import PackageError
+from accelpass.backends.package.decoder import PackagedDecoder
 from accelpass.backends.package.sampling import Sampling
 from tests.package.conftest import Packaged
 from tests.package.decoding import CAPACITY, PASSES, answer, logits, prompts
@@ -109,6 +110,16 @@ print([m for m in sys.modules if m in ("torch._dynamo", "torch._inductor", "acce
     made, imported = done.stdout.splitlines()
     assert made == str(accelpass.open(decoder.path).generate(torch.tensor([[5, 6, 7]]), 5).tolist())
     assert imported == "[]"
+
+
+def test_the_tokenizer_comes_along(decoder: Packaged, mlp: Packaged) -> None:
+    package = accelpass.open(decoder.path)
+    ids = torch.tensor([package.tokenizer.encode("7 99 3").ids])
+    assert ids.tolist() == [[7, 99, 3]]
+    answer = package.generate(ids, 4)[0].tolist()
+    assert package.tokenizer.decode(answer) == " ".join(map(str, answer))
+    with pytest.raises(PackageError, match="the package has no tokenizer; package the model with tokenizer="):
+        PackagedDecoder(package.manifest, package.graphs).tokenizer  # noqa: B018
 
 
 def test_weights_are_in_the_file_once(decoder: Packaged) -> None:

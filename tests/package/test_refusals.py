@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from accelpass import ExportError, OptionError
 from accelpass.backends.package import compiling, writing
 from accelpass.ir.errors import CompilerMissingError
 from accelpass.ir.inductor_private import NoCompiler
+from tests.package.conftest import words
 from tests.package.decoding import prompts
 from tests.public.conftest import tiny_llama
 from tests.small_models import Mlp
@@ -81,6 +83,26 @@ def test_models_and_examples(tmp_path: Path) -> None:
             return x * self.seen
 
     _refused(tmp_path, "the model writes to seen, which a file cannot", Counter().eval())
+
+
+def test_tokenizers(tmp_path: Path) -> None:
+    ids = {"input_ids": prompts(1, 5), "logits_to_keep": 1}
+    said = "a list cannot be packaged; give a fast tokenizer of transformers, a tokenizers.Tokenizer, or the path"
+    _refused(tmp_path, said, tiny_llama(1), ids, cache=24, tokenizer=["a", "b"])
+    _refused(
+        tmp_path,
+        r"nowhere.json cannot be read as a tokenizer.json",
+        tiny_llama(1),
+        ids,
+        cache=24,
+        tokenizer="nowhere.json",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        (other := Path(folder) / "config.json").write_text('{"layers": 3}')
+        _refused(
+            tmp_path, "is no tokenizer.json: it says nothing of a model", tiny_llama(1), ids, cache=24, tokenizer=other
+        )
+    _refused(tmp_path, "a tokenizer is packaged with a decoder, and there is no cache", tokenizer=words())
 
 
 def test_an_operator_that_runs_in_python(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def package(
 ) -> None:
     """Compile the model with the passes applied into one file, which runs without a compiler.
 
-    Of a language model it is the prompt's graph and that of one token, with room for --cache tokens; of any other the model
+    Of a language model it is the prompt's graph, that of one token, with room for --cache tokens, and the tokenizer; of any other the model
     itself, for batches and lengths of any size. Of what makes images (digits-dit, a diffusers pipeline's folder or id) it is the
     transformer; --steps, --ask and --guidance say what a run is, as for accelpass sample. In Python: accelpass.open(FILE).
     """
@@ -79,7 +79,8 @@ def package(
             given, _ = example(*resolved, cache)
             room = given.pop("past_key_values").capacity
             given["input_ids"] = given["input_ids"].repeat(batch, 1)
-            report = write(loaded, given, out, chosen, room, verify=verify, update=update)
+            fast = resolved[1] if hasattr(resolved[1], "backend_tokenizer") else None
+            report = write(loaded, given, out, chosen, room, verify=verify, update=update, tokenizer=fast)
         else:
             given, shapes = example(*resolved, None)
             report = write(loaded, given, out, chosen, dynamic_shapes=shapes, verify=verify, update=update)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from accelpass.backends.package.errors import DamagedPackageError, PackageError
-from accelpass.backends.package.file.manifest import DIGEST, LIBRARIES, MANIFEST, WEIGHTS, Manifest, parsed
+from accelpass.backends.package.file.manifest import DIGEST, LIBRARIES, MANIFEST, TOKENIZER, WEIGHTS, Manifest, parsed
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 """Of a zip file's member; its last two numbers are the lengths of the name and of the extra field that follow."""
@@ -62,6 +62,10 @@ class Archive:
         """The files of a graph, by their names."""
         folder = f"{LIBRARIES}{graph}/"
         return {n.removeprefix(folder): self._bytes(n) for n in self.manifest.members if n.startswith(folder)}
+
+    def tokenizer(self) -> str | None:
+        """The tokenizer as JSON; None if the package has none."""
+        return bytes(self._bytes(TOKENIZER)).decode() if TOKENIZER in self.manifest.members else None
 
     def weights(self) -> dict[str, Tensor]:
         """The weights by name, as they lie in the file."""

@@ -12,8 +12,8 @@ from accelpass.backends.package.file import processor
 
 FORMAT = 1
 FOLDER = "data/accelpass/"
-MANIFEST, DIGEST, WEIGHTS, LAYOUT = (
-    FOLDER + name for name in ("manifest.json", "manifest.sha256", "weights.bin", "layout.txt")
+MANIFEST, DIGEST, WEIGHTS, LAYOUT, TOKENIZER = (
+    FOLDER + name for name in ("manifest.json", "manifest.sha256", "weights.bin", "layout.txt", "tokenizer.json")
 )
 LIBRARIES = "data/aotinductor/"
 """Each graph's files are in a folder of its name in here, where torch's own loader looks."""
