@@ -65,7 +65,9 @@ class Functional:
 
 
 def functional(captured: Captured) -> Functional:
-    """Flatten the graph's signature and turn written state into inputs and outputs. The program is used up."""
+    """Flatten the graph's signature and turn written state into inputs and outputs, for a runtime that is not torch. The program is
+    used up."""
+    _without_fences(captured.program.graph)
     results, inputs, states, held = _flattened(captured)
     graph = captured.program.graph
     first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
@@ -80,7 +82,10 @@ def functional(captured: Captured) -> Functional:
 
 
 def in_place(captured: Captured) -> Functional:
-    """Flatten the graph's signature; state is an input that a call writes to. The program is used up."""
+    """Flatten the graph's signature; state is an input that a call writes to. The program is used up.
+
+    Views that ask Inductor to store a tensor stay: without them a norm is computed anew for each row of a product.
+    """
     results, inputs, states, _ = _flattened(captured)
     return Functional(_closed(captured, results), inputs, list(captured.outputs), states)
 
@@ -147,16 +152,19 @@ def _apart(graph: fx.Graph, output: fx.Node, results: list[Any]) -> list[Any]:
 
 
 def _clean(graph: fx.Graph) -> None:
-    """Remove what only speaks to torch: assertions about metadata, and views that ask Inductor to store a tensor."""
+    """Remove assertions about metadata, which speak to torch alone."""
     for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
-        elif node.target is aten.as_strided.default and _is_fence(node):
-            node.replace_all_uses_with(node.args[0])
+        if node.op == "call_function" and node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
     graph.eliminate_dead_code()
+
+
+def _without_fences(graph: fx.Graph) -> None:
+    """Remove the views that ask Inductor to store a tensor."""
+    for node in graph.find_nodes(op="call_function", target=aten.as_strided.default):
+        if _is_fence(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _is_fence(node: fx.Node) -> bool:

@@ -80,7 +80,9 @@ def package(
     if place is None:
         refuse_kept(model)
         if words is not None:
-            raise ExportError("a tokenizer is packaged with a decoder, and there is no cache; give cache=, or leave it out")
+            raise ExportError(
+                "a tokenizer is packaged with a decoder, and there is no cache; give cache=, or leave it out"
+            )
     refuse_left_out(chosen.passes, place)
     asked = [p.name for p in chosen.passes if p.name in chosen.asked]
     who = "the pass " + " and ".join(map(repr, asked)) if asked else "the model"

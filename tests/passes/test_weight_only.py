@@ -301,6 +301,21 @@ def test_linears_in_a_row(passes):
         assert relative_error(compiled(model, *passes)(x), model(x)) < 0.3
 
 
+@pytest.mark.parametrize(("outputs", "rows", "sums"), [(200, 1, 4), (200, 2, 2), (202, 1, 1), (20, 1, 1)])
+def test_a_large_matrix_times_a_row_is_several_sums(outputs, rows, sums, monkeypatch):
+    """One that is small, whose outputs do not divide, or that several rows multiply is as many sums as there are rows."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(linear_cpu, "LARGE", 20 * 96)
+    lowered = []
+    monkeypatch.setattr(rewriting, "lower", lambda program: (lower(program), lowered.append(str(program.graph))))
+    model, x = nn.Linear(96, outputs).eval(), torch.randn(rows, 96)
+    read = dequantize_int8(*pack_int8(model.weight.detach()), torch.float32)
+    with torch.no_grad():
+        got = compiled(model, "int8_weights", lowering="aten")(x)
+        assert relative_error(got, nn.functional.linear(x, read, model.bias)) < 1e-5
+    assert lowered[-1].count("aten.sum") == sums
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_large_matrix_is_expanded_in_parts(bits, monkeypatch):

@@ -22,6 +22,9 @@ from accelpass.ir.torch_private import cpu_multiplies_bfloat16, cpu_multiplies_i
 GEMV_ROWS = {8: 8, 4: 4}
 """Of each number of bits: up to this many rows multiply the packed matrix as it streams by; beyond, expanding it for a matrix
 product is cheaper, and earlier for 4 bits, whose unpacking is repeated for each row."""
+LARGE, AT_ONCE = 8 * 2**20, 4
+"""A matrix of more bytes, a head as a rule, is multiplied by one row as so many matrices in one loop: sums that wait for one another
+would leave a fifth of the memory's bandwidth unused. Smaller ones gain nothing."""
 PART = 8 * 2**20
 """Bytes of a large matrix that are expanded at once. Parts stay in the cache until they are multiplied, and their memory is
 used again: beyond 32 MB the allocator maps new pages each time, and touching these takes longer than the product of a few rows."""
@@ -45,11 +48,17 @@ class Int8Forms(Lowering):
         count = rows(x)
         if count and count <= GEMV_ROWS[8]:  # no rows, a batch of nothing, are a product like many
             flat = e.cast(e(aten.reshape.default, stored(x), [count, -1]), torch.float32)
-            wide = e.cast(q, torch.float32)
+            outputs, width = (int(s) for s in shape(q))
+            many = AT_ONCE if count == 1 and outputs * width > LARGE and outputs % AT_ONCE == 0 else 1
+            step = outputs // many
+            blocks = [e(aten.slice.Tensor, q, 0, n * step, (n + 1) * step) for n in range(many)] if many > 1 else [q]
+            wide = [e.cast(block, torch.float32) for block in blocks]
             parts = []
             for row in range(count):
                 one = flat if count == 1 else e(aten.slice.Tensor, flat, 0, row, row + 1)
-                parts.append(e(aten.mul.Tensor, e(aten.sum.dim_IntList, e(aten.mul.Tensor, wide, one), [-1]), scale))
+                sums = [e(aten.sum.dim_IntList, e(aten.mul.Tensor, w, one), [-1]) for w in wide]
+                product = sums[0] if many == 1 else e(aten.cat.default, sums, 0)
+                parts.append(e(aten.mul.Tensor, product, scale))
             y = parts[0] if count == 1 else e(aten.stack.default, parts, 0)
             return e.plus(y, bias)
         if not value(x).is_floating_point() and multiplies_integers():
