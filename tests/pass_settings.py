@@ -201,6 +201,7 @@ SETTINGS: dict[str, Setting] = {
     "sink_window": Setting({"density": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
     "moa": Setting({"alpha": 0.0, "beta": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
     "tome": Setting({"merge": 3}, ("tower",)),
+    "one_d_piece": Setting({"length": 5}, ("tokenizer",)),
     "visionzip": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
     "hired": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
     "stc": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
