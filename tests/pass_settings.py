@@ -207,6 +207,7 @@ SETTINGS: dict[str, Setting] = {
     "stc": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
     "flowcut": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
     "fastv": Setting({"layer": 1}, ("seeing",), looks_ahead=LAST),
+    "flowcut_text": Setting({"layer": 1}, ("seeing",), looks_ahead=LAST),
     "yopo": Setting(
         {"layer": 1, "window": 3, "first": 0},
         ("seeing",),

@@ -39,7 +39,7 @@ class FlowCut(VisualFilter, Calibrated):
 
     How many leave after a layer follows the entropies of a plan (``accelpass.calibrate``; the mean over its images, in the dense
     tower), or ``entropy``, and not those of the call, so that all sizes are known before; which ones leave, and how many are
-    left, is the paper's. Its second stage in an early layer of the language model, for images in tiles, is not here.
+    left, is the paper's. Its second stage in an early layer of the language model, for images in tiles, is a pass of its own.
 
     Attributes:
         keep: share of an image's patches that is read.
