@@ -52,6 +52,7 @@ from .ir.transform.steps import StepError as StepError
 from .version import __version__ as __version__
 from .view.pictures.bits_picture import draw_bits as draw_bits
 from .view.pictures.patches_picture import draw_patches as draw_patches
+from .view.pictures.tower_picture import draw_tower as draw_tower
 from .view.report import Report as Report
 from .view.shrink_report import ShrinkReport as ShrinkReport
 from .view.shrink_report import shrink_report as shrink_report

@@ -35,6 +35,7 @@ from accelpass.passes.token_pruning.base import TokenPruning
 from accelpass.passes.token_pruning.filter import PromptFilter
 from accelpass.passes.token_pruning.spatten import SpAtten
 from accelpass.passes.visual_tokens.inside import VisualPruning
+from accelpass.passes.visual_tokens.one_d_piece import OneDPiece
 from accelpass.passes.visual_tokens.tome import ToMe
 from accelpass.passes.visual_tokens.visual import VisualFilter
 from docs.pass_savings import SETTINGS, Savings, savings
@@ -73,6 +74,7 @@ NEEDS: tuple[tuple[type, str], ...] = (
     (VisualFilter, "a model in whose graph both the tower and the text are (`model(input_ids=..., pixel_values=...)`)"),
     (VisualPruning, "a language model that is given visual tokens"),
     (ToMe, "a vision tower"),
+    (OneDPiece, "a tokenizer that reads an image as a sequence of codes, trained to be cut"),
     (Calibrated, "nothing, or for better quality a plan of `accelpass.calibrate`"),
 )
 """What a user must bring, by the class that says so."""

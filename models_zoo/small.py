@@ -228,6 +228,76 @@ def seeing(seed: int = 0, layers: int = 2) -> Seeing:
         return Seeing(layers).eval()
 
 
+class _Attending(nn.Module):
+    """A block as CLIP's and TiTok's code has it: the sequence is the first dimension."""
+
+    def __init__(self, width: int, heads: int = 4) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.ln_1(x)
+        x = x + self.attn(h, h, h, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class PieceTokenizer(nn.Module):
+    """Images as a sequence of codes, and back (TiTok, One-D-Piece): ``latents`` codes of ``codes``, whatever the image's size.
+
+    ``decode`` takes any number of the first codes.
+    """
+
+    def __init__(
+        self, latents: int = 12, codes: int = 24, side: int = 24, patch: int = 6, width: int = 32, layers: int = 2, heads: int = 4,
+        code_width: int = 6,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        scaled = lambda *size: nn.Parameter(torch.randn(*size) / 2)  # noqa: E731
+        self.grid, self.patch = side // patch, patch
+        patches = self.grid**2
+        self.patch_embed = nn.Conv2d(3, width, patch, patch)
+        self.encoder_places, self.latent_tokens = scaled(patches, width), scaled(latents, width)
+        self.encoder = nn.ModuleList([_Attending(width, heads) for _ in range(layers)])
+        self.narrow, self.wide = nn.Linear(width, code_width), nn.Linear(code_width, width)
+        self.codebook, self.mask_token = nn.Embedding(codes, code_width), scaled(1, 1, width)
+        self.decoder_places, self.latent_places = scaled(patches, width), scaled(latents, width)
+        self.decoder = nn.ModuleList([_Attending(width, heads) for _ in range(layers)])
+        self.norm, self.pixels = nn.LayerNorm(width), nn.Linear(width, 3 * patch**2)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes ``(images, latents)``."""
+        x = self.patch_embed(images).flatten(2).mT + self.encoder_places
+        x = torch.cat([x, self.latent_tokens.expand(x.shape[0], -1, -1)], 1).transpose(0, 1)
+        for block in self.encoder:
+            x = block(x)
+        z = self.narrow(x.transpose(0, 1)[:, self.grid**2 :])
+        z, table = (F.normalize(v, dim=-1) for v in (z.flatten(0, 1).float(), self.codebook.weight))
+        away = z.square().sum(1, keepdim=True) + table.square().sum(1) - 2 * z @ table.t()
+        return away.argmin(1).view(images.shape[0], -1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images of their first codes ``(images, up to latents)``."""
+        z = self.wide(F.normalize(self.codebook(codes), dim=-1)) + self.latent_places[: codes.shape[1]]
+        mask = self.mask_token.repeat(codes.shape[0], self.grid**2, 1) + self.decoder_places
+        x = torch.cat([mask, z], 1).transpose(0, 1)
+        for block in self.decoder:
+            x = block(x)
+        x = self.pixels(self.norm(x.transpose(0, 1)[:, : self.grid**2]))
+        x = x.view(-1, self.grid, self.grid, 3, self.patch, self.patch).permute(0, 3, 1, 4, 2, 5)
+        return x.flatten(4, 5).flatten(2, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.decode(self.encode(images))
+
+
+def piece_tokenizer(seed: int = 0, **sizes: int) -> PieceTokenizer:
+    """Nothing beside torch is needed."""
+    with _seeded(seed):
+        return PieceTokenizer(**sizes).eval()
+
+
 def denoiser(seed: int = 0, layers: int = 2) -> Any:
     """A class-conditional DiT over latents of 4 x 8 x 8 (16 tokens); needs diffusers."""
     from diffusers import DiTTransformer2DModel

@@ -39,6 +39,7 @@ MODELS = (
     "denoiser",
     "prompt",
     "tower",
+    "tokenizer",
     "seeing",
     "lexicon",
     "experts",

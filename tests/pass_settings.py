@@ -201,11 +201,13 @@ SETTINGS: dict[str, Setting] = {
     "sink_window": Setting({"density": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
     "moa": Setting({"alpha": 0.0, "beta": 0.5, "sinks": 4, "block": 4, "reserve": 8}, ("prompt", "decoder")),
     "tome": Setting({"merge": 3}, ("tower",)),
+    "one_d_piece": Setting({"length": 5}, ("tokenizer",)),
     "visionzip": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
     "hired": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
     "stc": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
     "flowcut": Setting({"keep": 0.5}, ("seeing",), looks_ahead=None),
     "fastv": Setting({"layer": 1}, ("seeing",), looks_ahead=LAST),
+    "flowcut_text": Setting({"layer": 1}, ("seeing",), looks_ahead=LAST),
     "yopo": Setting(
         {"layer": 1, "window": 3, "first": 0},
         ("seeing",),

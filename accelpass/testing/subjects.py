@@ -109,6 +109,10 @@ def _tower(fast: Any, model: nn.Module, shape: Shape) -> Iterator[Tensor]:
     yield fast(pixel_values=_pixels(shape)).logits
 
 
+def _tokenizer(fast: Any, model: nn.Module, shape: Shape) -> Iterator[Tensor]:
+    yield fast(_pixels(shape))
+
+
 def _seeing(fast: Any, model: nn.Module, shape: Shape) -> Iterator[Tensor]:
     from accelpass.caches.kv_cache import KVCache
 
@@ -231,6 +235,14 @@ SUBJECTS: dict[str, Subject] = {
             shapes=_BATCHES,
             needs=("transformers",),
             about="a ViT that classifies images of 16 patches",
+        ),
+        Subject(
+            "tokenizer",
+            small.piece_tokenizer,
+            _tokenizer,
+            export=lambda shape: ((_pixels(shape),), {}),
+            shapes=_BATCHES,
+            about="an image as a sequence of 12 codes and back",
         ),
         Subject(
             "seeing",

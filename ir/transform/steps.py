@@ -25,7 +25,7 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.transform.tokens import decoder_blocks
 
-SURVIVORS = "survivors:"
+SURVIVORS, PATCHES = "survivors:", "patches:"
 
 
 class StepError(AccelpassError, ValueError):
@@ -275,6 +275,18 @@ def survived(program: Program, path: str, rows: fx.Node, tokens: Any) -> None:
         program.survivors = {}
     program.survivors[path] = tokens
     remember(program, f"{SURVIVORS}{path}", rows)
+
+
+def patches_went(program: Program, path: str, place: fx.Node) -> None:
+    """Tell into which row of its tower's stream each patch went behind a module: ``(images, patches)``, -1 where it has left.
+
+    Patches of one row were merged. An exported graph, and one that is cut into stages, have nobody to tell.
+    """
+    if program.frontend == "export" or program.actions:
+        return
+    if program.survivors is None:
+        program.survivors = {}
+    remember(program, f"{PATCHES}{path}", place)
 
 
 def remember(program: Program, name: str, node: fx.Node) -> None:

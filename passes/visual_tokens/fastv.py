@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
 from accelpass.ir.core.program import Program
 from accelpass.passes.token_pruning.choice import importance_in
-from accelpass.passes.visual_tokens.inside import NotPruned, VisualPruning
+from accelpass.passes.visual_tokens.inside import VisualShare
 
 
 @dataclass(frozen=True)
-class FastV(VisualPruning):
+class FastV(VisualShare):
     """Behind layer ``layer``, the visual tokens go on to which the last token pays most there.
 
     Chen et al., "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language
@@ -33,18 +33,6 @@ class FastV(VisualPruning):
         "behind its first layers a language model reads the visual tokens that the last token looks at"
     )
     paper: ClassVar[str] = "FastV, arXiv 2403.06764"
-    identity: ClassVar[dict[str, Any] | None] = {"keep": 1.0}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.keep <= 1:
-            raise self.fail("keep", "a share from 0 to 1 (1 takes out nothing)")
-
-    def left(self, each: int) -> int:
-        left = int(each * self.keep)
-        if left == each:
-            raise NotPruned(f"keep={self.keep}: all of its {each} visual tokens go on")
-        return left
 
     def score(self, program: Program, attention: fx.Node, before: fx.Node) -> fx.Node:
         return importance_in(program, attention, before)

@@ -39,7 +39,7 @@ class FlowCut(VisualFilter, Calibrated):
 
     How many leave after a layer follows the entropies of a plan (``accelpass.calibrate``; the mean over its images, in the dense
     tower), or ``entropy``, and not those of the call, so that all sizes are known before; which ones leave, and how many are
-    left, is the paper's. Its second stage in an early layer of the language model, for images in tiles, is not here.
+    left, is the paper's. Its second stage in an early layer of the language model, for images in tiles, is a pass of its own.
 
     Attributes:
         keep: share of an image's patches that is read.
@@ -85,7 +85,7 @@ class FlowCut(VisualFilter, Calibrated):
         try:
             with all_or_nothing(program):
                 found = stretches_between(program, streams, [tower.blocks[a:b] for a, b in itertools.pairwise(limits)])
-                run, score = ShrinkingSequence(program, found), None
+                run, score, went = ShrinkingSequence(program, found), None, list[fx.Node]()
                 for stretch, count in zip(found[1:], counts.values(), strict=True):
                     for attention in run.attentions:
                         flow = partial(_flow, tower.first, spec_of(attention).scale, spec_of(attention).groups)
@@ -93,11 +93,13 @@ class FlowCut(VisualFilter, Calibrated):
                     assert score is not None
                     chosen, score = run.make(partial(_choice, tower.first, count), score)
                     run.go_on(stretch, Rows(chosen))
+                    assert run.rows is not None
+                    went += run.make(partial(_went, tower.first, tower.patches), run.rows)
         except CannotCut as cause:
             raise NoPrompt(str(cause)) from cause
         assert run.rows is not None
         places, stream = run.make(partial(_left, tower.first, tower.patches), run.rows, run.stream)
-        return Left(places, stream)
+        return Left(places, stream, {tower.blocks[n].path: place for n, place in zip(counts, went, strict=True)})
 
     # --- calibration
 
@@ -158,6 +160,13 @@ def _choice(first: int, count: int, score: Tensor) -> list[Tensor]:
 def _left(first: int, patches: int, rows: Tensor, stream: Tensor) -> list[Tensor]:
     own = torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1) * patches
     return [(rows[:, first:] - first + own).flatten(), stream[:, first:]]
+
+
+def _went(first: int, patches: int, rows: Tensor) -> list[Tensor]:
+    """Into which row of the stream each patch went, ``(images, patches)``; -1 where it has left."""
+    place = torch.full((rows.shape[0], first + patches), -1, dtype=torch.int64, device=rows.device)
+    here = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[0], -1)
+    return [place.scatter(1, rows, here)[:, first:]]
 
 
 def _entropy(first: int, scale: float, q: Tensor, k: Tensor) -> Tensor:

@@ -142,6 +142,30 @@ class VisualPruning(Pass):
         return chosen, tokens, f"{left} of {each} visual tokens go on to {len(stack) - self.layer} layers"
 
 
+@dataclass(frozen=True)
+class VisualShare(VisualPruning):
+    """A share of each text's visual tokens goes on.
+
+    Attributes:
+        keep: share of visual tokens that goes on; 1 takes out nothing.
+    """
+
+    keep: float = 0.5
+
+    identity: ClassVar[dict[str, Any] | None] = {"keep": 1.0}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.keep <= 1:
+            raise self.fail("keep", "a share from 0 to 1 (1 takes out nothing)")
+
+    def left(self, each: int) -> int:
+        left = int(each * self.keep)
+        if left == each:
+            raise NotPruned(f"keep={self.keep}: all of its {each} visual tokens go on")
+        return left
+
+
 def entry_of(program: Program) -> Entry:
     """The one place where images enter the text, by a mask.
 

@@ -18,6 +18,7 @@ from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.sequence.removal import Merge, ShrinkingSequence
 from accelpass.ir.transform.splice import inserted
+from accelpass.ir.transform.steps import patches_went
 from accelpass.ir.transform.tokens import CannotCut, stretches_between
 from accelpass.passes.core.base import Done, Skip
 from accelpass.passes.core.site_pass import Edits, SitePass
@@ -81,12 +82,13 @@ class ToMe(SitePass):
         if streams[-1] is not tower.end:
             streams.append(tower.end)
         found = stretches_between(program, streams, [*([b] for b in tower.blocks), []][: len(streams) - 1])
-        run, size = ShrinkingSequence(program, found), None
+        run, size, went = ShrinkingSequence(program, found), None, list[fx.Node]()
         for stretch in found[1:]:
             tokens = value(run.stream).shape[1]
             count = min(self.merge, (tokens - tower.first) // 2)
             keys, first = run.attentions[-1].args[1], tower.first
             (place,) = run.make(partial(_placed, first, count), keys)
+            went += run.make(partial(_went, first), place, *went[-1:])
             if size is None:
                 size = run.make(lambda x: [torch.ones_like(x[..., :1], dtype=torch.float32)], run.stream)[0]
             merged, size = run.make(partial(merged_rows, count), run.stream, size, place)
@@ -95,6 +97,8 @@ class ToMe(SitePass):
                 self._weigh(run, run.attentions, size)
         left = value(run.stream).shape[1]
         run.finish()
+        for block, place in zip(tower.blocks, went, strict=True):
+            patches_went(program, block.path, place)
         return int(left)
 
     @staticmethod
@@ -149,6 +153,11 @@ def merged_rows(count: int, x: Tensor, size: Tensor, place: Tensor) -> list[Tens
 
 def _placed(first: int, count: int, keys: Tensor) -> list[Tensor]:
     return [pairs(keys, first, count)]
+
+
+def _went(first: int, place: Tensor, *before: Tensor) -> list[Tensor]:
+    """Into which row each patch went in this block and those before, ``(images, patches)``."""
+    return [place.gather(1, before[0]) if before else place[:, first:]]
 
 
 def _weight(size: Tensor, q: Tensor) -> list[Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from accelpass.ir.transform.resize import CannotResize
 from accelpass.ir.transform.sequence.again import again, on_rows
 from accelpass.ir.transform.sequence.prompt import NoPrompt, prompt
 from accelpass.ir.transform.splice import inserted
-from accelpass.ir.transform.steps import drop_dead_writes, survived
+from accelpass.ir.transform.steps import drop_dead_writes, patches_went, survived
 from accelpass.passes.core.base import Done, Record, Skip
 from accelpass.passes.token_pruning.look import operands_of, visible
 from accelpass.passes.token_pruning.shortened_prompt import ShortenedPrompt
@@ -43,10 +43,12 @@ class Left:
     Attributes:
         places: which patches' places in the text stay, of all images one after the other, ascending int64 ``(kept,)``.
         stream: what the projector reads, ``(images, kept of each, channels)``; None for the patches themselves.
+        went: by path of a block of the tower behind which patches left, into which row each went, ``(images, patches)``, or -1.
     """
 
     places: fx.Node
     stream: fx.Node | None = None
+    went: Mapping[str, fx.Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class VisualFilter(ShortenedPrompt):
         again(program, found, [n for n in region if n not in made_of], rows, positions, {entry.features: features})
         note(program, rows, seen, moved, seen_all)
         survived(program, tower.path, rows, found.tokens)
+        for path, place in left.went.items():
+            patches_went(program, path, place)
         drop_dead_writes(program.graph)
         record.take(tower.path, Done(f"{kept} of {images * patches} visual tokens are read"))
 

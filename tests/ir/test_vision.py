@@ -106,6 +106,14 @@ def test_packed_patches_are_no_tower():
     assert not seen.towers and "is not (images, tokens, channels)" in next(iter(seen.missed.values()))
 
 
+@pytest.mark.parametrize("images", [2, 28])
+def test_a_sequence_in_the_first_dimension_is_no_tower(images: int):
+    """Also where there are as many images as tokens."""
+    program, _ = captured(small.piece_tokenizer(), torch.randn(images, 3, 24, 24))
+    seen: Vision = program.analysis(vision)
+    assert not seen.towers and "the sequence is the first dimension" in next(iter(seen.missed.values()))
+
+
 def test_a_denoiser_has_no_tower():
     model = small.denoiser()
     given = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.ones(2), "class_labels": torch.tensor([1, 2])}

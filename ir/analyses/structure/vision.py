@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from accelpass.ir.analyses.axes.axes import axes
 from accelpass.ir.analyses.axes.flow import CASTS, VIEWS, bare, between, common_path, fixed, reached_from
 from accelpass.ir.analyses.structure.block import Block, blocks
 from accelpass.ir.analyses.structure.norm import norms
@@ -90,7 +91,7 @@ def vision(program: Program) -> Vision:
         ):
             continue
         path = common_path([b.path for b in chain]) or chain[0].path
-        why = _why_no_tower(chain)
+        why = _why_no_tower(program, chain)
         if why is not None:
             missed[path] = why
             continue
@@ -123,7 +124,7 @@ def _is_patching(node: fx.Node) -> bool:
     return any(known(s > 1) for s in stride)
 
 
-def _why_no_tower(chain: Sequence[Block]) -> str | None:
+def _why_no_tower(program: Program, chain: Sequence[Block]) -> str | None:
     if any(len(b.inputs) != 1 for b in chain):
         return "it has several streams"
     shape = tuple(value(chain[0].input).shape)
@@ -138,6 +139,9 @@ def _why_no_tower(chain: Sequence[Block]) -> str | None:
     attentions = [a for b in chain for s in b.sublayers for a in s.attentions]
     if any(a.kind != "self" or value(a.q).dim() != 4 for a in attentions):
         return "an attention is not one of (images, heads, tokens, d) to itself"
+    dims = program.analysis(axes)
+    if any(dims.same(dims.of(chain[0].input)[0], dims.of(a.k)[2]) for a in attentions):
+        return f"its stream {shape} is (tokens, images, channels): the sequence is the first dimension"
     tokens = shape[1]
     if not all(known(value(a.k).shape[2] == tokens) for a in attentions):
         return "an attention sees a window of the patches"
