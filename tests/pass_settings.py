@@ -164,6 +164,7 @@ SETTINGS: dict[str, Setting] = {
     "roll_loop": Setting(
         {"exit_eps": 0.05}, ("recurrent",), looks_ahead="a loop ends when the states of all tokens have settled"
     ),
+    "nested_loop": Setting({}, ("recurrent",)),
     "skip_layers": Setting({"least": 1, "start": 24, "horizon": 25}),
     "early_exit": Setting({"threshold": 0.0}),
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),
