@@ -164,6 +164,7 @@ SETTINGS: dict[str, Setting] = {
     "roll_loop": Setting(
         {"exit_eps": 0.05}, ("recurrent",), looks_ahead="a loop ends when the states of all tokens have settled"
     ),
+    "nested_loop": Setting({}, ("recurrent",)),
     "skip_layers": Setting({"least": 1, "start": 24, "horizon": 25}),
     "early_exit": Setting({"threshold": 0.0}),
     "int8_weights": Setting({}, ("mlp", "prompt", "encoder")),
@@ -193,6 +194,7 @@ SETTINGS: dict[str, Setting] = {
     "compresskv": Setting({"tokens": 10, "window": 4}, tensors=_heads()),
     "tidaldecode": Setting({"budget": 6, "first": 0, "reselect": 1}),
     "tokenselect": Setting({"budget": 6, "sinks": 2, "newest": 4}),
+    "value_pruning": Setting({"values": 8}),
     "pbs_attn": Setting({"block": 4, "segment": 8, "threshold": 0.5}, ("prompt", "decoder"), looks_ahead=LAST),
     "xattention": Setting({"block": 4, "stride": 2, "threshold": 0.5}, ("prompt", "decoder")),
     "minference": Setting(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from accelpass.decoding.acceptance import exact
 from accelpass.decoding.guidance import Guidance, GuidedReader
 from accelpass.decoding.interfaces import Acceptance, DecodingError, Drafter, Proposal, Proposer, Request, Verified
+from accelpass.decoding.one_graph import Step
 from accelpass.decoding.pace import Pace
 from accelpass.decoding.reader import Reader, takes_trees
 
@@ -54,6 +56,9 @@ class Decoder:
         streamer: gets the prompt and each token in order. transformers hands a ``custom_generate`` no streamer, so it is given here.
         generator: draws tokens; None for torch's own.
         guidance: logits are those of two prompts together (classifier-free guidance); the cache has room for twice the batch.
+        one_graph: options of a compilation (``{"passes": [...]}``): a step's model, mask, logits processors, acceptance and next token are one
+            graph of it, whatever the model itself is compiled to. For the exact acceptance, an ``accelpass.KVCache``, and processors that
+            ask for no more than which tokens the text has (temperature, top-k, top-p, min-p, repetition penalty).
     """
 
     def __init__(
@@ -66,12 +71,19 @@ class Decoder:
         streamer: Any = None,
         generator: torch.Generator | None = None,
         guidance: Guidance | None = None,
+        one_graph: Mapping[str, Any] | None = None,
     ) -> None:
         if not sizes or min(sizes) < 1:
             raise DecodingError(f"sizes={tuple(sizes)}: numbers of rows, at least 1; the default is {SIZES}")
         self.proposer, self.acceptance, self.adaptive = proposer, acceptance, adaptive
         self.sizes = tuple(sorted({1, *sizes}))
         self.streamer, self.generator, self.guidance = streamer, generator, guidance
+        if one_graph is not None and (acceptance is not exact or guidance is not None):
+            raise DecodingError(
+                "one_graph: a step's graph holds the exact acceptance, without guidance; leave one of them out"
+            )
+        self.one_graph = one_graph
+        self._steps: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self.statistics = Statistics()
 
     def __call__(
@@ -160,13 +172,18 @@ class Decoder:
             reader = self._reader(model, cache, {"use_cache": True}, call)
             if isinstance(reader, GuidedReader):
                 reader.guidance = replace(reader.guidance, without=torch.clone)  # a prompt of any length will do
-            reader.first(ids)
             request = Request(model, ids, None, None, 3 + size, generator=self.generator)
+            whole = None if self.one_graph is None else Step(request, reader, self.one_graph, self._steps)
+            reader.first(ids)
             request = _with_cache(request, reader)
             proposal = self.proposer.start(request).propose([[0, 0, 0]] * len(ids), size - 1) if size > 1 else None
             proposal = Proposal(ids[:, :1]) if proposal is None else proposal
             tree = None if proposal.tree is None or proposal.count + 1 != size else proposal.tree
-            reader.read(torch.zeros((len(ids), size), dtype=torch.int64, device=model.device), tree)
+            read = torch.zeros((len(ids), size), dtype=torch.int64, device=model.device)
+            if whole is None:
+                reader.read(read, tree)
+            else:
+                whole(read, Proposal(read[:, 1:], tree=tree), ids)
             cache.reset()
 
     def _reader(self, model: Any, cache: Any, kwargs: dict[str, Any], call: Any = None) -> Reader:
@@ -183,13 +200,14 @@ class Decoder:
         _refuse_both_directions(request.model)
         text = _Text(request, pad)
         pace, self.statistics = Pace(self.sizes, self.adaptive), Statistics()
+        whole = None if self.one_graph is None else Step(request, reader, self.one_graph, self._steps)
         logits = reader.first(request.ids)
         request = _with_cache(request, reader)
         drafter = self.proposer.start(request)
         proposal, size, started = self._guided(drafter, text, 1), 1, 0.0  # the prompt's own call is not counted
         read = request.ids[:, -1:]
+        verified = self.acceptance(read, text.processed(read, logits, proposal), proposal, request)
         while True:
-            verified = self.acceptance(read, text.processed(read, logits, proposal), proposal, request)
             verified = verified if reader.hidden is None else replace(verified, hidden=reader.hidden)
             new, rows, accepted = text.add(verified, stops)
             reader.keep(text.length - 1, None if rows is None else rows[: new.shape[1]])
@@ -210,7 +228,11 @@ class Decoder:
                 size = next((some for some in sizes if some > proposal.count), size)
                 proposal = _filled(proposal, size - 1)
             read = torch.cat([text.last(), proposal.tokens], 1)
+            if whole is not None:
+                verified = whole(read, proposal, text.ids[:, : text.length - 1])
+                continue
             logits = reader.read(read, proposal.tree)
+            verified = self.acceptance(read, text.processed(read, logits, proposal), proposal, request)
 
     def _guided(self, drafter: Drafter, text: _Text, size: int) -> Proposal:
         if size == 1 and not drafter.guides:
@@ -264,7 +286,8 @@ class _Text:
     def add(self, verified: Verified, stops: Any) -> tuple[Tensor, list[int] | None, int]:
         """Append what was accepted, token for token until all texts have ended: the new tokens, rows that they follow, guesses."""
         parts = [verified.counts[:, None], verified.tokens, *([] if verified.rows is None else [verified.rows])]
-        found = torch.cat(parts, 1).tolist()  # the step's one read from the device
+        all_of_it = torch.cat(parts, 1) if verified.found is None else verified.found
+        found = all_of_it.tolist()  # the step's one read from the device
         width = verified.tokens.shape[1]
         accepted = min(line[0] for line, live in zip(found, self.live, strict=True) if live)
         start = self.length

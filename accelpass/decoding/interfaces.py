@@ -97,6 +97,7 @@ class Verified:
         logits: after each of them, processed, float32 ``(batch, rows, vocabulary)``.
         hidden: the model's last hidden states of the call's tokens, where the proposer needs them, ``(batch, rows, width)``; of the first
             call, those of the prompt.
+        found: ``counts``, ``tokens`` and ``rows`` as columns of one tensor, where they were made as one.
     """
 
     tokens: Tensor
@@ -106,6 +107,7 @@ class Verified:
     chosen: Tensor
     logits: Tensor
     hidden: Tensor | None = None
+    found: Tensor | None = None
 
 
 class Drafter(ABC):

@@ -58,13 +58,30 @@ class Reader:
         Pieces of one length are one compiled graph of just that size: with few rows, products are bound by the weights that they
         stream, and a graph for any number of rows is compiled for many.
         """
+        inputs, _ = self.prepared(piece, tree)
+        return self._called(inputs)[:, -piece.shape[1] :].float()
+
+    def prepared(
+        self, piece: Tensor, tree: Tree | None = None, masked: bool = True
+    ) -> tuple[dict[str, Any], tuple[Tensor, Tensor | None] | None]:
+        """The model's inputs for :meth:`read`, which hold the piece from now on.
+
+        Args:
+            masked: the mask of a tree is among them. Otherwise it is left to :func:`tree_mask`, whose numbers come second: how many
+                tokens are held, and which of the cache's rows are none ``(batch, rows)``.
+        """
         count = piece.shape[1]
         offsets = torch.arange(count, device=piece.device) if tree is None else tree.on(piece.device).depths
         mask = self.mask
         if mask is not None and (missing := self.held + count - mask.shape[1]) > 0:
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], missing)], 1)
+        shown = None
         if tree is not None:
-            mask = self._tree_mask(piece, tree.on(piece.device), mask)
+            width = self.cache.layers[0].capacity if self.is_static else self.held + count
+            held = torch.tensor(self.held, device=piece.device)
+            wide = None if mask is None else torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
+            shown = held, wide
+            mask = tree_mask(self.model, tree.on(piece.device), *shown, width, len(piece)) if masked else None
         positions = self.positions
         if positions is not None:
             positions = positions[..., -1:] + (self.held - self.prompt + 1) + offsets
@@ -77,7 +94,7 @@ class Reader:
                     if isinstance(tensor, Tensor):
                         mark_static(tensor)
         self.held += count
-        return self._called(inputs)[:, -count:].float()
+        return inputs, shown
 
     def keep(self, tokens: int, rows: list[int] | None = None) -> None:
         """Hold the first ``tokens`` alone; ``rows``: their last ones are these of the last call, which ascend.
@@ -115,17 +132,23 @@ class Reader:
         )  # fmt: skip
         return made
 
-    def _tree_mask(self, piece: Tensor, tree: Tree, mask: Tensor | None) -> Tensor:
-        """Which of the cache's rows each node sees: the text, those above it, itself. ``(batch, 1, nodes, rows)``."""
-        nodes, total = tree.nodes, self.held + tree.nodes
-        width = self.cache.layers[0].capacity if self.is_static else total
-        seen = piece.new_zeros((piece.shape[0], 1, nodes, width), dtype=torch.bool)
-        seen[..., : self.held] = True if mask is None else mask[:, None, None, : self.held].bool()
-        seen[..., self.held : total] = tree.ancestors
-        if self.model.config._attn_implementation != "eager":
-            return seen
-        dtype = self.model.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+def tree_mask(model: Any, tree: Tree, held: Tensor, mask: Tensor | None, width: int, batch: int) -> Tensor:
+    """Which of a cache's ``width`` rows each node sees: the text, those above it, itself. ``(batch, 1, nodes, width)``.
+
+    Args:
+        held: how many tokens the text has in the cache, a number.
+        mask: which of these are no padding, ``(batch, width)``; None for all.
+    """
+    at = torch.arange(width, device=held.device)
+    node = at - held
+    own = tree.ancestors[:, node.clamp(0, tree.nodes - 1)] & (node >= 0) & (node < tree.nodes)
+    text = (at < held).expand(batch, width) if mask is None else (at < held) & mask.bool()
+    seen = text[:, None, None] | own
+    if model.config._attn_implementation != "eager":
+        return seen
+    zeros = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
+    return zeros.masked_fill(~seen, torch.finfo(model.dtype).min)
 
 
 def takes_trees(model: Any, cache: Any) -> bool:

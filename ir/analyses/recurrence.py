@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from accelpass.ir.core.graph import module_path, mutates, value
+from accelpass.ir.core.graph import module_path, mutates, root, value
 from accelpass.ir.core.program import Program
+from accelpass.ir.torch_private import tree_map
 
 _PERIODS = 4  # candidates that are looked at
 LEAST_NODES = 4
@@ -59,14 +63,46 @@ def loops(program: Program) -> list[Loop]:
     Found by the parameters that they share. Blocks of equal weights that are other tensors are no loop, and neither is one whose trips
     are not node by node alike.
     """
-    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    return _loops(program, frozenset())
+
+
+def scheduled_loops(program: Program) -> list[Loop]:
+    """As :func:`loops`, of bodies that may read other constants in each trip: a sampler's step sizes and times.
+
+    What follows from constants and parameters alone (:func:`constants`) is no part of a trip.
+    """
+    return _loops(program, constants(program))
+
+
+def constants(program: Program) -> frozenset[fx.Node]:
+    """Calls whose result is the same each time while the parameters are: they read nothing else, draw nothing and write nothing."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not isinstance(value(node), Tensor) or mutates(node) or _draws(node):
+            continue
+        if all(a in found or _is_fixed(program, a) for a in node.all_input_nodes):
+            found.add(node)
+    written = {root(a) for n in program.graph.nodes for a in mutates(n)}
+    return frozenset(n for n in found if root(n) not in written)
+
+
+def _is_fixed(program: Program, node: fx.Node) -> bool:
+    return program.tensors.is_constant(node) and not program.tensors.is_state(node)
+
+
+def _draws(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _loops(program: Program, fixed: frozenset[fx.Node]) -> list[Loop]:
+    calls = [n for n in program.graph.nodes if n.op == "call_function" and n not in fixed]
     place = {node: number for number, node in enumerate(calls)}
     found: list[Loop] = []
     for start, period, trips in _candidates(program, calls, place):
         taken = {n for loop in found for nodes in loop.iterations for n in nodes}
         for first in range(max(0, start - period + 1), start + 1):
             if taken.isdisjoint(calls[first : first + period * trips]):
-                made = _loop(program, calls, place, first, period, trips)
+                made = _loop(program, calls, place, first, period, trips, fixed)
                 if made is not None:
                     found.append(made)
                     break
@@ -95,7 +131,13 @@ def _candidates(program: Program, calls: list[fx.Node], place: dict[fx.Node, int
 
 
 def _loop(
-    program: Program, calls: list[fx.Node], place: dict[fx.Node, int], first: int, period: int, trips: int
+    program: Program,
+    calls: list[fx.Node],
+    place: dict[fx.Node, int],
+    first: int,
+    period: int,
+    trips: int,
+    fixed: frozenset[fx.Node],
 ) -> Loop | None:
     """The loop that begins at a node, or None: other values than one cross a trip's end, or trips differ."""
     trips = min(trips, (len(calls) - first) // period)
@@ -107,7 +149,7 @@ def _loop(
     offset = place[crossing[0]] - first
     entries: set[fx.Node] = set()
     count = 1
-    while count < trips and _alike(groups, count, place, first, crossing[0], entries):
+    while count < trips and _alike(groups, count, place, first, crossing[0], entries, fixed):
         count += 1
     groups = groups[:count]
     if count < 2 or len(entries) != 1:
@@ -115,7 +157,7 @@ def _loop(
     entry, given = entries.pop(), [group[offset] for group in groups]
     if not isinstance(value(entry), Tensor) or value(entry).shape != value(given[0]).shape:
         return None
-    outside = {a for n in groups[-1] for a in n.all_input_nodes if a not in groups[-1] and a is not given[-2]}
+    outside = {a for n in groups[-1] for a in n.all_input_nodes if a not in groups[-1] and a is not given[-2]} - fixed
     own = {a for a in outside if _is_parameter(program, a)}
     if not own:
         return None
@@ -128,9 +170,15 @@ def _loop(
             inside.append(number)
     paths = sorted({str(program.tensors.path(a)) for a in own})
     return Loop(
-        module_path(groups[0][-1]) or "loop", tuple(groups), (entry, *given),
+        module_path(groups[0][-1]) or _common(paths) or "loop", tuple(groups), (entry, *given),
         tuple(sorted(outside - own)), tuple(paths), tuple(inside),
     )  # fmt: skip
+
+
+def _common(paths: list[str]) -> str:
+    """The module that all of these parameters are in; empty if it is the model."""
+    parts = [path.split(".")[:-1] for path in paths]
+    return ".".join(names[0] for names in itertools.takewhile(lambda n: len(set(n)) == 1, zip(*parts, strict=False)))
 
 
 def _alike(
@@ -140,16 +188,24 @@ def _alike(
     first: int,
     carried: fx.Node,
     entries: set[fx.Node],
+    fixed: frozenset[fx.Node],
 ) -> bool:
-    """Whether a trip does what the one before it did, on what that one gave; notes what the first trip reads in its place."""
+    """Whether a trip does what the one before it did, on what that one gave; notes what the first trip reads in its place.
+
+    Where constants are ``fixed``, trips may differ in them and in numbers.
+    """
     period, fresh = len(groups[0]), set(entries)
     for before, after in zip(groups[number - 1], groups[number], strict=True):
         if before.target is not after.target or len(before.all_input_nodes) != len(after.all_input_nodes):
             return False
         plain = [fx.map_arg((n.args, n.kwargs), lambda _: "node") for n in (before, after)]
+        if fixed:
+            plain = [_without_numbers(p) for p in plain]
         if str(plain[0]) != str(plain[1]) or not _same_layout(before, after):
             return False
         for old, new in zip(_read(before), _read(after), strict=True):
+            if old in fixed and new in fixed and _same_layout(old, new):
+                continue
             if old is new and place.get(old, -1) < first:
                 continue
             if old in place and place[old] >= first and place.get(new) == place[old] + period:
@@ -160,6 +216,10 @@ def _alike(
             return False
     entries |= fresh
     return True
+
+
+def _without_numbers(args: Any) -> Any:
+    return tree_map(lambda a: "number" if isinstance(a, float) else a, args)
 
 
 def _is_parameter(program: Program, node: fx.Node) -> bool:

@@ -277,8 +277,9 @@ class Calibrated(ABC):
 Attend = Callable[[AttentionSpec, Tensor, Tensor, Tensor], Tensor | None]
 """Computes an attention from its spec and ``(batch, heads, tokens, d)`` operands; None: as the model does."""
 
-
 Seen = Callable[[Tensor], None]
+Changes = Mapping[str, Callable[[Tensor], Tensor]]
+"""What makes another weight of a weight, by its path; differentiable."""
 
 
 class Study(Protocol):
@@ -299,7 +300,13 @@ class Study(Protocol):
     def observed(self, attend: Attend, what: str) -> None:
         """Run the batches of :meth:`gradients` once, without gradients: for what ``attend`` sees."""
 
-    def perplexity(self, attend: Attend, what: str) -> float:
+    def trained(self, attend: Attend, changes: Changes, step: Callable[[], None], what: str) -> None:
+        """As :meth:`gradients`, with ``step()`` after each batch, and weights that ``changes`` puts in the place of the model's."""
+
+    def projections(self, site: str) -> Mapping[str, Tensor]:
+        """Weights ``(out, in)`` of the linears of queries, keys, values and output of a site that was run, by path."""
+
+    def perplexity(self, attend: Attend, what: str, changes: Changes | None = None) -> float:
         """On the batches that :meth:`gradients` does not see, unless there are no others."""
 
     def losses(

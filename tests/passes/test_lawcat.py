@@ -247,6 +247,37 @@ def test_it_imitates_the_model(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_second_stage_learns_from_the_next_token():
+    """Texts that repeat four tokens: projections learn what layers apart did not; without the stage there is nothing of it in the plan."""
+    model, text = llama(), torch.tensor([[5, 17, 40, 33]]).repeat(2, 10)
+    asked = {"name": "lawcat", "features": 8, "epochs": 1, "tuning": 30, "tuning_rate": 3e-3}
+    plan = accelpass.calibrate(model, [text] * 3, [asked], progress=False)
+    before, after = plan.tensors["lawcat/perplexity"].tolist()
+    assert after < 0.8 * float(plan.tensors["lawcat/first_stage"]) and before > 0
+    weight = model.model.layers[0].self_attn.q_proj.weight.detach()
+    down, up = (plan.tensors[f"lawcat/model.layers.0.self_attn.q_proj.weight/{n}"] for n in ("down", "up"))
+    assert down.shape == (8, weight.shape[1]) and up.shape == (weight.shape[0], 8) and up.abs().max() > 0
+    with torch.no_grad():
+        fast = compiled(model, plan)
+        logits = fast(text, past_key_values=KVCache(model, 64, 2), use_cache=True).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())
+        assert float(loss.exp()) == pytest.approx(after, rel=1e-3), "what runs is what was learnt"
+        took = accelpass.explain(fast).passes["lawcat"].took
+        assert all(done.what.endswith("4 projections tuned") for done in took.values())
+        merged = llama()  # the oracle: the same changes in the weights themselves
+        for path, w in merged.named_parameters():
+            if f"lawcat/{path}/down" in plan.tensors:
+                w += 2 * plan.tensors[f"lawcat/{path}/up"] @ plan.tensors[f"lawcat/{path}/down"]
+        bare = Plan.of(
+            merged, plan.settings, {n: t for n, t in plan.tensors.items() if not n.endswith(("/down", "/up"))}
+        )
+        same = compiled(merged, bare)(text, past_key_values=KVCache(merged, 64, 2), use_cache=True).logits
+        assert torch.allclose(same, logits, atol=1e-3)
+    bare = accelpass.calibrate(model, [text] * 2, [{**asked, "tuning": 0}], progress=False)
+    assert not any(name.endswith(("/down", "/up")) for name in bare.tensors)
+
+
+@pytest.mark.slow
 def test_what_cannot_be_learnt():
     window = MistralForCausalLM(
         MistralConfig(intermediate_size=48, num_key_value_heads=2, sliding_window=4, **SIZES)

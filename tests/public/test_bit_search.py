@@ -129,3 +129,32 @@ def test_what_is_refused(net: Net) -> None:
         accelpass.search_bits(net, run, 4.0, choices=(5,), progress=False)
     with pytest.raises(accelpass.OptionError, match=r"no nn\.Linear is named by groups"):
         accelpass.search_bits(net, run, 4.0, groups=[Group("none", ("nothing",), sqnr)], progress=False)
+
+
+def test_inputs_have_bits_beside_those_of_weights(net: Net, found: BitSearch) -> None:
+    """One input is rounded at a time, in the range that it has; whole allocations are compared with the weights as they were found."""
+    x = torch.randn(9, 16, generator=torch.Generator().manual_seed(1))
+    made = accelpass.search_bits(
+        net, lambda m: m(x), 6.0, groups=GROUPS, of="activations", beside=found, progress=False
+    )
+    with torch.no_grad():
+        want, read = net(x), torch.tanh(net.attn2(x))
+        step = read.abs().amax() / 7
+        alone = net.out(torch.relu(net.ff((read / step).round().clamp(-8, 7) * step)))
+    assert made.scores["ff"][0] == pytest.approx(sqnr(alone, want), rel=1e-4)
+    assert made.option == "activation_bits" and 4 <= made.average <= 6.02
+    assert made.error > found.error and net.ff._forward_pre_hooks == {}
+    assert all(set(s) == {"bits", "activation_bits"} for s in made.sites.values())
+    torch._dynamo.reset()
+    plan = accelpass.calibrate(net, [{"x": x}], [{"name": "mixdq", "sites": made.sites}], progress=False)
+    fast = torch.compile(net, backend="accelpass", options={"plan": plan, "lowering": "eager"})
+    with torch.no_grad():
+        assert 0.2 < float((fast(x) - want).square().mean()) / made.error < 5
+    with pytest.raises(accelpass.AccelpassError, match="use 4, 8 or both"):
+        accelpass.search_bits(net, lambda m: m(x), 6.0, choices=(2, 8), of="activations", progress=False)
+    with pytest.raises(accelpass.AccelpassError, match="of='inputs'"):
+        accelpass.search_bits(net, lambda m: m(x), 6.0, of="inputs", progress=False)
+    with pytest.raises(accelpass.AccelpassError, match="did not call"):
+        accelpass.search_bits(
+            net, lambda m: m.out(torch.randn(3, 32)), 6.0, groups=GROUPS, of="activations", progress=False
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from accelpass.api.calibration.rounded_parts import KINDS, Parts
 from accelpass.ir.errors import OptionError
-from accelpass.ir.linear.rows import ROW_BITS, IntRows
 from accelpass.passes.quantization.bases.allocation import least_cost
 
 Metric = Callable[[Tensor, Tensor], float]
 """How alike what a rounded model made and what the model made are; larger is better."""
-SPLITS = torch.linspace(0.46, 1.36, 10).tolist()
-"""Average bits of the first of two groups, by those of the second (MixDQ's scan for weights)."""
 _SLACK = 0.02
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -74,8 +72,10 @@ class BitSearch:
         bits: by module path.
         scores: by module path, the metric for each of the choices.
         groups: by module path, the group.
-        average: bits of a weight.
-        error: mean squared error of what the model then makes, weights alone rounded.
+        average: bits of an entry.
+        error: mean squared error of what the model then makes, with these parts rounded, and those of ``beside``.
+        option: what a pass calls the bits.
+        beside: what was found before, and is rounded meanwhile.
     """
 
     choices: tuple[int, ...]
@@ -84,11 +84,16 @@ class BitSearch:
     groups: Mapping[str, str]
     average: float
     error: float
+    option: str = "bits"
+    beside: BitSearch | None = None
 
     @property
     def sites(self) -> dict[str, dict[str, int]]:
         """For a pass's option of this name: ``{"name": "mixdq", "sites": found.sites}``."""
-        return {path: {"bits": bits} for path, bits in self.bits.items()}
+        made: dict[str, dict[str, int]] = {} if self.beside is None else self.beside.sites
+        for path, bits in self.bits.items():
+            made.setdefault(path, {})[self.option] = bits
+        return made
 
 
 def search_bits(
@@ -99,6 +104,8 @@ def search_bits(
     choices: Sequence[int] = (4, 8),
     groups: Sequence[Group] = MIXDQ,
     exclude: Sequence[str] = (),
+    of: str = "weights",
+    beside: BitSearch | None = None,
     progress: bool = True,
 ) -> BitSearch:
     """Bits for each linear and convolution within an average, with sensitivities that are measured apart and split by metric.
@@ -107,7 +114,8 @@ def search_bits(
     channel is made with), all others as they are; a metric of
     its group compares what the model makes then with what it makes. In each group an integer program finds the bits with the largest
     sum of scores. Two groups share the bits in several ways, and the one that comes nearest to the model is taken. Activations are not
-    rounded meanwhile. Zhao et al. 2024, MixDQ, arXiv 2405.17873, section 3.3, and ViDiT-Q, arXiv 2406.02540, section 3.4, whose groups
+    rounded meanwhile; they are searched for afterwards (``of="activations"``, 4 or 8 bits in one symmetric range for each input),
+    with the weights as they were found: the model is chosen as a whole, and sensitivities are measured of one input alone. Zhao et al. 2024, MixDQ, arXiv 2405.17873, section 3.3, and ViDiT-Q, arXiv 2406.02540, section 3.4, whose groups
     and metrics are given as ``groups``.
 
     Args:
@@ -116,93 +124,94 @@ def search_bits(
         average: bits of a weight, to within 0.02.
         choices: of 2, 3, 4, 6 and 8.
         groups: whose sites are ``nn.Linear`` modules, and ``nn.Conv1d`` to ``nn.Conv3d``.
-        exclude: patterns of modules that are left alone, and not counted.
+        exclude: patterns of modules that are left alone, and not counted. Of activations the authors leave out the most sensitive 1 %.
+        of: ``weights``, or ``activations``: what linears and convolutions read.
+        beside: what a search of the other kind found; its parts are rounded where whole allocations are compared.
         progress: show a bar.
 
     Raises:
         OptionError: a choice or a group that there is not, or no module of theirs.
         PassError: no bits are within the average; names the least that would be.
     """
+    if of not in KINDS:
+        raise OptionError(f"of={of!r} is not supported; use {' or '.join(map(repr, KINDS))}")
     offered = tuple(sorted(set(choices)))
-    if not offered or any(c not in ROW_BITS for c in offered):
-        raise OptionError(f"choices={list(choices)} is not supported; use some of {', '.join(map(str, ROW_BITS))}")
-    weights, named = _sites(model, groups, exclude)
-    wide = {path: tuple(c for c in offered if c == 8 or w[0].numel() % 8 == 0) for path, w in weights.items()}
+    modules, named = _sites(model, groups, exclude)
+    parts = KINDS[of](modules)
+    parts.check(offered)
     with torch.no_grad(), Progress(disable=not progress) as bar:
-        wanted = run(model)
+        wanted = parts.look(model, run)
         scores: dict[str, tuple[float, ...]] = {}
-        for path in bar.track(list(weights), description="sensitivity of weights"):
+        for path in bar.track(list(modules), description=f"sensitivity of {of}"):
             found = list[float]()
             for number in offered:
-                if number not in wide[path]:
+                if not parts.fits(path, number):
                     found.append(float("-inf"))
                     continue
-                with _rounded({path: number}, weights):
+                with parts.rounded({path: number}):
                     found.append(named[path].metric(run(model), wanted))
             scores[path] = tuple(found)
         best: tuple[float, dict[str, int]] | None = None
-        for budgets in _budgets(average, groups, named, weights, offered):
-            bits = _allocated(budgets, scores, named, weights, offered)
-            with _rounded(bits, weights):
-                error = float((run(model) - wanted).double().square().mean())
-            if best is None or error < best[0]:
-                best = error, bits
+        before = nullcontext() if beside is None else _as_found(model, beside, run)
+        with before:
+            for budgets in _budgets(average, groups, named, parts, offered):
+                bits = _allocated(budgets, scores, named, parts, offered)
+                with parts.rounded(bits):
+                    error = float((run(model) - wanted).double().square().mean())
+                if best is None or error < best[0]:
+                    best = error, bits
     assert best is not None
     error, bits = best
-    entries = sum(w.numel() for w in weights.values())
-    reached = sum(bits[p] * w.numel() for p, w in weights.items()) / entries
-    return BitSearch(offered, bits, scores, {p: g.name for p, g in named.items()}, reached, error)
+    entries = sum(map(parts.entries, modules))
+    reached = sum(bits[p] * parts.entries(p) for p in modules) / entries
+    return BitSearch(offered, bits, scores, {p: g.name for p, g in named.items()}, reached, error, parts.option, beside)
+
+
+@contextmanager
+def _as_found(model: nn.Module, search: BitSearch, run: Callable[[nn.Module], Tensor]) -> Iterator[None]:
+    """The model with what an earlier search found."""
+    with nullcontext() if search.beside is None else _as_found(model, search.beside, run):
+        kind = next(k for k in KINDS.values() if k.option == search.option)
+        parts = kind({path: model.get_submodule(path) for path in search.bits})
+        parts.look(model, run)
+        with parts.rounded(search.bits):
+            yield
 
 
 def _sites(
     model: nn.Module, groups: Sequence[Group], exclude: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, Group]]:
-    weights, named = dict[str, Tensor](), dict[str, Group]()
+) -> tuple[dict[str, nn.Module], dict[str, Group]]:
+    modules, named = dict[str, nn.Module](), dict[str, Group]()
     for path, module in model.named_modules():
         if not isinstance(module, _KINDS) or any(fnmatch.fnmatchcase(path, p) for p in exclude):
             continue
         for group in groups:
             if any(fnmatch.fnmatchcase(path, p) for p in group.sites):
-                weights[path], named[path] = module.weight, group
+                modules[path], named[path] = module, group
                 break
-    if not weights:
+    if not modules:
         raise OptionError(
             "no nn.Linear is named by groups, nor a convolution; Group('all', ('*',), metric) takes all of them"
         )
-    return weights, named
-
-
-@contextmanager
-def _rounded(bits: Mapping[str, int], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with some weights rounded, for as long as the context lasts."""
-    before = {path: weights[path].data for path in bits}
-    try:
-        for path, number in bits.items():
-            form = IntRows(number, symmetric=True)
-            was = before[path]
-            weights[path].data = form.unpack(form.pack(was.flatten(1)), was.dtype).view_as(was)
-        yield
-    finally:
-        for path, data in before.items():
-            weights[path].data = data
+    return modules, named
 
 
 def _budgets(
     average: float,
     groups: Sequence[Group],
     named: Mapping[str, Group],
-    weights: Mapping[str, Tensor],
+    parts: Parts,
     offered: tuple[int, ...],
 ) -> list[dict[str, float]]:
     """Average bits of each group, in all ways that are tried; of two groups the whole keeps its average."""
-    sizes = {g.name: sum(weights[p].numel() for p, of in named.items() if of.name == g.name) for g in groups}
+    sizes = {g.name: sum(parts.entries(p) for p, of in named.items() if of.name == g.name) for g in groups}
     held = [name for name, size in sizes.items() if size]
     same = [dict.fromkeys(held, average)]
     if len(held) != 2:
         return same
     first, second = held
     share, tried = sizes[first] / sizes[second], []
-    for split in SPLITS:
+    for split in parts.splits:
         others = average * (1 + share) / (split * share + 1)
         if all(offered[0] <= bits <= offered[-1] for bits in (others, split * others)):
             tried.append({first: split * others, second: others})
@@ -213,15 +222,15 @@ def _allocated(
     budgets: Mapping[str, float],
     scores: Mapping[str, tuple[float, ...]],
     named: Mapping[str, Group],
-    weights: Mapping[str, Tensor],
+    parts: Parts,
     offered: tuple[int, ...],
 ) -> dict[str, int]:
     bits: dict[str, int] = {}
     for group, average in budgets.items():
         paths = [p for p in scores if named[p].name == group]
-        entries = sum(weights[p].numel() for p in paths)
+        entries = sum(map(parts.entries, paths))
         costs = {p: -torch.tensor(scores[p], dtype=torch.float64) for p in paths}
-        sizes = {p: torch.tensor([float(b * weights[p].numel()) for b in offered], dtype=torch.float64) for p in paths}
+        sizes = {p: torch.tensor([float(b * parts.entries(p)) for b in offered], dtype=torch.float64) for p in paths}
         tables = {p: torch.stack([costs[p], sizes[p]]) for p in paths}
         chosen = least_cost("search_bits", tables, (average + _SLACK) * entries, entries)
         bits |= {p: offered[i] for p, i in chosen.items()}

@@ -20,11 +20,12 @@ from accelpass.ir import attention
 from accelpass.ir.attention.spec.block_select import not_a_prompt
 from accelpass.ir.attention.spec.op import ATTENTION, is_attention
 from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.graph import placeholders
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import OptionError, PassError
 from accelpass.ir.torch_private import SET_GRAD_ENABLED, recompile_limit
 from accelpass.ir.transform.tap import Tap
-from accelpass.passes.core.base import Attend, Seen
+from accelpass.passes.core.base import Attend, Changes, Seen
 
 IGNORED = -100
 """The label of a token that does not count, as transformers and torch have it."""
@@ -69,6 +70,8 @@ class LossStudy:
         self._begun: dict[int, _Begun] = {}
         self._now: _Begun | None = None
         self._outputs: dict[str, tuple[Tensor, ...]] = {}
+        self._projections: dict[str, dict[str, Tensor]] = {}
+        self._changes: Changes = {}
         self._attend: Attend = _as_it_is
         # In one piece: what Dynamo left to Python would run without the caller's attention.
         self._graph = torch.compile(model, backend=self._backend, dynamic=False, fullgraph=True)
@@ -88,8 +91,28 @@ class LossStudy:
             with torch.no_grad():
                 self._loss(batch, False)
 
-    def perplexity(self, attend: Attend, what: str) -> float:
-        self._attend = attend
+    def trained(self, attend: Attend, changes: Changes, step: Callable[[], None], what: str) -> None:
+        self._attend, self._changes = attend, changes
+        try:
+            for batch in self.bar.track(self.batches, description=f"{self.name}: {what}"):
+                with torch.enable_grad():
+                    total, count = self._loss(batch, True)
+                    (total / count).backward()
+                step()
+        finally:
+            self._changes = {}
+
+    def projections(self, site: str) -> Mapping[str, Tensor]:
+        return self._projections.get(site, {})
+
+    def perplexity(self, attend: Attend, what: str, changes: Changes | None = None) -> float:
+        self._attend, self._changes = attend, changes or {}
+        try:
+            return self._perplexity(what)
+        finally:
+            self._changes = {}
+
+    def _perplexity(self, what: str) -> float:
         sums = []
         for batch in self.bar.track(self.validation, description=f"{self.name}: {what}"):
             with torch.no_grad():
@@ -204,6 +227,8 @@ class LossStudy:
             if found.o_proj is not None and found.o_proj.target is torch.ops.aten.linear.default:
                 held = [program.tensors.value(n) for n in found.o_proj.args[1:] if n is not None]
                 self._outputs[found.path] = tuple(t.detach() for t in held if t is not None)
+            self._projections[found.path] = _projections(program, found)
+        paths = [program.tensors.path(node) for node in placeholders(program.gm)]
         part = 0
 
         def number(node: fx.Node) -> int:
@@ -215,9 +240,22 @@ class LossStudy:
 
         def run(*given: Any) -> Any:
             with torch.set_grad_enabled(self._gradients):
-                return _Parts(parts, self._attend, self._gradients).run(*(_detached(t) for t in given))
+                mine = (self._changed(p, t) for p, t in zip(paths, given, strict=False))
+                return _Parts(parts, self._attend, self._gradients).run(*mine, *map(_detached, given[len(paths) :]))
 
         return run
+
+    def _changed(self, path: str | None, given: Any) -> Any:
+        change = self._changes.get(path) if path is not None else None
+        return _detached(given) if change is None else change(given.detach())
+
+
+def _projections(program: Program, found: attention.Attention) -> dict[str, Tensor]:
+    """Weights ``(out, in)`` of the plain linears around an attention, by path."""
+    linears = [n for n in (*found.q_proj, *found.k_proj, *found.v_proj, found.o_proj) if n is not None]
+    weights = [n.args[1] for n in linears if n.target is torch.ops.aten.linear.default]
+    held = {program.tensors.path(w): program.tensors.value(w) for w in weights if isinstance(w, fx.Node)}
+    return {path: t.detach() for path, t in held.items() if path is not None and t is not None}
 
 
 @dataclass(frozen=True)

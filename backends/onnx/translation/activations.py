@@ -105,7 +105,10 @@ class StaticRanges:
 
 
 def write_static(program: Program) -> None:
-    """Round inputs that have a known step by the standard's pair of operators; the products are of floats then."""
+    """Round inputs that have a known step by the standard's pair of operators; the products are of floats then.
+
+    A step that a graph chooses (of ranges of timesteps) is left to what the format says of itself.
+    """
     rounded: dict[tuple[fx.Node, float], fx.Node] = {}
 
     def pair(node: fx.Node, x: Any, step: fx.Node) -> fx.Node:
@@ -115,14 +118,20 @@ def write_static(program: Program) -> None:
         return rounded[x, size]
 
     for node in list(program.graph.nodes):
-        if is_call(node, INPUT) and isinstance(LinearSpec.from_json(node.args[2]).activation, Int8Static):
+        if is_call(node, INPUT) and _is_static(LinearSpec.from_json(node.args[2]), node.args[1]):
             replace(node, pair(node, node.args[0], *node.args[1]))
-        if not is_linear(node) or not isinstance((spec := linear_spec(node)).activation, Int8Static):
+        if not is_linear(node):
             continue
-        operands = operands_of(node)
+        spec, operands = linear_spec(node), operands_of(node)
+        if not _is_static(spec, spec.of_activation(operands)):
+            continue
         rest = [*spec.of_weight(operands), *spec.of_residual(operands), *spec.of_choice(operands)]
         plain = dataclasses.replace(spec, activation=None).to_json()
         node.args = (pair(node, node.args[0], *spec.of_activation(operands)), rest, node.args[2], plain)
+
+
+def _is_static(spec: LinearSpec, known: Sequence[fx.Node]) -> bool:
+    return isinstance(spec.activation, Int8Static) and all(n.op == "get_attr" for n in known)
 
 
 def effect_of_rounding(made: Functional) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
@@ -58,12 +59,21 @@ class OutputHead:
 
 
 def output_heads(program: Program) -> list[OutputHead]:
-    """Heads whose logits the graph returns, in the order of its outputs."""
+    """Heads whose logits the graph returns, in the order of its outputs, and does nothing else with."""
+    return _heads(program, _only_returned)
+
+
+def returned_logits(program: Program) -> list[OutputHead]:
+    """As :func:`output_heads`, also where the graph itself reads the logits (a step that chooses the next token)."""
+    return _heads(program, lambda node: True)
+
+
+def _heads(program: Program, fits: Callable[[fx.Node], bool]) -> list[OutputHead]:
     sites = {site.node: site for site in program.analysis(linears)}
     tables = program.analysis(embeddings)
     found: dict[fx.Node, OutputHead] = {}
     for out in output_nodes(program):
-        behind = _behind(program, out, sites)
+        behind = _behind(program, out, sites, fits)
         if behind is None or behind[0].node in found:
             continue
         site, cap = behind
@@ -73,12 +83,14 @@ def output_heads(program: Program) -> list[OutputHead]:
     return list(found.values())
 
 
-def _behind(program: Program, node: fx.Node, sites: dict[fx.Node, Linear]) -> tuple[Linear, float | None] | None:
-    """The linear behind an output, and its soft cap. Nothing but the way to the output may read it."""
+def _behind(
+    program: Program, node: fx.Node, sites: dict[fx.Node, Linear], fits: Callable[[fx.Node], bool]
+) -> tuple[Linear, float | None] | None:
+    """The linear behind an output, and its soft cap; None where it does not fit."""
     cap, factor = None, None
     for _ in range(_FAR):
         if node in sites:
-            return (sites[node], cap) if _only_returned(node) else None
+            return (sites[node], cap) if fits(node) else None
         above = scaled(program, node)
         if above is not None:
             factor = next((c for c in map(number, node.args[:2]) if c is not None), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,8 +17,10 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.errors import OptionError, PassError, PlanError
 from accelpass.ir.kv.layer import give
 from accelpass.ir.kv.sites import KVSite
-from accelpass.passes.core.base import CalibratedOnLoss, Skip, Study
+from accelpass.passes.core.base import CalibratedOnLoss, Done, Skip, Study
+from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.kv_cache.base import KVPass
+from accelpass.passes.kv_cache.learnt.low_rank_tuning import LowRank, change_projections
 from accelpass.passes.kv_cache.storage.recurrence import WEIGHTS, Recurrence, attended
 
 _OPEN = 4.0
@@ -38,14 +40,17 @@ class LAWCAT(KVPass, CalibratedOnLoss):
 
     ``accelpass.calibrate(model, batches, passes=["lawcat"])`` is the authors' first stage: for each layer, what softmax attention makes of
     the data is the target of the mean squared error, all layers at once, on texts without padding (theirs have 1,024 tokens). Their
-    second stage, low-rank changes of the projections with the loss of the next token, is not done; without it answers get worse.
-    ``lawcat/perplexity`` of the plan says how much, before and after, on batches that are held back.
+    second stage, of the whole model, follows: low-rank changes of the projections of queries, keys, values and output learn from the loss
+    of the next token (``tuning``); changed weights are held beside the model's. ``lawcat/perplexity`` of the plan says how much worse
+    answers get, of the model and of what it became, and ``lawcat/first_stage`` what they were between, on batches that are held back.
 
     Attributes:
         features: of a linear map; the sum has twice as many rows. 32 is the authors'.
         taps: tokens of the convolution: the current one, and 3 before it.
         rate: Adam's learning rate; the authors' 1e-2.
         epochs: how often the data are gone through; 2 is LoLCATs' (inferred).
+        tuning: how often the data are gone through in the second stage; 2 is LoLCATs' (inferred), 0 leaves it out.
+        rank: of the low-rank changes; tuning_rate: their learning rate; 8 and 1e-4 are LoLCATs' (inferred).
         seed: of the maps' beginnings.
 
     Raises:
@@ -62,14 +67,20 @@ class LAWCAT(KVPass, CalibratedOnLoss):
     taps: int = 4
     rate: float = 1e-2
     epochs: int = 2
+    tuning: int = 2
+    rank: int = 8
+    tuning_rate: float = 1e-4
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("features", "taps", "epochs"):
+        for name in ("features", "taps", "epochs", "rank"):
             if getattr(self, name) < 1:
                 raise self.fail(name, "1 or more")
-        if not self.rate > 0:
-            raise self.fail("rate", "a number above 0")
+        if self.tuning < 0:
+            raise self.fail("tuning", "0 or more")
+        for name in ("rate", "tuning_rate"):
+            if not getattr(self, name) > 0:
+                raise self.fail(name, "a number above 0")
         self.check_sites()
 
     def edited(
@@ -101,6 +112,13 @@ class LAWCAT(KVPass, CalibratedOnLoss):
         whole = 2 * self.features * (v.shape[3] + 1) * k.shape[1]
         what = f"a sum of {whole} numbers for all tokens, and {self.taps - 1} queries and keys"
         return spec.edited(by=self.name, store=Recurrence(self.features, self.taps)), what
+
+    def rewrite(self, site: KVSite, edit: Edits) -> Done | Skip:
+        done = super().rewrite(site, edit)
+        if isinstance(done, Skip) or site.attention is None:
+            return done
+        count = change_projections(edit.program, site.attention, self.name)
+        return replace(done, what=f"{done.what}; {count} projections tuned") if count else done
 
     def _sizes(self, heads: int, kv_heads: int, width: int) -> dict[str, tuple[int, ...]]:
         of = ((kernel, n, last) for kernel, last in (("conv", self.taps), ("map", self.features)) for n in "qk")
@@ -147,11 +165,21 @@ class LAWCAT(KVPass, CalibratedOnLoss):
             pupil = pupils.get(spec.site)
             return None if pupil is None else pupil.attend(q, k, v).to(q.dtype)
 
-        after = study.perplexity(imitate, "the model with linear attention")
+        after = first = study.perplexity(imitate, "the model with linear attention")
+        weights = {path: w for site in pupils for path, w in study.projections(site).items()}
+        tuned = LowRank(weights, self.rank, self.tuning_rate, self.seed) if weights and self.tuning else None
+        if tuned is not None:
+            for number in range(self.tuning):
+                study.trained(imitate, tuned.changes, tuned.step, f"tuning {number + 1} of {self.tuning}")
+            if not tuned.finite:
+                raise PassError("lawcat: the second stage is not finite; give a smaller tuning_rate, or tuning=0")
+            after = study.perplexity(imitate, "the model after the second stage", tuned.changes)
         made = {artefact(site, name): t.detach() for site, p in pupils.items() for name, t in p.weights.items()}
         return made | {
             "lawcat/error": torch.stack([torch.stack(p.lost).mean() for p in pupils.values()]),
             "lawcat/perplexity": torch.tensor([before, after], dtype=torch.float64),
+            "lawcat/first_stage": torch.tensor(first, dtype=torch.float64),
+            **(tuned.artefacts(self.name) if tuned is not None else {}),
         }
 
     def _begun(self, q: Tensor, k: Tensor, number: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from accelpass.ir.errors import PassError, PlanError
 from accelpass.ir.transform.splice import inserted
 from accelpass.ir.transform.steps import TIMESTEP, user_input
 from accelpass.passes.core.base import Skip, Verdict
-from accelpass.passes.quantization.bases.calibrated import Balanced, InputMoments, Learnt
+from accelpass.passes.quantization.bases.calibrated import Balanced, InputMoments, InputRange, Learnt, LearntRounding
 from accelpass.passes.quantization.bases.weight_only import SharedWeight
 
 
@@ -37,14 +37,7 @@ class MomentsByTimestep(InputMoments):
         self.calls = [0] * len(self.by_range)
 
     def begin(self, call: Mapping[str, Any]) -> None:
-        if not self.boundaries:
-            return
-        given = next((call[name] for name in TIMESTEP if call.get(name) is not None), None)
-        if given is None:
-            raise PassError(
-                f"boundaries are of timesteps, and a call has none; name it as one of {', '.join(TIMESTEP)}"
-            )
-        self.number = sum(float(torch.as_tensor(given).float().max()) > b for b in self.boundaries)
+        self.number = range_of(call, self.boundaries)
 
     def see(self, x: Tensor) -> None:
         super().see(x)
@@ -58,69 +51,93 @@ class MomentsByTimestep(InputMoments):
         self.calls[at] += 1
 
 
-@dataclass(frozen=True)
-class BalancedByTimestep(Balanced):
-    """Base of passes whose factors are of one range of timesteps, or of all.
+class RangeByTimestep(InputRange):
+    """The largest magnitude of an input in each range of timesteps, ``peaks`` ``(ranges,)``."""
 
-    Each range has a weight of its own, packed with its factors; the graph finds the range of a call from the timestep that it is given
-    (of a batch with several, the largest), so that one graph serves all steps. Any range's factors cancel in the product, whichever
-    is read: what the choice changes is what rounding costs.
+    def __init__(self, site: SharedWeight, boundaries: Sequence[float]) -> None:
+        super().__init__(site)
+        self.boundaries, self.number = boundaries, 0
+        self.peaks = self.peaks.new_zeros(len(boundaries) + 1)
+        self.calls = [0] * len(self.peaks)
+
+    def begin(self, call: Mapping[str, Any]) -> None:
+        self.number = range_of(call, self.boundaries)
+
+    def see(self, x: Tensor) -> None:
+        at = self.number
+        self.peaks[at] = torch.maximum(self.peaks[at], x.detach().float().abs().amax())
+        self.calls[at] += 1
+        self.rows += len(x)
+
+
+def range_of(call: Mapping[str, Any], boundaries: Sequence[float]) -> int:
+    """The number of the range that a call's timestep is in; of several timesteps the largest tells.
+
+    Raises:
+        PassError: the call has none.
+    """
+    if not boundaries:
+        return 0
+    given = next((call[name] for name in TIMESTEP if call.get(name) is not None), None)
+    if given is None:
+        raise PassError(f"boundaries are of timesteps, and a call has none; name it as one of {', '.join(TIMESTEP)}")
+    return sum(float(torch.as_tensor(given).float().max()) > b for b in boundaries)
+
+
+@dataclass(frozen=True)
+class ByTimestep(LearntRounding):
+    """Base of passes that learn something for each range of timesteps; the graph finds the range of a call from its timestep.
 
     Attributes:
         boundaries: the last timestep of each range but the highest, ``(500,)`` for 0 to 500 and all above; of the model's own
-            timesteps, which go to 1 in some. None: one set of factors for all. Each range needs data, and costs a packed weight.
-        momentum: of the moving average over the data that a channel's peak is then; 0 takes the largest of all.
+            timesteps, which go to 1 in some. None: one range, of all.
+
+    Class attributes:
+        by_range: the part of the plan that has a row for each range.
     """
 
     boundaries: tuple[float, ...] = field(default=(), kw_only=True)
-    momentum: float = field(default=0.0, kw_only=True)
 
-    for_all_sites: ClassVar[tuple[str, ...]] = ("boundaries", "momentum")
+    for_all_sites: ClassVar[tuple[str, ...]] = ("boundaries",)
+    by_range: ClassVar[str]
 
     def __post_init__(self) -> None:
         if any(not b > a for a, b in pairwise(self.boundaries)):
             raise self.fail("boundaries", "timesteps in ascending order")
-        if not 0 <= self.momentum < 1:
-            raise self.fail("momentum", "0 up to below 1")
         super().__post_init__()
 
-    def moments(self, site: SharedWeight, program: Program) -> InputMoments:
-        return MomentsByTimestep(site, self.boundaries, self.momentum)
+    def has_ranges(self, site: SharedWeight, program: Program) -> bool:
+        """Whether what is learnt of a site is learnt for each range."""
+        return True
 
-    def learn(self, weights: Sequence[Tensor], moments: InputMoments) -> list[Learnt]:
-        assert isinstance(moments, MomentsByTimestep)
-        if 0 in moments.calls:
+    def refuse_missing(self, calls: Sequence[int]) -> None:
+        """Raise :class:`PassError` where a range was seen in no call."""
+        if 0 in calls:
             edges = ("", *(f" above {b:g}" for b in self.boundaries)), (*(f" up to {b:g}" for b in self.boundaries), "")
-            missed = moments.calls.index(0)
+            missed = list(calls).index(0)
             raise PassError(
                 f"{self.name}: no calibration data has a timestep{edges[0][missed]}{edges[1][missed]}; give calls at steps of every range, "
                 "or fewer boundaries"
             )
-        sets = []
-        for peaks in moments.by_range:
-            moments.peaks = peaks
-            sets.append(self.factors(weights, moments))
-        if not self.boundaries:
-            return [Learnt({"factors": sets[0]})] * len(weights)
-        edges_held = torch.tensor(self.boundaries)
-        return [Learnt({"factors": torch.stack(sets), "boundaries": edges_held})] * len(weights)
 
     def check(self, site: SharedWeight, program: Program) -> Verdict:
-        factors, held = (self.learnt(site, program, part) for part in ("factors", "boundaries"))
+        sets, held = (self.learnt(site, program, part) for part in (self.by_range, "boundaries"))
         of = () if held is None else tuple(held.tolist())
-        if factors is not None and of != tuple(torch.tensor(self.boundaries).tolist()):
+        wanted = tuple(torch.tensor(self.boundaries).tolist()) if self.has_ranges(site, program) else ()
+        if sets is not None and of != wanted:
             raise PlanError(
-                f"{self.name}: the plan's factors for {site.path} have boundaries={of}, and {self.boundaries} was asked for; calibrate "
-                "with the options that you use"
+                f"{self.name}: the plan's {self.by_range} for {site.path} have boundaries={of}, and {self.boundaries} was asked for; "
+                "calibrate with the options that you use"
             )
-        if factors is not None and of and _timestep(program) is None:
+        if sets is not None and of and _timestep(program) is None:
             return Skip(
-                f"its factors differ by timestep, and no input of this graph tells it ({', '.join(TIMESTEP)}, a tensor); compile the whole "
-                "model, or leave out boundaries"
+                f"its {self.by_range} differ by timestep, and no input of this graph tells it ({', '.join(TIMESTEP)}, a tensor); compile "
+                "the whole model, or leave out boundaries"
             )
         return super().check(site, program)
 
     def number(self, program: Program) -> fx.Node:
+        """The range of a call, int64 ``(1,)``, in front of everything that is computed."""
         for node in program.graph.nodes:
             if node.meta.get(_RANGE) == self.boundaries:
                 return node
@@ -135,6 +152,43 @@ class BalancedByTimestep(Balanced):
         (made,) = inserted(program, first, above, given)
         made.meta[_RANGE] = boundaries
         return made
+
+
+@dataclass(frozen=True)
+class BalancedByTimestep(ByTimestep, Balanced):
+    """Base of passes whose factors are of one range of timesteps, or of all.
+
+    Each range needs data, and has a weight of its own, packed with its factors; one graph serves all steps. Any range's factors cancel in the product, whichever
+    is read: what the choice changes is what rounding costs.
+
+    Attributes:
+        momentum: of the moving average over the data that a channel's peak is then; 0 takes the largest of all.
+    """
+
+    momentum: float = field(default=0.0, kw_only=True)
+
+    for_all_sites: ClassVar[tuple[str, ...]] = ("boundaries", "momentum")
+    by_range: ClassVar[str] = "factors"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise self.fail("momentum", "0 up to below 1")
+        super().__post_init__()
+
+    def moments(self, site: SharedWeight, program: Program) -> InputMoments:
+        return MomentsByTimestep(site, self.boundaries, self.momentum)
+
+    def learn(self, weights: Sequence[Tensor], moments: InputMoments) -> list[Learnt]:
+        assert isinstance(moments, MomentsByTimestep)
+        self.refuse_missing(moments.calls)
+        sets = []
+        for peaks in moments.by_range:
+            moments.peaks = peaks
+            sets.append(self.factors(weights, moments))
+        if not self.boundaries:
+            return [Learnt({"factors": sets[0]})] * len(weights)
+        edges_held = torch.tensor(self.boundaries)
+        return [Learnt({"factors": torch.stack(sets), "boundaries": edges_held})] * len(weights)
 
 
 def _timestep(program: Program) -> fx.Node | None:

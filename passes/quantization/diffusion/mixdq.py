@@ -24,7 +24,7 @@ from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.quantization.bases.calibrated import InputMoments, InputRange, Learnt
 from accelpass.passes.quantization.bases.parted import RangesOfParts, joined_parts, rewrite_parts
 from accelpass.passes.quantization.bases.weight_only import SharedWeight
-from accelpass.passes.quantization.int8_static import Int8Static, Int8StaticPass
+from accelpass.passes.quantization.int8_static import Int8Static, Int8StaticPass, IntStatic
 
 
 class TextRange(InputRange):
@@ -74,12 +74,15 @@ class MixDQ(Int8StaticPass):
 
     Attributes:
         bits: of weights, 2, 4 or 8.
+        activation_bits: of inputs, 4 or 8.
+        boundaries: ranges of timesteps with ranges of inputs of their own; texts and joined inputs have one for all.
         bos: compute the first token beforehand.
         convolutions: round convolutions, too, their kernels as the matrices ``(out, in / groups * size)`` that they are; in few steps the
             first and the last one are the most sensitive (``exclude=["conv_in", "conv_out"]``).
     """
 
     bits: int = 8
+    activation_bits: int = 8
     bos: bool = True
     convolutions: bool = field(default=True, kw_only=True)
 
@@ -90,18 +93,31 @@ class MixDQ(Int8StaticPass):
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
             raise self.fail("bits", "2, 4 or 8")
+        if self.activation_bits not in (4, 8):
+            raise self.fail("activation_bits", "4 or 8")
         super().__post_init__()
 
     @property
     def spec(self) -> LinearSpec:
-        return LinearSpec(Int8() if self.bits == 8 else IntRows(self.bits, symmetric=True), Int8Static())
+        weight = Int8() if self.bits == 8 else IntRows(self.bits, symmetric=True)
+        return LinearSpec(weight, Int8Static() if self.activation_bits == 8 else IntStatic(self.activation_bits))
+
+    @property
+    def most(self) -> int:  # type: ignore[override]
+        return 2 ** (self.activation_bits - 1) - 1
+
+    def has_ranges(self, site: SharedWeight, program: Program) -> bool:
+        return not self._is_text(site, program) and not joined_parts(site, self.spec)
+
+    def _is_text(self, site: SharedWeight, program: Program) -> bool:
+        """Whether its input is the text that cross-attention reads, whose first token is left out."""
+        crossing = [a for a in program.analysis(detect) if a.kind == "cross"]
+        return self.bos and site.uses[0].node in {n for a in crossing for n in (*a.k_proj, *a.v_proj)}
 
     def moments(self, site: SharedWeight, program: Program) -> InputMoments:
-        crossing = [a for a in program.analysis(detect) if a.kind == "cross"]
-        texts = {node for a in crossing for node in (*a.k_proj, *a.v_proj)}
         if parts := joined_parts(site, self.spec):
             return RangesOfParts(site, [int(shape(part)[1]) for part in parts])
-        return TextRange(site) if self.bos and site.uses[0].node in texts else super().moments(site, program)
+        return TextRange(site) if self._is_text(site, program) else super().moments(site, program)
 
     def learn(self, weights: Sequence[Tensor], moments: InputMoments) -> list[Learnt]:
         if isinstance(moments, RangesOfParts):
@@ -112,7 +128,8 @@ class MixDQ(Int8StaticPass):
 
     def rewrite(self, site: SharedWeight, edit: Edits) -> Done | Skip:
         ranges = self.learnt(site, edit.program, "range")
-        if ranges is None or len(ranges) == 1:
+        by_timestep = self.learnt(site, edit.program, "boundaries") is not None
+        if ranges is None or len(ranges) == 1 or by_timestep:
             return super().rewrite(site, edit)
         parts = joined_parts(site, self.spec)
         if len(parts) != len(ranges):
@@ -120,7 +137,7 @@ class MixDQ(Int8StaticPass):
                 f"{self.name}: the plan has ranges for {len(ranges)} parts of the input of {site.path}, which has {len(parts)}; calibrate "
                 "with the options that you use"
             )
-        return rewrite_parts(site, self.spec, parts, ranges.float() / 127, edit)
+        return rewrite_parts(site, self.spec, parts, ranges.float() / self.most, edit)
 
     def entering(self, site: SharedWeight, use: Linear, edit: Edits) -> fx.Node:
         x = super().entering(site, use, edit)

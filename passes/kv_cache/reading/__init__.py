@@ -1,0 +1,1 @@
+"""Methods that keep all tokens, and read less of some."""

@@ -1,0 +1,1 @@
+"""Loops that a capture has unrolled, and what need not be done in each trip."""
