@@ -5,6 +5,8 @@ from .api.bisection import bisect as bisect
 from .api.calibration.bit_search import BitSearch as BitSearch
 from .api.calibration.bit_search import search_bits as search_bits
 from .api.calibration.calibrate import calibrate as calibrate
+from .api.calibration.probing import Gathered as Gathered
+from .api.calibration.probing import probe as probe
 from .api.calibration.score_search import search_by_score as search_by_score
 from .api.calibration.step_search import search_steps as search_steps
 from .api.compiling import compile as compile
