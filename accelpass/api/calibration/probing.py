@@ -75,7 +75,8 @@ def probe(
     def after(program: Program, record: Record) -> None:
         counted.update(program.counts_padding)
 
-    fast = torch.compile(model, backend="accelpass", options={"lowering": "eager", **(options or {}), "passes": [one]})
+    asked: dict[str, Any] = {"lowering": "eager", **(options or {}), "passes": [one]}
+    fast = torch.compile(model, backend="accelpass", options=asked)
     found: dict[str, Gathered] = {}
     try:
         with Progress(disable=not progress) as bar, torch.no_grad(), watched(Observer(after)):
