@@ -67,9 +67,10 @@ def calibrate(
         for p in made:
             if isinstance(p, Calibrated):
                 tensors |= p.calibrate(program, _Runner(model, held, bar, p.name, store))
-            if isinstance(p, CalibratedOnLoss):
+            if isinstance(p, CalibratedOnLoss) and p.wants_loss:
                 kept, others = parted(held, _held(validation or ()))
-                tensors |= p.calibrate_on_loss(LossStudy(model, kept, others, bar, p.name))
+                learnt = {name: t for name, t in tensors.items() if name.startswith(f"{p.name}/")}
+                tensors |= p.calibrate_on_loss(LossStudy(model, kept, others, bar, p.name, learnt))
     return Plan.of(model, [*made], tensors)
 
 

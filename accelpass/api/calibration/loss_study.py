@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,10 +63,17 @@ class LossStudy:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], validation: Sequence[Batch], bar: Progress, name: str
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        validation: Sequence[Batch],
+        bar: Progress,
+        name: str,
+        learnt: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.model, self.batches, self.validation, self.bar, self.name = model, batches, validation, bar, name
         self.batch: Batch = {}
+        self.learnt = learnt
         self._begun: dict[int, _Begun] = {}
         self._now: _Begun | None = None
         self._outputs: dict[str, tuple[Tensor, ...]] = {}
