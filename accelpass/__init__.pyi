@@ -5,11 +5,17 @@ from .api.bisection import bisect as bisect
 from .api.calibration.bit_search import BitSearch as BitSearch
 from .api.calibration.bit_search import search_bits as search_bits
 from .api.calibration.calibrate import calibrate as calibrate
+from .api.calibration.probing import Gathered as Gathered
+from .api.calibration.probing import probe as probe
 from .api.calibration.score_search import search_by_score as search_by_score
 from .api.calibration.step_search import search_steps as search_steps
 from .api.compiling import compile as compile
 from .api.compiling import explain as explain
 from .api.compiling import refresh as refresh
+from .api.growing.upcycling import Upcycled as Upcycled
+from .api.growing.upcycling import upcycle as upcycle
+from .api.growing.widening import grow_pattention as grow_pattention
+from .api.growing.widening import rex_widen as rex_widen
 from .api.onnx_export import export_onnx as export_onnx
 from .api.packages import open as open
 from .api.packages import package as package
@@ -31,8 +37,6 @@ from .api.stateful import sampling_run as sampling_run
 from .api.stateful import state as state
 from .api.stateful import write as write
 from .api.vision import one_graph as one_graph
-from .api.widening import grow_pattention as grow_pattention
-from .api.widening import rex_widen as rex_widen
 from .backends.export.errors import ExportError as ExportError
 from .backends.package.errors import DamagedPackageError as DamagedPackageError
 from .backends.package.errors import PackageError as PackageError

@@ -35,6 +35,7 @@ class Program:
         unwritten: names of inputs (counters of cache layers) that a pass has left unwritten on purpose.
         survivors: by module that chose some of a prompt's tokens, how many there were; which ones, ascending ``(batch, kept)``,
             is remembered as ``survivors:PATH``. None where no pass chooses.
+        counts_padding: names of state in which padding is gathered with text.
     """
 
     gm: fx.GraphModule
@@ -48,6 +49,7 @@ class Program:
     edited: dict[tuple[str, str], str] = field(default_factory=dict)
     unwritten: set[str] = field(default_factory=set)
     survivors: dict[str, Any] | None = None
+    counts_padding: list[str] = field(default_factory=list)
     _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def results(self) -> tuple[list[Any], list[fx.Node], list[fx.Node]]:

@@ -162,6 +162,12 @@ def followers(program: Program, axis: Axis, starts: Sequence[fx.Node]) -> set[fx
             new = [user for user in node.users if user not in found and user.op == "call_function"]
             found.update(new)
             front += new
+    return with_weights(program, found)
+
+
+def with_weights(program: Program, nodes: Collection[fx.Node]) -> set[fx.Node]:
+    """These nodes, and the views and casts of weights that they alone read."""
+    found = set(nodes)
     front = list(found)
     while front:
         for node in front.pop().all_input_nodes:

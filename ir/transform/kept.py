@@ -135,6 +135,37 @@ class Merge(Static):
         return lambda outer, matrix: torch.matmul(outer.movedim(dim, -1), matrix.to(outer.dtype).t()).movedim(-1, dim)
 
 
+@dataclass(frozen=True, eq=False)
+class Numbered(Static):
+    """Rows of an axis that callers go on naming by their old numbers, and of which they go on seeing all: words.
+
+    Attributes:
+        places: makes ``(size,)`` int64, the row that each old number is now.
+        fill: what rows that are gone are, where a region ends.
+    """
+
+    places: Recipe | None = None
+    fill: float = 0.0
+
+    @classmethod
+    def of_all(cls, rows: Sequence[int], size: int, fill: float, unknown: int | None = None) -> Numbered:
+        """These of ``size`` rows.
+
+        Args:
+            unknown: the kept row that other numbers read; None for none, so that reading another is an error.
+        """
+        kept = Static.rows(rows)
+        numbers = [int(r) for r in rows]
+        missing = len(numbers) if unknown is None else numbers.index(unknown)  # behind the last row: an error
+
+        def places(*_: Tensor) -> tuple[Tensor]:
+            made = torch.full((size,), missing)
+            made[numbers] = torch.arange(len(numbers))
+            return (made,)
+
+        return cls(kept.count, kept.by, (), Recipe(("places", kept.by.key, size, unknown), places), fill)
+
+
 def kept_of(leaf: Leaf) -> int:
     """How many rows an axis has now."""
     if isinstance(leaf, int):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,8 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import placed
 from accelpass.ir.torch_private import tree_leaves
 from accelpass.ir.transform.changed_axes import CannotShrink, ChangedAxes
-from accelpass.ir.transform.kept import CHOSEN, Leaves, Merge, Static, before_of, now_of
-from accelpass.ir.transform.shrink_rules import Change, Scaled, rule_for
+from accelpass.ir.transform.kept import CHOSEN, Leaves, Merge, Numbered, Static, before_of, now_of
+from accelpass.ir.transform.shrink_rules import Change, Renumbered, Scaled, rule_for
 from accelpass.ir.transform.splice import inserted
 
 FORMAT = 1
@@ -61,12 +61,27 @@ def shrink(
         contest: let what compares the rows (a softmax, a choice of the largest) compare those that are left. What is picked by
             the numbers of rows so chosen has fewer rows, too.
 
+    What is kept as :class:`~accelpass.ir.transform.kept.Numbered` needs a region. Numbers of rows that come into it are those of the
+    whole axis, and what leaves it has all rows again.
+
     Raises:
         CannotShrink: something has the axis and cannot do with fewer rows; names the node. The graph is as it was.
     """
     surgery = _Surgery(program, axis, keep, None if region is None else frozenset(region), contest)
     surgery.follow()
     return surgery.commit()
+
+
+def shrink_together(program: Program, parts: Sequence[tuple[Axis, Static, Collection[fx.Node] | None]]) -> list[Shrunk]:
+    """Keep some rows of several axes, each in a region of its own: all, or none if one cannot; see :func:`shrink`.
+
+    Raises:
+        CannotShrink: see there.
+    """
+    surgeries = [_Surgery(program, a, keep, None if r is None else frozenset(r), False) for a, keep, r in parts]
+    for surgery in surgeries:
+        surgery.follow()
+    return [told for surgery in surgeries for told in surgery.commit()]
 
 
 class _Surgery:
@@ -85,6 +100,7 @@ class _Surgery:
         self.weights: dict[fx.Node, dict[int, Leaves]] = {}
         self.taken: dict[fx.Node, dict[int, Leaves]] = {}
         self.changes: dict[fx.Node, Change] = {}
+        self.ends: dict[fx.Node, int] = {}
 
     # --- what becomes of each node
 
@@ -105,7 +121,17 @@ class _Surgery:
                 if is_call(node, aten._assert_tensor_metadata):  # an exported graph has them; they compute nothing
                     self._step(node)
                     continue
-                raise CannotShrink(f"{node.name}, which is outside, reads the axis")
+                if not isinstance(self.keep, Numbered):
+                    raise CannotShrink(f"{node.name}, which is outside, reads the axis")
+                self._leave(node)
+
+    def _leave(self, node: fx.Node) -> None:
+        """What a node outside reads has all rows again."""
+        for given in (n for n in node.all_input_nodes if self.region and n in self.region and self._resized(n)):
+            dims = self.changed(given)
+            if len(dims) != 1 or any(len(leaves) != 1 or leaves[0][0] != CHOSEN for leaves in dims.values()):  # type: ignore[index]
+                raise CannotShrink(f"{given.name}, which is read outside, has the axis among others")
+            self.ends[given] = next(iter(dims))
 
     def _resized(self, node: fx.Node) -> bool:
         """Whether what a node gives has another shape; of a tuple the analysis has no dimensions, so values tell."""
@@ -116,9 +142,13 @@ class _Surgery:
         chooser = self.changing.renumbered(node)
         return self.contest and chooser is not None and (self.region is None or chooser in self.region)
 
+    def numbered(self, node: fx.Node) -> Renumbered | None:
+        """Numbers of rows that come from outside; None where these may not name rows."""
+        return Renumbered(node) if isinstance(self.keep, Numbered) else None
+
     def _source(self, node: fx.Node) -> None:
         dims = self.changed(node)
-        if not dims:
+        if not dims or not node.users:
             return
         if self.region is not None and self.region.isdisjoint(node.users):
             return
@@ -140,6 +170,9 @@ class _Surgery:
     def _end(self, node: fx.Node) -> None:
         for given in node.all_input_nodes:
             if self._resized(given) and (self.region is None or given in self.region):
+                if isinstance(self.keep, Numbered) and self.region is not None:
+                    self._leave(node)
+                    continue
                 raise CannotShrink(f"{given.name} has the axis, and the graph returns it")
 
     def _step(self, node: fx.Node) -> None:
@@ -187,7 +220,7 @@ class _Surgery:
         """The fake value of a node afterwards, or what is given."""
         if isinstance(given, fx.Node):
             return self.values.get(given, value(given))
-        return given.value if isinstance(given, Scaled) else given
+        return given.value if isinstance(given, Scaled | Renumbered) else given
 
     def _run(self, node: fx.Node, change: Change) -> Any:
         args, kwargs = _mapped(change.args, self.now), _mapped(change.kwargs, self.now)
@@ -232,6 +265,8 @@ class _Surgery:
         for node in self.changes:
             if is_attention(node):
                 renew_origin(program, node)
+        for node, dim in self.ends.items():
+            self._restore(node, dim)
         for old, new in made.items():
             self.axes.dims[new] = self.axes.dims[old]
         graph.lint()
@@ -268,7 +303,38 @@ class _Surgery:
             (node,) = inserted(self.program, first, lambda *given, cut=cut: [cut(*given)], node, rows)
         return node
 
+    def _restore(self, node: fx.Node, dim: int) -> None:
+        """Let what is outside read all rows, with a number in the place of those that are gone."""
+        keep, size = self.keep, value(node).shape[dim]
+        assert isinstance(keep, Numbered)
+        whole = self.axes.of(node)[dim].size
+        rows = self._table(keep.by, f"{node.name}_rows")
+
+        def restored(x: Tensor, rows: Tensor) -> list[Tensor]:
+            assert x.shape[dim] == size
+            sizes = [whole if at == dim else s for at, s in enumerate(x.shape)]
+            return [x.new_full(sizes, keep.fill).index_copy(dim, rows, x)]
+
+        outside = [u for u in node.users if self.region is not None and u not in self.region]
+        (made,) = inserted(self.program, node.next, restored, node, rows)
+        for user in outside:
+            user.replace_input_with(node, made)
+
+    def _table(self, recipe: Recipe, name: str) -> fx.Node:
+        """Numbers that no weight changes, beside the first weight that becomes smaller."""
+        anchor = next(iter(self.weights))
+        key = ("shrink.table", FORMAT, recipe.key)
+        (made,) = self.program.tensors.derive(
+            [anchor], Recipe(key, lambda weight: placed(weight, recipe.fn()), first=True), [name]
+        )
+        return made
+
     def _argument(self, given: Any, node: fx.Node, made: dict[fx.Node, fx.Node]) -> Any:
+        if isinstance(given, Renumbered):
+            assert isinstance(self.keep, Numbered) and self.keep.places is not None
+            places = self._table(self.keep.places, f"{node.name}_places")
+            (rows,) = inserted(self.program, node, lambda numbers, places: [places[numbers]], given.given, places)
+            return rows
         if not isinstance(given, Scaled):
             return made.get(given, given) if isinstance(given, fx.Node) else given
         graph = node.graph

@@ -30,6 +30,17 @@ class Scaled:
     value: Any
 
 
+@dataclass(frozen=True)
+class Renumbered:
+    """Numbers of rows as a caller gives them, which name the rows that are left where the graph is changed."""
+
+    given: fx.Node
+
+    @property
+    def value(self) -> Any:
+        return value(self.given)
+
+
 class Shrinking(Protocol):
     """What the rules ask of a surgery."""
 
@@ -38,6 +49,9 @@ class Shrinking(Protocol):
 
     def renumbered(self, node: fx.Node) -> bool:
         """Whether a value holds numbers of rows that were chosen among those that are left."""
+
+    def numbered(self, node: fx.Node) -> Renumbered | None:
+        """Numbers of rows that come from outside; None where these may not name rows."""
 
     def changed(self, node: fx.Node) -> dict[int, Leaves]:
         """The dimensions of a node that change."""
@@ -287,8 +301,12 @@ def _index(change: Change) -> None:
 
 @rule("embedding")
 def _embedding(change: Change) -> None:
-    if change.changed(0) is not None and not change.of.renumbered(change.get("indices")):
-        raise change.refuse("picks rows of the axis by number")
+    indices = change.get("indices")
+    if change.changed(0) is not None and not change.of.renumbered(indices):
+        told = change.of.numbered(indices)
+        if told is None:
+            raise change.refuse("picks rows of the axis by number")
+        change.put("indices", told)
 
 
 @rule("conv1d", "conv2d", "conv3d")

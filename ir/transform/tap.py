@@ -1,14 +1,15 @@
 """Taps: what is computed at named points of a graph is read into state, or replaced, inside the compiled graph.
 
 A point is a value that models of all libraries have: the stream before and after a block, the hidden channels of an MLP, queries,
-keys and values, what an output projection reads, a router's scores, logits. No module hook is needed and no graph is broken.
+keys and values, attention probabilities and what keys get of them, what an output projection reads, a router's scores, logits. No
+module hook is needed and no graph is broken.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
@@ -18,13 +19,18 @@ from accelpass.ir.analyses.structure.mlp import mlps
 from accelpass.ir.analyses.structure.moe import moes
 from accelpass.ir.analyses.structure.output_head import output_heads
 from accelpass.ir.attention.recognition.detect import detect
+from accelpass.ir.attention.spec.spec import AttentionMass, ScoreTap
 from accelpass.ir.core.graph import aten, call, placeholders, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.state import StateSpec
 from accelpass.ir.errors import AccelpassError
+from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.transform.attention_points import mass_of, probabilities_of
+from accelpass.ir.transform.real_tokens import real_tokens
 from accelpass.ir.transform.splice import splice, trace
 
-KINDS = ("residual", "act", "q", "k", "v", "heads", "router", "logits")
+KINDS = ("residual", "act", "q", "k", "v", "heads", "probs", "mass", "out", "router", "logits")
+_OF_SCORES = ("probs", "mass")
 STARTS = {"sum": 0.0, "max": float("-inf"), "min": float("inf"), "last": 0.0}
 
 
@@ -40,8 +46,9 @@ class Point:
         path: the module, ``model.layers.3.mlp``.
         kind: one of KINDS: ``residual`` (the streams before and after a block), ``act`` (the hidden channels of an MLP, which its
             last linear reads), ``q``, ``k``, ``v`` (as attention reads them), ``heads`` (what the output projection of an
-            attention reads), ``router`` (the scores of experts), ``logits``.
-        nodes: the values; a tap that replaces replaces the last.
+            attention reads), ``probs`` (attention probabilities ``(batch, heads, queries, keys)``), ``mass`` (what each key gets of the
+            scores, float32 ``(batch, kv_heads, keys)``), ``out`` (what the last linear of an attention or MLP gives), ``router`` (the scores of experts), ``logits``.
+        nodes: the values; a tap that replaces replaces the last. Of ``probs`` and ``mass`` the attention, which gives them when tapped.
     """
 
     path: str
@@ -69,16 +76,19 @@ class Tap:
         how: what is gathered over calls: their ``sum``, ``max``, ``min`` or ``last`` result; ``replace`` for a tap that replaces.
         name: tells several taps at one point apart.
         written: ``fn`` gets so many vectors more, of the last value's channels: zeros, until ``accelpass.write`` sets them (steering,
-            masking). Of several each is called by its number, from 0.
-        also: finds further values of a graph that ``fn`` gets after the point's.
+            masking). Of several each is called by its number, from 0. In place of how many, their shapes, if these are others.
+        score: at a point ``mass``, what a key gets of the scores: all queries' probabilities, unless something else is wanted
+            (``LastQueries(AttentionMass(), 1)``: those of the last query alone, for which the attention stays as it is).
+        also: finds further values of a graph that ``fn`` gets after the point's: ``real_tokens``, which tells padding from text.
     """
 
     at: str
     fn: Callable[..., Tensor]
     how: str = "sum"
     name: str = ""
-    written: int = 0
+    written: int | Sequence[Sequence[int]] = 0
     also: Callable[[Program], Sequence[fx.Node]] | None = None
+    score: ScoreTap = field(default_factory=AttentionMass)
 
     def __post_init__(self) -> None:
         if self.how not in (*STARTS, "replace"):
@@ -104,15 +114,19 @@ def _points(program: Program) -> Iterator[Point]:
         yield Point(block.path, "residual", (block.input, block.output))
     for mlp in program.analysis(mlps):
         yield Point(mlp.path, "act", (mlp.down.operand(),))
+        yield Point(mlp.path, "out", (mlp.down.node,))
     for attention in program.analysis(detect):
         if attention.node is None:
             continue
         for kind, node in zip("qkv", attention.node.args, strict=False):
             assert isinstance(node, fx.Node)
             yield Point(attention.path, kind, (node,))
+        for kind in _OF_SCORES:
+            yield Point(attention.path, kind, (attention.node,))
         if attention.o_proj is not None:
             read = attention.o_proj.all_input_nodes
             yield Point(attention.path, "heads", (next(n for n in read if not program.tensors.is_constant(n)),))
+            yield Point(attention.path, "out", (attention.o_proj,))
     for moe in program.analysis(moes):
         yield Point(moe.path, "router", (moe.router.node,))
     for head in program.analysis(output_heads):
@@ -130,22 +144,51 @@ def tap(program: Program, taps: Sequence[Tap], by: str) -> dict[str, fx.Node]:
     """
     found, anchor = points(program), _anchor(program)
     slots: dict[str, fx.Node] = {}
+    now: dict[fx.Node, fx.Node] = {}  # attentions that were asked for something, which makes other nodes of them
+    cached = {site.attention for site in program.analysis(kv_sites)}
     for one in taps:
         for point in found:
             if one.fits(point):
                 name = ".".join(filter(None, (by, point.name, one.name)))
-                given = [*point.nodes, *(one.also(program) if one.also is not None else ())]
+                given = [
+                    *_values(program, one, point, by, now, cached),
+                    *(one.also(program) if one.also is not None else ()),
+                ]
                 written = name if one.how == "replace" else f"{name}.written"
-                for number in range(one.written):
-                    vector = f"{written}.{number}" if one.written > 1 else written
-                    slots[vector] = _vector(program, point, anchor, vector)
+                shapes = _written(one, point)
+                for number, shape in enumerate(shapes):
+                    vector = f"{written}.{number}" if len(shapes) > 1 else written
+                    spec = StateSpec(vector, shape, value(point.nodes[-1]).dtype, "model")
+                    slots[vector] = program.tensors.state(anchor, spec)
                     given.append(slots[vector])
                 if one.how == "replace":
                     _replace(program, one, point, given)
                 else:
                     slots[name] = _read(program, one, point, given, anchor, name)
+                    if one.also is not real_tokens:
+                        program.counts_padding.append(name)
     program.gm.recompile()
     return slots
+
+
+def _values(
+    program: Program, one: Tap, point: Point, by: str, now: dict[fx.Node, fx.Node], cached: Collection[fx.Node | None]
+) -> Sequence[fx.Node]:
+    """What a tap's function gets of its point."""
+    if point.kind not in _OF_SCORES:
+        return point.nodes
+    (node,) = point.nodes
+    if one.how == "replace":
+        raise CannotTap(
+            f"{point.name}: it is read beside the attention, and cannot be replaced; replace heads, q, k or v"
+        )
+    if node in cached:
+        raise CannotTap(f"{point.name}: its keys stand in a KVCache; tap a call without one (use_cache=False)")
+    last = now.get(node, node)
+    if point.kind == "probs":
+        return [probabilities_of(program, last)]
+    found, now[node] = mass_of(program, last, one.score, by)
+    return [found]
 
 
 def _anchor(program: Program) -> fx.Node:
@@ -160,12 +203,14 @@ def _is_own(program: Program, node: fx.Node) -> bool:
     return node.op in ("placeholder", "get_attr") and program.tensors.sources(node) == [node]
 
 
-def _vector(program: Program, point: Point, anchor: fx.Node, name: str) -> fx.Node:
-    """The state that ``accelpass.write`` sets: a number for each channel of the point's last value."""
+def _written(one: Tap, point: Point) -> list[tuple[int, ...]]:
+    """The shapes of what ``accelpass.write`` sets: by default a number for each channel of the point's last value."""
+    if not isinstance(one.written, int):
+        return [tuple(shape) for shape in one.written]
     last = value(point.nodes[-1])
-    if not isinstance(last.shape[-1], int):
+    if one.written and not isinstance(last.shape[-1], int):
         raise CannotTap(f"{point.name}: how many channels there are, only run time knows")
-    return program.tensors.state(anchor, StateSpec(name, (last.shape[-1],), last.dtype, "model"))
+    return [(last.shape[-1],)] * one.written
 
 
 def _made(program: Program, one: Tap, given: Sequence[fx.Node]) -> fx.Node:

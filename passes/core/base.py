@@ -288,10 +288,12 @@ class Study(Protocol):
     Attributes:
         batch: the one whose attentions are being computed: ``input_ids``, and ``labels`` and ``needle`` if they were given.
         batches: those that are learnt from.
+        learnt: what the pass has learnt without the loss, as its plan has it.
     """
 
     batch: Mapping[str, Any]
     batches: Sequence[Mapping[str, Any]]
+    learnt: Mapping[str, Tensor]
 
     def gradients(self, attend: Attend, what: str) -> None:
         """Run the loss of each batch and its gradient; what ``attend`` returns must be differentiable. Where it leaves all to
@@ -349,6 +351,11 @@ class Study(Protocol):
 
 class CalibratedOnLoss(ABC):
     """Mix-in of passes that learn from what changes the model's loss."""
+
+    @property
+    def wants_loss(self) -> bool:
+        """Whether it does with these options."""
+        return True
 
     @abstractmethod
     def calibrate_on_loss(self, study: Study) -> dict[str, Tensor]:

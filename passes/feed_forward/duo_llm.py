@@ -17,16 +17,17 @@ from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import PassError, PlanError
 from accelpass.ir.linear.experts import EXPERT_LINEAR
-from accelpass.passes.core.base import Calibrated, Done, Run, Skip, Take, Verdict
+from accelpass.passes.core.base import Calibrated, CalibratedOnLoss, Done, Run, Skip, Study, Take, Verdict
 from accelpass.passes.core.site_pass import Edits, SitePass
 from accelpass.passes.feed_forward.fitting import fitted
+from accelpass.passes.feed_forward.joint_training import trained
 from accelpass.passes.feed_forward.small_mlp import ACTIVATIONS, small_mlp
 
 ROUTES = ("big", "small", "skip", "router")
 
 
 @dataclass(frozen=True)
-class DuoLLM(SitePass, Calibrated):
+class DuoLLM(SitePass, Calibrated, CalibratedOnLoss):
     """Compute a layer's feed-forward part in its own size, in a much smaller one, or not at all; for all tokens, or as a router says.
 
     After Alizadeh et al., "Duo-LLM: A Framework for Studying Adaptive Computation in Large Language Models". A layer that is ``small`` or
@@ -36,18 +37,22 @@ class DuoLLM(SitePass, Calibrated):
 
     ``accelpass.calibrate`` fits the small parts to the outputs of the big ones, by least squares for the last linear, with the big
     one's most active channels before it (inferred), and routers to where the small part errs, within the budget (inferred: in place
-    of the loss of the next token). The paper trains both sizes together with random routes; a model that was not is worse for it.
+    of the loss of the next token). With ``joint`` the small parts are then trained as in the paper's first stage: each token of each layer
+    goes through either size by chance, and the loss is that of the next token. The paper trains the big parts with them, which here
+    stay as they are; a model that was not trained so is worse for it.
 
     Attributes:
         route: ``big``, ``small``, ``skip`` or ``router``; ``sites`` says it for single layers, ``{"*.layers.3.mlp": {"route":
             "small"}}``.
         shrink: how many times fewer hidden channels the small part has.
         budget: share of the tokens that routers are fitted to send to the big parts.
+        joint: how often all batches are run to train the small parts among the big ones; 0 leaves them as they were fitted.
     """
 
     route: str = "router"
     shrink: int = 16
     budget: float = 0.5
+    joint: int = 0
 
     fits_cache: ClassVar[bool] = False
     name: ClassVar[str] = "duo_llm"
@@ -66,6 +71,8 @@ class DuoLLM(SitePass, Calibrated):
             raise self.fail("shrink", "2 or more")
         if not 0 <= self.budget <= 1:
             raise self.fail("budget", "a share from 0 to 1")
+        if self.joint < 0:
+            raise self.fail("joint", "0 or more")
         super().__post_init__()
 
     def find(self, program: Program) -> list[Mlp]:
@@ -147,6 +154,19 @@ class DuoLLM(SitePass, Calibrated):
             raise PassError(f"{self.name} found no MLP to make a small one of")
         found = fitted(program, run, sites, self.shrink, self.budget)
         return {f"{self.name}/{path}/{name}": t for path, made in found.items() for name, t in made.items()}
+
+    @property
+    def wants_loss(self) -> bool:
+        return self.joint > 0
+
+    def calibrate_on_loss(self, study: Study) -> dict[str, Tensor]:
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in study.learnt.items():
+            path, _, name = key.removeprefix(f"{self.name}/").rpartition("/")
+            if isinstance(self.wanted(path), Take):
+                parts.setdefault(path, {})[name] = tensor
+        made = trained(study, parts, self.joint)
+        return {f"{self.name}/{path}/{name}": t for path, part in made.items() for name, t in part.items()}
 
 
 def _unfit(site: Mlp) -> str | None:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
+from accelpass.ir.analyses.axes.axes import Axis, axes
 from accelpass.ir.analyses.axes.flow import CASTS, VIEWS
 from accelpass.ir.analyses.structure.linear import Embedding, embeddings
 from accelpass.ir.analyses.structure.output_head import OutputHead, is_read_first, output_heads
-from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import aten, through, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import OptionError
-from accelpass.ir.torch_private import FakeTensor
-from accelpass.ir.transform.shrink import Shrunk
+from accelpass.ir.transform.changed_axes import CannotShrink, with_weights
+from accelpass.ir.transform.kept import Numbered
+from accelpass.ir.transform.shrink import shrink_together
 from accelpass.passes.core.base import Done, Skip, Take, Verdict
 from accelpass.passes.core.site_pass import Edits, SitePass
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -100,63 +97,19 @@ class VocabularyPrune(SitePass):
             )
         return Take()
 
-    def rewrite(self, site: Vocabulary, edit: Edits) -> Done:
-        head, size = site.head.linear, site.head.size
-        made: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
-
-        def few(weight: fx.Node, transposed: bool = False) -> tuple[fx.Node, fx.Node, fx.Node]:
-            if weight not in made:
-                names = [f"{weight.name}_{what}" for what in ("kept", "ids", "rows")]
-                rows, ids, places = edit.derive([weight], self._recipe(size, transposed), names)
-                made[weight] = rows, ids, places
-            return made[weight]
-
-        rows, ids, _ = few(head.weight, head.transposed)
-        bias = None if head.bias is None else few(head.bias)[0]
-        narrow = edit.call(head.node, aten.linear.default, head.operand(), rows, bias)
-
-        def spread(narrow: Tensor, ids: Tensor) -> list[Tensor]:
-            gone = narrow.new_full((*narrow.shape[:-1], size), float("-inf"))
-            return [gone.index_copy(-1, ids, narrow)]
-
-        (logits,) = edit.run(("spread", size), spread, [narrow, ids], head.node)
-        edit.replace(head.node, logits)
-        for table in site.tables:
-            kept, _, places = few(table.weight)
-            looked = edit.call(
-                table.node,
-                aten.index_select.default,
-                places,
-                0,
-                edit.call(table.node, aten.reshape.default, table.indices, [-1]),
-            )
-            at = edit.call(table.node, aten.view_as.default, looked, table.indices)
-            edit.replace(table.node, edit.call(table.node, aten.embedding.default, kept, at))
-        shrunk = tuple(self._told(edit.program, old, new[0]) for old, new in made.items())
+    def rewrite(self, site: Vocabulary, edit: Edits) -> Done | Skip:
+        program, size = edit.program, site.head.size
+        known = program.analysis(axes)
+        users: dict[Axis, list[fx.Node]] = {}  # one axis if the weight is one
+        head = site.head.linear.node
+        for node, dim in ((head, known.of(head)[-1]), *((t.node, known.of(t.weight)[0]) for t in site.tables)):
+            if len(dim.leaves) != 1:
+                return Skip(f"{node.name} has its tokens in pieces")
+            users.setdefault(dim.leaves[0], []).append(node)
+        keep = Numbered.of_all(sorted(self.keep), size, float("-inf"), self.unknown)
+        try:
+            shrunk = shrink_together(program, [(a, keep, with_weights(program, of)) for a, of in users.items()])
+        except CannotShrink as cause:
+            return Skip(str(cause))
         sizes = (sum(s.bytes_before for s in shrunk), sum(s.bytes_after for s in shrunk))
-        return Done(f"{len(self.keep)} of {size} tokens", *sizes, shrunk=shrunk)
-
-    def _recipe(self, size: int, transposed: bool) -> Recipe:
-        ids = torch.tensor(sorted(self.keep))
-
-        def made(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            if isinstance(weight, FakeTensor):
-                shape = (len(ids), *(weight.shape[:1] if transposed else weight.shape[1:]))
-                counts = (weight.new_empty(n, dtype=torch.long) for n in (len(ids), size))
-                return (weight.new_empty(shape), *counts)  # type: ignore[return-value]
-            own = ids.to(weight.device)
-            missing = (
-                len(ids) if self.unknown is None else sorted(self.keep).index(self.unknown)
-            )  # behind the last row: an error
-            places = torch.full((size,), missing, device=weight.device)
-            places[own] = torch.arange(len(ids), device=weight.device)
-            rows = weight.index_select(1, own).t() if transposed else weight.index_select(0, own)
-            return rows.contiguous(), own, places
-
-        digest = hashlib.sha1(ids.numpy().tobytes()).hexdigest()
-        return Recipe(("vocabulary_prune", FORMAT, digest, self.unknown, size, transposed), made, first=True)
-
-    def _told(self, program: Program, old: fx.Node, new: fx.Node) -> Shrunk:
-        before, after = (tuple(int(s) for s in value(n).shape) for n in (old, new))
-        sizes = [int(value(n).numel() * value(n).element_size()) for n in (old, new)]
-        return Shrunk(program.tensors.path(old) or old.name, before, after, *sizes)
+        return Done(f"{len(self.keep)} of {size} tokens", *sizes, shrunk=tuple(shrunk))

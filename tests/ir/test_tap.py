@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from accelpass import KVCache
+from accelpass.ir.attention.lowering.lower import is_as_inserted
+from accelpass.ir.attention.spec.op import ATTENTION, ATTENTION_STATS, is_attention
+from accelpass.ir.attention.spec.spec import AttentionMass, LastQueries
 from accelpass.ir.transform.tap import KINDS, CannotTap, Tap, points, tap
 from accelpass.models_zoo import small
 from tests.ir.test_shrink import captured
@@ -40,7 +44,7 @@ def seen(model: Any, ids: Tensor, module: str) -> Tensor:
 def test_points_of_a_decoder():
     program, _ = program_of(small.decoder(), torch.arange(6)[None])
     names = [p.name for p in points(program)]
-    assert len(names) == len(set(names)) == 2 * 6 + 1
+    assert len(names) == len(set(names)) == 2 * 10 + 1
     assert {p.kind for p in points(program)} == set(KINDS) - {"router"}
     assert "model.layers.1.mlp.act" in names and "model.layers.0.self_attn.heads" in names and "lm_head.logits" in names
 
@@ -95,6 +99,69 @@ def test_a_stream_is_seen_before_and_after_its_block():
     (found,) = (t for n, t in _held(program, inputs) if n in set(slots.values()))
     steps = seen(model, ids, "model.layers.1.input_layernorm") - seen(model, ids, "model.layers.0.input_layernorm")
     torch.testing.assert_close(found, steps.sum((0, 1)), atol=1e-5, rtol=1e-4)
+
+
+SCORES = [AttentionMass(), LastQueries(AttentionMass(), 1), LastQueries(AttentionMass(), 3)]
+
+
+def probabilities(model: Any, ids: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """What the model itself gives as attention probabilities, ``(batch, heads, queries, keys)``."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        made = model(ids, attention_mask=mask, use_cache=False, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    return list(made)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_probabilities_and_what_keys_get_of_them(padded: bool):
+    model, ids = small.decoder(), torch.arange(12).reshape(2, 6)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]]) if padded else None
+    given = (ids, mask) if padded else (ids,)
+    program, inputs = captured(lambda x, m=None: model(x, attention_mask=m, use_cache=False).logits, *given)
+    taps = [Tap("*.1.*.probs", lambda p: p.nan_to_num(), "last")]
+    taps += [Tap("*.1.*.mass", lambda m: m.clone(), "last", str(n), score=score) for n, score in enumerate(SCORES)]
+    slots = tap(program, taps, "mine")
+    kinds = [n.target for n in program.graph.nodes if is_attention(n)]
+    assert kinds == [ATTENTION, ATTENTION_STATS], "one attention gives more, the other stays"
+    with torch.no_grad():
+        assert relative_error(run(program, inputs), model(*given, use_cache=False).logits) < 1e-5
+    found = dict(_held(program, inputs))
+    probs, *masses = (found[slot] for slot in slots.values())
+    real = probabilities(model, ids, mask)[1] * (1 if mask is None else mask[:, None, :, None])
+    torch.testing.assert_close(probs * (1 if mask is None else mask[:, None, :, None]), real, atol=1e-5, rtol=1e-4)
+    for mass, last in zip(masses, (6, 1, 3), strict=True):
+        want = real[:, :, -last:].sum(2).unflatten(1, (2, 2)).sum(2)
+        torch.testing.assert_close(mass, want, atol=1e-5, rtol=1e-4)
+
+
+def test_the_last_querys_mass_leaves_the_attention_as_it_is():
+    program, _ = program_of(small.decoder(), torch.arange(6)[None])
+    tap(program, [Tap("mass", lambda m: m.sum((0, 2)), score=LastQueries(AttentionMass(), 1))], "mine")
+    assert all(is_as_inserted(n) for n in program.graph.nodes if is_attention(n))
+    from accelpass.ir import attention
+
+    assert set(attention.lower(program).values()) == {"origin"}
+
+
+def test_keys_in_a_cache_are_not_tapped():
+    model = small.decoder()
+    cache = KVCache(model, 16)
+    found: list[Any] = []
+
+    def backend(gm: Any, inputs: list[Any]) -> Any:
+        from accelpass.ir import attention
+
+        found.append(attention.captured(gm, inputs))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(torch.arange(6)[None], past_key_values=cache)
+    with pytest.raises(CannotTap, match="stand in a KVCache"):
+        tap(found[0], [Tap("mass", lambda m: m.sum())], "mine")
+    with pytest.raises(CannotTap, match="cannot be replaced"):
+        tap(program_of(model, torch.arange(6)[None])[0], [Tap("probs", lambda p: p, "replace")], "mine")
 
 
 def test_what_cannot_be_tapped_is_told():

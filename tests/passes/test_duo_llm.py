@@ -133,6 +133,45 @@ def test_calibration_fits_the_least_squares_and_answers_go_on():
             assert relative_error(fast(prompt[:, -1:], past_key_values=cache).logits, whole[:, -1:]) < 1e-4
 
 
+def loss_by_chance(model: Any, parts: dict[str, Tensor], text: Tensor, seeds: int) -> float:
+    """The mean loss of the next token where each token of each layer goes through a size by chance."""
+    made = by_the_card(model, parts, "big", "big")
+    losses = []
+    for seed in range(seeds):
+        draw = torch.Generator().manual_seed(seed)
+        for layer in made.model.layers:
+            duo = layer.mlp
+            p = duo.parts
+            drawn = torch.rand(text.shape, generator=draw) < 0.5
+
+            def forward(x: Tensor, duo: Any = duo, p: Any = p, drawn: Tensor = drawn) -> Tensor:
+                small_of = F.linear(F.silu(x @ p["gate"].T) * (x @ p["up"].T), p["down"], p["bias"])
+                return torch.where(drawn[..., None], small_of, duo.big(x))
+
+            duo.forward = forward
+        logits = made(text, use_cache=False).logits
+        losses.append(float(F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())))
+    return sum(losses) / seeds
+
+
+def test_joint_training_lowers_the_loss_of_mixed_sizes():
+    model, draw = small.decoder(0), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        text = model.generate(torch.randint(0, 64, (8, 2), generator=draw), max_new_tokens=14, do_sample=False)
+    torch.manual_seed(0)
+    found = []
+    for epochs in (0, 6):
+        asked = {"name": "duo_llm", "shrink": 8, "joint": epochs}
+        plan = accelpass.calibrate(model, list(text.split(2)), [asked], progress=False, validation=[text])
+        found.append(plan.tensors)
+    before, after = found
+    assert before.keys() == after.keys() and all(before[k].shape == after[k].shape for k in before)
+    router = "duo_llm/model.layers.0.mlp/router"
+    assert torch.equal(before[router], after[router])
+    with torch.no_grad():
+        assert loss_by_chance(model, after, text, 6) < 0.95 * loss_by_chance(model, before, text, 6)
+
+
 def test_routers_send_tokens_where_small_layers_err():
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(400, 6, generator=draw)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import accelpass
-from accelpass.api.widening import candidates_at
+from accelpass.api.growing.widening import candidates_at
 from accelpass.ir.core.graph import aten
 from accelpass.models_zoo import small
 from tests.small_models import relative_error

@@ -21,6 +21,7 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.core.state import STATE
 from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import AccelpassError, OptionError, PassError
+from accelpass.ir.transform.real_tokens import MASK, real_tokens
 from accelpass.ir.transform.tap import Tap, tap
 from accelpass.passes.core.base import BlockRun, Calibrated, CalibratedOnLoss, Watch
 from accelpass.passes.core.plan import Plan
@@ -66,9 +67,10 @@ def calibrate(
         for p in made:
             if isinstance(p, Calibrated):
                 tensors |= p.calibrate(program, _Runner(model, held, bar, p.name, store))
-            if isinstance(p, CalibratedOnLoss):
+            if isinstance(p, CalibratedOnLoss) and p.wants_loss:
                 kept, others = parted(held, _held(validation or ()))
-                tensors |= p.calibrate_on_loss(LossStudy(model, kept, others, bar, p.name))
+                learnt = {name: t for name, t in tensors.items() if name.startswith(f"{p.name}/")}
+                tensors |= p.calibrate_on_loss(LossStudy(model, kept, others, bar, p.name, learnt))
     return Plan.of(model, [*made], tensors)
 
 
@@ -110,8 +112,8 @@ class _Runner:
             tap(program, taps, by)
             return ()
 
-        for batch in self.batches:
-            if not bool(torch.as_tensor(batch.get("attention_mask", 1)).all()):
+        for batch in self.batches if any(one.also is not real_tokens for one in taps) else ():
+            if not bool(torch.as_tensor(batch.get(MASK, 1)).all()):
                 raise OptionError(
                     f"{self.name}: a batch has padding, which would be counted; calibrate on texts without"
                 )

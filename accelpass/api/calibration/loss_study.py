@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from accelpass.api.calibration.tapped_graph import TappedGraph
 from accelpass.ir import attention
 from accelpass.ir.attention.spec.block_select import not_a_prompt
-from accelpass.ir.attention.spec.op import ATTENTION, is_attention
+from accelpass.ir.attention.spec.op import is_attention
 from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.ir.core.graph import placeholders
 from accelpass.ir.core.program import Program
@@ -63,10 +64,17 @@ class LossStudy:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], validation: Sequence[Batch], bar: Progress, name: str
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        validation: Sequence[Batch],
+        bar: Progress,
+        name: str,
+        learnt: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.model, self.batches, self.validation, self.bar, self.name = model, batches, validation, bar, name
         self.batch: Batch = {}
+        self.learnt = learnt
         self._begun: dict[int, _Begun] = {}
         self._now: _Begun | None = None
         self._outputs: dict[str, tuple[Tensor, ...]] = {}
@@ -230,24 +238,38 @@ class LossStudy:
             self._projections[found.path] = _projections(program, found)
         paths = [program.tensors.path(node) for node in placeholders(program.gm)]
         part = 0
+        for node in [*program.graph.nodes]:
+            if is_attention(node):
+                node.target = self._attended
+            elif node.op == "call_function" and node.target is SET_GRAD_ENABLED:
+                # The model was captured without gradients, and would put that state back in the middle.
+                program.graph.erase_node(node)
 
         def number(node: fx.Node) -> int:
             nonlocal part
-            mine, part = part, part + is_attention(node)
+            mine, part = part, part + (node.op == "call_function" and node.target == self._attended)
             return mine
 
         parts = split_module(program.gm, program.gm, number, keep_original_order=True)
+        for name, module in [*parts.named_children()]:
+            setattr(parts, name, _Recomputed(module))
 
         def run(*given: Any) -> Any:
             with torch.set_grad_enabled(self._gradients):
                 mine = (self._changed(p, t) for p, t in zip(paths, given, strict=False))
-                return _Parts(parts, self._attend, self._gradients).run(*mine, *map(_detached, given[len(paths) :]))
+                return parts(*mine, *map(_detached, given[len(paths) :]))
 
         return run
 
     def _changed(self, path: str | None, given: Any) -> Any:
         change = self._changes.get(path) if path is not None else None
         return _detached(given) if change is None else change(given.detach())
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor], text: str) -> Tensor:
+        """An attention of the graph: what the caller makes of it."""
+        spec = AttentionSpec.from_json(text)
+        made = self._attend(spec, q, k, v)
+        return attention.attend(q, k, v, extras, spec)[0] if made is None else made
 
 
 def _projections(program: Program, found: attention.Attention) -> dict[str, Tensor]:
@@ -297,36 +319,12 @@ def _detached(given: Any) -> Any:
     return given.detach() if isinstance(given, Tensor) else given
 
 
-class _Parts(fx.Interpreter):
-    """Runs the parts of a graph that attentions end; each is recomputed in the backward."""
+class _Recomputed(nn.Module):
+    """A part of a graph, up to an attention; where there are gradients, it is computed again for them."""
 
-    def __init__(self, gm: fx.GraphModule, attend: Attend, gradients: bool) -> None:
-        super().__init__(gm)
-        self.extra_traceback = False  # an error keeps its own words
-        self.attend, self.gradients = attend, gradients
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        run = _Part(self.fetch_attr(target), self.attend).run
-        return checkpoint(run, *args, use_reentrant=False, **kwargs) if self.gradients else run(*args, **kwargs)
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _Part.call_function(self, target, args, kwargs)  # type: ignore[arg-type]
-
-
-class _Part(fx.Interpreter):
-    """One part; its attention is what the study's caller makes of it."""
-
-    def __init__(self, gm: fx.GraphModule, attend: Attend) -> None:
-        super().__init__(gm)
-        self.extra_traceback = False
-        self.attend = attend
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is SET_GRAD_ENABLED:
-            return None  # the model was captured without gradients; it would put that state back in the middle
-        if target is not ATTENTION:
-            return fx.Interpreter.call_function(self, target, args, kwargs)
-        q, k, v, extras, text = args
-        spec = AttentionSpec.from_json(text)
-        made = self.attend(spec, q, k, v)
-        return attention.attend(q, k, v, extras, spec)[0] if made is None else made
+    def forward(self, *given: Any) -> Any:
+        return checkpoint(self.part, *given, use_reentrant=False) if torch.is_grad_enabled() else self.part(*given)

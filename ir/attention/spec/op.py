@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -39,25 +40,8 @@ def attend(
         The output ``(..., q_heads, q_tokens, d_v)`` and the statistics by name.
     """
     rows, columns = q.shape[-2], k.shape[-2]
-    if isinstance(spec.select, BlockSelect):
-        mask: Tensor | None = spec.select.mask(q, k, causal_form(spec, rows, columns))
-    else:
-        mask = selection(spec.select, rows, columns, 0 if spec.causal else columns - rows, q)
-    if spec.groups > 1:
-        k = k.repeat_interleave(spec.groups, -3)
-        v = v.repeat_interleave(spec.groups, -3)
-    scores = torch.matmul(q, k.transpose(-1, -2))
-    if spec.scale != 1.0:
-        scores = scores * spec.scale
-    if spec.causal:
-        allowed = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(allowed.logical_not(), float("-inf"))
-    # Sinks are columns that no selection may remove, so the selection comes before the first of them is added.
-    at = next((i for i, s in enumerate(spec.before) if s.kind == "sink"), len(spec.before))
-    scores = steps.apply(scores, spec.before[:at], extras)
-    if mask is not None:
-        scores = scores.masked_fill(mask.logical_not(), float("-inf"))
-    scores = steps.apply(scores, spec.before[at:], extras)
+    scores = masked_scores(q, k, extras, spec)
+    v = v.repeat_interleave(spec.groups, -3) if spec.groups > 1 else v
     found: dict[str, Tensor] = {}
     if "lse" in spec.statistics:
         found["lse"] = torch.logsumexp(scores.float(), -1).reshape(q.shape[:-1])
@@ -66,13 +50,52 @@ def attend(
             masked = scores.float().reshape(*q.shape[:-1], columns).unflatten(-3, (-1, spec.groups))
             query = torch.arange(rows, device=q.device) + (0 if spec.causal else columns - rows)
             found[name] = tap(masked, Places(query, torch.arange(columns, device=q.device), columns))
-    probabilities = steps.apply(scores, (spec.softmax, *spec.after), extras)
-    probabilities = probabilities.reshape(*q.shape[:-1], columns)
+    probabilities = _probabilities(scores, extras, spec).reshape(*q.shape[:-1], columns)
     if "column_sums" in spec.statistics:
         sums = torch.nan_to_num(probabilities.float()).sum(-2)  # a row without keys (padding) is in no sum
         found["column_sums"] = sums.unflatten(-2, (-1, spec.groups)).sum(-2)
     probabilities = probabilities.to(v.dtype)
     return torch.matmul(probabilities, v), found
+
+
+def masked_scores(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec, first: Any = 0) -> Tensor:
+    """Scores as the softmax takes them, ``(..., q_heads, q_tokens, k_tokens)``, with a column more for each sink.
+
+    Args:
+        first: how many queries of the call come before those of ``q``, of an attention to all keys.
+    """
+    rows, columns = q.shape[-2], k.shape[-2]
+    if isinstance(spec.select, BlockSelect):
+        mask: Tensor | None = spec.select.mask(q, k, causal_form(spec, rows, columns))
+    else:
+        mask = selection(spec.select, rows, columns, 0 if spec.causal else columns - rows, q)
+    if spec.groups > 1:
+        k = k.repeat_interleave(spec.groups, -3)
+    scores = torch.matmul(q, k.transpose(-1, -2))
+    if spec.scale != 1.0:
+        scores = scores * spec.scale
+    if spec.causal:
+        allowed = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril()
+        if not (isinstance(first, int) and first == 0):
+            query = torch.arange(rows, device=q.device).unsqueeze(-1) + first
+            allowed = torch.arange(columns, device=q.device) <= query
+        scores = scores.masked_fill(allowed.logical_not(), float("-inf"))
+    # Sinks are columns that no selection may remove, so the selection comes before the first of them is added.
+    at = next((i for i, s in enumerate(spec.before) if s.kind == "sink"), len(spec.before))
+    scores = steps.apply(scores, spec.before[:at], extras)
+    if mask is not None:
+        scores = scores.masked_fill(mask.logical_not(), float("-inf"))
+    return steps.apply(scores, spec.before[at:], extras)
+
+
+def attention_probabilities(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
+    """What values are weighed with, ``(..., q_heads, q_tokens, k_tokens)``."""
+    made = _probabilities(masked_scores(q, k, extras, spec), extras, spec)
+    return made.reshape(*q.shape[:-1], k.shape[-2])
+
+
+def _probabilities(scores: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
+    return steps.apply(scores, (spec.softmax, *spec.after), extras)
 
 
 def selection(select: Select, rows: int, columns: int, offset: int, like: Tensor) -> Tensor | None:

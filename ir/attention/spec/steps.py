@@ -31,9 +31,9 @@ def apply(x: Tensor, steps: Sequence[Step], extras: Sequence[Tensor]) -> Tensor:
     return x
 
 
-def of_last(extras: Sequence[Tensor], rows: int) -> list[Tensor]:
-    """What steps of the last of ``rows`` queries are given."""
-    return [e[..., -1:, :] if e.dim() > 1 and e.shape[-2] == rows else e for e in extras]
+def of_last(extras: Sequence[Tensor], rows: int, count: int = 1) -> list[Tensor]:
+    """What steps of the last ``count`` of ``rows`` queries are given."""
+    return [e[..., -count:, :] if e.dim() > 1 and e.shape[-2] == rows else e for e in extras]
 
 
 @step("scale")

@@ -1,0 +1,1 @@
+"""Larger models that are made of trained ones: where a training begins."""
