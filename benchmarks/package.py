@@ -3,9 +3,10 @@
     python -m benchmarks.package                # compile the packages (minutes) and measure; best on a quiet machine
     python -m benchmarks.package --no-timing    # sizes and differences alone, which other work does not disturb
     python -m benchmarks.package --packages build/packages    # packages that lie there already
+    python -m benchmarks.package --only tokens  # beside what an earlier run measured
     python -m benchmarks.package --peer PYTHON  # beside llama.cpp and OpenVINO GenAI, with a Python that has them
 
-Candidates take turns, token by token, after the same prompt of 128 tokens. Inductor and accelpass under torch.compile use a
+Candidates take turns, sixteen tokens each, after the same prompt of 128 tokens. Inductor and accelpass under torch.compile use a
 static cache, as in ``benchmarks.decode``; a package has its own.
 """
 
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "smollm2_package_cpu.json"
 PAGE = ROOT / "docs" / "packages.md"
 START, END = "<!-- package table -->\n", "<!-- end of package table -->"
-PROMPT, TOKENS, CAPACITY, STARTS = 128, 192, 512, 3
+PROMPT, TOKENS, TURN, CAPACITY, STARTS = 128, 192, 16, 512, 3
 ANSWERS, DIFFERENT, THREADS = 2000, 40, 8
 PACKAGED = {"int8_weights": ["int8_weights"], "int4_weights": ["int4_weights"]}
 COMPILED = ("inductor f32", "accelpass int8_weights", "accelpass int8_weights, one call", "accelpass int4_weights")
@@ -94,9 +96,23 @@ class Packaged:
         return time.perf_counter() - start
 
 
+def _tokens(
+    model: Any, known: dict[str, dict[str, Any]], files: Path, python: str | None, say: Say
+) -> list[dict[str, Any]]:
+    peers = [Peer(name, python, files, CAPACITY, PROMPT) for name in NAMES] if python else []
+    rows = tokens(model, known, peers, say)
+    for peer in peers:
+        peer.close()
+    return rows
+
+
+def _some(session: Any, count: int) -> list[float]:
+    return [session.step() for _ in range(count)]
+
+
 @torch.no_grad()
 def tokens(model: Any, known: dict[str, dict[str, Any]], peers: list[Peer], say: Say) -> list[dict[str, Any]]:
-    """Milliseconds of a token, the candidates in turns: ours token by token, those in processes of their own by sixteen."""
+    """Milliseconds of a token, the candidates in turns of sixteen, as some run in processes of their own."""
     ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     begun: dict[str, Any] = {f"package {n}": Packaged(accelpass.open(k["path"]), ids) for n, k in known.items()}
     for name in COMPILED:
@@ -105,17 +121,15 @@ def tokens(model: Any, known: dict[str, dict[str, Any]], peers: list[Peer], say:
         own = copy.deepcopy(model).to(dtype)
         begun[name] = Session(Candidate(name, make, dtype, make(own), own), ids, CAPACITY)
         begun[name].step()
-    seconds: dict[str, list[float]] = {name: [] for name in begun}
     say("timing tokens")
-    seconds |= {peer.name: [] for peer in peers}
-    for number in range(TOKENS):
-        if number % 16 == 8:
-            for peer in peers:
-                seconds[peer.name] += peer.tokens(16)
-        for name, one in begun.items():
-            taken = one.step()
-            if number >= 8:
-                seconds[name].append(taken)
+    takes: dict[str, Callable[[int], list[float]]] = {n: partial(_some, one) for n, one in begun.items()}
+    takes |= {peer.name: peer.tokens for peer in peers}
+    seconds: dict[str, list[float]] = {name: [] for name in takes}
+    for turn in range(TOKENS // TURN):
+        for name, take in takes.items():
+            taken = take(TURN)
+            if turn:  # threads that slept, memory that was not read
+                seconds[name] += taken
     base, stream = statistics.median(seconds["inductor f32"]), bandwidth()
     rows = []
     for name, taken_ in seconds.items():
@@ -211,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", type=Path, default=ROOT / "build" / "packages")
     parser.add_argument("--no-timing", action="store_true")
+    parser.add_argument("--only", choices=("tokens", "starts", "long_run"))
     parser.add_argument("--peer", help="a Python that has llama-cpp-python and openvino-genai")
     asked = parser.parse_args()
 
@@ -227,13 +242,14 @@ def main() -> None:
         content["packages"][name] = about
     if not asked.no_timing:
         content |= {"cpu": cpu(), "threads": torch.get_num_threads(), "prompt": PROMPT}
-        files = asked.packages / "gguf"
-        peers = [Peer(name, asked.peer, files, CAPACITY, PROMPT) for name in NAMES] if asked.peer else []
-        content["tokens"] = tokens(model, known, peers, say)
-        for peer in peers:
-            peer.close()
-        content["starts"] = starts(known, say)
-        content["long_run"] = long_run(known["int8_weights"]["path"], model.config.vocab_size, say)
+        measures: dict[str, Callable[[], Any]] = {
+            "tokens": lambda: _tokens(model, known, asked.packages / "gguf", asked.peer, say),
+            "starts": lambda: starts(known, say),
+            "long_run": lambda: long_run(known["int8_weights"]["path"], model.config.vocab_size, say),
+        }
+        before = json.loads(RESULTS.read_text()) if asked.only else {}
+        for part, measure in measures.items():
+            content[part] = before[part] if asked.only not in (None, part) else measure()
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     write_table(content)
 
