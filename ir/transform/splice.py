@@ -19,7 +19,12 @@ KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 def trace(program: Program, run: Callable[..., Sequence[Tensor]], operands: Sequence[fx.Node]) -> fx.GraphModule:
     """``run`` in pre-dispatch ATen, for operands of these shapes. It may write to its arguments in place."""
-    return trace_on(program, run, [value(n) for n in operands])
+    own: dict[fx.Node, Tensor] = {}
+    for node in operands:
+        fake = value(node)
+        # Copies of one traced node have one fake tensor, and a trace knows its inputs by these: it would take two for one.
+        own[node] = fake.detach() if any(fake is other for n, other in own.items() if n is not node) else fake
+    return trace_on(program, run, [own[n] for n in operands])
 
 
 def trace_on(program: Program, run: Callable[..., Sequence[Tensor]], fakes: Sequence[Tensor]) -> fx.GraphModule:
@@ -54,9 +59,10 @@ class Tracer:
     ) -> list[fx.Node]:
         """Calls ``function`` in front of ``before``; ``key`` is equal for functions that do the same. Returns its results."""
         layouts = tuple((str(value(n).shape), str(value(n).stride()), value(n).dtype) for n in operands)
-        if (key, layouts) not in self._traced:
-            self._traced[key, layouts] = trace(self.program, function, operands)
-        return splice(self.program, self._traced[key, layouts], operands, before)
+        which = (key, layouts, tuple(operands.index(n) for n in operands))
+        if which not in self._traced:
+            self._traced[which] = trace(self.program, function, operands)
+        return splice(self.program, self._traced[which], operands, before)
 
 
 def splice(program: Program, traced: fx.GraphModule, operands: Sequence[fx.Node], before: fx.Node) -> list[fx.Node]:
