@@ -195,6 +195,7 @@ SETTINGS: dict[str, Setting] = {
     "tidaldecode": Setting({"budget": 6, "first": 0, "reselect": 1}),
     "tokenselect": Setting({"budget": 6, "sinks": 2, "newest": 4}),
     "value_pruning": Setting({"values": 8}),
+    "progressive_keys": Setting({}),
     "pbs_attn": Setting({"block": 4, "segment": 8, "threshold": 0.5}, ("prompt", "decoder"), looks_ahead=LAST),
     "xattention": Setting({"block": 4, "stride": 2, "threshold": 0.5}, ("prompt", "decoder")),
     "minference": Setting(

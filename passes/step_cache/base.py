@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from accelpass.ir.analyses.axes.axes import Axes, axes
 from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.ir.core.capture import cut_said
-from accelpass.ir.core.graph import value
+from accelpass.ir.core.graph import hint, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import SpecConflict
 from accelpass.ir.transform.steps import (
@@ -186,6 +186,14 @@ def why_no_window(program: Program, site: Site) -> str | None:
         return "its tokens are joined from text and image; a window along both has no meaning"
     spec = site.module.attention.spec
     return "the model's own mask is not combined with a window" if spec.bias != "none" or spec.before else None
+
+
+def joined_tokens(program: Program, attention: fx.Node) -> list[tuple[Any, Any]]:
+    """First token and number of each part that the tokens of an attention were joined of, in order; empty if they were not."""
+    found: Axes = program.analysis(axes)
+    tokens = found.of(attention.args[0])[-2].leaves if isinstance(attention.args[0], fx.Node) else ()
+    parts = {str(p.start): (p.start, p.size) for p in found.parts if tokens and p.whole == tokens and p.step == 1}
+    return sorted(parts.values(), key=lambda part: hint(part[0]))
 
 
 class Searched(ABC):

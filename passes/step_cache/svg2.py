@@ -13,14 +13,14 @@ from torch import Tensor
 from accelpass.ir.attention import Attention
 from accelpass.ir.attention.lowering.clustered import ClusteredAttention, cannot_cluster
 from accelpass.ir.attention.spec.op import spec_of
-from accelpass.ir.core.graph import value
+from accelpass.ir.core.graph import known, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.resize import CannotResize
 from accelpass.ir.transform.splice import inserted
 from accelpass.ir.transform.steps import StepBlock, recall_new
 from accelpass.passes.core.site_pass import Edits
 from accelpass.passes.core.staged import FULL, Site
-from accelpass.passes.step_cache.base import keep, refuse_edited, why_no_window
+from accelpass.passes.step_cache.base import joined_tokens, keep, refuse_edited, why_no_window
 from accelpass.passes.step_cache.each_call import EachCall
 
 _WARM_FIRST, _WARM, _FIRST, _NEXT = "full+clusters", "full+clusters+recalled", "clusters", "clusters+recalled"
@@ -37,8 +37,9 @@ class SVG2(EachCall):
     filled up to blocks, so that what is not read is not computed. k-means begins at tokens drawn at random, and at a later step
     of a sampling run where it ended at the step before. Defaults are those of the authors' code for Wan 2.1 (50 steps).
 
-    In a model that is no denoiser (an encoder, a vision tower) each call clusters anew (inferred). Attention that is causal,
-    masked, or joint with text stays dense: the authors' handling of HunyuanVideo's prompt tokens is not built.
+    In a model that is no denoiser (an encoder, a vision tower) each call clusters anew (inferred). Attention that is causal or
+    masked stays dense. Text that attends together with the video is in no cluster: it reads all, and all clusters read it, as the authors
+    treat HunyuanVideo's prompt tokens; a prompt that is padded under a mask is masked attention.
 
     Attributes:
         q_clusters, k_clusters: how many, of each head; an attention of no more tokens than ``k_clusters`` is left as it is.
@@ -50,6 +51,7 @@ class SVG2(EachCall):
         warm: cluster in the dense steps too, so that the first sparse one goes on from there (HunyuanVideo).
         block: tokens of a block; clusters should hold more, as each is filled up to whole blocks.
         seed: of the tokens that k-means begins at.
+        text: tokens of text in front of the video's, or behind them with a minus (``-256``: HunyuanVideo's order), in each attention.
 
     Raises:
         OptionError: a number out of range.
@@ -66,6 +68,7 @@ class SVG2(EachCall):
     warm: bool = False
     block: int = 64
     seed: int = 0
+    text: int = 0
 
     name: ClassVar[str] = "svg2"
     summary: ClassVar[str] = "tokens that are alike attend as blocks, between clusters found by k-means"
@@ -90,12 +93,17 @@ class SVG2(EachCall):
         return [Site(m.path, b, m) for b in blocks[dense:] for m in b.modules]
 
     def why_not(self, attention: Attention) -> str | None:
-        why = cannot_cluster(attention)
+        why = cannot_cluster(attention, self.text)
         if why is not None:
             return why
         assert attention.node is not None
-        tokens = value(attention.node.args[0]).shape[2]
-        return f"its {tokens} tokens are no more than the clusters of keys" if tokens <= self.k_clusters else None
+        batch, _, tokens, _ = value(attention.node.args[0]).shape
+        if not isinstance(batch, int):
+            return "the size of its batch is not known when it is compiled, and centroids are kept for each sequence"
+        shown = tokens - abs(self.text)
+        if known(shown <= self.k_clusters):
+            return f"its {shown} tokens are no more than the clusters of keys"
+        return None
 
     def horizon(self) -> int:
         return self.start + 2
@@ -107,16 +115,20 @@ class SVG2(EachCall):
 
     def acted(self, program: Program, site: Site, action: str) -> str:
         assert site.module is not None and site.module.attention.node is not None
-        why = self.why_not(site.module.attention) or why_no_window(program, site)
+        attention = site.module.attention.node
+        parts = joined_tokens(program, attention)
+        text = self.text if parts else 0
+        why = self.why_not(site.module.attention)
+        if why is None:
+            why = _wrong_text(parts, text) if text else why_no_window(program, site)
         if why is not None:
             raise CannotResize(why)
-        attention = site.module.attention.node
         refuse_edited(spec_of(attention), self.name)
-        how, scale = self._how(), spec_of(attention).scale
+        how, scale = self._how(text), spec_of(attention).scale
         before = []
         if action in (_WARM, _NEXT):
             for name, operand, count in zip(_KEPT, attention.args[:2], (how.queries, how.keys), strict=True):
-                batch, heads, _, width = map(int, value(operand).shape)
+                batch, heads, _, width = value(operand).shape
                 shape = (batch * heads, count, width)
                 before.append(recall_new(program, f"{site.path}:{name}", shape, torch.float32))
         iterations = self.again if before else self.begin
@@ -137,17 +149,29 @@ class SVG2(EachCall):
 
     def once(self, attention: Attention, edit: Edits) -> str:
         assert attention.node is not None
-        node, how, scale, many = attention.node, self._how(), spec_of(attention.node).scale, self.begin
+        text = self.text if attention.kind == "joint" else 0
+        node, how, scale, many = attention.node, self._how(text), spec_of(attention.node).scale, self.begin
         run = lambda q, k, v: how(q, k, v, scale, None, many)[:1]  # noqa: E731
         (out,) = edit.run((how, scale, many), run, node.args[:3], node)
         edit.replace(node, out)
         return self._said()
 
-    def _how(self) -> ClusteredAttention:
-        return ClusteredAttention(self.q_clusters, self.k_clusters, self.top_p, self.least, self.block, self.seed)
+    def _how(self, text: int) -> ClusteredAttention:
+        return ClusteredAttention(self.q_clusters, self.k_clusters, self.top_p, self.least, self.block, self.seed, text)
 
     def _said(self) -> str:
         return (
             f"{self.q_clusters} clusters of queries read those of {self.k_clusters} of keys that are {self.top_p:.0%} of "
             "their estimated attention"
         )
+
+
+def _wrong_text(parts: Sequence[tuple[Any, Any]], text: int) -> str | None:
+    """Why there are not so many tokens of text where they should be, in an attention of joined tokens; None if there are."""
+    size = parts[0 if text > 0 else -1][1]
+    if known(size == abs(text)):
+        return None
+    where = "in front" if text > 0 else "behind"
+    return (
+        f"text={text}, and its tokens are joined of {', '.join(str(n) for _, n in parts)}, of which {size} are {where}"
+    )

@@ -35,9 +35,8 @@ class SpAtten(Pass):
     of a text always stays, and the first of a sequence whose tokens see each other (inferred). Each score costs a second
     product of queries and keys. Works with encoders, with prompts, and with an ``accelpass.KVCache``.
 
-    Of the paper this is cascade token pruning of prompts. Generated tokens add to no score, and none of them leaves. Not here: cascade
-    head pruning, local value pruning, and progressive quantisation, whose second fetch of a key's low bits depends on the data: a
-    graph on this base would read both halves at each step, and save no byte.
+    Of the paper this is cascade token pruning of prompts. Generated tokens add to no score, and none of them leaves. Its local value
+    pruning and its progressive quantization are ways to read a cache, and passes of their own. Cascade head pruning is not built.
 
     Attributes:
         keep: share of a prompt's tokens that is left at the end; 1 is the dense model.

@@ -108,6 +108,74 @@ def test_attention_is_the_cards(batch, kv_heads, groups, n, clusters, block, top
         torch.testing.assert_close(made, F.scaled_dot_product_attention(q, k, v, enable_gqa=True), atol=2e-5, rtol=1e-4)
 
 
+@settings(max_examples=examples(8), deadline=None, derandomize=True)
+@given(
+    n=st.integers(2, 40), text=st.integers(1, 9), behind=st.booleans(), clusters=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    block=st.integers(1, 7), top_p=st.sampled_from([0.1, 0.6, 1.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_text_reads_all_and_is_read_by_all(n, text, behind, clusters, block, top_p, seed) -> None:
+    """The card's two extra rows of the map, without padding: clusters are of the video's tokens alone."""
+    draw = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, 2, n + text, 8, generator=draw) for _ in range(3))
+    how = ClusteredAttention(*clusters, top_p, 0.0, block, seed, -text if behind else text)
+    made, *_ = how(q, k, v, 8**-0.5, None, 5)
+    video = slice(0, n) if behind else slice(text, None)
+    for head in range(2):
+        own = [x[0, head] for x in (q, k)]
+        (ql, cq), (kl, ck) = (
+            kmeans(x[video], drawn(t[0, :, video], count, seed + i)[head], 5)
+            for i, (x, t, count) in enumerate(zip(own, (q, k), clusters, strict=True))
+        )
+        seen = torch.ones(n + text, n + text, dtype=torch.bool)
+        seen[video, video] = _reads(ql, kl, cq, ck, top_p)
+        want = F.scaled_dot_product_attention(q[0, head], k[0, head], v[0, head], attn_mask=seen)
+        torch.testing.assert_close(made[0, head], want, atol=2e-5, rtol=1e-4)
+
+
+def _reads(qlab: Tensor, klab: Tensor, cq: Tensor, ck: Tensor, p: float) -> Tensor:
+    """Which tokens of the video read which: :func:`attend` of values that tell the keys apart."""
+    n = len(klab)
+    same = torch.zeros(n, cq.shape[1])
+    return attend(same, same, torch.eye(n), qlab, klab, cq, ck, p, 0.0) > 0
+
+
+@pytest.mark.parametrize("text", [5, -5, 3])
+def test_a_model_whose_text_attends_with_the_video(text: int) -> None:
+    """CogVideoX: text stands in front; all that is read is the dense model, less is not, and another number of words is refused."""
+    model, call = model_of("cogvideox")
+    words = next(t for n, t in call.items() if n == "encoder_hidden_states").shape[1]
+    text = words if text == 5 else -words if text == -5 else words + 1
+    asked = {**SMALL, "dense_layers": 0.0, "start": 0, "text": text}
+    dense = denoise(model, call, TIMES[:2])
+    fast = compiled(model, **asked, top_p=1.0)
+    for a, b in zip(denoise(fast, call, TIMES[:2]), dense, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    record = accelpass.explain(fast).passes["svg2"]
+    if text != words:
+        assert not any("clusters" in d.what for d in record.took.values())
+        assert any(f"text={text}" in why for why in record.skipped.values()), record.skipped
+        return
+    assert any("clusters" in done.what for done in record.took.values())
+    few = denoise(compiled(model, **asked, top_p=0.1, least=0.0), call, TIMES[:2])
+    assert not torch.allclose(few[-1], dense[-1], atol=1e-4)
+
+
+def test_symbolic_numbers_of_tokens() -> None:
+    """An encoder that is compiled once for texts of any length; all read is the dense model, of each."""
+    model = small.encoder(0)
+    torch._dynamo.reset()
+    given = {"passes": [{"name": "svg2", **SMALL, "top_p": 1.0}], "lowering": "eager"}
+    fast = torch.compile(model, backend="accelpass", options=given)
+    for length in (21, 13, 30):
+        ids = torch.randint(1, 40, (2, length), generator=torch.Generator().manual_seed(length))
+        torch._dynamo.mark_dynamic(ids, 1)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                fast(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state, atol=2e-5, rtol=1e-4
+            )
+    assert accelpass.explain(fast).passes["svg2"].took
+
+
 def test_clusters_fill_blocks_of_their_own_and_lose_no_token() -> None:
     labels = torch.tensor([[2, 0, 2, 2, 0, 2, 2], [1, 1, 1, 1, 1, 1, 1]])
     order, owner, sizes = Layout.of(labels, 4, 2)

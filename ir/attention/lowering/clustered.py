@@ -93,8 +93,9 @@ class Layout(NamedTuple):
     def of(labels: Tensor, count: int, size: int) -> Layout:
         """The layout of labelled tokens, in blocks of ``size``."""
         sets, tokens = labels.shape
-        filled = min(count, tokens)
-        blocks = max(1, (tokens + filled * (size - 1)) // size)
+        # As many as any clusters need; of a number of tokens that is not known, as if there were more of them than clusters.
+        filled = min(count, max(1, tokens)) if isinstance(tokens, int) else count
+        blocks = (tokens + filled * (size - 1)) // size
         sizes = _sizes(labels, count)
         ends = ((sizes + (size - 1)) // size).cumsum(-1)
         # By falling negatives: clusters ascend, and tokens of one keep their order.
@@ -121,6 +122,7 @@ class ClusteredAttention:
         top_p: 1 reads all.
         least: share of the clusters of keys that are read whatever they are paid.
         block: tokens of a block; clusters are filled up to whole ones.
+        text: tokens of text in front of those that are clustered, or behind them if below 0: they read all, and all read them.
     """
 
     queries: int
@@ -129,16 +131,22 @@ class ClusteredAttention:
     least: float
     block: int
     seed: int = 0
+    text: int = 0
 
     def centroids(
         self, q: Tensor, k: Tensor, before: tuple[Tensor, Tensor] | None, iterations: int
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Labels and centroids of queries and of keys ``(batch, heads, tokens, d)``; a set for each sequence and head."""
-        made = []
+        """Labels and centroids of queries and of keys ``(batch, heads, tokens, d)``; a set for each sequence and head.
+
+        Text has one label more than there are clusters, and no centroid.
+        """
+        made, (front, behind) = [], (max(self.text, 0), max(-self.text, 0))
         for number, (x, count) in enumerate(((q, self.queries), (k, self.keys))):
-            flat = x.reshape(-1, x.shape[2], x.shape[3])
+            shown = x[:, :, front : x.shape[2] - behind]
+            flat = shown.reshape(-1, shown.shape[2], x.shape[3])
             begun = None if before is None else before[number]
-            made.append(torch.ops.accelpass.clusters(flat, begun, count, iterations, self.seed + number))
+            labels, now = torch.ops.accelpass.clusters(flat, begun, count, iterations, self.seed + number)
+            made.append((torch.nn.functional.pad(labels, (front, behind), value=count), now))
         return made[0], made[1]
 
     def chosen(self, asking: Tensor, asked: Tensor, sizes: Tensor, scale: float) -> Tensor:
@@ -165,9 +173,11 @@ class ClusteredAttention:
         and the centroids of queries and of keys."""
         groups = q.shape[1] // k.shape[1]
         (q_labels, asking), (k_labels, asked) = self.centroids(q, k, before, iterations)
-        rows = Layout.of(q_labels, self.queries, self.block)
-        columns = Layout.of(k_labels, self.keys, self.block).repeated(groups)
-        kept = self.chosen(asking, asked.repeat_interleave(groups, 0), columns.sizes, scale)
+        more = 1 if self.text else 0
+        rows = Layout.of(q_labels, self.queries + more, self.block)
+        columns = Layout.of(k_labels, self.keys + more, self.block).repeated(groups)
+        kept = self.chosen(asking, asked.repeat_interleave(groups, 0), columns.sizes[:, : self.keys], scale)
+        kept = torch.nn.functional.pad(kept, (0, more, 0, more), value=True)
         # One cluster more on either side, of the blocks that hold nothing.
         kept = torch.nn.functional.pad(kept, (0, 1, 0, 1))
         grid = kept.gather(1, rows.owner.unsqueeze(-1).expand(-1, -1, kept.shape[2]))
@@ -191,12 +201,14 @@ class ClusteredAttention:
         return [self.attend(q, k, v, scale, rows, listed), asking, asked]
 
 
-def cannot_cluster(attention: Attention) -> str | None:
-    """Why the tokens of an attention are not all seen by all, of one sequence and of a number that is known; None if they are."""
+def cannot_cluster(attention: Attention, text: int = 0) -> str | None:
+    """Why the tokens of an attention are not all seen by all, of one sequence or beside ``text``; None if they are."""
     node = attention.node
     if not isinstance(node, fx.Node):
         return "it is no attention that passes can edit"
-    if attention.kind in ("cross", "joint", "channel"):
+    if attention.kind == "joint" and not text:
+        return "text and video attend jointly: text=N tells how many tokens of text there are, in front, or behind with a minus"
+    if attention.kind in ("cross", "channel"):
         return f"it is {attention.kind} attention; the method is for self-attention of one sequence"
     spec, (q, k) = spec_of(node), (value(n) for n in node.args[:2])
     if q.dim() != 4:
@@ -207,6 +219,4 @@ def cannot_cluster(attention: Attention) -> str | None:
         return "a mask is added to its scores" if spec.bias != "none" else why
     if not known(q.shape[2] == k.shape[2]):
         return f"{q.shape[2]} queries read {k.shape[2]} keys; the method is for self-attention"
-    if not isinstance(q.shape[2], int):
-        return "the number of its tokens is not known when it is compiled (use dynamic=False), and places are made for so many"
     return None
