@@ -194,7 +194,7 @@ SETTINGS: dict[str, Setting] = {
     "compresskv": Setting({"tokens": 10, "window": 4}, tensors=_heads()),
     "tidaldecode": Setting({"budget": 6, "first": 0, "reselect": 1}),
     "tokenselect": Setting({"budget": 6, "sinks": 2, "newest": 4}),
-    "value_pruning": Setting({"values": 8}),
+    "value_pruning": Setting({"values": 8}, identity={"values": 63}),  # of 64 rows, most of them empty
     "progressive_keys": Setting({}),
     "pbs_attn": Setting({"block": 4, "segment": 8, "threshold": 0.5}, ("prompt", "decoder"), looks_ahead=LAST),
     "xattention": Setting({"block": 4, "stride": 2, "threshold": 0.5}, ("prompt", "decoder")),
