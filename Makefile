@@ -40,6 +40,7 @@ lint: $(STAMP)
 
 conformance: $(STAMP)
 	$(BIN)/python -m tests.conformance --write docs/conformance.md
+	$(BIN)/python -m tests.vision_conformance --write docs/conformance.md
 
 # Resumes an interrupted run; half an hour or more.
 composition: $(STAMP)

@@ -45,7 +45,7 @@ def code_sequences(program: Program) -> list[CodeSequence]:
 
 def _joined(program: Program, node: fx.Node) -> Iterator[CodeSequence]:
     known = program.analysis(axes)
-    at = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % value(node).dim()  # type: ignore[operator]
+    at = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % value(node).dim()
     parts: Any = node.args[0]
     given = [p for p in parts if not _of_weights(program, p)]
     if len(given) != 1 or len(parts) < 2 or not known.of(given[0]):

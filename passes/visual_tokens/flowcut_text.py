@@ -44,9 +44,9 @@ class FlowCutText(VisualShare):
 
     def score(self, program: Program, attention: fx.Node, before: fx.Node) -> fx.Node:
         q, k, v = attention.args[:3]
-        mask, each = visual_places(program, value(q).shape[0])  # type: ignore[arg-type]
+        mask, each = visual_places(program, value(q).shape[0])
         run = partial(_flow, spec_of(attention).scale, each)
-        return inserted(program, before, run, mask, q, k, v)[0]  # type: ignore[arg-type]
+        return inserted(program, before, run, mask, q, k, v)[0]
 
 
 def _flow(scale: float, each: int, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

@@ -17,7 +17,10 @@ from tests.small_models import relative_error
 
 PASSES: dict[str, dict[str, Any]] = {
     "fastv": {"layer": 1},
+    "flowcut": {"keep": 0.5},
+    "flowcut_text": {"layer": 1},
     "hired": {"keep": 0.5},
+    "stc": {"keep": 0.5},
     "visionzip": {"keep": 0.5},
     "yopo": {"layer": 1, "window": 0},
 }
