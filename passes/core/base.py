@@ -296,8 +296,7 @@ class Study(Protocol):
     learnt: Mapping[str, Tensor]
 
     def gradients(self, attend: Attend, what: str) -> None:
-        """Run the loss of each batch and its gradient; what ``attend`` returns must be differentiable. Where it leaves all to
-        the model, there is no gradient to run."""
+        """Run losses and gradients; what ``attend`` returns must be differentiable. Where the model attends itself, none are run."""
 
     def observed(self, attend: Attend, what: str) -> None:
         """Run the batches of :meth:`gradients` once, without gradients: for what ``attend`` sees."""

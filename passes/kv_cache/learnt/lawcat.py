@@ -50,7 +50,8 @@ class LAWCAT(KVPass, CalibratedOnLoss):
         rate: Adam's learning rate; the authors' 1e-2.
         epochs: how often the data are gone through; 2 is LoLCATs' (inferred).
         tuning: how often the data are gone through in the second stage; 2 is LoLCATs' (inferred), 0 leaves it out.
-        rank: of the low-rank changes; tuning_rate: their learning rate; 8 and 1e-4 are LoLCATs' (inferred).
+        rank: of the low-rank changes; 8 is LoLCATs' (inferred).
+        tuning_rate: their learning rate; 1e-4 is LoLCATs' (inferred).
         seed: of the maps' beginnings.
 
     Raises:
