@@ -57,8 +57,8 @@ class Int8Forms(Lowering):
             for row in range(count):
                 one = flat if count == 1 else e(aten.slice.Tensor, flat, 0, row, row + 1)
                 sums = [e(aten.sum.dim_IntList, e(aten.mul.Tensor, w, one), [-1]) for w in wide]
-                product = sums[0] if many == 1 else e(aten.cat.default, sums, 0)
-                parts.append(e(aten.mul.Tensor, product, scale))
+                whole = sums[0] if many == 1 else e(aten.cat.default, sums, 0)
+                parts.append(e(aten.mul.Tensor, whole, scale))
             y = parts[0] if count == 1 else e(aten.stack.default, parts, 0)
             return e.plus(y, bias)
         if not value(x).is_floating_point() and multiplies_integers():
