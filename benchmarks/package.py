@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -106,30 +106,43 @@ def _tokens(
     return rows
 
 
+def compiled_sessions(model: Any, names: Sequence[str], ids: Tensor, capacity: int, say: Say) -> dict[str, Session]:
+    """Candidates of :mod:`benchmarks.decode` behind the prompt ``ids``, compiled by a first token."""
+    begun = {}
+    for name in names:
+        say(f"compiling {name}")
+        make, dtype = CANDIDATES[name]
+        own = copy.deepcopy(model).to(dtype)
+        begun[name] = Session(Candidate(name, make, dtype, make(own), own), ids, capacity)
+        begun[name].step()
+    return begun
+
+
+def in_turns(begun: Mapping[str, Any], peers: Sequence[Peer], count: int) -> dict[str, list[float]]:
+    """Seconds of ``count`` tokens of each, in turns of :data:`TURN`, as some run in processes of their own; the first turn is left out."""
+    takes: dict[str, Callable[[int], list[float]]] = {n: partial(_some, one) for n, one in begun.items()}
+    takes |= {peer.name: peer.tokens for peer in peers}
+    seconds: dict[str, list[float]] = {name: [] for name in takes}
+    for turn in range(count // TURN):
+        for name, take in takes.items():
+            taken = take(TURN)
+            if turn:  # threads that slept, memory that was not read
+                seconds[name] += taken
+    return seconds
+
+
 def _some(session: Any, count: int) -> list[float]:
     return [session.step() for _ in range(count)]
 
 
 @torch.no_grad()
 def tokens(model: Any, known: dict[str, dict[str, Any]], peers: list[Peer], say: Say) -> list[dict[str, Any]]:
-    """Milliseconds of a token, the candidates in turns of sixteen, as some run in processes of their own."""
+    """Milliseconds of a token, the candidates in turns."""
     ids = torch.randint(0, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     begun: dict[str, Any] = {f"package {n}": Packaged(accelpass.open(k["path"]), ids) for n, k in known.items()}
-    for name in COMPILED:
-        say(f"compiling {name}")
-        make, dtype = CANDIDATES[name]
-        own = copy.deepcopy(model).to(dtype)
-        begun[name] = Session(Candidate(name, make, dtype, make(own), own), ids, CAPACITY)
-        begun[name].step()
+    begun |= compiled_sessions(model, COMPILED, ids, CAPACITY, say)
     say("timing tokens")
-    takes: dict[str, Callable[[int], list[float]]] = {n: partial(_some, one) for n, one in begun.items()}
-    takes |= {peer.name: peer.tokens for peer in peers}
-    seconds: dict[str, list[float]] = {name: [] for name in takes}
-    for turn in range(TOKENS // TURN):
-        for name, take in takes.items():
-            taken = take(TURN)
-            if turn:  # threads that slept, memory that was not read
-                seconds[name] += taken
+    seconds = in_turns(begun, peers, TOKENS)
     base, stream = statistics.median(seconds["inductor f32"]), bandwidth()
     rows = []
     for name, taken_ in seconds.items():

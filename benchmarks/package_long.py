@@ -25,16 +25,16 @@ import torch
 import accelpass
 from accelpass.cli.commands.export_command import EXAMPLE
 from accelpass.models_zoo import load
-from benchmarks.decode import CANDIDATES, Candidate, Session
+from benchmarks.decode import CANDIDATES
 from benchmarks.gguf_peers import Peer
 from benchmarks.kv_tasks import prose
 from benchmarks.machine import cpu, put_table
-from benchmarks.package import PAGE, Packaged
+from benchmarks.package import PAGE, Packaged, compiled_sessions, in_turns
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "smollm2_package_long_cpu.json"
 START, END = "<!-- long package table -->\n", "<!-- end of long package table -->"
-CAPACITY, LONG, TOKENS, WARM = 4608, 4096, 64, 4
+CAPACITY, LONG, TOKENS = 4608, 4096, 80
 SHORT, ROOM, BATCH = 128, 512, 8
 PROMPTS, READS = (512, 2048), 5
 H2O, BITS = {"name": "h2o", "budget": 0.2}, {"name": "kv_quant", "bits": 4}
@@ -69,21 +69,8 @@ def decoding(
     model: Any, begun: dict[str, Any], ids: Any, room: int, peers: list[Peer], say: Say
 ) -> list[dict[str, Any]]:
     """Milliseconds of a step after ``ids``, in turns."""
-    for name in COMPILED:
-        say(f"compiling {name}")
-        make, dtype = CANDIDATES[name]
-        own = copy.deepcopy(model).to(dtype)
-        begun[name] = Session(Candidate(name, make, dtype, make(own), own), ids, room)
-        begun[name].step()
-    seconds: dict[str, list[float]] = {name: [] for name in [*begun, *(p.name for p in peers)]}
-    for number in range(TOKENS):
-        if number % 16 == 8:
-            for peer in peers:
-                seconds[peer.name] += peer.tokens(16)
-        for name, one in begun.items():
-            taken = one.step()
-            if number >= WARM:
-                seconds[name].append(taken)
+    begun |= compiled_sessions(model, COMPILED, ids, room, say)
+    seconds = in_turns(begun, peers, TOKENS)
     return [{"name": n, "ms": round(statistics.median(s) * 1e3, 2)} for n, s in seconds.items()]
 
 

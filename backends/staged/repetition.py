@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from accelpass.backends.staged.linker import Key, LinkedGraph, link
 from accelpass.backends.staged.stage import Code, Compile, Fn, Held, Ref, Stage, attribute, layout, part_of
 from accelpass.ir.attention.recognition.score_steps import argument
-from accelpass.ir.core.graph import aten, fake_mode, is_call, placeholders, value, written_inputs
+from accelpass.ir.core.graph import aten, draws, fake_mode, is_call, placeholders, value, written_inputs
 
 LEAST_NODES, LEAST_TIMES = 10, 3
 """A repetition of fewer nodes, or that occurs fewer times, stays where it is: each call of a part costs microseconds."""
@@ -169,7 +169,7 @@ def _can_cut(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
 
 
 def _is_random(node: fx.Node) -> bool:
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+    if not draws(node):
         return False
     if is_call(node, aten.scaled_dot_product_attention):
         return argument(node, "dropout_p") != 0.0

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from accelpass.ir.core.graph import module_path, mutates, root, value
+from accelpass.ir.analyses.axes.flow import common_path
+from accelpass.ir.core.graph import draws, module_path, mutates, root, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.torch_private import tree_map
 
@@ -78,7 +77,7 @@ def constants(program: Program) -> frozenset[fx.Node]:
     """Calls whose result is the same each time while the parameters are: they read nothing else, draw nothing and write nothing."""
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
-        if node.op != "call_function" or not isinstance(value(node), Tensor) or mutates(node) or _draws(node):
+        if node.op != "call_function" or not isinstance(value(node), Tensor) or mutates(node) or draws(node):
             continue
         if all(a in found or _is_fixed(program, a) for a in node.all_input_nodes):
             found.add(node)
@@ -88,10 +87,6 @@ def constants(program: Program) -> frozenset[fx.Node]:
 
 def _is_fixed(program: Program, node: fx.Node) -> bool:
     return program.tensors.is_constant(node) and not program.tensors.is_state(node)
-
-
-def _draws(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _loops(program: Program, fixed: frozenset[fx.Node]) -> list[Loop]:
@@ -170,15 +165,9 @@ def _loop(
             inside.append(number)
     paths = sorted({str(program.tensors.path(a)) for a in own})
     return Loop(
-        module_path(groups[0][-1]) or _common(paths) or "loop", tuple(groups), (entry, *given),
+        module_path(groups[0][-1]) or common_path([p.rpartition(".")[0] for p in paths]) or "loop", tuple(groups), (entry, *given),
         tuple(sorted(outside - own)), tuple(paths), tuple(inside),
     )  # fmt: skip
-
-
-def _common(paths: list[str]) -> str:
-    """The module that all of these parameters are in; empty if it is the model."""
-    parts = [path.split(".")[:-1] for path in paths]
-    return ".".join(names[0] for names in itertools.takewhile(lambda n: len(set(n)) == 1, zip(*parts, strict=False)))
 
 
 def _alike(

@@ -173,6 +173,11 @@ def mutates(node: fx.Node) -> list[fx.Node]:
     return written
 
 
+def draws(node: fx.Node) -> bool:
+    """Whether a call may give something else each time."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def root(node: fx.Node) -> fx.Node:
     """The tensor whose memory ``node`` may be, by what the operators' schemas declare."""
     while node.op == "call_function":

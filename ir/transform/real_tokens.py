@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +15,11 @@ from accelpass.ir.torch_private import source_name
 from accelpass.ir.transform.splice import splice, trace
 
 MASK = "attention_mask"
+
+
+def has_padding(batch: Mapping[str, Any]) -> bool:
+    """Whether a call's mask leaves out any token."""
+    return not bool(torch.as_tensor(batch.get(MASK, 1)).all())
 
 
 class NoTokens(AccelpassError):

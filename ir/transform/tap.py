@@ -90,6 +90,11 @@ class Tap:
     also: Callable[[Program], Sequence[fx.Node]] | None = None
     score: ScoreTap = field(default_factory=AttentionMass)
 
+    @property
+    def counts_padding(self) -> bool:
+        """Whether ``fn`` cannot tell padding from text."""
+        return self.also is not real_tokens
+
     def __post_init__(self) -> None:
         if self.how not in (*STARTS, "replace"):
             raise ValueError(f"how={self.how!r} is not known; use {', '.join((*STARTS, 'replace'))}")
@@ -165,7 +170,7 @@ def tap(program: Program, taps: Sequence[Tap], by: str) -> dict[str, fx.Node]:
                     _replace(program, one, point, given)
                 else:
                     slots[name] = _read(program, one, point, given, anchor, name)
-                    if one.also is not real_tokens:
+                    if one.counts_padding:
                         program.counts_padding.append(name)
     program.gm.recompile()
     return slots

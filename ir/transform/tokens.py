@@ -15,7 +15,7 @@ from accelpass.ir.analyses.axes.axes import Axes, axes
 from accelpass.ir.analyses.axes.flow import reached_from
 from accelpass.ir.analyses.structure.block import Block, blocks
 from accelpass.ir.attention.spec.op import is_attention
-from accelpass.ir.core.graph import aten, call, known, mutates, value
+from accelpass.ir.core.graph import aten, call, draws, known, mutates, value
 from accelpass.ir.core.program import BLOCK, NAME, Program
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.kv.ops import KV_READ
@@ -171,7 +171,7 @@ def _hoist(program: Program, stream: fx.Node) -> None:
     for node in list(program.graph.nodes):
         if node.op not in ("call_function", "get_attr") or node in reached:
             continue
-        pure = not mutates(node) and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+        pure = not mutates(node) and not draws(node)
         key = (node.target, str(node.args), str(node.kwargs))
         if pure and key in same:
             node.replace_all_uses_with(same[key])

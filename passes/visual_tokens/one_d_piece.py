@@ -78,9 +78,14 @@ class OneDPiece(StagedPass):
         if any(b <= a for a, b in zip((0, *self.lengths), self.lengths, strict=False)):
             raise self.fail("lengths", "ascending numbers of codes, from 1")
 
+    @property
+    def offered(self) -> list[int]:
+        """The numbers of codes that a call may ask for, ascending."""
+        return sorted({self.length, *self.lengths})
+
     def counts(self, full: int) -> list[int]:
         """The numbers of codes that a call may read, ascending."""
-        return sorted({min(n, full) for n in (self.length, *self.lengths)})
+        return sorted({min(n, full) for n in self.offered})
 
     def stack(self, program: Program) -> Sequence[StepBlock]:
         found = program.analysis(code_sequences)
@@ -91,7 +96,7 @@ class OneDPiece(StagedPass):
         return [Site(block.path, block) for block in blocks]
 
     def ways(self, paths: Sequence[str], can: Callable[[str], bool]) -> Iterable[tuple[str, ...]]:
-        return [(str(n),) for n in sorted({self.length, *self.lengths})]
+        return [(str(n),) for n in self.offered]
 
     def find(self, program: Program) -> list[Site]:
         found: list[CodeSequence] = program.analysis(code_sequences)
@@ -125,7 +130,7 @@ class OneDPiece(StagedPass):
 
     def run(self, call: StagedCall) -> tuple[Any, ...]:
         wanted = _WANTED.get() or self.length
-        at_least = [n for n in sorted({self.length, *self.lengths}) if n >= wanted]
+        at_least = [n for n in self.offered if n >= wanted]
         call.run(0, str(at_least[0]) if at_least else FULL)
         return call.results()
 

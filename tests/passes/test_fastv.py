@@ -11,7 +11,7 @@ from torch import Tensor
 import accelpass
 from accelpass.ir.errors import OptionError
 from accelpass.passes.visual_tokens.fastv import FastV
-from tests.passes.visual_truth import IMAGE, answered, asked, generated, llava, pruned_answer
+from tests.passes.visual_truth import IMAGE, answered, asked, generated, generates_as_pruned, llava, pruned_answer
 from tests.small_models import relative_error
 from tests.sweep import sweep
 
@@ -39,19 +39,7 @@ def attended(ids: Tensor, keep: float) -> Any:
     ("keep", "layer", "texts", "images"), sweep((0.5, 1, 2, 1), (0.25, 2, 1, 2), (0.0, 1, 1, 1), (0.7, 2, 2, 2))
 )
 def test_generate_answers_as_the_pruned_model(keep: float, layer: int, texts: int, images: int):
-    model, question = llava(), asked(texts, images)
-    question["input_ids"][0, :2], question["attention_mask"][0, :2] = 0, 0
-    got, fast = generated(model, question, {"name": "fastv", "keep": keep, "layer": layer})
-    for i in range(texts):
-        one = {
-            n: t[i * images : (i + 1) * images] if n == "pixel_values" else t[i : i + 1] for n, t in question.items()
-        }
-        want = pruned_answer(model, one, layer, attended(one["input_ids"][0], keep))
-        assert relative_error(got[i], want[0]) < 1e-4
-    took = accelpass.explain(fast).passes["fastv"].took
-    each = 16 * images
-    said = f"{int(each * keep)} of {each} visual tokens go on to {3 - layer} layers"
-    assert said in {done.what for done in took.values()}
+    generates_as_pruned("fastv", keep, layer, texts, images, attended)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch import Tensor
 import accelpass
 from accelpass.ir.errors import OptionError
 from accelpass.passes.visual_tokens.flowcut_text import FlowCutText, _flow
-from tests.passes.visual_truth import IMAGE, asked, generated, llava, pruned_answer
+from tests.passes.visual_truth import IMAGE, asked, generated, generates_as_pruned, llava
 from tests.small_models import relative_error
 from tests.sweep import examples, sweep
 
@@ -61,18 +61,7 @@ def chosen(ids: Tensor, keep: float) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize(("keep", "layer", "texts", "images"), sweep((0.5, 1, 2, 1), (0.25, 2, 1, 2)))
 def test_generate_answers_as_the_pruned_model(keep: float, layer: int, texts: int, images: int):
-    model, question = llava(), asked(texts, images)
-    question["input_ids"][0, :2], question["attention_mask"][0, :2] = 0, 0
-    got, fast = generated(model, question, {"name": "flowcut_text", "keep": keep, "layer": layer})
-    for i in range(texts):
-        one = {
-            n: t[i * images : (i + 1) * images] if n == "pixel_values" else t[i : i + 1] for n, t in question.items()
-        }
-        want = pruned_answer(model, one, layer, chosen(one["input_ids"][0], keep))
-        assert relative_error(got[i], want[0]) < 1e-4
-    each = 16 * images
-    said = f"{int(each * keep)} of {each} visual tokens go on to {3 - layer} layers"
-    assert said in {done.what for done in accelpass.explain(fast).passes["flowcut_text"].took.values()}
+    generates_as_pruned("flowcut_text", keep, layer, texts, images, chosen)
 
 
 def test_all_tokens_are_the_dense_model():

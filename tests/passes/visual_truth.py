@@ -10,6 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import accelpass
 from tests.passes.vision_truth import compiled
+from tests.small_models import relative_error
 
 IMAGE, SIDE, PATCHES, NEW = 9, 4, 16, 4
 _VISION: dict[str, Any] = {
@@ -168,3 +169,23 @@ def pruned_answer(model: Any, given: dict[str, Tensor], layer: int, choose: Any,
         words.append(model.lm_head(text.norm(states[:, -1:])))
         x = torch.cat([x, model.get_input_embeddings()(words[-1].argmax(-1))], 1)
     return torch.cat(words, 1)
+
+
+def generates_as_pruned(name: str, keep: float, layer: int, texts: int, images: int, choose: Any) -> None:
+    """``generate`` with a pass answers each of some padded texts as the model whose later layers read what ``choose`` keeps.
+
+    Args:
+        choose: of a text's ids and ``keep``, what :func:`pruned_answer` takes.
+    """
+    model, question = llava(), asked(texts, images)
+    question["input_ids"][0, :2], question["attention_mask"][0, :2] = 0, 0
+    got, fast = generated(model, question, {"name": name, "keep": keep, "layer": layer})
+    for i in range(texts):
+        one = {
+            n: t[i * images : (i + 1) * images] if n == "pixel_values" else t[i : i + 1] for n, t in question.items()
+        }
+        want = pruned_answer(model, one, layer, choose(one["input_ids"][0], keep))
+        assert relative_error(got[i], want[0]) < 1e-4
+    each = 16 * images
+    said = f"{int(each * keep)} of {each} visual tokens go on to {3 - layer} layers"
+    assert said in {done.what for done in accelpass.explain(fast).passes[name].took.values()}

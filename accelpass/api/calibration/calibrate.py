@@ -21,7 +21,7 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.core.state import STATE
 from accelpass.ir.core.tensors import FromInputs
 from accelpass.ir.errors import AccelpassError, OptionError, PassError
-from accelpass.ir.transform.real_tokens import MASK, real_tokens
+from accelpass.ir.transform.real_tokens import has_padding
 from accelpass.ir.transform.tap import Tap, tap
 from accelpass.passes.core.base import BlockRun, Calibrated, CalibratedOnLoss, Watch
 from accelpass.passes.core.plan import Plan
@@ -112,11 +112,8 @@ class _Runner:
             tap(program, taps, by)
             return ()
 
-        for batch in self.batches if any(one.also is not real_tokens for one in taps) else ():
-            if not bool(torch.as_tensor(batch.get(MASK, 1)).all()):
-                raise OptionError(
-                    f"{self.name}: a batch has padding, which would be counted; calibrate on texts without"
-                )
+        if any(one.counts_padding for one in taps) and any(map(has_padding, self.batches)):
+            raise OptionError(f"{self.name}: a batch has padding, which would be counted; calibrate on texts without")
         STATE.discard(anchors, f"{by}.")
         self._run(begin, what)
         return {name.removeprefix(f"{by}."): made for name, made in STATE.discard(anchors, f"{by}.").items()}

@@ -16,7 +16,7 @@ from accelpass.api.stateful import read
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.state import STATE
 from accelpass.ir.errors import OptionError, PassError
-from accelpass.ir.transform.real_tokens import MASK
+from accelpass.ir.transform.real_tokens import MASK, has_padding
 from accelpass.passes.core.base import Record
 from accelpass.passes.core.manager import Observer, watched
 from accelpass.passes.core.registry import make
@@ -68,7 +68,7 @@ def probe(
         raise OptionError(
             "probe needs groups of batches; there are none" if empty is None else f"the group {empty!r} has no batch"
         )
-    padded = any(_padded(batch) for batches in held.values() for batch in batches)
+    padded = any(has_padding(batch) for batches in held.values() for batch in batches)
     own, prefix, counted = [*model.parameters(), *model.buffers()], f"{one.name}.", set[str]()
     before, known = [(t, STATE.snapshot(t)) for t in own if STATE.of([t])], bool(STATE.of(own, prefix))
 
@@ -113,10 +113,6 @@ def _arguments(model: nn.Module, batch: Any) -> dict[str, Any]:
     if MASK in takes and given.get(MASK) is None and isinstance(ids := given.get("input_ids"), Tensor):
         given[MASK] = torch.ones_like(ids)
     return given
-
-
-def _padded(batch: Mapping[str, Any]) -> bool:
-    return not bool(torch.as_tensor(batch.get(MASK, 1)).all())
 
 
 def _tokens(batch: Mapping[str, Any]) -> int:

@@ -80,7 +80,7 @@ def upcycle(models: Sequence[nn.Module], attention: str = "expert_kv", top_k: in
         averaged = _averaged(made, models, [n for n, _ in made.named_parameters() if not n.startswith(experts)])
         _attentions(made, models, [path for path, _ in attentions], attention == "shared_kv")
     for path, mlp in mlps:
-        _put(made, path, MlpExperts([m.get_submodule(path) for m in models], top_k).to(mlp.down_proj.weight))
+        made.set_submodule(path, MlpExperts([m.get_submodule(path) for m in models], top_k).to(mlp.down_proj.weight))
     spread = float(getattr(getattr(made, "config", None), "initializer_range", 0.02))
     draw, created = torch.Generator().manual_seed(seed), []
     for path, module in made.named_modules():
@@ -128,17 +128,12 @@ def _attentions(made: Any, models: Sequence[nn.Module], paths: Sequence[str], sh
             alike = [n for n, _ in experts[0].named_parameters() if n.partition(".")[0] in _KV]
             _averaged(experts[0], [m.get_submodule(path) for m in models], alike)
         weight = experts[0].q_proj.weight
-        _put(made, path, AttentionExperts(experts, weight.shape[1], shared).to(weight))
+        made.set_submodule(path, AttentionExperts(experts, weight.shape[1], shared).to(weight))
     config = getattr(made, "config", None)
     if config is not None and not shared:
         config.num_hidden_layers = len(paths) * len(models)
         if getattr(config, "layer_types", None):
             config.layer_types = list(config.layer_types) * len(models)
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def _said(shapes: dict[str, torch.Size], name: str) -> str:

@@ -84,9 +84,8 @@ def rex_widen(model: nn.Module, layers: int) -> list[str]:
         group: list[tuple[str, Any]] = blocks[start : start + layers]
         shared = [block.experts for _, block in group]
         for own, (path, block) in enumerate(group):
-            parent, _, name = path.rpartition(".")
             pooled = PooledExperts(shared, own, block.gate.weight, block.top_k).train(block.training)
-            setattr(model.get_submodule(parent), name, pooled)
+            model.set_submodule(path, pooled)
             made.append(path)
     return made
 
@@ -161,6 +160,5 @@ def grow_pattention(model: nn.Module, tokens: int, keep_function: bool = True) -
         if keep_function:
             new_keys.zero_()
         made = ParameterAttention(torch.cat([keys, new_keys]), torch.cat([values, new_values]), float(tau))
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, made.to(keys).train(module.training))
+        model.set_submodule(path, made.to(keys).train(module.training))
     return [path for path, _ in found]

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.attention.recognition.effects import writes
 from accelpass.ir.attention.spec.spec import AttentionSpec, Step
-from accelpass.ir.core.graph import aten, is_call, known, through, value
+from accelpass.ir.core.graph import aten, draws, is_call, known, through, value
 from accelpass.ir.torch_private import tree_leaves, tree_map_only
 
 _LAYOUT = (
@@ -228,8 +228,7 @@ def constant(
         order[current] = None
         if sizes and isinstance(value(current), torch.SymInt):
             continue
-        random = torch.Tag.nondeterministic_seeded in getattr(current.target, "tags", ())
-        if current.op != "call_function" or len(order) > _MOST_NODES or writes(current) or random:
+        if current.op != "call_function" or len(order) > _MOST_NODES or writes(current) or draws(current):
             return None
         front.extend(current.all_input_nodes)
     if any(written in order for n in order for user in n.users for written in writes(user)):

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.analyses.recurrence import Loop, constants, scheduled_loops
 from accelpass.ir.core.derived import Recipe
-from accelpass.ir.core.graph import aten, is_call, mutates, root, value
+from accelpass.ir.core.graph import aten, draws, is_call, mutates, root, value
 from accelpass.ir.core.program import Program
 from accelpass.passes.core.base import Done, Skip, Take, Verdict
 from accelpass.passes.core.site_pass import Edits, SitePass
@@ -73,12 +73,11 @@ class NestedLoop(SitePass):
 
 
 def _pure(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", None)
     if node.target is operator.getitem:
         return True
-    if tags is None or torch.Tag.nondeterministic_seeded in tags or mutates(node):
+    if getattr(node.target, "namespace", None) != "aten" or draws(node) or mutates(node):
         return False
-    return bool(node.target.namespace == "aten") and not is_call(node, aten.empty, aten.alias)
+    return not is_call(node, aten.empty, aten.alias)
 
 
 def _held(program: Program, edit: Edits, trips: Sequence[fx.Node]) -> int:
