@@ -43,6 +43,7 @@ MODELS = (
     "seeing",
     "lexicon",
     "experts",
+    "attention_experts",
     "pooled",
     "recurrent",
     "parameter_tokens",

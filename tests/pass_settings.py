@@ -156,6 +156,7 @@ SETTINGS: dict[str, Setting] = {
     "shortgpt": Setting({"remove": 1}, tensors={INFLUENCE: torch.tensor([0.9, 0.1])}),
     "vq_logits": Setting({"codes": 8}, ("prompt", "decoder")),
     "lexicon_head": Setting({"topk": 8}, ("lexicon",)),
+    "moa_batch": Setting({"copy_weights": True}, ("attention_experts",), {"copy_weights": False}),
     "tutel_moe": Setting({"capacity_factor": 0.5}, ("experts",), looks_ahead=CROWD),
     "duo_llm": Setting({"route": "router"}, tensors=_small_parts()),
     "eep": Setting({"keep": (0, 1, 3)}, ("experts",)),

@@ -97,6 +97,12 @@ def _decoder(fast: Any, model: nn.Module, shape: Shape) -> Iterator[Tensor]:
         yield fast(input_ids=ids[:, at : at + 1], past_key_values=cache, **keep).logits
 
 
+def _attention_experts(seed: int) -> nn.Module:
+    from accelpass.api.growing.upcycling import upcycle
+
+    return upcycle([small.decoder(seed), small.decoder(seed + 1)], attention="shared_kv", top_k=2).model
+
+
 def _encoder(fast: Any, model: nn.Module, shape: Shape) -> Iterator[Tensor]:
     yield fast(input_ids=shape.ids(small.VOCABULARY)).last_hidden_state
 
@@ -218,6 +224,16 @@ SUBJECTS: dict[str, Subject] = {
             export=lambda shape: ((), {"input_ids": shape.ids(small.VOCABULARY), "use_cache": False}),
             needs=("transformers",),
             about="a Mixtral that reads a prompt, without a cache, its experts in batched products",
+        ),
+        Subject(
+            "attention_experts",
+            _attention_experts,
+            _decoder,
+            causal=True,
+            delimited=True,
+            export=lambda shape: ((), {"input_ids": shape.ids(small.VOCABULARY), "use_cache": False}),
+            needs=("transformers",),
+            about="two Llamas in one, whose attentions are experts that share keys and values, with an accelpass.KVCache",
         ),
         Subject(
             "encoder",

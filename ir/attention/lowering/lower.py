@@ -145,8 +145,16 @@ def renew_origin(program: Program, node: fx.Node) -> None:
     Raises:
         NoLowering: nothing can compute it.
     """
-    if node.target is not ATTENTION or "attention_origin" not in node.meta:
-        return
+    if node.target is ATTENTION and "attention_origin" in node.meta:
+        give_origin(program, node)
+
+
+def give_origin(program: Program, node: fx.Node) -> None:
+    """Let an attention that was put together count as the model's own, which passes may then edit or write anew.
+
+    Raises:
+        NoLowering: nothing can compute it.
+    """
     spec, order = spec_of(node), memory_order(value(node))
     operands = [*node.args[:3], *node.args[3]]
     lowering = DEFAULT.pick(spec, node)
