@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from accelpass.ir.analyses.structure.block import blocks
+from accelpass.ir.analyses.structure.block import Block, blocks
 from accelpass.ir.analyses.structure.mlp import mlps
 from accelpass.ir.analyses.structure.moe import moes
 from accelpass.ir.analyses.structure.output_head import output_heads
@@ -29,7 +29,7 @@ from accelpass.ir.transform.attention_points import mass_of, probabilities_of
 from accelpass.ir.transform.real_tokens import real_tokens
 from accelpass.ir.transform.splice import splice, trace
 
-KINDS = ("residual", "act", "q", "k", "v", "heads", "probs", "mass", "out", "router", "logits")
+KINDS = ("residual", "stream", "act", "q", "k", "v", "heads", "probs", "mass", "out", "router", "logits")
 _OF_SCORES = ("probs", "mass")
 STARTS = {"sum": 0.0, "max": float("-inf"), "min": float("inf"), "last": 0.0}
 
@@ -44,7 +44,8 @@ class Point:
 
     Attributes:
         path: the module, ``model.layers.3.mlp``.
-        kind: one of KINDS: ``residual`` (the streams before and after a block), ``act`` (the hidden channels of an MLP, which its
+        kind: one of KINDS: ``residual`` (the streams before and after a block), ``stream`` (what the first block of a stack
+            reads), ``act`` (the hidden channels of an MLP, which its
             last linear reads), ``q``, ``k``, ``v`` (as attention reads them), ``heads`` (what the output projection of an
             attention reads), ``probs`` (attention probabilities ``(batch, heads, queries, keys)``), ``mass`` (what each key gets of the
             scores, float32 ``(batch, kv_heads, keys)``), ``out`` (what the last linear of an attention or MLP gives), ``router`` (the scores of experts), ``logits``.
@@ -115,8 +116,12 @@ def points(program: Program) -> list[Point]:
 
 
 def _points(program: Program) -> Iterator[Point]:
+    before: Block | None = None
     for block in program.analysis(blocks):
+        if before is None or block.input is not before.output:
+            yield Point(block.path.rpartition(".")[0], "stream", (block.input,))
         yield Point(block.path, "residual", (block.input, block.output))
+        before = block
     for mlp in program.analysis(mlps):
         yield Point(mlp.path, "act", (mlp.down.operand(),))
         yield Point(mlp.path, "out", (mlp.down.node,))

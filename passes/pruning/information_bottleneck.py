@@ -1,8 +1,9 @@
-"""Multiplicative Gaussian masks of channels and heads: their loss, which of them are kept, and how large the model is expected to be."""
+"""Multiplicative Gaussian masks of channels, heads, layers and the stream's width: their loss, which of them are kept, and how large the model is expected to be."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,9 @@ class Masks:
 
     Attributes:
         width: how many channels of the tapped value a unit has.
-        weights: of the model, for each unit that stays.
+        weights: of the model, for each unit that stays; 0 where other masks count them.
         multiplier: of the divergence in the loss.
+        beside: other masks that the same weights go with: those of the layer, and of the stream's width.
     """
 
     mean: Tensor
@@ -38,6 +40,7 @@ class Masks:
     width: int
     weights: int
     multiplier: float
+    beside: tuple[Masks, ...] = ()
 
     @classmethod
     def fresh(cls, units: int, width: int, weights: int, multiplier: float, draw: torch.Generator) -> Masks:
@@ -49,6 +52,14 @@ class Masks:
         """How many units are expected to stay."""
         return torch.sigmoid(-STEEPNESS * log_alpha(self.mean, self.log_variance)).sum()
 
+    def share(self) -> Tensor:
+        """Of its units, what is expected to stay."""
+        return self.soft() / len(self.mean)
+
+    def remaining(self) -> Tensor:
+        """How many weights are expected to stay."""
+        return self.soft() * self.weights * math.prod(other.share() for other in self.beside)
+
     def vectors(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation for each channel of the tapped value."""
         each = (self.mean, torch.exp(self.log_variance / 2))
@@ -56,13 +67,15 @@ class Masks:
         return mean, deviation
 
 
-def masked(x: Tensor, mean: Tensor, deviation: Tensor, width: int) -> Tensor:
-    """``x * (mean + noise * deviation)``, a draw for each row and unit."""
-    noise = torch.randn_like(x[..., ::width]).repeat_interleave(width, -1)
-    return x * (mean + noise * deviation)
+def masked(x: Tensor, *vectors: Tensor, widths: Sequence[int]) -> Tensor:
+    """``x * (mean + noise * deviation)`` for each pair of vectors, a draw for each row and unit."""
+    for mean, deviation, width in zip(vectors[::2], vectors[1::2], widths, strict=True):
+        noise = torch.randn_like(x[..., ::width]).repeat_interleave(width, -1)
+        x = x * (mean + noise * deviation)
+    return x
 
 
 def sparsity(masks: Mapping[str, Masks]) -> Tensor:
     """Share of the weights that are expected to go."""
-    remaining = torch.stack([m.soft() * m.weights for m in masks.values()]).sum()
+    remaining = torch.stack([m.remaining() for m in masks.values()]).sum()
     return 1 - remaining / sum(m.weights * len(m.mean) for m in masks.values())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,9 +27,24 @@ pytest.importorskip("transformers")
 IDS = torch.arange(24).view(2, 12)
 
 
-def plan_of(kv: int, hidden: int, seed: int) -> dict[str, Tensor]:
+UNITS = ("channels", "heads", "layers", "width")
+
+
+def plan_of(kv: int, hidden: int, seed: int, width: int = 0, units: Sequence[str] = UNITS[:2]) -> dict[str, Tensor]:
+    """Masks of which about half are noise; of layers one in three."""
     draw = torch.Generator().manual_seed(seed)
     made = {}
+    every = {"channels": "mlp.act", "heads": "self_attn.heads", "layers": "mlp.out self_attn.out"}
+    if width:
+        sizes = {"mlp.act": hidden, "self_attn.heads": kv, "mlp.out": 1, "self_attn.out": 1}
+        spots = [f"{n}.{at}" for n in (0, 1) for unit in units for at in every.get(unit, "").split()]
+        wanted = {s: sizes[s[2:]] for s in spots} | ({"stream": width} if "width" in units else {})
+        for spot, size in wanted.items():
+            noisy = torch.rand(size, generator=draw) < (0.3 if size == 1 else 0.5)
+            noisy[0] &= size == 1
+            mean = 1 + 0.3 * torch.randn(size, generator=draw)
+            made[f"vtrans/model.layers.{spot}"] = torch.stack([mean, torch.where(noisy, 4.0, -9.0)])
+        return made
     for n in (0, 1):
         for at, size in (("mlp.act", hidden), ("self_attn.heads", kv)):
             mean = 1 + 0.3 * torch.randn(size, generator=draw)
@@ -47,6 +63,38 @@ def by_the_card(model: Any, plan: dict[str, Tensor]) -> Any:
         module = twin.get_submodule(f"{path}.{'down_proj' if kind == 'act' else 'o_proj'}")
         z = (mean * keep).repeat_interleave(module.in_features // len(mean))
         module.register_forward_pre_hook(lambda m, x, z=z: (x[0] * z,))
+    return twin
+
+
+def _kept(norm: Any, x: Tensor, keep: Tensor) -> Tensor:
+    """A norm that averages over the channels that are kept; the others stay 0."""
+    some = x[..., keep]
+    if isinstance(norm, torch.nn.LayerNorm):
+        made = torch.nn.functional.layer_norm(some, some.shape[-1:], norm.weight[keep], norm.bias[keep], norm.eps)
+    else:
+        made = norm.weight[keep] * some * torch.rsqrt(some.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    return torch.zeros_like(x).index_copy(-1, keep.nonzero().flatten(), made)
+
+
+def whole_by_the_card(
+    model: Any, plan: dict[str, Tensor], writers: Sequence[str] = ("mlp.down_proj", "self_attn.o_proj")
+) -> Any:
+    """As :func:`by_the_card`, with masks of layers and of the stream: of all that is added to it, and of what it begins with."""
+    mask = lambda t: t[0] * ((t[1] - torch.log(t[0] ** 2 + 1e-8)) < 0)  # noqa: E731
+    parts = {k: t for k, t in plan.items() if not k.endswith((".out", ".stream"))}
+    twin = by_the_card(model, parts)
+    stack = next(k for k in ("model.layers", "transformer.h") if any(k in n for n, _ in model.named_modules()))
+    width = mask(plan[f"vtrans/{stack}.stream"]) if f"vtrans/{stack}.stream" in plan else torch.ones(())
+    for path, module in twin.named_modules():
+        own = next((w for w in writers if path.endswith(w)), None)
+        if own is not None:
+            of = path.removesuffix(own) + own.partition(".")[0]
+            layer = mask(plan.get(f"vtrans/{of}.out", torch.tensor([[1.0], [-9.0]])))
+            module.register_forward_hook(lambda m, x, y, z=layer * width: y * z)
+        if width.dim() and (isinstance(module, torch.nn.LayerNorm) or hasattr(module, "variance_epsilon")):
+            module.register_forward_hook(lambda m, x, y: _kept(m, x[0], width != 0))
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(lambda m, x, y: y * width)
     return twin
 
 
@@ -74,6 +122,36 @@ def test_what_is_left_is_the_masked_model(seed: int, kv: int, groups: int, hidde
             if kept == hidden
             else done.bytes_after * hidden == (done.bytes_before * kept)
         )
+
+
+@settings(max_examples=examples(3), deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    units=st.sets(st.sampled_from(UNITS), min_size=1).map(lambda s: tuple(sorted(s))),
+    kv=st.integers(2, 3),
+    groups=st.integers(1, 2),
+    hidden=st.integers(5, 20),
+)
+@example(seed=0, units=UNITS, kv=2, groups=2, hidden=12)
+@example(seed=0, units=("channels", "heads", "width"), kv=2, groups=2, hidden=64)
+def test_width_layers_and_units_together_are_the_masked_model(
+    seed: int, units: tuple[str, ...], kv: int, groups: int, hidden: int
+):
+    model, tensors = llama(seed, kv, groups, hidden), plan_of(kv, hidden, seed, 96, units)
+    asked = {"name": "vtrans", "multiple": 1, "units": units}
+    fast = compiled(model, asked, plan=Plan.of(model, [asked], tensors))
+    with torch.no_grad():
+        want = whole_by_the_card(model, tensors)(IDS, use_cache=False).logits
+        assert relative_error(fast(IDS, use_cache=False).logits, want) < 1e-4
+    report = accelpass.explain(fast).passes["vtrans"]
+    assert not report.skipped
+    if "width" in units:
+        kept = int((log_alpha(*tensors["vtrans/model.layers.stream"]) < 0).sum())
+        after = {s.path: s.after for s in report.took["model.layers.stream"].shrunk}
+        assert after["model.embed_tokens.weight"] == (64, kept) and after["model.norm.weight"] == (kept,)
+    if "layers" in units:
+        gone = [n for n, t in tensors.items() if n.endswith(".out") and log_alpha(*t) >= 0]
+        assert sorted(gone) == sorted(f"vtrans/{n}" for n, done in report.took.items() if done.what == "left out")
 
 
 def test_masks_of_one_leave_the_model_as_it_is():
@@ -109,7 +187,7 @@ def test_formulas_are_the_cards():
     other = Masks.fresh(5, 1, 7, 1.0, torch.Generator())
     assert torch.allclose(sparsity({"a": masks, "b": other}), 1 - (30 * soft.sum() + 35) / (210 + 35), atol=1e-4)
     x = torch.randn(6, 28)
-    many = torch.stack([masked(x, *masks.vectors(), 4) for _ in range(2000)])
+    many = torch.stack([masked(x, *masks.vectors(), widths=[4]) for _ in range(2000)])
     assert relative_error(many.mean(0), x * mean.repeat_interleave(4)) < 0.2
     units = (many / x).view(2000, 6, 7, 4)
     assert torch.allclose(units[..., 0], units[..., 3], atol=1e-3), "the channels of a unit share a draw"
