@@ -16,7 +16,6 @@ from accelpass.ir.attention.spec.op import ATTENTION, spec_of
 from accelpass.ir.core.derived import Recipe
 from accelpass.ir.core.graph import aten, draws, is_call, mutates, root, shape, value, written_inputs
 from accelpass.ir.core.program import Program
-from accelpass.ir.transform.splice import KEPT
 from accelpass.passes.core.base import Done, Skip, Take, Verdict
 from accelpass.passes.core.site_pass import Edits, SitePass
 
@@ -82,10 +81,8 @@ class MoABatch(SitePass):
             keys = [edit.run("heads", _side_by_side, [n.args[at] for n in nodes], first)[0] for at in (1, 2)]
             join, part = _side_by_side, partial(_apart, heads=key)
         (q,) = edit.run(("queries", site.shared, key), join, [n.args[0] for n in nodes], first)
-        spec = replace(spec, site=site.path)
+        # It is called as the first expert, whose module the cache layer that it reads is known by.
         made = edit.call(first, ATTENTION, q, *keys, list(first.args[3]), spec.to_json())
-        inside = site.terms[0].gate or site.out
-        made.meta |= {name: inside.meta[name] for name in KEPT if name in inside.meta}
         give_origin(edit.program, made)
         parts = edit.run(("parts", site.shared, key), part, [made], first)
         for node, own in zip(nodes, parts, strict=True):

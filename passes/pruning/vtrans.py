@@ -268,7 +268,7 @@ def best(learnt: Tensor, count: int) -> Tensor:
 
 def _share(masks: Mapping[str, Masks], program: Program) -> None:
     """Let each sublayer's weights be counted once: by its units, else as a whole, else by the channels of the stream."""
-    (width,) = [m for p, m in masks.items() if p.endswith("stream")] or [None]
+    width = next((m for p, m in masks.items() if p.endswith("stream")), None)
     if width is not None:
         width.weights = 0
     for one in layers(program):
