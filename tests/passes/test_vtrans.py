@@ -154,6 +154,38 @@ def test_width_layers_and_units_together_are_the_masked_model(
         assert sorted(gone) == sorted(f"vtrans/{n}" for n, done in report.took.items() if done.what == "left out")
 
 
+def refused(model: Any, name: str, width: int) -> str:
+    """What is said of the width of a model's stream."""
+    tensors = {f"vtrans/{name}": torch.stack([torch.ones(width), torch.where(torch.arange(width) % 2 < 1, -9.0, 4.0)])}
+    asked = {"name": "vtrans", "units": ("width",)}
+    fast = compiled(model, asked, plan=Plan.of(model, [asked], tensors))
+    with torch.no_grad():
+        for got, want in zip(fast(IDS).to_tuple(), model(IDS).to_tuple(), strict=True):
+            if isinstance(got, Tensor):
+                assert relative_error(got, want) < 1e-4, "the model is as it was"
+    found = accelpass.explain(fast).passes["vtrans"]
+    assert not found.took
+    return str(found.skipped[name])
+
+
+def test_a_width_that_cannot_be_cut_is_refused_by_name():
+    assert "normalise the stream itself" in refused(small.encoder(layers=1), "encoder.layer.stream", 32)
+    assert "the graph returns it" in refused(small.decoder(layers=1).model, "layers.stream", 32)
+
+
+@pytest.mark.parametrize("units", [UNITS, ("width",)])
+def test_sizes_are_products_of_what_stays(units: tuple[str, ...]):
+    """A short training: masks of all kinds move, and weights are counted once."""
+    model = small.decoder(0, layers=1)
+    asked = {"name": "vtrans", "units": units, "epochs": 1, "rate": 0.05, "multiple": 1}
+    plan = accelpass.calibrate(model, [IDS], [asked], progress=False)
+    at = {"stream": 32, "0.mlp.act": 64, "0.self_attn.heads": 2, "0.mlp.out": 1, "0.self_attn.out": 1}
+    assert {n.removeprefix("vtrans/model.layers."): t.shape[1] for n, t in plan.tensors.items()} == (
+        at if units == UNITS else {"stream": 32}
+    )
+    assert all((t[0] - 1).abs().max() > 0.03 for t in plan.tensors.values()), "all masks learn"
+
+
 def test_masks_of_one_leave_the_model_as_it_is():
     model = small.decoder(0)
     ones = {k: torch.stack([torch.ones_like(t[0]), torch.full_like(t[1], -9.0)]) for k, t in plan_of(2, 64, 0).items()}
@@ -186,6 +218,9 @@ def test_formulas_are_the_cards():
     masks = Masks(mean, log_variance, 4, 30, 1.0)
     other = Masks.fresh(5, 1, 7, 1.0, torch.Generator())
     assert torch.allclose(sparsity({"a": masks, "b": other}), 1 - (30 * soft.sum() + 35) / (210 + 35), atol=1e-4)
+    half = Masks(torch.ones(4), torch.tensor([-9.0, -9, 9, 9]), 1, 0, 30.0)
+    both = Masks(mean, log_variance, 4, 30, 1.0, (half, half))
+    assert torch.allclose(sparsity({"a": both, "b": half}), 1 - 30 * soft.sum() / 4 / 210, atol=1e-4), "shares multiply"
     x = torch.randn(6, 28)
     many = torch.stack([masked(x, *masks.vectors(), widths=[4]) for _ in range(2000)])
     assert relative_error(many.mean(0), x * mean.repeat_interleave(4)) < 0.2
@@ -253,6 +288,7 @@ def test_what_does_not_fit_says_so():
         ({"sparsity": 1.0}, "between 0 and 1"),
         ({"epochs": 0}, "1 or more"),
         ({"rate": -1.0}, "above 0"),
+        ({"units": ("rows",)}, "some of channels, heads, layers, width"),
     ):
         with pytest.raises(accelpass.OptionError, match=match):
             make({"name": "vtrans", **bad})
