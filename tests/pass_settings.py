@@ -151,6 +151,7 @@ SETTINGS: dict[str, Setting] = {
     "grouped_query": Setting({}, ("prompt",)),
     "cpu_gemv": Setting({}),
     "magnitude_prune": Setting({"heads": 0.5}, ("prompt", "decoder", "encoder")),
+    "head_cascade": Setting({"keep": 0.1, "dense": 0.0}, ("encoder", "tower")),
     "wanda": Setting({"heads": 0.5}, tensors=_norms()),
     "vtrans": Setting({"multiple": 8}, identity={"include": ()}, tensors=_masks()),
     "shortgpt": Setting({"remove": 1}, tensors={INFLUENCE: torch.tensor([0.9, 0.1])}),

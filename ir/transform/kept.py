@@ -166,6 +166,26 @@ class Numbered(Static):
         return cls(kept.count, kept.by, (), Recipe(("places", kept.by.key, size, unknown), places), fill)
 
 
+@dataclass(frozen=True, eq=False)
+class Picked(Static):
+    """Rows that each call of the graph picks anew; how many is known, and weights are cut to them as the graph runs.
+
+    Attributes:
+        picked: the node that holds them, int64 ``(count,)``, ascending.
+    """
+
+    picked: fx.Node | None = None
+
+    @classmethod
+    def by_node(cls, node: fx.Node) -> Picked:
+        """The rows that a node holds."""
+        return cls(int(node.meta["val"].shape[0]), Recipe(("picked",), _none_before_run_time), picked=node)
+
+
+def _none_before_run_time(*_: Tensor) -> tuple[Tensor]:
+    raise AssertionError("which rows are picked, only run time knows")
+
+
 def kept_of(leaf: Leaf) -> int:
     """How many rows an axis has now."""
     if isinstance(leaf, int):

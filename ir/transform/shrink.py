@@ -27,7 +27,7 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import placed
 from accelpass.ir.torch_private import tree_leaves
 from accelpass.ir.transform.changed_axes import CannotShrink, ChangedAxes
-from accelpass.ir.transform.kept import CHOSEN, Leaves, Merge, Numbered, Static, before_of, now_of
+from accelpass.ir.transform.kept import CHOSEN, Leaves, Merge, Numbered, Picked, Static, before_of, now_of
 from accelpass.ir.transform.shrink_rules import Change, Renumbered, Scaled, rule_for
 from accelpass.ir.transform.splice import inserted
 
@@ -62,13 +62,15 @@ def shrink(
             the numbers of rows so chosen has fewer rows, too.
 
     What is kept as :class:`~accelpass.ir.transform.kept.Numbered` needs a region. Numbers of rows that come into it are those of the
-    whole axis, and what leaves it has all rows again.
+    whole axis, and what leaves it has all rows again. Of what is :class:`~accelpass.ir.transform.kept.Picked`, weights are cut as the
+    graph runs, behind the node that picks.
 
     Raises:
         CannotShrink: something has the axis and cannot do with fewer rows; names the node. The graph is as it was.
     """
     surgery = _Surgery(program, axis, keep, None if region is None else frozenset(region), contest)
     surgery.follow()
+    surgery.check_order()
     return surgery.commit()
 
 
@@ -81,6 +83,7 @@ def shrink_together(program: Program, parts: Sequence[tuple[Axis, Static, Collec
     surgeries = [_Surgery(program, a, keep, None if r is None else frozenset(r), False) for a, keep, r in parts]
     for surgery in surgeries:
         surgery.follow()
+        surgery.check_order()
     return [told for surgery in surgeries for told in surgery.commit()]
 
 
@@ -246,6 +249,13 @@ class _Surgery:
                 fake = fake.new_empty([size if d == at else s for d, s in enumerate(fake.shape)])
         return fake
 
+    def check_order(self) -> None:
+        """Refuse to cut what is read in front of the node that picks rows."""
+        picked = self.keep.picked if isinstance(self.keep, Picked) else None
+        early = next((n for n in self.changes if picked is not None and n < picked), None)
+        if early is not None:
+            raise CannotShrink(f"{early.name} has the axis, and is computed before its rows are picked")
+
     # --- and then it is done
 
     def commit(self) -> list[Shrunk]:
@@ -273,6 +283,8 @@ class _Surgery:
         return [self._told(old, made[old]) for old in self.weights]
 
     def _derived(self, weight: fx.Node, dims: dict[int, Leaves]) -> fx.Node:
+        if isinstance(self.keep, Picked):
+            return self._picked(weight, dims)
         sources = list(dict.fromkeys((weight, *self.keep.of)))
         at = [sources.index(n) for n in self.keep.of]
         recipe, keep = self.keep.by, self.keep
@@ -287,6 +299,8 @@ class _Surgery:
 
     def _cut(self, outer: fx.Node, dims: dict[int, Leaves]) -> fx.Node:
         """The rows that are kept of a value that the region reads."""
+        if isinstance(self.keep, Picked):
+            return self._picked(outer, dims)
         anchor = self.keep.of or tuple(itertools.islice(self.weights, 1))
         keep, recipe = self.keep, getattr(self.keep, "outside", None) or self.keep.by
         first = min(n for n in self.changes if outer in n.all_input_nodes)
@@ -302,6 +316,14 @@ class _Surgery:
             cut = keep.cut(dim)
             (node,) = inserted(self.program, first, lambda *given, cut=cut: [cut(*given)], node, rows)
         return node
+
+    def _picked(self, outer: fx.Node, dims: dict[int, Leaves]) -> fx.Node:
+        """The rows of a weight, or of another value, that the graph picks."""
+        keep = self.keep
+        assert isinstance(keep, Picked) and keep.picked is not None
+        first = min(n for n in self.changes if outer in n.all_input_nodes)
+        cut = functools.partial(_cut_to, keep, dims)
+        return inserted(self.program, first, cut, outer, keep.picked)[0]
 
     def _restore(self, node: fx.Node, dim: int) -> None:
         """Let what is outside read all rows, with a number in the place of those that are gone."""
@@ -346,6 +368,10 @@ class _Surgery:
         before, after = (tuple(int(s) for s in value(n).shape) for n in (old, new))
         sizes = [int(value(n).numel() * value(n).element_size()) for n in (old, new)]
         return Shrunk(self.program.tensors.path(old) or old.name, before, after, *sizes)
+
+
+def _cut_to(keep: Static, dims: dict[int, Leaves], outer: Tensor, rows: Tensor) -> list[Tensor]:
+    return [keep.of_tensor(outer, dims, rows)]
 
 
 def _mapped(tree: Any, fn: Callable[[Any], Any]) -> Any:

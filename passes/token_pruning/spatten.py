@@ -36,7 +36,7 @@ class SpAtten(Pass):
     product of queries and keys. Works with encoders, with prompts, and with an ``accelpass.KVCache``.
 
     Of the paper this is cascade token pruning of prompts. Generated tokens add to no score, and none of them leaves. Its local value
-    pruning and its progressive quantization are ways to read a cache, and passes of their own. Cascade head pruning is not built.
+    pruning and its progressive quantization are ways to read a cache, and passes of their own; so is its cascade of heads.
 
     Attributes:
         keep: share of a prompt's tokens that is left at the end; 1 is the dense model.

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelpass.ir.attention import AttentionSpec, Step, attend
+from accelpass.ir.inductor_private import contracts_by_name
 from accelpass.ir.kv.banks import Floats, Quantized, RowFormat
 from accelpass.ir.kv.rotated import Rotated, hadamard
-from accelpass.ir.kv.rows import BITS, dequantize_rows, quantize_rows, row_bytes
+from accelpass.ir.kv.rows import BITS, dequantize_rows, quantize_rows, row_bytes, to_half_precision
 from accelpass.ir.kv.storage import KERNELS, Layout, New, Query, Storage
 from accelpass.passes.kv_cache.kv_window import SinksAndNewest
 from accelpass.passes.kv_cache.mikv import Tiers
@@ -172,6 +173,37 @@ def test_rows(bits, width, rows, size, seed):
     assert codes.shape[-1] == row_bytes(width, bits) and codes.dtype == torch.uint8
     back = dequantize_rows(codes, step, low, bits, width // 2)
     assert torch.allclose(back, kv_truth.quant_rows(x, bits, width // 2), atol=1e-6 * size)
+
+
+def of_all_sizes(n: int = 4096) -> torch.Tensor:
+    """Floats from below float16's smallest to above its largest."""
+    draw = torch.Generator().manual_seed(0)
+    powers = torch.randint(-9, 6, (n,), generator=draw)
+    return torch.cat([torch.randn(n, generator=draw) * 10.0**powers, torch.tensor([0.0, 65504.0, -65519.0, 1e35])])
+
+
+def as_stored(x: torch.Tensor) -> torch.Tensor:
+    return x.half().float().clamp(-65504.0, 65504.0)
+
+
+def test_steps_are_rounded_as_they_are_stored():
+    x = of_all_sizes()
+    assert torch.equal(to_half_precision(x), as_stored(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3, 200])
+def test_compilers_that_contract_round_alike(rows):
+    """Products and sums that become one operation must not undo the rounding, whatever the loop: rows would depend on the call's size."""
+    name, x = contracts_by_name(), of_all_sizes()
+    chosen = {name: "fast"} if name else {}
+    torch._dynamo.reset()
+    rounded = torch.compile(to_half_precision, dynamic=False, options=chosen)
+    encoded = torch.compile(lambda y: quantize_rows(y, 4, 8), dynamic=False, options=chosen)
+    assert torch.equal(rounded(x[-17 * rows :]), as_stored(x[-17 * rows :]))
+    y = torch.randn(1, 2, rows, 16, generator=torch.Generator().manual_seed(rows))
+    for made, want in zip(encoded(y), quantize_rows(y, 4, 8), strict=True):
+        assert torch.equal(made, want)
 
 
 @settings(max_examples=40, deadline=None)

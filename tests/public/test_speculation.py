@@ -112,3 +112,20 @@ def test_candidates_in_compiled_code():
     want = model.generate(ids, past_key_values=KVCache(model, 48), **SETTINGS)
     got = model.generate(ids, past_key_values=KVCache(model, 48), prompt_lookup_num_tokens=3, **SETTINGS)
     assert torch.equal(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mikv", "kv_quant"])
+@torch.no_grad()
+def test_candidates_in_compiled_code_are_rounded_as_single_tokens_are(name):
+    """Products of several rows differ in their last bits from those of one; what is stored in few bits must not amplify that."""
+    fast = compiled(llama(layers=1), *METHODS[name], lowering="inductor")
+    prompt, *pieces = tokens(1, 20, *[4] * 6)
+    alone, several = KVCache(fast, 48), KVCache(fast, 48)
+    several.activate_past_recording()
+    for cache in (alone, several):
+        fed(fast, cache, [prompt])
+    for piece in pieces:
+        singles = [fast(input_ids=one, past_key_values=alone).logits for one in piece.split(1, 1)]
+        made = fast(input_ids=piece, past_key_values=several).logits
+        torch.testing.assert_close(made, torch.cat(singles, 1), atol=5e-4, rtol=1e-3)

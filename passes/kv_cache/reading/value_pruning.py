@@ -44,7 +44,12 @@ class ValuePruning(KVPass):
     Wang et al., "SpAtten: Efficient Sparse Attention Architecture with Cascade Token and Head Pruning", HPCA 2021: local value pruning,
     which forgets nothing, as each token chooses anew. Probabilities are those of the whole softmax, and are not made to sum to 1 again
     (inferred: the hardware multiplies what it fetched). Heads that share values choose by the sum of their probabilities (inferred; the
-    paper has no such heads). Prompts are dense.
+    paper has no such heads).
+
+    Calls of several tokens, prompts above all, are dense, and the report says so. The paper chooses for one query at a time, each query other
+    values, as its hardware streams queries one by one. Here the queries of a prompt share a read of each value: to gather ``values`` of them
+    for every query would read ``values`` rows for each where that reads one, and needs all probabilities in memory, which attention by blocks
+    never has. Candidates of an assistant are tokens that come one by one.
 
     Attributes:
         values: how many values each key/value head reads; 307 of 993 is the paper's for GPT-2.
@@ -70,7 +75,7 @@ class ValuePruning(KVPass):
     ) -> tuple[AttentionSpec, str] | Skip:
         if site.capacity <= self.values:
             return Skip(f"its {site.capacity} rows are no more than values={self.values}")
-        what = f"reads {self.values} of {site.capacity} values"
+        what = f"single tokens read {self.values} of {site.capacity} values, a prompt all: its queries share each read"
         if isinstance(spec.select, BlockSelect):
             return spec, what  # the prompt reads blocks; single tokens come in graphs of their own
         return spec.edited(by=self.name, select=LikeliestValues(self.values)), what

@@ -1,0 +1,39 @@
+"""Passes that read a cache in another way, with requests that end early: what was before leaves no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from accelpass import CacheError, KVCache
+from tests.passes.kv_truth import fed
+from tests.passes.test_kv_methods import compiled, llama, tokens
+
+READING: dict[str, dict[str, Any]] = {
+    "value_pruning": {"name": "value_pruning", "values": 3},
+    "progressive_keys": {"name": "progressive_keys", "threshold": 0.3},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READING)
+@torch.no_grad()
+def test_a_request_that_is_cancelled_leaves_nothing(name):
+    """It ends after some tokens, or in a call that does not fit; the cache serves the next one as a new cache does."""
+    model = llama(layers=1)
+    fast = compiled(model, READING[name])
+    first, second = tokens(1, 14, 1, 1, seed=2), tokens(1, 9, 1, 1, 1, seed=3)
+    want = fed(fast, KVCache(model, 32), second)
+    cache = KVCache(model, 32)
+    fed(fast, cache, first)  # and nobody asks for more
+    cache.reset()
+    assert cache.seen == 0
+    assert torch.equal(fed(fast, cache, second[:2]), want[:2])
+    held = [(name, tensor.clone()) for _, name, tensor in cache.buffers()]
+    with pytest.raises(CacheError, match="do not fit"):
+        fed(fast, cache, tokens(1, 25, seed=4))
+    assert cache.seen == 10
+    assert all(torch.equal(a, b) for (_, a), (*_, b) in zip(held, cache.buffers(), strict=True))
+    assert torch.equal(fed(fast, cache, second[2:]), want[2:])
