@@ -6,9 +6,10 @@ What a graph's inputs come from is Dynamo's to say (sources); AOTAutograd takes 
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -16,17 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch import predispatch
 from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
 __all__ = [
+    "CLOSES_VMAP",
     "ENTER_AUTOCAST",
     "EXIT_AUTOCAST",
     "GET_DATA",
+    "OPENS_VMAP",
     "RECOMPILATIONS",
     "SET_GRAD_ENABLED",
     "FakeTensor",
@@ -39,12 +44,14 @@ __all__ = [
     "allow_recompilations",
     "archive_writer",
     "assert_async",
+    "closed_levels",
     "copy_sources",
     "cpu_multiplies_bfloat16",
     "cpu_multiplies_int8",
     "enable_python_dispatcher",
     "forget_compilations",
     "frame_of",
+    "frames_of_its_own",
     "handles_of",
     "has_stopped_compiling",
     "int8_product",
@@ -68,6 +75,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_map_only",
+    "values_known",
 ]
 
 assert_async = torch._assert_async
@@ -76,6 +84,8 @@ assert_async = torch._assert_async
 ENTER_AUTOCAST, EXIT_AUTOCAST = _enter_autocast, _exit_autocast
 GET_DATA: Any = getattr(torch._C._autograd, "_get_data_attr", None)
 """What ``tensor.data`` is in a graph; missing in some versions."""
+OPENS_VMAP, CLOSES_VMAP = predispatch._vmap_increment_nesting, predispatch._vmap_decrement_nesting
+"""What opens and closes a level of ``vmap`` in a graph."""
 SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled
 RECOMPILATIONS = 256
 """Graphs of one function, from which on Dynamo runs it uncompiled. Its own default of 8 is for code that should not be compiled
@@ -165,6 +175,40 @@ def recompile_limit(count: int, of_all: int | None = None) -> AbstractContextMan
     return patched
 
 
+def frames_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let Dynamo leave a function as it is, and compile what it calls."""
+    made: Callable[..., Any] = torch._disable_dynamo(function, recursive=False)
+    return made
+
+
+_known, _known_lock = list[Any](), threading.Lock()
+_LARGEST_KNOWN = 1 << 16
+
+
+@contextmanager
+def values_known() -> Iterator[None]:
+    """Within it Dynamo knows the values of tensors that are computed from constants alone, up to 65,536 elements (else: one).
+
+    It reads them where a model does (``tolist``, sizes of parts) and need not break the graph. Calls of several threads may overlap.
+    """
+    options = {"capture_scalar_outputs": True}
+    with _known_lock:
+        if not _known:
+            patched = torch._dynamo.config.patch(options)
+            patched.__enter__()
+            _known.append((patched, fake_tensor.CONSTANT_NUMEL_LIMIT))
+            fake_tensor.CONSTANT_NUMEL_LIMIT = _LARGEST_KNOWN
+        _known.append(None)
+    try:
+        yield
+    finally:
+        with _known_lock:
+            _known.pop()
+            if len(_known) == 1:
+                patched, fake_tensor.CONSTANT_NUMEL_LIMIT = _known.pop()
+                patched.__exit__(None, None, None)
+
+
 def forget_compilations() -> None:
     """Let Dynamo compile every function anew."""
     torch._dynamo.reset()
@@ -172,10 +216,19 @@ def forget_compilations() -> None:
 
 def switches_forward_gradients(target: Any) -> bool:
     """Whether a function of a graph opens or enters a level of forward-mode gradients."""
-    from torch._functorch import predispatch
-
     names = ("_enter_dual_level", "_jvp_increment_nesting")
     return target in [found for n in names if (found := getattr(predispatch, n, None)) is not None]
+
+
+@contextmanager
+def closed_levels() -> Iterator[None]:
+    """Levels of ``vmap`` that were opened inside are closed at the end, also where what opened them has failed."""
+    before = torch._C._functorch.maybe_current_level() or 0
+    try:
+        yield
+    finally:
+        while (torch._C._functorch.maybe_current_level() or 0) > before:
+            CLOSES_VMAP()
 
 
 def source_of(node: fx.Node) -> Any:
@@ -314,6 +367,12 @@ def read_images_in_forward(model: nn.Module) -> bool:
     from transformers import PreTrainedModel
     from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+    # A tower that was called before has its hooks, and would get them once more with the whole model's.
+    for module in model.modules():
+        for number, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "output_capturing_hook":
+                del module._forward_hooks[number]
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             maybe_install_capturing_hooks(module)

@@ -212,3 +212,22 @@ def test_the_model_of_canvases_answers_what_it_has_not_seen():
     assert all(word in questions.WORDS for word in " ".join(processor.batch_decode(said)).split())
     with pytest.raises(KeyError, match="elephant"):
         questions.ids_of("which elephant ?")
+
+
+def test_the_model_of_videos_answers_what_it_has_not_seen():
+    from accelpass.models_zoo.canvases.train import accuracy
+    from accelpass.models_zoo.videos import model, questions
+    from accelpass.models_zoo.videos.train import VIDEOS
+
+    llava, processor = model.load(torch.float32)
+    right = accuracy(llava, 32, torch.Generator().manual_seed(3), VIDEOS)
+    assert right["all"] > 0.85 and right["which"] > 0.9, right
+    asked = questions.videos(2, True, torch.Generator().manual_seed(4))
+    given = processor(images=asked.canvases, text=[row[-1] for row in asked.questions])
+    assert int((given["input_ids"] == questions.IMAGE).sum()) == 2 * questions.FRAMES * questions.PATCHES
+    assert given["pixel_values"].shape == (2 * questions.FRAMES, 1, 24, 24)
+    with torch.no_grad():
+        said = llava(**given).logits[:, -1:].argmax(-1)
+    assert all(word in questions.NUMBERS for word in processor.batch_decode(said))
+    with pytest.raises(KeyError, match="elephant"):
+        questions.ids_of("which elephant ?")

@@ -157,7 +157,10 @@ def _packed(name: str, tower: dict[str, Any], text: dict[str, Any]) -> Seen:
     pixels = torch.randn(16, 3 * 2 * PATCH * PATCH, generator=torch.Generator().manual_seed(2))
     given = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
     seen = _seen(getattr(transformers, f"{name}ForConditionalGeneration")(config), given, 3, 4)
-    seen.given["mm_token_type_ids"] = (seen.given["input_ids"] == IMAGE).long()
+    # As `generate` calls it: positions of three axes are counted on the host, from the kinds of tokens.
+    kinds = (seen.given["input_ids"] == IMAGE).long()
+    told = {"image_grid_thw": given["image_grid_thw"], "attention_mask": seen.given["attention_mask"]}
+    seen.given["position_ids"], _ = seen.model.model.get_rope_index(seen.given["input_ids"], kinds, **told)
     return seen
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from accelpass.ir.core.canonical import autocast
+from accelpass.ir.core.canonical import autocast, batched
 from accelpass.ir.core.canonical.aliases import drop_aliases, functional_views
 from accelpass.ir.core.graph import clean_path, placeholders, value
 from accelpass.ir.core.program import Program
@@ -54,12 +54,22 @@ class _Interpreter(fx.Interpreter):
     """Runs Dynamo's graph.
 
     ``x.data`` is no operator that a tracer sees, so it is run as the ``detach`` that it is. A tracer would record that
-    autocast is switched, and not switch it; what follows would then have other dtypes than the model's.
+    autocast is switched, and not switch it; what follows would then have other dtypes than the model's. What a ``vmap``
+    computes is run as it was written out.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
         self.regions: list[torch.autocast] = []
+        self.plain: dict[fx.Node, tuple[batched.Stretch, fx.GraphModule]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n not in self.plain:
+            return super().run_node(n)
+        stretch, computes = self.plain[n]
+        made = computes(*(self.env[given] for given in stretch.inputs))
+        self.env |= dict.fromkeys(stretch.nodes) | dict(zip(stretch.outputs, made, strict=True))
+        return self.env[n]
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is GET_DATA:
@@ -109,6 +119,7 @@ def from_dynamo(
     interpreter = _Interpreter(gm)
     try:
         with autocast.switched(around), mode, fx.traceback.preserve_node_meta():
+            interpreter.plain = batched.written_out(gm, fakes, _Interpreter)
             new = make_fx(lambda *a: interpreter.run(*a), pre_dispatch=True)(*fakes)
         autocast.resolve(new, around)
         functional_views(new)

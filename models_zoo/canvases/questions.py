@@ -17,8 +17,8 @@ from accelpass.models_zoo import digits
 
 CELL, PATCH, TILES, ASKED = 24, 4, 5, 6
 PATCHES = (CELL // PATCH) ** 2
-_NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-_PLURALS = ["zeros", "ones", "twos", "threes", "fours", "fives", "sixes", "sevens", "eights", "nines"]
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+PLURALS = ["zeros", "ones", "twos", "threes", "fours", "fives", "sixes", "sevens", "eights", "nines"]
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
 _ASKING = ["which", "digit", "is", "how", "many", "are", "there", "?"]
 WORDS = [
@@ -32,11 +32,11 @@ WORDS = [
     "left",
     "right",
     *_ASKING,
-    *_NUMBERS,
-    *_PLURALS,
+    *NUMBERS,
+    *PLURALS,
 ]
 PAD, START, END, IMAGE = range(4)
-_specimens = cache(digits.specimens)
+specimens = cache(digits.specimens)
 _NUMBER = {word: at for at, word in enumerate(WORDS)}
 
 
@@ -55,10 +55,10 @@ def text_of(ids: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """Canvases, and questions about each.
+    """Canvases, or videos, and questions about each.
 
     Attributes:
-        canvases: ``(n, 1, 48, 48)`` in -1..1.
+        canvases: ``(n, 1, 48, 48)`` in -1..1; of videos ``(n, frames, 1, 24, 24)``.
         questions, answers: of each canvas, :data:`ASKED`: where a digit stands, four times, and how many there are, twice.
     """
 
@@ -72,7 +72,7 @@ def canvases(count: int, held_out: bool, generator: torch.Generator) -> Asked:
 
     A canvas repeats a digit more often than chance does, so that counting is not always "one" or "zero".
     """
-    cells, labels = _specimens(held_out)
+    cells, labels = specimens(held_out)
     classes = torch.randint(digits.CLASSES, (count, 4), generator=generator)
     again = torch.rand(count, 4, generator=generator) < 0.3
     classes = torch.where(again, classes[:, :1], classes)
@@ -92,9 +92,9 @@ def canvases(count: int, held_out: bool, generator: torch.Generator) -> Asked:
         counted = [(some, row.count(some)), (other, row.count(other))]
         questions.append(
             [f"which digit is {place} ?" for place in PLACES]
-            + [f"how many {_PLURALS[digit]} are there ?" for digit, _ in counted]
+            + [f"how many {PLURALS[digit]} are there ?" for digit, _ in counted]
         )
-        answers.append([_NUMBERS[digit] for digit in row] + [_NUMBERS[number] for _, number in counted])
+        answers.append([NUMBERS[digit] for digit in row] + [NUMBERS[number] for _, number in counted])
     return Asked(whole, questions, answers)
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +75,48 @@ def _shown(asked: questions.Asked) -> tuple[Tensor, Tensor, Tensor]:
     return questions.tiles(asked.canvases), labels, F.one_hot(labels, 10).amax(1).float()
 
 
-def texts(asked: questions.Asked, patches: int = questions.PATCHES) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Task:
+    """What a model learns to answer.
+
+    Attributes:
+        draw: so many canvases (or videos) of specimens that are held out or not, and questions.
+        pixels: what the tower reads of them, all images in one batch.
+        prompt: the text before the answer, of a question and how many patches of an image are shown.
+        ids_of: the words of a text as numbers.
+        kinds: which of the questions of a canvas are of one kind, by its name.
+    """
+
+    draw: Callable[[int, bool, torch.Generator], questions.Asked]
+    pixels: Callable[[Tensor], Tensor]
+    prompt: Callable[[str, int], list[int]]
+    ids_of: Callable[[str], list[int]]
+    kinds: Mapping[str, slice]
+
+
+CANVASES = Task(
+    questions.canvases,
+    questions.tiles,
+    questions.prompt,
+    questions.ids_of,
+    {"where": slice(4), "how many": slice(4, None)},
+)
+
+
+def texts(
+    asked: questions.Asked, patches: int = questions.PATCHES, task: Task = CANVASES
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One text for each canvas with all of its questions: ids, positions, what sees what (additive), and labels."""
     ids: list[list[int]] = []
     labels: list[list[int]] = []
     blocks: list[list[int]] = []
     places: list[list[int]] = []
-    shared = len(questions.prompt("", patches))
+    shared = len(task.prompt("", patches))
     for asking, answers in zip(asked.questions, asked.answers, strict=True):
-        row = questions.prompt("", patches)
+        row = task.prompt("", patches)
         label, block, place = [-100] * shared, [0] * shared, list(range(shared))
         for number, (question, answer) in enumerate(zip(asking, answers, strict=True)):
-            more = [*questions.ids_of(question), *questions.ids_of(answer), questions.END]
+            more = [*task.ids_of(question), *task.ids_of(answer), questions.END]
             row += more
             label += [-100] * (len(more) - 2) + more[-2:]
             block += [number + 1] * len(more)
@@ -101,19 +132,22 @@ def texts(asked: questions.Asked, patches: int = questions.PATCHES) -> tuple[Ten
     return torch.tensor(ids), torch.tensor(places), mask, torch.tensor(labels)
 
 
-def train_text(model: Any, steps: int, generator: torch.Generator, out: Path) -> None:
+def train_text(
+    model: Any, steps: int, generator: torch.Generator, out: Path, task: Task = CANVASES, rate: float = 2e-3
+) -> None:
+    """Let projector and language model learn; saves and prints what is answered every 200 steps."""
     tower = model.model.vision_tower.requires_grad_(False).eval()
     learns = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learns, 1e-3, betas=(0.9, 0.98), weight_decay=0.05)
     model.train()
     tower.eval()
-    with _steps("text", steps, optimizer, 2e-3) as counted:
+    with _steps("text", steps, optimizer, rate) as counted:
         for step, show in counted:
-            asked = questions.canvases(_BATCH, False, generator)
+            asked = task.draw(_BATCH, False, generator)
             shown = 9 + int(torch.randint(28, (), generator=generator)) if 2 * step >= steps else questions.PATCHES
-            ids, places, mask, labels = texts(asked, shown)
+            ids, places, mask, labels = texts(asked, shown, task)
             with torch.no_grad():
-                seen = tower(questions.tiles(asked.canvases), output_hidden_states=True).hidden_states[-2][:, 1:]
+                seen = tower(task.pixels(asked.canvases), output_hidden_states=True).hidden_states[-2][:, 1:]
                 some = torch.rand(seen.shape[:2], generator=generator).topk(shown).indices.sort().values
             features = model.model.multi_modal_projector(
                 seen.gather(1, some.unsqueeze(-1).expand(-1, -1, seen.shape[-1]))
@@ -126,24 +160,24 @@ def train_text(model: Any, steps: int, generator: torch.Generator, out: Path) ->
             if step % 20 == 0:
                 show(f"loss {loss.item():.3f}")
             if step % 200 == 199:
-                _save(model, out)
-                print(f"step {step + 1}: {accuracy(model, 64, generator)}", flush=True)
+                save(model, out)
+                print(f"step {step + 1}: {accuracy(model, 64, generator, task)}", flush=True)
                 model.train()
                 tower.eval()
 
 
 @torch.no_grad()
-def accuracy(model: Any, count: int, generator: torch.Generator) -> dict[str, float]:
+def accuracy(model: Any, count: int, generator: torch.Generator, task: Task = CANVASES) -> dict[str, float]:
     """Of questions on canvases of specimens that were held out: right answers, by kind."""
     model.eval()
-    asked = questions.canvases(count, True, generator)
-    ids, places, mask, labels = texts(asked)
-    given = {"position_ids": places, "attention_mask": mask, "pixel_values": questions.tiles(asked.canvases)}
+    asked = task.draw(count, True, generator)
+    ids, places, mask, labels = texts(asked, task=task)
+    given = {"position_ids": places, "attention_mask": mask, "pixel_values": task.pixels(asked.canvases)}
     said = model(input_ids=ids, **given, use_cache=False).logits[:, :-1].argmax(-1)
     wanted = labels[:, 1:]
     is_answer = (wanted > questions.END).view(count, -1)
-    right = (said == wanted)[is_answer].view(count, questions.ASKED).float()
-    return {"where": right[:, :4].mean().item(), "how many": right[:, 4:].mean().item(), "all": right.mean().item()}
+    right = (said == wanted)[is_answer].view(count, -1).float()
+    return {kind: right[:, some].mean().item() for kind, some in task.kinds.items()} | {"all": right.mean().item()}
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[Tensor] | None = None) -> None:
@@ -154,7 +188,8 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[Tenso
     optimizer.step()
 
 
-def _save(model: Any, out: Path) -> None:
+def save(model: Any, out: Path) -> None:
+    """Write the weights in half precision."""
     save_file({name: t.detach().half().contiguous() for name, t in model.state_dict().items()}, out)
 
 
@@ -174,7 +209,7 @@ def main() -> None:
     else:
         model = llava()
     train_text(model, given.text, generator, given.out)
-    _save(model, given.out)
+    save(model, given.out)
     print(accuracy(model, 512, generator))
 
 

@@ -105,9 +105,11 @@ class FlowCut(VisualFilter, Calibrated):
 
     def calibrate(self, program: Program, run: Run) -> dict[str, Tensor]:
         """``flowcut/entropy/<tower>``: of each block, the mean over all images, float32 ``(blocks,)``."""
-        towers = program.analysis(vision).towers
+        towers = [tower for tower in program.analysis(vision).towers if not tower.is_packed]
         if not towers:
-            raise PassError("flowcut: no vision tower was recognised; calibrate with the model's images")
+            raise PassError(
+                "flowcut: no vision tower of (images, tokens, channels) was recognised; calibrate with the model's images"
+            )
         made = {}
         for tower in towers:
             specs = [spec_of(attention_of(tower, n)) for n in range(len(tower.blocks))]

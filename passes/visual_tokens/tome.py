@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.ir.analyses.structure.block import Block
-from accelpass.ir.analyses.structure.vision import Tower, vision
+from accelpass.ir.analyses.structure.vision import PACKED, Tower, vision
 from accelpass.ir.attention.spec.op import set_spec, spec_of
 from accelpass.ir.attention.spec.spec import Step
 from accelpass.ir.core.graph import value
@@ -65,6 +65,8 @@ class ToMe(SitePass):
         tower = next(
             (t for t in self.find(edit.program) if t.path == site.path), site
         )  # an earlier tower's edits made it anew
+        if tower.is_packed:
+            return Skip(PACKED)
         if not isinstance(tower.tokens, int):
             return Skip(f"how many tokens an image has, only run time knows ({tower.tokens})")
         if not self.merge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.analyses.axes.axes import axes
 from accelpass.ir.analyses.axes.flow import CASTS, bare
-from accelpass.ir.analyses.structure.vision import Entry, Tower, vision
+from accelpass.ir.analyses.structure.vision import PACKED, Entry, Tower, vision
 from accelpass.ir.attention.spec import steps
 from accelpass.ir.attention.spec.op import spec_of
 from accelpass.ir.attention.spec.spec import AttentionSpec
@@ -30,10 +31,7 @@ from accelpass.passes.core.base import Done, Record, Skip
 from accelpass.passes.token_pruning.look import operands_of, visible
 from accelpass.passes.token_pruning.shortened_prompt import ShortenedPrompt
 
-ONE_GRAPH = (
-    "the tower is in another graph than the language model, so no token can be left out of both: call "
-    "accelpass.one_graph(model) before the model is compiled"
-)
+_APART = "the tower is in another graph than the language model, so no token can be left out of both"
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,10 +181,22 @@ def _entry(program: Program) -> tuple[Entry, Tower]:
         raise NoPrompt(f"images enter the text in {len(found.entries)} places")
     (entry,) = found.entries
     if entry.tower is None:
-        raise NoPrompt(ONE_GRAPH)
+        raise NoPrompt(f"{_APART}: {_remedy(program)}")
+    if entry.tower.is_packed:
+        raise NoPrompt(f"{entry.tower.path}: {PACKED}")
     if entry.mask is None:
         raise NoPrompt(f"{entry.node.name} joins image and text: no places in the text's ids say where the image is")
     return entry, entry.tower
+
+
+def _remedy(program: Program) -> str:
+    """What a user can do where tower and text are in two graphs, or what cut them apart."""
+    if not os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK"):
+        return "call accelpass.one_graph(model) before the model is compiled"
+    if program.cut:
+        place = program.cut.rpartition("site-packages/")[2]
+        return f"a graph break cut the model, where something is read on the host: {place}"
+    return "give pixels and text in one call of the whole model"
 
 
 def _rows(

@@ -158,6 +158,32 @@ def test_what_cannot_be_retraced_is_compiled_as_it_is():
         assert torch.allclose(fast(x), model(x), atol=1e-6)
 
 
+def _masked(x, ids):
+    """Which tokens see which, of one function of four numbers, as transformers builds the masks of Gemma 3."""
+    sees = lambda b, q, k: (k <= q) | (ids[b, q] == ids[b, k])  # noqa: E731
+    every = torch.vmap(torch.vmap(torch.vmap(sees, (None, None, 0)), (None, 0, None)), (0, None, None))
+    places = torch.arange(x.shape[1])
+    return x + every(torch.arange(x.shape[0]), places, places).to(x.dtype).sum(-1, keepdim=True)
+
+
+def _twice(x, ids):
+    """One reads what the other gives, and both read what was computed before."""
+    scale = ids.to(x.dtype) + 1
+    first = torch.vmap(lambda row, by: row * by.sum())(x, scale)
+    return torch.vmap(lambda row, made: row - made.mean(0), (1, 1), 1)(x * 2, first) + first
+
+
+@pytest.mark.parametrize("fn", [_masked, _twice])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_vmap_computes_is_written_out(fn, dynamic):
+    x, ids = torch.randn(2, 5, 3), torch.randint(3, (2, 5))
+    fast = torch.compile(fn, backend="accelpass", options={"lowering": "eager"}, dynamic=dynamic)
+    with torch.no_grad():
+        assert torch.allclose(fast(x, ids), fn(x, ids), atol=1e-6)
+    (graph,) = accelpass.explain(fast).graphs
+    assert "not canonicalised" not in graph.note, graph.note
+
+
 class TestAliases:
     """``detach()`` and ``x[...]`` are tensors of their own: what is done to one's shape stays with it."""
 

@@ -163,6 +163,29 @@ def test_forward_gradients_are_seen() -> None:
     assert not torch_private.switches_forward_gradients(torch.sin)
 
 
+def test_levels_that_a_failure_left_open_are_closed() -> None:
+    level = lambda: torch._C._functorch.maybe_current_level() or 0  # noqa: E731
+    with torch_private.closed_levels():
+        torch_private.OPENS_VMAP(2, "error")
+        torch_private.OPENS_VMAP(3, "error")
+        assert level() == 2
+    assert level() == 0
+
+
+def test_values_of_constants_are_known_and_no_longer_afterwards() -> None:
+    from torch._subclasses import fake_tensor
+
+    def parts(x: torch.Tensor, text: str) -> list[torch.Tensor]:
+        sizes = torch.tensor([[int(n) for n in text.split(",")]])
+        return list(torch.split(x, torch.repeat_interleave(sizes.prod(-1), 2).tolist()))
+
+    before, scalars = fake_tensor.CONSTANT_NUMEL_LIMIT, torch._dynamo.config.capture_scalar_outputs
+    with torch_private.values_known(), torch_private.values_known():
+        made = torch.compile(parts, backend="eager", fullgraph=True)(torch.arange(12.0), "2,3")
+    assert [len(part) for part in made] == [6, 6]
+    assert before == fake_tensor.CONSTANT_NUMEL_LIMIT and scalars == torch._dynamo.config.capture_scalar_outputs
+
+
 def test_the_processor_tells_what_it_multiplies() -> None:
     assert isinstance(torch_private.cpu_multiplies_bfloat16(), bool)
     assert isinstance(torch_private.cpu_multiplies_int8(), bool)

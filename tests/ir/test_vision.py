@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     GemmaConfig,
@@ -14,10 +15,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from accelpass.ir.analyses.structure.vision import Vision, describe, vision
+import accelpass
+from accelpass.ir.analyses.structure.vision import PACKED, Vision, describe, vision
 from accelpass.models_zoo import small
 from tests.ir.test_shrink import captured
-from tests.passes.vision_truth import tower
+from tests.passes.vision_truth import compiled, tower
 from tests.passes.visual_truth import asked, llava
 
 
@@ -104,6 +106,33 @@ def test_packed_patches_are_no_tower():
     program, _ = captured(Packed().eval(), torch.randn(2, 3, 16, 16))
     seen: Vision = program.analysis(vision)
     assert not seen.towers and "is not (images, tokens, channels)" in next(iter(seen.missed.values()))
+
+
+class Packed(nn.Module):
+    """Patches of all images in one sequence, each image seeing itself, as Qwen's towers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = tower(first=0)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.tower.embedded(pixels).flatten(0, 1)
+        for block in self.tower.blocks:
+            parts = zip(*(t.split(16, 2) for t in block.heads_of(x[None])), strict=True)
+            seen = torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 2)
+            x = block.mlp(x + block.proj(seen.transpose(1, 2).reshape(x.shape)))
+        return self.tower.norm(x)
+
+
+def test_a_tower_of_packed_patches_is_found_and_left_alone():
+    program, _ = captured(Packed().eval(), torch.randn(2, 3, 16, 16))
+    (found_tower,) = program.analysis(vision).towers
+    assert (found_tower.is_packed, len(found_tower.blocks), found_tower.patches) == (True, 3, 32)
+    model, pixels = Packed().eval(), torch.randn(2, 3, 16, 16)
+    fast = compiled(model, [{"name": "tome", "merge": 2}])
+    with torch.no_grad():
+        assert torch.allclose(fast(pixels), model(pixels), atol=1e-5)
+    assert PACKED in accelpass.explain(fast).passes["tome"].skipped.values()
 
 
 @pytest.mark.parametrize("images", [2, 28])

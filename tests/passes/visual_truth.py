@@ -122,8 +122,9 @@ def embedded(model: Any, given: dict[str, Tensor]) -> Tensor:
     """One text as the language model reads it, ``(1, tokens, channels)``."""
     embeds: Tensor = model.get_input_embeddings()(given["input_ids"]).clone()
     if "pixel_values" in given:
+        sizes = {name: given[name] for name in ("image_sizes",) if name in given}
         embeds[given["input_ids"] == IMAGE] = torch.cat(
-            list(model.model.get_image_features(given["pixel_values"]).pooler_output)
+            list(model.model.get_image_features(given["pixel_values"], **sizes).pooler_output)
         )
     return embeds
 

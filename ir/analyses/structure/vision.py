@@ -17,6 +17,8 @@ from accelpass.ir.core.graph import aten, is_call, known, module_path, value
 from accelpass.ir.core.program import Program
 
 _PATCHES = (aten.conv2d, aten.conv3d, aten.convolution)
+PACKED = "patches of all images are packed in one sequence, where an image has no rows of its own"
+"""Why a tower is not taken by what needs ``(images, tokens, channels)``."""
 _ON_THE_WAY = 24  # operations between the patches and the first block
 
 
@@ -27,9 +29,11 @@ class Tower:
     Attributes:
         path: the module that holds the blocks.
         blocks: in order.
-        start, end: the stream in front of them and after them, ``(images, tokens, channels)``.
+        start, end: the stream in front of them and after them, ``(images, tokens, channels)``; where all images are packed in one
+            sequence (Qwen's towers), ``(tokens, channels)``.
         first: tokens in front of the patches: a class token, registers. They are computed from the model's weights alone.
         grid: rows and columns of patches; None where it cannot be told.
+        is_packed: whether patches of all images, of whatever sizes, follow each other in one sequence.
     """
 
     path: str
@@ -38,14 +42,15 @@ class Tower:
     end: fx.Node
     first: int
     grid: tuple[Any, Any] | None
+    is_packed: bool = False
 
     @property
     def tokens(self) -> Any:
-        return value(self.start).shape[1]
+        return value(self.start).shape[-2]
 
     @property
     def patches(self) -> Any:
-        """How many patches an image has."""
+        """How many patches an image has; all images where they are packed."""
         return self.tokens - self.first
 
 
@@ -85,20 +90,23 @@ def vision(program: Program) -> Vision:
     patched = reached_from(program, *_patches(program)) if _patches(program) else set()
     towers: list[Tower] = []
     missed: dict[str, str] = {}
+    ends: list[fx.Node] = []
     for chain in chains(program):
         if chain[0].input not in patched or any(
             a.spec.causal for b in chain for s in b.sublayers for a in s.attentions
         ):
             continue
         path = common_path([b.path for b in chain]) or chain[0].path
+        if any(chain[0].input in reached_from(program, end) for end in ends):
+            continue  # a language model, whose text holds what a tower sees
+        ends.append(chain[-1].output)
         why = _why_no_tower(program, chain)
         if why is not None:
             missed[path] = why
             continue
-        if any(_is_behind(program, tower, chain[0]) for tower in towers):
-            continue  # a language model, whose text holds what a tower sees
         start = chain[0].input
-        towers.append(Tower(path, tuple(chain), start, chain[-1].output, _first(program, start), _grid(program, start)))
+        shape = _first(program, start), _grid(program, start), _is_packed(program, start)
+        towers.append(Tower(path, tuple(chain), start, chain[-1].output, *shape))
     return Vision(tuple(towers), tuple(_entries(program, towers)), missed)
 
 
@@ -128,17 +136,18 @@ def _why_no_tower(program: Program, chain: Sequence[Block]) -> str | None:
     if any(len(b.inputs) != 1 for b in chain):
         return "it has several streams"
     shape = tuple(value(chain[0].input).shape)
-    if len(shape) != 3:
-        return (
-            f"its stream {shape} is not (images, tokens, channels): patches of all images are packed, or lie on a grid"
-        )
+    has_attention = all(any(s.attentions for s in b.sublayers) for b in chain)
+    if len(shape) != 3 and not (len(shape) == 2 and has_attention):
+        return f"its stream {shape} is not (images, tokens, channels), nor (tokens, channels) of blocks with attention"
     if any(s.gate is not None for b in chain for s in b.sublayers):
         return "its blocks depend on a condition (a denoising step)"
-    if not all(any(s.attentions for s in b.sublayers) for b in chain):
+    if not has_attention:
         return "a block has no attention that was recognised"
     attentions = [a for b in chain for s in b.sublayers for a in s.attentions]
     if any(a.kind != "self" or value(a.q).dim() != 4 for a in attentions):
         return "an attention is not one of (images, heads, tokens, d) to itself"
+    if len(shape) == 2:  # an attention for each image, or for each window
+        return None
     dims = program.analysis(axes)
     if any(dims.same(dims.of(chain[0].input)[0], dims.of(a.k)[2]) for a in attentions):
         return f"its stream {shape} is (tokens, images, channels): the sequence is the first dimension"
@@ -148,14 +157,18 @@ def _why_no_tower(program: Program, chain: Sequence[Block]) -> str | None:
     return None
 
 
-def _is_behind(program: Program, tower: Tower, block: Block) -> bool:
-    return block.input in reached_from(program, tower.end)
+def _is_packed(program: Program, start: fx.Node) -> bool:
+    """Whether a stream has no dimension of images: patches are made of more images than it has rows."""
+    if value(start).dim() == 2:
+        return True
+    made = [n for n in _patches(program) if value(n).dim() == 4 and start in reached_from(program, n)]
+    return bool(made) and not known(value(made[0]).shape[0] == value(start).shape[0])
 
 
 def _first(program: Program, start: fx.Node) -> int:
     """How many tokens of weights alone stand in front of the patches."""
     joined = _behind(program, start, aten.cat)
-    if joined is None:
+    if joined is None or value(start).dim() == 2:
         return 0
     parts: Any = joined.args[0]
     at = (joined.args[1] if len(joined.args) > 1 else 0) % value(joined).dim()
@@ -224,7 +237,7 @@ def describe(found: Vision) -> list[str]:
     """What was found, a line each, and what was not, with the reason."""
     lines = []
     for tower in found.towers:
-        grid = "x".join(map(str, tower.grid)) if tower.grid else "?"
+        grid = "packed" if tower.is_packed else "x".join(map(str, tower.grid)) if tower.grid else "?"
         lines.append(
             f"{tower.path}: tower of {len(tower.blocks)} blocks over {tower.patches} patches ({grid}), {tower.first} tokens before"
         )

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from accelpass.ir.analyses.axes.axes import Axes, axes
 from accelpass.ir.analyses.axes.flow import between
 from accelpass.ir.analyses.structure.block import Block, Sublayer
-from accelpass.ir.analyses.structure.vision import Tower
+from accelpass.ir.analyses.structure.vision import PACKED, Tower
 from accelpass.ir.attention.spec.op import ATTENTION, spec_of
 from accelpass.ir.core.graph import call, value
 from accelpass.ir.core.program import Program
@@ -25,6 +25,8 @@ from accelpass.ir.transform.splice import all_or_nothing, inserted
 
 def why_not_reused(tower: Tower) -> str | None:
     """Why frames of a tower cannot take activations from others, or None."""
+    if tower.is_packed:
+        return PACKED
     for block in tower.blocks:
         kinds = [(s.kind, s.norm, len(s.attentions)) for s in block.sublayers]
         if kinds != [("attention", "pre", 1), ("mlp", "pre", 0)]:
