@@ -33,6 +33,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "bytes_moe_experts_cpu.json"
 PAGE = ROOT / "docs" / "structured-pruning.md"
 START, END = "<!-- expert pruning -->\n", "<!-- end of expert pruning -->"
+PLANS = ROOT / "build" / "expert_plans"
+"""Found once, by a first run: a second one on a quiet machine only measures."""
 DRAWS, BATCH, TOKENS, TURNS = 5, 8, 128, 15
 Kept = Mapping[int, Sequence[int]]
 Say = Callable[[str], None]
@@ -83,9 +85,15 @@ def measure(
         "most used": [(named(most_used(model, ids, keep)), None)],
     }
     for name, pruning in parts.items():
-        say(f"{name}: {trials} candidates")
         passes = [{**searched, "pruning_trials": pruning}]
-        plan = accelpass.search_by_score(model, partial(foretold, ids=ids), passes, progress=False)
+        path = PLANS / f"{name.replace(', ', '_').replace(' ', '_')}_{trials}.json"
+        if path.is_file():
+            plan = accelpass.Plan.load(path)
+        else:
+            say(f"{name}: {trials} candidates")
+            plan = accelpass.search_by_score(model, partial(foretold, ids=ids), passes)
+            PLANS.mkdir(parents=True, exist_ok=True)
+            plan.save(path)
         ways[name] = [(passes, plan)]
     rows, timed = [], {}
     for name, tried in ways.items():
