@@ -6,6 +6,7 @@ it answers only when it is asked, and so takes turns with other candidates:
     peer = Peer("llama.cpp Q8_0", python, folder, capacity=512, prompt=128)
     peer.tokens(16)     # seconds of each of the next 16 tokens
     peer.prompt(2048)   # seconds to the first token of a prompt
+    peer.perplexity(windows)   # of lists of token ids; llama.cpp alone
 
 The Python needs ``llama-cpp-python`` (built from source, with native instructions) and ``openvino-genai``.
 """
@@ -14,11 +15,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ KINDS = {"Q8_0": 7, "Q4_0": 2}
 """What the weights are written in, by llama.cpp's own number of the file type."""
 NAMES = tuple(f"{peer} {kind}" for peer in ("llama.cpp", "openvino-genai") for kind in KINDS)
 THREADS = 2
-Answer = Callable[[str, int], list[float]]
+Answer = Callable[[str, Any], list[float]]
 
 
 class Peer:
@@ -64,11 +66,15 @@ class Peer:
         """Seconds until the first token of a prompt of ``length``."""
         return self._ask("prompt", length)[0]
 
+    def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
+        """Of every token but the first of each window, all windows read from an empty cache."""
+        return math.exp(self._ask("score", json.dumps([list(one) for one in windows], separators=(",", ":")))[0])
+
     def close(self) -> None:
         """End the process."""
         self._process.communicate(timeout=60)
 
-    def _ask(self, what: str, count: int) -> Any:
+    def _ask(self, what: str, count: int | str) -> Any:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{what} {count}\n")
         self._process.stdin.flush()
@@ -109,7 +115,9 @@ def _llama(path: str, capacity: int, prompt: int) -> tuple[Answer, dict[str, Any
 
     state = {"next": read(ids[:prompt])}
 
-    def answer(what: str, count: int) -> list[float]:
+    def answer(what: str, count: Any) -> list[float]:
+        if what == "score":
+            return [_loss(path, count)]
         if what == "prompt":
             model.reset()
             start = time.perf_counter()
@@ -123,6 +131,27 @@ def _llama(path: str, capacity: int, prompt: int) -> tuple[Answer, dict[str, Any
         return seconds
 
     return answer, {"version": llama_cpp.__version__, "bytes": os.path.getsize(path)}
+
+
+def _loss(path: str, windows: list[list[int]]) -> float:
+    """Mean negative log-likelihood of a token, by logits of every position."""
+    import llama_cpp
+    import numpy as np
+
+    longest = max(map(len, windows))
+    model = llama_cpp.Llama(
+        path, n_ctx=longest, n_batch=longest, n_threads=THREADS, n_threads_batch=THREADS, logits_all=True, verbose=False
+    )
+    total, count = 0.0, 0
+    for window in windows:
+        model.reset()
+        model.eval(window)
+        logits = model.scores[: len(window) - 1].astype(np.float64)
+        top = logits.max(-1, keepdims=True)
+        sums = np.log(np.exp(logits - top).sum(-1)) + top[:, 0]
+        total += float((sums - logits[np.arange(len(logits)), window[1:]]).sum())
+        count += len(logits)
+    return total / count
 
 
 def _openvino(path: str, capacity: int, prompt: int) -> tuple[Answer, dict[str, Any]]:
@@ -153,7 +182,7 @@ def _openvino(path: str, capacity: int, prompt: int) -> tuple[Answer, dict[str, 
         pipe.generate(inputs, config, Seen())
         return [later - earlier for earlier, later in itertools.pairwise(at)]
 
-    def answer(what: str, count: int) -> list[float]:
+    def answer(what: str, count: Any) -> list[float]:
         return run(count, 1) if what == "prompt" else run(prompt, count + 1)[1:]
 
     return answer, {"version": genai.__version__, "bytes": os.path.getsize(path)}
@@ -170,7 +199,7 @@ def _serve() -> None:
     print(json.dumps(about), file=out, flush=True)
     for line in sys.stdin:
         what, count = line.split()
-        print(json.dumps(answer(what, int(count))), file=out, flush=True)
+        print(json.dumps(answer(what, json.loads(count))), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """SmolLM2 with a share of its FFN channels, heads or layers taken out: what is left of its bytes and of its perplexity.
 
     python -m benchmarks.structured_pruning --out structured_pruning.json          # some minutes on one core
-    python -m benchmarks.structured_pruning --timing --out structured_pruning.json # on a quiet machine
 
-Scorers are compared at equal size. Perplexity is over 4096 tokens of Python's reference text; norms and block influence are of
+Times are ``benchmarks.structured_timing``'s. Scorers are compared at equal size. Perplexity is over 4096 tokens of Python's reference text; norms and block influence are of
 2048 tokens that come after these. Nothing is trained after pruning.
 """
 
@@ -13,9 +12,7 @@ import argparse
 import fnmatch
 import json
 import random
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -98,57 +95,16 @@ def quality(model: Any, ids: Tensor, only: str) -> list[Row]:
     return rows
 
 
-@torch.no_grad()
-def timing(model: Any, ids: Tensor, turns: int) -> list[Row]:
-    """Milliseconds of a prompt of 512 tokens and of one token after it, in turns with the dense model."""
-    every = candidates(model, ids)
-    chosen = {name: every[name] for name in every if name == "dense" or name.startswith(("wanda", "shortgpt"))}
-    runs: dict[str, Callable[[], tuple[float, float]]] = {}
-    for name, (passes, plan) in chosen.items():
-        fast = compiled(model, passes, plan)
-
-        def run(fast: Any = fast) -> tuple[float, float]:
-            cache = accelpass.KVCache(model, LENGTH + 64)
-            started = time.perf_counter()
-            fast(ids[:, :LENGTH], past_key_values=cache, logits_to_keep=1)
-            prompt = time.perf_counter() - started
-            started = time.perf_counter()
-            for at in range(LENGTH, LENGTH + 16):
-                fast(ids[:, at : at + 1], past_key_values=cache, logits_to_keep=1)
-            return 1e3 * prompt, 1e3 * (time.perf_counter() - started) / 16
-
-        run()
-        runs[name] = run
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(turns):
-        for name, run in runs.items():
-            times[name].append(run())
-    middle = {n: [statistics.median(t) for t in zip(*taken, strict=True)] for n, taken in times.items()}
-    dense = middle["dense"]
-    return [
-        {
-            "name": name,
-            "prefill_ms": round(prompt, 1),
-            "decode_ms": round(token, 2),
-            "prefill_of_dense": round(prompt / dense[0], 3),
-            "decode_of_dense": round(token / dense[1], 3),
-        }
-        for name, (prompt, token) in middle.items()
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--timing", action="store_true", help="measure time in place of quality")
     parser.add_argument("--only", default="*", help="a shell pattern: rows to measure anew in the file")
-    parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, tokenizer = load("smollm2-135m")
     ids = prose(tokenizer, TOKENS + CALIBRATION * LENGTH)
-    rows = timing(model, ids, options.turns) if options.timing else quality(model, ids, options.only)
+    rows = quality(model, ids, options.only)
     if options.out is not None:
         if options.only != "*" and options.out.is_file():
             new = {row["name"] for row in rows}

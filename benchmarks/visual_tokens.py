@@ -1,13 +1,14 @@
-"""Time to the first token of a vision-language model that reads fewer visual tokens, at batch 1 and 16.
+"""Time to the first token of a vision-language model that reads fewer visual tokens, time of a token after it, and peak memory.
 
-    python -m benchmarks.visual_tokens                       # shapes of SmolVLM-256M, random weights
-    python -m benchmarks.visual_tokens --quick               # does it work? a small model, two rounds
-    python -m benchmarks.visual_tokens --write benchmarks/results/visual_tokens_cpu.json
+    python -m benchmarks.visual_tokens                        # shapes of SmolVLM-256M, random weights; half an hour
+    python -m benchmarks.visual_tokens --batches 1            # rows of another batch stay in the file
+    python -m benchmarks.visual_tokens --small                # does it work? a small model, two rounds, nothing written
 
 The tower has the shapes of SmolVLM-256M's (12 blocks of 768 channels) with a class token, and the language model is SmolLM2-135M's;
-a plain projector stands between, so that an image is 576 visual tokens. Candidates take turns within one process, each compiled
-before the first turn; times are medians, and ratios are of dense Inductor's. What a score costs by itself is the row that drops one
-token. Rows are printed as JSON.
+a plain projector stands between, so that an image is 576 visual tokens. With several texts a batch both have a quarter of their
+layers (``LAYERS``): a call of all would take a minute, and what a layer costs is the same. Candidates take turns within one process, each compiled
+before the first turn, with keys and values stored; times are medians, and ratios are of dense Inductor's, which stores them in a
+``StaticCache``. What a score costs by itself is the row that drops one token.
 """
 
 from __future__ import annotations
@@ -16,16 +17,26 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.machine import cpu
+import accelpass
+from benchmarks.machine import cpu, put_table
+from benchmarks.structure import resident
 
-IMAGE, TEXT = 9, 32
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "visual_tokens_cpu.json"
+PAGE = ROOT / "docs" / "visual-tokens.md"
+START, END = "<!-- visual timing -->\n", "<!-- end of visual timing -->"
+IMAGE, TEXT, ANSWER, SPARE = 9, 32, 8, 64
+LAYERS = {1: (12, 30), 16: (3, 8)}
+"""By batch, blocks of the tower and layers of the language model."""
 INDUCTOR = "inductor"
 CANDIDATES: dict[str, list[Any] | None] = {
     INDUCTOR: None,
@@ -35,109 +46,164 @@ CANDIDATES: dict[str, list[Any] | None] = {
     "visionzip, 20 %": [{"name": "visionzip", "keep": 0.2}],
     "hired, 50 %": [{"name": "hired", "keep": 0.5}],
     "hired, 20 %": [{"name": "hired", "keep": 0.2}],
+    "flowcut, 50 %": [{"name": "flowcut", "keep": 0.5}],
+    "flowcut, 20 %": [{"name": "flowcut", "keep": 0.2}],
     "fastv, 50 %": [{"name": "fastv", "keep": 0.5}],
     "fastv, 20 %": [{"name": "fastv", "keep": 0.2}],
+    "yopo": ["yopo"],
     "fastv, all but one": [{"name": "fastv", "keep": 0.9999}],
     "hired, all but one": [{"name": "hired", "keep": 0.9999}],
 }
+Say = Callable[[str], None]
+Row = dict[str, Any]
 
 
-def model(quick: bool) -> Any:
+def model(layers: tuple[int, int], small: bool) -> Any:
     """A LLaVA of these shapes, random weights."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    small: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 4,
-    }
-    tower = small | {"image_size": 96} if quick else {
-        "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12, "image_size": 384,
+    little: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    tower = little | {"image_size": 96} if small else {
+        "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 384,
     }  # fmt: skip
-    text = small if quick else {
-        "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30,
+    text = little if small else {
+        "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
     }  # fmt: skip
     torch.manual_seed(0)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**tower, patch_size=16),
-        text_config=LlamaConfig(**text, vocab_size=1024 if quick else 49152, max_position_embeddings=4096),
+        vision_config=CLIPVisionConfig(**tower, num_hidden_layers=layers[0], patch_size=16),
+        text_config=LlamaConfig(
+            **text, num_hidden_layers=layers[1], vocab_size=1024 if small else 49152, max_position_embeddings=4096
+        ),
         image_token_id=IMAGE,
     )
     return LlavaForConditionalGeneration(config).eval()
 
 
-def question(vlm: Any, batch: int) -> dict[str, Any]:
-    """An image and some words in each text."""
+def question(vlm: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words around the places of an image, and its pixels, in each text."""
     side = vlm.config.vision_config.image_size
     ids = torch.randint(16, 1000, (batch, TEXT + (side // 16) ** 2))
     ids[:, 4 : 4 + (side // 16) ** 2] = IMAGE
-    return {
-        "input_ids": ids,
-        "pixel_values": torch.randn(batch, 3, side, side),
-        "use_cache": False,
-        "logits_to_keep": 1,
-    }
+    return ids, torch.randn(batch, 3, side, side)
 
 
-def compiled(vlm: Any, passes: list[Any] | None) -> Callable[..., Any]:
-    if passes is None:
-        return torch.compile(vlm, dynamic=False)
-    return torch.compile(vlm, backend="accelpass", options={"passes": passes}, dynamic=False)
+_CALL = """
+def call(model, ids, pixels, cache):
+    return model(input_ids=ids, pixel_values=pixels, past_key_values=cache, logits_to_keep=1).logits
+"""
+
+
+class Timed:
+    """One candidate: the first token, and some after it."""
+
+    def __init__(self, vlm: Any, passes: list[Any] | None, given: tuple[torch.Tensor, torch.Tensor]) -> None:
+        scope: dict[str, Any] = {}
+        exec(_CALL, scope)  # a code object of its own: candidates share no recompile limit
+        how: dict[str, Any] = {} if passes is None else {"backend": "accelpass", "options": {"passes": passes}}
+        self.fast = torch.compile(scope["call"], dynamic=False, **how)
+        self.vlm, self.ours, (self.ids, self.pixels) = vlm, passes is not None, given
+        self.first: list[float] = []
+        self.later: list[float] = []
+        self.peak = self.stored = 0.0
+
+    def cache(self) -> Any:
+        from transformers import StaticCache
+
+        room = self.ids.shape[1] + SPARE
+        if self.ours:
+            return accelpass.KVCache(self.vlm, room, batch_size=len(self.ids))
+        return StaticCache(config=self.vlm.config.get_text_config(), max_cache_len=room)
+
+    def __call__(self) -> None:
+        cache = self.cache()
+        Path("/proc/self/clear_refs").write_text("5")  # the highest resident size counts from here
+        before = resident("VmRSS")
+        start = time.perf_counter()
+        chosen = self.fast(self.vlm, self.ids, self.pixels, cache).argmax(-1)
+        self.first.append(time.perf_counter() - start)
+        self.peak = (resident("VmHWM") - before) / 1e6
+        start = time.perf_counter()
+        for _ in range(ANSWER):
+            chosen = self.fast(self.vlm, chosen, None, cache).argmax(-1)
+        self.later.append((time.perf_counter() - start) / ANSWER)
+        self.stored = cache.nbytes() / cache.dense_nbytes() if self.ours else 1.0
 
 
 @torch.no_grad()
-def measure(names: Sequence[str], batches: Sequence[int], rounds: int, quick: bool) -> list[dict[str, Any]]:
-    torch._dynamo.config.recompile_limit = 8 * len(names) * len(batches)  # all candidates share the model's code
-    vlm = model(quick)
+def measure(names: Sequence[str], batch: int, rounds: int, small: bool, say: Say) -> list[Row]:
+    """A row for each candidate at this batch."""
+    torch._dynamo.reset()
+    vlm = model((4, 4) if small else LAYERS[batch], small)
+    given = question(vlm, batch)
+    vlm(input_ids=given[0], pixel_values=given[1], use_cache=False)  # transformers installs hooks at the first call
+    runs: dict[str, Timed] = {}
+    compiling: dict[str, float] = {}
+    for name in names:
+        say(f"batch {batch}: compiling {name}")
+        start = time.perf_counter()
+        runs[name] = Timed(vlm, CANDIDATES[name], given)
+        runs[name]()
+        compiling[name] = time.perf_counter() - start
+    for _ in range(rounds + 1):  # of which the first may compile once more
+        for run in runs.values():
+            run()
+    dense = runs[INDUCTOR]
     rows = []
-    for batch in batches:
-        given = question(vlm, batch)
-        vlm(**given)  # transformers installs hooks at the first call
-        ready: dict[str, Callable[..., Any]] = {}
-        compiling: dict[str, float] = {}
-        for name in names:
-            start = time.perf_counter()
-            ready[name] = compiled(vlm, CANDIDATES[name])
-            for _ in range(2):  # the second call may compile once more
-                ready[name](**given)
-            compiling[name] = time.perf_counter() - start
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(rounds):
-            for name in names:
-                start = time.perf_counter()
-                ready[name](**given)
-                times[name].append(time.perf_counter() - start)
-        dense = statistics.median(times[INDUCTOR])
-        for name in names:
-            seconds = statistics.median(times[name])
-            row = {
-                "batch": batch,
-                "candidate": name,
-                "first_token_s": round(seconds, 4),
-                "of_inductor": round(seconds / dense, 3),
+    for name, run in runs.items():
+        first, later = (statistics.median(s[2:]) for s in (run.first, run.later))
+        rows.append(
+            {
+                "name": name,
+                "first_token_s": round(first, 4),
+                "first_of_inductor": round(first / statistics.median(dense.first[2:]), 3),
+                "token_ms": round(1e3 * later, 1),
+                "token_of_inductor": round(later / statistics.median(dense.later[2:]), 3),
+                "peak_mb": round(run.peak, 1),
+                "cache_of_dense": round(run.stored, 3),
+                "compile_s": round(compiling[name], 1),
             }
-            rows.append(row | {"compile_s": round(compiling[name], 1)})
-            print(json.dumps(rows[-1]), flush=True)
+        )
+        print(json.dumps({"batch": batch, **rows[-1]}), flush=True)
     return rows
+
+
+def write_tables(content: dict[str, Any], page: Path = PAGE) -> None:
+    """Put the figures into the page."""
+    lines = [f"Measured on {content['cpu']}, {content['threads']} threads, in turns.", ""]
+    for batch, rows in content["batches"].items():
+        tower, text = LAYERS[int(batch)]
+        names = [n for n in rows[0] if n != "name"]
+        lines += [
+            f"| batch {batch}, {tower} + {text} layers | {' | '.join(n.replace('_', ' ') for n in names)} |",
+            "|---" * (len(names) + 1) + "|",
+            *(f"| {row['name']} | {' | '.join(str(row[n]) for n in names)} |" for row in rows),
+            "",
+        ]
+    put_table(page, START, "\n".join(lines), END)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--batches", default="1,16", help="numbers of texts, with commas")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument(
+        "--batches", default="1,16", help=f"numbers of texts, with commas: {', '.join(map(str, LAYERS))}"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="candidates that contain one of these words, with commas")
-    parser.add_argument("--write", type=Path)
     asked = parser.parse_args()
-    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
+    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # before transformers is imported: the check breaks the graph
+    say: Say = partial(print, file=sys.stderr, flush=True)
     words = [w for w in asked.only.split(",") if w]
     names = [n for n in CANDIDATES if n == INDUCTOR or not words or any(w in n for w in words)]
-    rounds = min(asked.rounds, 2) if asked.quick else asked.rounds
-    rows = measure(names, [int(b) for b in asked.batches.split(",")], rounds, asked.quick)
-    if asked.write:
-        made = {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
-        asked.write.write_text(json.dumps(made, indent=1) + "\n")
+    content = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"batches": {}}
+    for batch in map(int, asked.batches.split(",")):
+        rows = measure(names, batch, 1 if asked.small else asked.rounds, asked.small, say)
+        if not asked.small:
+            content |= {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+            content["batches"][str(batch)] = rows
+            RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+            write_tables(content)
 
 
 if __name__ == "__main__":

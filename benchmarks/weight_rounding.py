@@ -2,6 +2,7 @@
 
     python -m benchmarks.weight_rounding --samples 128      # half an hour; --samples 16 for a look; goes on where it was stopped
     python -m benchmarks.weight_rounding --model minilm --samples 64
+    python -m benchmarks.weight_rounding --methods "" --samples 16 --peer PYTHON   # llama.cpp's files of SmolLM2, with a Python that has it
 
 Neither scores text that a calibration saw. SmolLM2's weights were in 4 bits with groups of 32 once (GGUF's Q4_1), which flatters a grid
 that is alike; its head, tied to the embedding, is left out of every method. MiniLM's are the floats that it was trained to. A row says
@@ -29,8 +30,9 @@ from torch import Tensor, nn
 import accelpass
 from accelpass.models_zoo import minilm, smollm2
 from benchmarks import sentence_quality
+from benchmarks.gguf_peers import KINDS, Peer
 from benchmarks.machine import cpu
-from benchmarks.quality import perplexity, prose
+from benchmarks.quality import WINDOW, perplexity, prose
 
 RESULTS = Path(__file__).parent / "results"
 FOUR = (
@@ -132,6 +134,19 @@ def by_torchao(subject: Subject, group_size: int) -> Figures:
         return subject.figures(made)
 
 
+def by_llama(subject: SmolLM2, python: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """llama.cpp's own files, made of the weights that the zoo reads; its bits are of a whole file's weights, the head's among them."""
+    windows = [part[0].tolist() for part in subject.ids.split(WINDOW, 1)]
+    weights = sum(p.numel() for p in subject.model.parameters())
+    made = []
+    for kind in KINDS:
+        peer = Peer(f"llama.cpp {kind}", python, RESULTS.parents[1] / "build" / "gguf", WINDOW, 8)
+        found = _beside({"perplexity": peer.perplexity(windows)}, rows)
+        made.append({"method": peer.name, "bits": f"{8 * peer.about['bytes'] / weights:.1f} bits", **found})
+        peer.close()
+    return made
+
+
 def entries(methods: list[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Method, bits of a weight, and the pass."""
     for name in methods:
@@ -148,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=list(SUBJECTS), default="smollm2")
     parser.add_argument("--samples", type=int, default=128, help="of text, for methods that learn from data")
     parser.add_argument("--methods", default=",".join((*FOUR, "smoothquant", "int8_dynamic")))
+    parser.add_argument("--peer", help="a Python that has llama-cpp-python: its Q4_0 and Q8_0 of the same weights, too")
     parser.add_argument("--tokens", type=int, help="that are scored; of MiniLM, passages")
     given = parser.parse_args(arguments)
     kind, file, scored = SUBJECTS[given.model]
@@ -177,6 +193,10 @@ def main(arguments: list[str] | None = None) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         # Written as it goes: what is there is not measured again.
         results.write_text(json.dumps({**settings, "peak_gib": peak, "rows": rows}, indent=1) + "\n")
+    if given.peer and isinstance(subject, SmolLM2):
+        kept = [row for row in rows if not row["method"].startswith("llama.cpp")]
+        rows = kept + by_llama(subject, given.peer, rows)
+        results.write_text(json.dumps({**before, **settings, "rows": rows}, indent=1) + "\n")
     names = [name for name in rows[0] if name not in ("method", "bits")]
     table = Table("method", "bits of a linear's weight", *(n.replace("_", " ") for n in names), "to calibrate, s")
     for row in rows:
