@@ -50,7 +50,9 @@ def staged_graph(
         OptionError: two passes choose for one block.
         PassError: a pass that chooses by denoising step finds no input that tells it.
     """
-    choosing = [p for p in chosen.passes if isinstance(p, PolicyPass) and p.stack(program)]
+    policies = [p for p in chosen.passes if isinstance(p, PolicyPass)]
+    program.unfit |= {p.name: why for p in policies if (why := p.unfit(program)) is not None}
+    choosing = [p for p in policies if p.stack(program)]
     if not choosing:
         return None
     ordered(chosen.passes)  # refuses what does not go together

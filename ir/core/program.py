@@ -35,6 +35,7 @@ class Program:
         unwritten: names of inputs (counters of cache layers) that a pass has left unwritten on purpose.
         survivors: by module that chose some of a prompt's tokens, how many there were; which ones, ascending ``(batch, kept)``,
             is remembered as ``survivors:PATH``. None where no pass chooses.
+        unfit: by pass that runs a model in stages, why this one has none; found before any pass changed the graph, as the cutting is.
         counts_padding: names of state in which padding is gathered with text.
     """
 
@@ -49,6 +50,7 @@ class Program:
     edited: dict[tuple[str, str], str] = field(default_factory=dict)
     unwritten: set[str] = field(default_factory=set)
     survivors: dict[str, Any] | None = None
+    unfit: dict[str, str] = field(default_factory=dict)
     counts_padding: list[str] = field(default_factory=list)
     _analyses: dict[Any, Any] = field(default_factory=dict, repr=False)
 

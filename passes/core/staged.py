@@ -54,6 +54,10 @@ class PolicyPass(Pass):
         """The blocks that the graph is cut at; none to leave it as one. Changes nothing."""
         return ()
 
+    def unfit(self, program: Program) -> str | None:
+        """Why no call of the model of this graph can be run in stages, whatever passes before this one change; None if it can."""
+        return None
+
     @abstractmethod
     def places(self, blocks: Sequence[StepBlock]) -> list[Site]:
         """The sites, in the order in which the model runs them."""

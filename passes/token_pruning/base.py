@@ -69,6 +69,9 @@ class TokenPruning(PolicyPass):
     def told(self, stretch: int, stretches: int) -> str:
         """What is done in one stretch of blocks, for the report."""
 
+    def unfit(self, program: Program) -> str | None:
+        return self.why_not(program)
+
     def why_not(self, program: Program) -> str | None:
         """Why no token of this graph can be dropped, or None."""
         try:
@@ -112,7 +115,8 @@ class TokenPruning(PolicyPass):
         is_prompt = not sites or sites[0].is_prompt
         if is_prompt:
             program.survivors = {}
-        why = self.why_not(program)
+        # What a pass before this one made of the graph may be cut; the graph of the calls to come was not.
+        why = program.unfit.get(self.name) or self.why_not(program)
         if why is not None:
             record.skip("model", why)
             return
