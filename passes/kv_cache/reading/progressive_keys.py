@@ -93,7 +93,7 @@ class HalvedKeys(Storage):
         at = new.count[0] + torch.arange(new.k.shape[2], device=new.count.device)
         for name, rows in (("keys", halves(new.k)), ("values", format.encode(new.v))):
             for bank_of, made in zip(bank(held, name), rows, strict=True):
-                bank_of.index_copy_(2, at, made)
+                bank_of.index_copy_(2, at, made.to(bank_of.dtype))
 
     def extend(self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat) -> Tensor:
         self.fill(held, new, layout, format)
