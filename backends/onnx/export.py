@@ -35,6 +35,7 @@ from accelpass.ir import attention
 from accelpass.ir.analyses.structure.cost import weight_bytes
 from accelpass.ir.kv import lower as kv
 from accelpass.ir.linear.lower import make_plain, unpack_others
+from accelpass.ir.transform.splice import write_out
 from accelpass.passes.core.base import Pass, Record
 from accelpass.passes.core.options import Options, parse
 from accelpass.passes.core.plan import write_json
@@ -273,6 +274,7 @@ def rewritten(found: Captured, want: Wanted) -> tuple[list[Record], int, list[st
         notes = computed_in_full(program, "no operator of ONNX leaves blocks of keys out")
         # Kernels of torch's are no operators of ONNX.
         attention.lower(program, lowerings(want.form.opset))
+        write_out(program)
         rounding.write_static(program)
         others = unpack_others(program, packed_weights.FORMATS, make_plain(program))
         notes += [f"weights in {form} are unpacked by operators of the standard in each call" for form in others]

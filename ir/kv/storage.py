@@ -365,7 +365,7 @@ class Positions(Storage):
         at = new.count[0] + torch.arange(new.k.shape[2], device=new.count.device)
         for name, rows in (("keys", new.k), ("values", new.v)):
             for buffer, made in zip(bank(held, name), format.encode(rows), strict=True):
-                buffer.index_copy_(2, at, made)
+                buffer.index_copy_(2, at, made.to(buffer.dtype))
 
     def extend(self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat) -> Tensor:
         self.fill(held, new, layout, format)

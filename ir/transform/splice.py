@@ -12,8 +12,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from accelpass.ir.core.graph import fake_mode, refresh, value
 from accelpass.ir.core.program import Program
-from accelpass.ir.torch_private import name_buffers
+from accelpass.ir.torch_private import OpOverload, name_buffers
 
+Plain = Callable[..., Tensor]
+_PLAIN: dict[OpOverload, Plain] = {}
 KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 
@@ -89,6 +91,32 @@ def inserted(
 ) -> list[fx.Node]:
     """What a plain torch function computes of nodes, in front of ``before``."""
     return splice(program, trace(program, run, operands), operands, before)
+
+
+def plain_form(op: Any) -> Callable[[Plain], Plain]:
+    """Say what a custom operator of one result computes, as a function of its arguments in torch's own operators."""
+
+    def put(function: Plain) -> Plain:
+        _PLAIN[op._opoverload] = function
+        return function
+
+    return put
+
+
+def write_out(program: Program) -> None:
+    """Let the graph compute custom operators by their plain forms: for files that know no such operator."""
+    for node in [n for n in program.graph.nodes if n.op == "call_function" and n.target in _PLAIN]:
+        function, at = _PLAIN[node.target], [i for i, a in enumerate(node.args) if isinstance(a, fx.Node)]
+
+        def run(*tensors: Tensor, node: fx.Node = node, at: list[int] = at, function: Plain = function) -> list[Tensor]:
+            given: list[Any] = list(node.args)
+            for i, tensor in zip(at, tensors, strict=True):
+                given[i] = tensor
+            return [function(*given)]
+
+        (made,) = inserted(program, node, run, *(n for n in node.args if isinstance(n, fx.Node)))
+        node.replace_all_uses_with(made)
+        program.graph.erase_node(node)
 
 
 def _constant(program: Program, tensor: Tensor) -> fx.Node:

@@ -20,6 +20,7 @@ from accelpass.passes.kv_cache.reading.progressive_keys import (
     HalvedKeys,
     ProgressiveKeys,
     halves,
+    refined_by_all,
     refined_scores,
     upper,
 )
@@ -123,13 +124,44 @@ def test_guesses_are_read_as_single_tokens_are():
     torch.testing.assert_close(fed(fast, cache, [last])[0], wanted[3], atol=1e-4, rtol=1e-4)
 
 
-def test_no_onnx_file(tmp_path):
-    """Which halves are read is decided while it runs; a file cannot, and the operator and the pass are named."""
+def test_both_forms_give_the_same():
+    """Lower halves read for flat heads alone, and for all: what a GPU and a file do."""
+    draw = torch.Generator().manual_seed(1)
+    k, q = torch.randn(2, 2, 30, 8, generator=draw), 2 * torch.randn(2, 2, 3, 8, generator=draw)
+    high, low, step = halves(k)
+    scores = torch.matmul(q, coarse(high, step).mT)
+    for threshold in (0.0, 0.3, 2.0):
+        made = refined_scores(scores, q, low, step, threshold)
+        torch.testing.assert_close(made, refined_by_all(scores, q, low, step, threshold), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_onnx_file(tmp_path):
+    """A file reads both halves of all heads, and uses the lower ones where the pass does."""
     model, (ids,) = llama(layers=1), tokens(1, 12)
     asked = {"input_ids": ids, "past_key_values": KVCache(model, 32)}
-    with pytest.raises(accelpass.ExportError, match=r"refined_scores.*progressive_keys.*has no translation"):
-        accelpass.export_onnx(model, (), tmp_path / "m.onnx", ["progressive_keys"], kwargs=asked)
-    assert not list(tmp_path.iterdir())
+    report = accelpass.export_onnx(model, (), tmp_path / "m.onnx", ["progressive_keys"], kwargs=asked)
+    assert report.difference < 1e-4
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_code_gives_the_same():
+    """Prompt, single tokens, a further prompt, and candidates of which some are taken back."""
+    model, pieces = llama(layers=1), tokens(1, 12, 1, 1, 3, 1)
+    for threshold in (0.3, 2.0):
+        made = []
+        for lowering in ("eager", "inductor"):
+            torch._dynamo.reset()
+            fast = compiled(model, {"name": "progressive_keys", "threshold": threshold}, lowering=lowering)
+            cache = KVCache(model, 32)
+            out = [fed(fast, cache, pieces)]
+            cache.activate_past_recording()
+            out.append(fast(input_ids=pieces[3], past_key_values=cache).logits)
+            cache.crop(-2)
+            out.append(fed(fast, cache, pieces[1:2]))
+            made.append(torch.cat([one.flatten() for one in out]))
+        torch.testing.assert_close(made[1], made[0], atol=2e-4, rtol=1e-3)
 
 
 def test_refused():

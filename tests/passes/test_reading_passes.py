@@ -1,4 +1,4 @@
-"""Passes that read a cache in another way, with requests that end early: what was before leaves no trace."""
+"""Passes that read a cache in another way, under autocast and with requests that end early: what was before leaves no trace."""
 
 from __future__ import annotations
 
@@ -15,9 +15,29 @@ READING: dict[str, dict[str, Any]] = {
     "value_pruning": {"name": "value_pruning", "values": 3},
     "progressive_keys": {"name": "progressive_keys", "threshold": 0.3},
 }
+NEAR: dict[str, dict[str, Any]] = {
+    "value_pruning": {"name": "value_pruning", "values": 31},
+    "progressive_keys": {"name": "progressive_keys", "threshold": 2.0},
+}
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("name", READING)
+@torch.no_grad()
+def test_under_autocast(name):
+    """At settings that read all, the numbers are those of the model under autocast; at others, those of the prompt are."""
+    model, pieces = llama(layers=1), tokens(1, 12, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = fed(model, KVCache(model, 32), pieces)
+        near = fed(compiled(model, NEAR[name]), KVCache(model, 32), pieces)
+        torch._dynamo.reset()
+        cache = KVCache(model, 32)
+        some = fed(compiled(model, READING[name]), cache, pieces)
+    assert near.dtype == dense.dtype == torch.bfloat16
+    assert float((near - dense).abs().max() / dense.abs().max()) < 0.03
+    torch.testing.assert_close(some[0], dense[0], atol=0.06, rtol=0.02)  # the prompt's own attention is the model's
+    assert some.isfinite().all() and cache.seen == 14
+
+
 @pytest.mark.parametrize("name", READING)
 @torch.no_grad()
 def test_a_request_that_is_cancelled_leaves_nothing(name):

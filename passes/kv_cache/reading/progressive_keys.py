@@ -16,6 +16,7 @@ from accelpass.ir.kv.banks import EXACT, Quantized, RowFormat, buffer
 from accelpass.ir.kv.rows import pack, unpack
 from accelpass.ir.kv.sites import KVSite
 from accelpass.ir.kv.storage import Held, Layout, New, Positions, Query, Segment, Storage, bank
+from accelpass.ir.transform.splice import plain_form
 from accelpass.passes.core.base import Skip
 from accelpass.passes.kv_cache.base import KVPass
 from accelpass.passes.kv_cache.kv_quant import cannot_pack
@@ -44,16 +45,14 @@ def refined_scores(scores: Tensor, q: Tensor, low: Tensor, step: Tensor, thresho
     """Scores of upper halves ``(batch, kv_heads, groups, n)``; where no probability reaches the threshold, with the lower halves.
 
     An op of its own, so that lower halves are read only for key/value heads one of whose query heads is flat. On a GPU, where asking
-    would wait for it, they are read for all.
+    would wait for it, and in ONNX files they are read for all.
 
     Args:
         q: scaled queries ``(batch, kv_heads, groups, d)``; low: packed ``(batch, kv_heads, n, d / 2)``; step: ``(batch, kv_heads, n, 1)``.
     """
-    flat = scores.softmax(-1).amax(-1) < threshold
     if scores.device.type != "cpu":
-        more = torch.matmul(q, (unpack(low, 4).float() * step).mT)
-        return torch.where(flat.unsqueeze(-1), scores + more, scores)
-    made = scores.clone()
+        return refined_by_all(scores, q, low, step, threshold)
+    flat, made = scores.softmax(-1).amax(-1) < threshold, scores.clone()
     for sequence, head in flat.any(-1).nonzero().tolist():
         wide = unpack(low[sequence, head], 4).float() * step[sequence, head]
         asking = flat[sequence, head].nonzero()[:, 0]
@@ -64,6 +63,13 @@ def refined_scores(scores: Tensor, q: Tensor, low: Tensor, step: Tensor, thresho
 @refined_scores.register_fake
 def _(scores: Tensor, q: Tensor, low: Tensor, step: Tensor, threshold: float) -> Tensor:
     return torch.empty_like(scores)
+
+
+@plain_form(refined_scores)
+def refined_by_all(scores: Tensor, q: Tensor, low: Tensor, step: Tensor, threshold: float) -> Tensor:
+    """The same, with all lower halves read."""
+    flat = scores.softmax(-1).amax(-1, keepdim=True) < threshold
+    return torch.where(flat, scores + torch.matmul(q, (unpack(low, 4).float() * step).mT), scores)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class HalvedKeys(Storage):
         at = new.count[0] + torch.arange(new.k.shape[2], device=new.count.device)
         for name, rows in (("keys", halves(new.k)), ("values", format.encode(new.v))):
             for bank_of, made in zip(bank(held, name), rows, strict=True):
-                bank_of.index_copy_(2, at, made)
+                bank_of.index_copy_(2, at, made.to(bank_of.dtype))
 
     def extend(self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat) -> Tensor:
         self.fill(held, new, layout, format)
@@ -112,7 +118,7 @@ class ProgressiveKeys(KVPass):
     one does. Each head decides by itself: where the largest probability by the upper halves is below ``threshold``, the lower halves are
     read and the probabilities are made anew, once. Codes are symmetric with a step for each row (inferred: the paper's hardware has one for
     a tensor), and upper halves are truncated. Prompts, and further prompts, are computed in full. Values stay as they are. Query heads that
-    share keys fetch the lower halves if one of them is flat, and the others do not use them. On a GPU all heads fetch them.
+    share keys fetch the lower halves if one of them is flat, and the others do not use them. On a GPU, and in ONNX files, all heads fetch them.
 
     Attributes:
         threshold: 0.1 (inferred); 0 never reads the lower halves, above 1 always.
