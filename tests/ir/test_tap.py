@@ -44,7 +44,7 @@ def seen(model: Any, ids: Tensor, module: str) -> Tensor:
 def test_points_of_a_decoder():
     program, _ = program_of(small.decoder(), torch.arange(6)[None])
     names = [p.name for p in points(program)]
-    assert len(names) == len(set(names)) == 2 * 10 + 1
+    assert len(names) == len(set(names)) == 2 * 10 + 2  # of a layer each, and logits and stream of the model
     assert {p.kind for p in points(program)} == set(KINDS) - {"router"}
     assert "model.layers.1.mlp.act" in names and "model.layers.0.self_attn.heads" in names and "lm_head.logits" in names
 

@@ -152,6 +152,7 @@ def test_experts_with_caches_of_their_own_are_left_alone_and_told_why():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_packed_weights_are_those_of_the_experts():
     model = mixture("shared_kv")
     want = steps(compiled(model, "int8_weights"), model)
