@@ -48,7 +48,7 @@ Say = Callable[[str], None]
 
 
 def candidates() -> dict[str, list[Any]]:
-    """Passes of each row, by its name."""
+    """Passes of each row, by its name; those that are there by default run as well."""
     skipping = {"name": "skip_layers", "horizon": LENGTH}
     return {
         "dense": [],
@@ -89,7 +89,10 @@ class Timed:
 
     def __init__(self, model: Any, passes: list[Any], plan: Any, ids: Tensor) -> None:
         tensors = Plan([], plan.fingerprint, plan.tensors)  # the passes are the row's
-        options = {"passes": passes, "plan": tensors}
+        options = {
+            "plan": tensors,
+            **({"passes": passes} if passes else {}),
+        }  # an empty list leaves the default ones out
         self.fast = torch.compile(own_call(), backend="accelpass", options=options, dynamic=False)
         self.model, self.ids = model, ids[:, :LENGTH]
         self.prompts: list[float] = []
