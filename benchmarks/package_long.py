@@ -115,7 +115,12 @@ def write_table(content: dict[str, Any], page: Path = PAGE) -> None:
         (f"after {LONG:,} tokens", "long"),
         (f"{BATCH} sequences, after {SHORT} tokens of each", "several"),
     ):
+        if part not in content:
+            continue
         lines += [f"| {title} | ms a step |", "|---|---|", *(f"| {r['name']} | {r['ms']} |" for r in content[part]), ""]
+    if "prompts" not in content:
+        put_table(page, START, "\n".join(lines), END)
+        return
     lines += [
         f"| first token, ms | {' | '.join(f'{n:,} tokens' for n in PROMPTS)} |",
         "|---" * (len(PROMPTS) + 1) + "|",
@@ -147,13 +152,20 @@ def main() -> None:
     say("reading the long text")
     long = {f"package {n}": Packaged(opened[n], text) for n in PACKAGED}
     content["long"] = decoding(model, long, text, CAPACITY, peers, say)
+    _keep(content)
     several = text[:, :SHORT].expand(BATCH, -1).contiguous()
     content["several"] = decoding(
         model, {f"package {SEVERAL}": Packaged(opened[SEVERAL], several)}, several, ROOM, [], say
     )
+    _keep(content)
     content["prompts"] = reading(model, opened["int8_weights"], text, peers, say)
     for peer in peers:
         peer.close()
+    _keep(content)
+
+
+def _keep(content: dict[str, Any]) -> None:
+    """After each part: what was measured outlives a run that is stopped."""
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     write_table(content)
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import structure
+import accelpass
+from accelpass.models_zoo import small
+from benchmarks import expert_pruning, structure, structured_timing
 
 
 @pytest.mark.slow
@@ -45,3 +47,25 @@ def test_forms_of_experts_give_the_same():
     rows = structure.experts(32, 16, 1, 8, 1)
     assert [row["form"] for row in rows] == list(structure.FORMS)
     assert all(row["difference"] < 1e-4 and row["ms"] > 0 for row in rows)
+
+
+def test_experts_that_are_kept_are_those_that_tokens_go_to():
+    model, ids = small.experts(), torch.arange(24).view(2, 12)
+    kept = expert_pruning.most_used(model, ids, 2)
+    with torch.no_grad():
+        chosen = model(ids, use_cache=False, output_router_logits=True).router_logits[0]
+    counts = torch.bincount(chosen.topk(model.config.num_experts_per_tok).indices.flatten(), minlength=4)
+    assert counts[list(kept[0])].min() >= counts.sort(descending=True).values[1] and len(kept) == 2
+    fast = expert_pruning.compiled(model, expert_pruning.named(kept), lowering="eager")
+    with torch.no_grad():
+        fast(ids, use_cache=False)
+    assert len(accelpass.explain(fast).passes["eep"].took) == len(kept)
+
+
+def test_rows_of_the_page_are_those_of_the_results(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{structured_timing.START}old\n{structured_timing.END}\nafter\n")
+    content = {"cpu": "one", "threads": 2, "parts": {"memory": [{"name": "dense", "resident_mb": 1.5}]}}
+    structured_timing.write_tables(content, page)
+    made = page.read_text()
+    assert "| dense | 1.5 |" in made and "old" not in made and made.startswith("before") and made.endswith("after\n")
