@@ -26,6 +26,7 @@ from torch import Tensor
 import accelpass
 from accelpass.models_zoo import bytes_moe, load
 from accelpass.models_zoo.train_bytes_moe import WINDOW, perplexity
+from accelpass.passes.core.plan import Plan
 from benchmarks.machine import cpu, put_table
 from benchmarks.structure import in_turns
 
@@ -88,7 +89,7 @@ def measure(
         passes = [{**searched, "pruning_trials": pruning}]
         path = PLANS / f"{name.replace(', ', '_').replace(' ', '_')}_{trials}.json"
         if path.is_file():
-            plan = accelpass.Plan.load(path)
+            plan = Plan.load(path)
         else:
             say(f"{name}: {trials} candidates")
             plan = accelpass.search_by_score(model, partial(foretold, ids=ids), passes)
