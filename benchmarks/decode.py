@@ -39,10 +39,10 @@ def call(model, ids, cache):
 """
 
 
-def own_call() -> Any:
-    """A function with a code object of its own: candidates neither share graphs nor each other's recompile limit."""
+def own_call(source: str = _CALL) -> Any:
+    """``call`` of a source, with a code object of its own: candidates neither share graphs nor each other's recompile limit."""
     scope: dict[str, Any] = {}
-    exec(_CALL, scope)
+    exec(source, scope)
     return scope["call"]
 
 

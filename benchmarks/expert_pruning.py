@@ -27,7 +27,8 @@ import accelpass
 from accelpass.models_zoo import bytes_moe, load
 from accelpass.models_zoo.train_bytes_moe import WINDOW, perplexity
 from accelpass.passes.core.plan import Plan
-from benchmarks.machine import cpu, put_table
+from benchmarks.decode import own_call
+from benchmarks.machine import cpu, put_table, row_lines
 from benchmarks.structure import in_turns
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +123,10 @@ def times(model: Any, ids: Tensor, timed: Mapping[str, Any], turns: int, say: Sa
     runs: dict[str, Callable[[], Any]] = {}
     for name, (passes, plan) in timed.items():
         say(f"compiling {name}")
-        runs[name] = partial(_own_call(passes, plan), model, ids)
+        options = {"passes": passes, "plan": plan}
+        runs[name] = partial(
+            torch.compile(own_call(_CALL), backend="accelpass", options=options, dynamic=False), model, ids
+        )
         runs[name]()
     return {name: round(1e3 * statistics.median(s), 2) for name, s in in_turns(runs, turns).items()}
 
@@ -133,25 +137,10 @@ def call(model, ids):
 """
 
 
-def _own_call(passes: list[Any], plan: Any) -> Any:
-    """A function with a code object of its own: candidates share no recompile limit."""
-    scope: dict[str, Any] = {}
-    exec(_CALL, scope)
-    return torch.compile(scope["call"], backend="accelpass", options={"passes": passes, "plan": plan}, dynamic=False)
-
-
 def write_table(content: dict[str, Any], page: Path = PAGE) -> None:
     """Put the figures into the page."""
-    names = [n for n in content["rows"][0] if n != "name"]
-    lines = [
-        f"{BATCH} x {TOKENS} bytes a call. Measured on {content['cpu']}, {content['threads']} threads, in turns.",
-        "",
-        f"| experts | {' | '.join(n.replace('_', ' ') for n in names)} |",
-        "|---" * (len(names) + 1) + "|",
-        *(f"| {row['name']} | {' | '.join(str(row[n]) for n in names)} |" for row in content["rows"]),
-        "",
-    ]
-    put_table(page, START, "\n".join(lines), END)
+    about = f"{BATCH} x {TOKENS} bytes a call. Measured on {content['cpu']}, {content['threads']} threads, in turns."
+    put_table(page, START, "\n".join([about, "", *row_lines("experts", content["rows"])]), END)
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,17 @@ def features() -> str:
     return ", ".join(
         [torch.backends.cpu.get_cpu_capability(), *(n if known else f"no {n}" for n, known in has.items())]
     )
+
+
+def row_lines(title: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows as a table of Markdown, their ``name`` first; an empty line behind it."""
+    names = [name for name in rows[0] if name != "name"]
+    return [
+        f"| {title} | {' | '.join(name.replace('_', ' ') for name in names)} |",
+        "|---" * (len(names) + 1) + "|",
+        *(f"| {row['name']} | {' | '.join(str(row[name]) for name in names)} |" for row in rows),
+        "",
+    ]
 
 
 def put_table(page: Path, start: str, table: str, end: str) -> None:

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -31,8 +28,9 @@ import accelpass
 from accelpass.backends import compiled_graphs
 from accelpass.models_zoo import load
 from accelpass.passes.core.plan import Plan
+from benchmarks import memory
 from benchmarks.decode import own_call
-from benchmarks.machine import cpu, put_table
+from benchmarks.machine import cpu, put_table, row_lines
 from benchmarks.quality import TOKENS, prose
 from benchmarks.structure import in_turns
 from benchmarks.structured_pruning import CALIBRATION, LENGTH
@@ -141,47 +139,6 @@ def times(model: Any, ids: Tensor, chosen: dict[str, list[Any]], turns: int, say
     return [run.row(name, runs["dense"]) for name, run in runs.items()]
 
 
-def memory(chosen: list[str], say: Say) -> list[Row]:
-    """Resident megabytes of a process that holds a model, over what it held before; a process for each."""
-    rows: list[Row] = []
-    for name in chosen:
-        say(f"memory of {name}")
-        command = [sys.executable, "-m", "benchmarks.structured_timing", "--one", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-        rows.append({"name": name, "resident_mb": json.loads(done.stdout.splitlines()[-1])})
-    for row in rows:
-        row["resident_of_dense"] = round(row["resident_mb"] / rows[0]["resident_mb"], 3)
-    return rows
-
-
-@torch.no_grad()
-def resident(name: str) -> float:
-    """Of this process. What code and thread pools take is there before the count begins, from a model of one small layer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    process = psutil.Process()
-    tiny = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=64, num_attention_heads=4,
-        num_key_value_heads=4,
-    )  # fmt: skip
-    _held(LlamaForCausalLM(tiny).eval(), [])
-    gc.collect()
-    before = process.memory_info().rss
-    model, _ = load("smollm2-135m")
-    held = _held(model, smaller()[name])
-    gc.collect()
-    assert held is not None
-    return round((process.memory_info().rss - before) / 1e6, 1)
-
-
-def _held(model: Any, passes: list[Any]) -> Any:
-    fast = torch.compile(
-        model, backend="accelpass", options={"passes": passes, "free_weights": True, "lowering": "aten"}
-    )
-    fast(input_ids=torch.arange(8)[None], use_cache=False)
-    return fast
-
-
 class Head(nn.Module):
     """An output head alone."""
 
@@ -223,18 +180,11 @@ def heads(model: Any, ids: Tensor, codes: tuple[int, ...], turns: int, say: Say)
 
 def write_tables(content: dict[str, Any], page: Path = PAGE) -> None:
     """Put the figures into the page."""
-    titles = {"time": "time", "memory": "memory", "head": "output head, one token"}
     lines = []
+    titles = {"time": "time", "memory": "memory", "head": "output head, one token"}
     for part, title in titles.items():
-        rows = content["parts"].get(part)
-        if rows:
-            names = [n for n in rows[0] if n != "name"]
-            lines += [
-                f"| {title} | {' | '.join(n.replace('_', ' ') for n in names)} |",
-                "|---" * (len(names) + 1) + "|",
-            ]
-            lines += [f"| {row['name']} | {' | '.join(str(row[n]) for n in names)} |" for row in rows]
-            lines.append("")
+        if rows := content["parts"].get(part):
+            lines += row_lines(title, rows)
     put_table(page, START, f"Measured on {content['cpu']}, {content['threads']} threads.\n\n" + "\n".join(lines), END)
 
 
@@ -245,11 +195,7 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="a shell pattern of names; the dense model is always there")
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--small", action="store_true", help="two rows, two turns, nothing written")
-    parser.add_argument("--one", help="measure one model's memory in this process and print it")
     given = parser.parse_args()
-    if given.one:
-        print(json.dumps(resident(given.one)))
-        return
     say: Say = partial(print, file=sys.stderr, flush=True)
     offered = smaller() if given.part == "memory" else candidates()
     chosen = {n: p for n, p in offered.items() if n == "dense" or fnmatch.fnmatchcase(n, given.only)}
@@ -257,7 +203,7 @@ def main() -> None:
         chosen = dict(list(chosen.items())[:2])
     turns = 2 if given.small else given.turns
     if given.part == "memory":
-        rows = memory(list(chosen), say)
+        rows = memory.measure(chosen)
     else:
         model, tokenizer = load("smollm2-135m")
         ids = prose(tokenizer, TOKENS + CALIBRATION * LENGTH)

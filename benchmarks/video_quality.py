@@ -10,9 +10,7 @@ one by one and read it from the cache, so that what a cache rounds counts. Rows 
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +18,11 @@ from rich.progress import track
 from torch import Tensor
 
 import accelpass
-from accelpass.models_zoo.canvases.questions import IMAGE, PATCHES, Asked
+from accelpass.models_zoo.canvases.questions import IMAGE, PATCHES, Asked, Processor
 from accelpass.models_zoo.videos.model import load
-from accelpass.models_zoo.videos.questions import ASKED, FRAMES, Processor, frames, ids_of, prompt_of, videos
+from accelpass.models_zoo.videos.questions import ASKED, FRAMES, frames, ids_of, prompt_of, videos
 from accelpass.passes.visual_tokens.frames.d_code import chosen_frames, merged_tokens
+from benchmarks.visual_quality import command, flops_of_dense
 
 SPAN = (1, len(prompt_of("", dict.fromkeys(range(FRAMES), PATCHES))))
 CANDIDATES: dict[str, list[Any]] = {
@@ -114,26 +113,16 @@ def measure(count: int, names: list[str]) -> list[dict[str, Any]]:
             accelpass.one_graph(model)
             fast = torch.compile(model, backend="accelpass", options={"passes": CANDIDATES[name], "lowering": "eager"})
             row = _row(name, answers(fast, model, processor, asked, name))
-            told = accelpass.explain(fast)
-            row["flops"] = None if told.flops is None else round(told.flops[1] / told.flops[0], 3)
-            row["took"] = {each: sorted({d.what for d in done.took.values()}) for each, done in told.passes.items()}
+            row["flops"], passes = flops_of_dense(fast), accelpass.explain(fast).passes
+            row["took"] = {each: sorted({d.what for d in done.took.values()}) for each, done in passes.items()}
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", type=int, default=64, help=f"a multiple of {_BATCH}")
-    parser.add_argument("--only", default="", help="candidates that contain one of these words, with commas")
-    parser.add_argument("--write", type=Path)
-    given = parser.parse_args()
-    words = [w for w in given.only.split(",") if w]
-    names = [n for n in [*CANDIDATES, *MERGED] if not words or any(w in n for w in words)]
-    rows = measure(given.videos, names)
-    if given.write:
-        made = {"visual_tokens": FRAMES * PATCHES, "questions": given.videos * ASKED, "rows": rows}
-        given.write.write_text(json.dumps(made, indent=1) + "\n")
+    """The number of videos is a multiple of the batch's."""
+    command(__doc__, "videos", 64, [*CANDIDATES, *MERGED], measure, FRAMES * PATCHES, ASKED)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def answers(fast: Any, model: Any, processor: Processor, asked: Asked, title: st
     return torch.cat(right)
 
 
-def _flops(fast: Any) -> float | None:
+def flops_of_dense(fast: Any) -> float | None:
     """Of the compiled model, in shares of the dense one's."""
     counted = accelpass.explain(fast).flops
     return None if counted is None else round(counted[1] / counted[0], 3)
@@ -73,25 +74,41 @@ def measure(count: int, names: list[str]) -> list[dict[str, Any]]:
             "where": round(right[:, :4].float().mean().item(), 4),
             "how_many": round(right[:, 4:].float().mean().item(), 4),
             "all": round(right.float().mean().item(), 4),
-            "flops": _flops(fast),
+            "flops": flops_of_dense(fast),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--canvases", type=int, default=200)
+def command(
+    about: str,
+    what: str,
+    count: int,
+    known: Iterable[str],
+    measure: Callable[[int, list[str]], list[Any]],
+    tokens: int,
+    asked: int,
+) -> None:
+    """What is typed: how many canvases (or videos), which candidates, and where the rows go.
+
+    Args:
+        tokens: visual tokens of a text; asked: questions of a canvas.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(f"--{what}", type=int, default=count, dest="count")
     parser.add_argument("--only", default="", help="candidates that contain one of these words, with commas")
     parser.add_argument("--write", type=Path)
     given = parser.parse_args()
     words = [w for w in given.only.split(",") if w]
-    names = [n for n in CANDIDATES if not words or any(w in n for w in words)]
-    rows = measure(given.canvases, names)
+    rows = measure(given.count, [n for n in known if not words or any(w in n for w in words)])
     if given.write:
-        made = {"visual_tokens": TILES * PATCHES, "questions": given.canvases * ASKED, "rows": rows}
+        made = {"visual_tokens": tokens, "questions": given.count * asked, "rows": rows}
         given.write.write_text(json.dumps(made, indent=1) + "\n")
+
+
+def main() -> None:
+    command(__doc__, "canvases", 200, CANDIDATES, measure, TILES * PATCHES, ASKED)
 
 
 if __name__ == "__main__":

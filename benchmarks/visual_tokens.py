@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 import accelpass
-from benchmarks.machine import cpu, put_table
+from benchmarks.decode import own_call
+from benchmarks.machine import cpu, put_table, row_lines
 from benchmarks.structure import resident
 
 ROOT = Path(__file__).parent.parent
@@ -98,10 +99,8 @@ class Timed:
     """One candidate: the first token, and some after it."""
 
     def __init__(self, vlm: Any, passes: list[Any] | None, given: tuple[torch.Tensor, torch.Tensor]) -> None:
-        scope: dict[str, Any] = {}
-        exec(_CALL, scope)  # a code object of its own: candidates share no recompile limit
         how: dict[str, Any] = {} if passes is None else {"backend": "accelpass", "options": {"passes": passes}}
-        self.fast = torch.compile(scope["call"], dynamic=False, **how)
+        self.fast = torch.compile(own_call(_CALL), dynamic=False, **how)
         self.vlm, self.ours, (self.ids, self.pixels) = vlm, passes is not None, given
         self.first: list[float] = []
         self.later: list[float] = []
@@ -173,13 +172,7 @@ def write_tables(content: dict[str, Any], page: Path = PAGE) -> None:
     lines = [f"Measured on {content['cpu']}, {content['threads']} threads, in turns.", ""]
     for batch, rows in content["batches"].items():
         tower, text = LAYERS[int(batch)]
-        names = [n for n in rows[0] if n != "name"]
-        lines += [
-            f"| batch {batch}, {tower} + {text} layers | {' | '.join(n.replace('_', ' ') for n in names)} |",
-            "|---" * (len(names) + 1) + "|",
-            *(f"| {row['name']} | {' | '.join(str(row[n]) for n in names)} |" for row in rows),
-            "",
-        ]
+        lines += row_lines(f"batch {batch}, {tower} + {text} layers", rows)
     put_table(page, START, "\n".join(lines), END)
 
 

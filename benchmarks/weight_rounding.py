@@ -190,13 +190,11 @@ def main(arguments: list[str] | None = None) -> int:
             found = measured(subject, options)
         rows.append({"method": name, "bits": bits, **_beside(found, rows), "seconds": taken})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        # Written as it goes: what is there is not measured again.
-        results.write_text(json.dumps({**settings, "peak_gib": peak, "rows": rows}, indent=1) + "\n")
+        _keep(results, settings, rows)  # as it goes: what is there is not measured again
     if given.peer and isinstance(subject, SmolLM2):
         kept = [row for row in rows if not row["method"].startswith("llama.cpp")]
         rows = kept + by_llama(subject, given.peer, rows)
-        results.write_text(json.dumps({**before, **settings, "rows": rows}, indent=1) + "\n")
+        _keep(results, settings, rows)
     names = [name for name in rows[0] if name not in ("method", "bits")]
     table = Table("method", "bits of a linear's weight", *(n.replace("_", " ") for n in names), "to calibrate, s")
     for row in rows:
@@ -204,6 +202,15 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_row(row["method"], row["bits"], *(f"{row[name]:.4f}" for name in names), seconds)
     Console().print(table)
     return 0
+
+
+def _keep(results: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write the rows, and the most memory that a process took which measured some of them."""
+    before = json.loads(results.read_text()) if results.is_file() else {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if before.items() >= settings.items():
+        peak = max(peak, before.get("peak_gib", 0.0))
+    results.write_text(json.dumps({**settings, "peak_gib": peak, "rows": rows}, indent=1) + "\n")
 
 
 def _beside(found: Figures, rows: list[dict[str, Any]]) -> Figures:

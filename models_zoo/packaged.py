@@ -29,6 +29,19 @@ def write_half(model: Any, file: Path) -> None:
     save_file({n: t.half().contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"}, file)
 
 
+def read_half(model: Any, file: Path, script: str) -> None:
+    """Give a model the weights that a script of this repository has written, as floats.
+
+    Raises:
+        ZooError: they are not there; says how to make them.
+    """
+    if not file.is_file():
+        raise ZooError(f"no file {file}; type: python -m {script}")
+    from safetensors.torch import load_file
+
+    model.load_state_dict({name: t.float() for name, t in load_file(file).items()})
+
+
 def cache_folder(name: str) -> Path:
     root = os.environ.get("ACCELPASS_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "accelpass") / "zoo" / name

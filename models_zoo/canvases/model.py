@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from accelpass.models_zoo.canvases.questions import CELL, END, IMAGE, PAD, PATCH, START, WORDS, Processor
-from accelpass.models_zoo.packaged import ZooError
+from accelpass.models_zoo.packaged import read_half
 
 FILE = Path(__file__).parents[1] / "weights" / "canvases_llava.safetensors"
 TOWER: dict[str, Any] = {
@@ -32,11 +32,7 @@ def llava(trained: bool = True) -> Any:
     config = LlavaConfig(vision_config=CLIPVisionConfig(**TOWER), text_config=LlamaConfig(**TEXT), image_token_id=IMAGE)
     model = LlavaForConditionalGeneration(config)
     if trained:
-        if not FILE.is_file():
-            raise ZooError(f"no file {FILE}; type: python -m accelpass.models_zoo.canvases.train")
-        from safetensors.torch import load_file
-
-        model.load_state_dict({name: t.float() for name, t in load_file(FILE).items()})
+        read_half(model, FILE, "accelpass.models_zoo.canvases.train")
     return model.eval()
 
 

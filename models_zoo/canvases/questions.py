@@ -6,6 +6,7 @@ reads it in five tiles of 24 x 24, each named by a word: the whole canvas at hal
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -37,20 +38,29 @@ WORDS = [
 ]
 PAD, START, END, IMAGE = range(4)
 specimens = cache(digits.specimens)
-_NUMBER = {word: at for at, word in enumerate(WORDS)}
 
 
-def ids_of(text: str) -> list[int]:
-    """The words of a text as numbers.
+class Vocabulary:
+    """The words that a model knows, by number."""
 
-    Raises:
-        KeyError: a word that the model has never seen.
-    """
-    return [_NUMBER[word] for word in text.replace("?", " ?").split()]
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = words
+        self._number = {word: at for at, word in enumerate(words)}
+
+    def ids_of(self, text: str) -> list[int]:
+        """The words of a text as numbers.
+
+        Raises:
+            KeyError: a word that the model has never seen.
+        """
+        return [self._number[word] for word in text.replace("?", " ?").split()]
+
+    def text_of(self, ids: Tensor) -> str:
+        return " ".join(self.words[int(i)] for i in ids)
 
 
-def text_of(ids: Tensor) -> str:
-    return " ".join(WORDS[int(i)] for i in ids)
+_VOCABULARY = Vocabulary(WORDS)
+ids_of, text_of = _VOCABULARY.ids_of, _VOCABULARY.text_of
 
 
 @dataclass(frozen=True)
@@ -113,18 +123,29 @@ def prompt(question: str, patches: int = PATCHES) -> list[int]:
     return ids + ids_of(question)
 
 
+@dataclass(frozen=True)
 class Processor:
-    """What a processor of transformers is: canvases and questions to what the model takes, and answers back to words."""
+    """What a processor of transformers is: canvases, or videos, and questions to what the model takes, and answers back to words.
+
+    Attributes:
+        prompt: the text before the answer, of a question.
+        pixels: what the tower reads of the canvases.
+        text_of: the words of an answer.
+    """
+
+    prompt: Callable[[str], list[int]] = prompt
+    pixels: Callable[[Tensor], Tensor] = tiles
+    text_of: Callable[[Tensor], str] = text_of
 
     def __call__(self, images: Tensor, text: list[str], return_tensors: str = "pt") -> dict[str, Tensor]:
         """
         Args:
-            images: ``(texts, 1, 48, 48)``; text: one question for each.
+            images: ``(texts, 1, 48, 48)``, of videos ``(texts, 6, 1, 24, 24)``; text: one question for each.
         """
-        rows = [prompt(question) for question in text]
+        rows = [self.prompt(question) for question in text]
         width = max(map(len, rows))
         ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
-        return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": tiles(images)}
+        return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": self.pixels(images)}
 
     def batch_decode(self, ids: Tensor, skip_special_tokens: bool = True) -> list[str]:
-        return [text_of(row[row > IMAGE] if skip_special_tokens else row) for row in ids]
+        return [self.text_of(row[row > IMAGE] if skip_special_tokens else row) for row in ids]

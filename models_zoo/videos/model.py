@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from accelpass.models_zoo.canvases import model as canvases
-from accelpass.models_zoo.packaged import ZooError
-from accelpass.models_zoo.videos.questions import WORDS, Processor
+from accelpass.models_zoo.canvases.questions import Processor
+from accelpass.models_zoo.packaged import read_half
+from accelpass.models_zoo.videos.questions import WORDS, processor
 
 FILE = Path(__file__).parents[1] / "weights" / "videos_llava.safetensors"
 
@@ -23,14 +24,10 @@ def llava(trained: bool = True) -> Any:
     model = canvases.llava()
     model.resize_token_embeddings(len(WORDS), mean_resizing=False)
     if trained:
-        if not FILE.is_file():
-            raise ZooError(f"no file {FILE}; type: python -m accelpass.models_zoo.videos.train")
-        from safetensors.torch import load_file
-
-        model.load_state_dict({name: t.float() for name, t in load_file(FILE).items()})
+        read_half(model, FILE, "accelpass.models_zoo.videos.train")
     return model.eval()
 
 
 def load(dtype: torch.dtype) -> tuple[Any, Processor]:
     """The model and its processor."""
-    return llava().to(dtype), Processor()
+    return llava().to(dtype), processor

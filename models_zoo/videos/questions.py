@@ -12,28 +12,16 @@ from torch import Tensor
 
 from accelpass.models_zoo import digits
 from accelpass.models_zoo.canvases import questions
-from accelpass.models_zoo.canvases.questions import CELL, IMAGE, NUMBERS, PAD, PATCHES, PLURALS, START, Asked, specimens
+from accelpass.models_zoo.canvases.questions import CELL, IMAGE, NUMBERS, PATCHES, PLURALS, START, Asked, specimens
 
 FRAMES = 6
 WORDS = [*questions.WORDS, "frame", "in", "frames", "show"]
 """Those of canvases, then others."""
-_NUMBER = {word: at for at, word in enumerate(WORDS)}
+_VOCABULARY = questions.Vocabulary(WORDS)
+ids_of, text_of = _VOCABULARY.ids_of, _VOCABULARY.text_of
 _LENGTHS = ((2, 4), (3, 3), (4, 2), (2, 2, 2))
 _NOISE, _ROOM = 0.05, CELL - digits.CELL
 ASKED = FRAMES + 2
-
-
-def ids_of(text: str) -> list[int]:
-    """The words of a text as numbers.
-
-    Raises:
-        KeyError: a word that the model has never seen.
-    """
-    return [_NUMBER[word] for word in text.replace("?", " ?").split()]
-
-
-def text_of(ids: Tensor) -> str:
-    return " ".join(WORDS[int(i)] for i in ids)
 
 
 def videos(count: int, held_out: bool, generator: torch.Generator) -> Asked:
@@ -90,18 +78,4 @@ def prompt_of(question: str, places: dict[int, int]) -> list[int]:
     return ids + ids_of(question)
 
 
-class Processor:
-    """What a processor of transformers is: videos and questions to what the model takes, and answers back to words."""
-
-    def __call__(self, images: Tensor, text: list[str], return_tensors: str = "pt") -> dict[str, Tensor]:
-        """
-        Args:
-            images: ``(texts, 6, 1, 24, 24)``; text: one question for each.
-        """
-        rows = [prompt(question) for question in text]
-        width = max(map(len, rows))
-        ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
-        return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": frames(images)}
-
-    def batch_decode(self, ids: Tensor, skip_special_tokens: bool = True) -> list[str]:
-        return [text_of(row[row > IMAGE] if skip_special_tokens else row) for row in ids]
+processor = questions.Processor(prompt, frames, text_of)

@@ -70,9 +70,6 @@ class TokenPruning(PolicyPass):
         """What is done in one stretch of blocks, for the report."""
 
     def unfit(self, program: Program) -> str | None:
-        return self.why_not(program)
-
-    def why_not(self, program: Program) -> str | None:
         """Why no token of this graph can be dropped, or None."""
         try:
             found = decoder_blocks(program)
@@ -116,7 +113,7 @@ class TokenPruning(PolicyPass):
         if is_prompt:
             program.survivors = {}
         # What a pass before this one made of the graph may be cut; the graph of the calls to come was not.
-        why = program.unfit.get(self.name) or self.why_not(program)
+        why = program.unfit.get(self.name) or self.unfit(program)
         if why is not None:
             record.skip("model", why)
             return
@@ -175,7 +172,7 @@ class TokenPruning(PolicyPass):
 
     def stack(self, program: Program) -> Sequence[StepBlock]:
         sites = program.analysis(kv_sites)
-        later = bool(sites) and not sites[0].is_prompt and self.why_not(program) is None
+        later = bool(sites) and not sites[0].is_prompt and self.unfit(program) is None
         return decoder_stack(program) if later else ()
 
     def places(self, blocks: Sequence[StepBlock]) -> list[Site]:

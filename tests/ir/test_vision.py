@@ -91,23 +91,6 @@ def test_an_image_in_front_of_a_text():
     assert [(e.how, e.mask, e.tower) for e in seen.entries] == [("join", None, seen.towers[0])]
 
 
-def test_packed_patches_are_no_tower():
-    class Packed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tower = tower(first=0)
-
-        def forward(self, pixels: Tensor) -> Tensor:
-            x = self.tower.embedded(pixels).flatten(0, 1)
-            for block in self.tower.blocks:
-                x = block.mlp(x + block.proj(block.up(x)[:, :16]))
-            return self.tower.norm(x)
-
-    program, _ = captured(Packed().eval(), torch.randn(2, 3, 16, 16))
-    seen: Vision = program.analysis(vision)
-    assert not seen.towers and "is not (images, tokens, channels)" in next(iter(seen.missed.values()))
-
-
 class Packed(nn.Module):
     """Patches of all images in one sequence, each image seeing itself, as Qwen's towers have it."""
 
@@ -118,10 +101,26 @@ class Packed(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.tower.embedded(pixels).flatten(0, 1)
         for block in self.tower.blocks:
-            parts = zip(*(t.split(16, 2) for t in block.heads_of(x[None])), strict=True)
-            seen = torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 2)
-            x = block.mlp(x + block.proj(seen.transpose(1, 2).reshape(x.shape)))
+            x = block.mlp(x + block.proj(self.mixed(block, x)))
         return self.tower.norm(x)
+
+    def mixed(self, block: nn.Module, x: Tensor) -> Tensor:
+        parts = zip(*(t.split(16, 2) for t in block.heads_of(x[None])), strict=True)
+        seen = torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 2)
+        return seen.transpose(1, 2).reshape(x.shape)
+
+
+class Alone(Packed):
+    """Each patch by itself."""
+
+    def mixed(self, block: nn.Module, x: Tensor) -> Tensor:
+        return block.up(x)[:, :16]
+
+
+def test_packed_patches_are_no_tower():
+    program, _ = captured(Alone().eval(), torch.randn(2, 3, 16, 16))
+    seen: Vision = program.analysis(vision)
+    assert not seen.towers and "is not (images, tokens, channels)" in next(iter(seen.missed.values()))
 
 
 def test_a_tower_of_packed_patches_is_found_and_left_alone():
