@@ -307,6 +307,14 @@ def traced_tensors() -> Mapping[Tensor, Any]:
     return context.tensor_to_context if context is not None else {}
 
 
+def let_graphs_compute_sizes(mode: FakeTensorMode) -> None:
+    """Let a graph of this mode read a number that it has computed as a size, and let the compiler behind us do the same."""
+    context = TracingContext.try_get()
+    for one in (mode, context.fake_mode if context is not None else None):
+        if one is not None:
+            one.allow_scalar_outputs = True
+
+
 def archive_writer(path: str) -> Any:
     """Writes an archive in torch's format: a zip file, nothing compressed, each record at a multiple of 64 bytes."""
     from torch.export.pt2_archive import PT2ArchiveWriter

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from accelpass.backends.staged.linker import Key, LinkedGraph, link
 from accelpass.backends.staged.stage import Code, Compile, Fn, Held, Ref, Stage, attribute, layout, part_of
 from accelpass.ir.attention.recognition.score_steps import argument
-from accelpass.ir.core.graph import aten, draws, fake_mode, is_call, placeholders, value, written_inputs
+from accelpass.ir.core.graph import aten, draws, fake_mode, is_call, is_from_run_time, placeholders, value, written_inputs
 
 LEAST_NODES, LEAST_TIMES = 10, 3
 """A repetition of fewer nodes, or that occurs fewer times, stays where it is: each call of a part costs microseconds."""
@@ -55,10 +55,11 @@ def compile_repeating(
     found = repetitions(calls)
     if not found:
         return None
-    cuts = sorted({0, len(calls), *(r.start + i * r.period for r in found for i in range(r.times + 1))})
-    parts = [part_of(calls[low:high]) for low, high in itertools.pairwise(cuts)]
-    if not all(isinstance(value(n), Tensor) for part in parts for n in part.made):
+    cuts = {0, len(calls), *(r.start + i * r.period for r in found for i in range(r.times + 1))}
+    cuts -= _where_sizes_pass(calls)
+    if len(cuts) == 2:
         return None
+    parts = [part_of(calls[low:high]) for low, high in itertools.pairwise(sorted(cuts))]
     refs: dict[Any, Ref] = {n: ("argument", i) for i, n in enumerate(placeholders(gm))}
     given = list(refs.values())
     refs |= {n: ("held", Held(attribute(gm, n))) for n in gm.graph.nodes if n.op == "get_attr"}
@@ -72,6 +73,16 @@ def compile_repeating(
     (output,) = gm.graph.find_nodes(op="output")
     results = [refs[r] if isinstance(r, fx.Node) else ("literal", r) for r in output.args[0]]
     return link(stages, results, given, len(compiled.known) - before)
+
+
+def _where_sizes_pass(calls: Sequence[fx.Node]) -> set[int]:
+    """Places that no cut may be at: a number would cross it, or a tensor of a size that the graph computes from values."""
+    place, found = {node: i for i, node in enumerate(calls)}, set[int]()
+    for i, node in enumerate(calls):
+        made = value(node)
+        if not isinstance(made, Tensor) or any(map(is_from_run_time, made.shape)):
+            found.update(range(i + 1, 1 + max((place.get(u, len(calls) - 1) for u in node.users), default=i)))
+    return found
 
 
 def repetitions(calls: Sequence[fx.Node]) -> list[Repetition]:

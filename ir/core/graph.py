@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from accelpass.ir.torch_private import (
     FakeTensor,
@@ -51,6 +51,11 @@ def fake_mode(gm: fx.GraphModule) -> FakeTensorMode | None:
 def known(condition: Any) -> bool:
     """True only if the condition holds for all sizes; unlike ``bool`` this never adds a guard."""
     return condition if isinstance(condition, bool) else statically_known_true(condition)
+
+
+def is_from_run_time(size: Any) -> bool:
+    """Whether a size is computed from the values of tensors, so that it has no value while a graph is compiled."""
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 def hint(size: Any) -> int:

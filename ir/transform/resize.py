@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.analyses.axes.axes import Axes, Axis, Dim
 from accelpass.ir.attention.spec.op import is_attention, spec_of
-from accelpass.ir.core.graph import aten, call, is_call, refresh, value
+from accelpass.ir.core.graph import aten, call, is_call, known, refresh, value
 from accelpass.ir.errors import AccelpassError
 from accelpass.ir.transform.splice import KEPT
 
@@ -53,7 +53,7 @@ class _Sizes:
 
     def changes(self, dim: Dim) -> bool:
         key = self._key(dim)
-        return key is not None and self.new[key] != math.prod(int(a.size) for a in key)
+        return key is not None and not known(self.new[key] == math.prod(int(a.size) for a in key))
 
     def _key(self, dim: Dim) -> Leaves | None:
         """The sequence of axes in a dimension of which there are other rows now."""
@@ -174,9 +174,9 @@ class Resizer:
 
     def _size_in(self, given: Any, dim: Dim) -> Any:
         """What a view is given for a dimension; a size that only run time knows is left for the view to find."""
-        if not self._sizes.changes(dim):
-            return given
         size = self._sizes.of(dim)
+        if not self._sizes.changes(dim):
+            return size if given == -1 and isinstance(size, int) else given  # one size alone may be left to be found
         return size if isinstance(size, int) else -1
 
     def _made_anew(self, node: fx.Node, args: list[Any]) -> None:
@@ -269,7 +269,7 @@ class Resizer:
         if not isinstance(made, Tensor):
             return
         wanted = [self._sizes.of(d) for d in self.axes.of(node)]
-        if list(made.shape) != wanted:
+        if len(made.shape) != len(wanted) or not all(known(a == b) for a, b in zip(made.shape, wanted, strict=True)):
             raise CannotResize(f"{node.name} ({node.target}) gives {list(made.shape)} where {wanted} was expected")
 
 

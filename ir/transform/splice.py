@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from accelpass.ir.core.graph import fake_mode, refresh, value
+from accelpass.ir.core.graph import aten, fake_mode, is_call, refresh, value
 from accelpass.ir.core.program import Program
-from accelpass.ir.torch_private import OpOverload, name_buffers
+from accelpass.ir.torch_private import OpOverload, let_graphs_compute_sizes, name_buffers
 
 Plain = Callable[..., Tensor]
 _PLAIN: dict[OpOverload, Plain] = {}
@@ -33,6 +33,7 @@ def trace_on(program: Program, run: Callable[..., Sequence[Tensor]], fakes: Sequ
     """As :func:`trace`, for fake tensors that no node may have."""
     mode = fake_mode(program.gm)
     assert mode is not None
+    let_graphs_compute_sizes(mode)
     with mode, torch.no_grad():
         return make_fx(run, pre_dispatch=True)(*fakes)
 
@@ -81,7 +82,7 @@ def splice(program: Program, traced: fx.GraphModule, operands: Sequence[fx.Node]
             elif old.op != "placeholder":
                 env[old] = graph.node_copy(old, env.__getitem__)
                 env[old].meta = {"val": old.meta.get("val"), **{k: before.meta[k] for k in KEPT if k in before.meta}}
-                if env[old].meta["val"] is None:
+                if env[old].meta["val"] is None and not is_call(old, aten.sym_constrain_range_for_size):
                     refresh(env[old])
     return results
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from accelpass.ir.attention.spec import steps
 from accelpass.ir.attention.spec.op import attend, spec_of
 from accelpass.ir.attention.spec.spec import All, AttentionSpec
+from accelpass.ir.core.graph import is_from_run_time
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.splice import inserted
 
@@ -35,7 +36,17 @@ def best(importance: Tensor, count: Any) -> Tensor:
 
 def highest(scores: Tensor, count: Any) -> Tensor:
     """The ``count`` highest scores of each row, of equal ones the first: ascending int64 ``(rows, count)``."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    if is_from_run_time(count):  # a slice up to it would have a size that no one can tell from the number of scores
+        return order.index_select(1, torch.arange(count, device=order.device)).sort(-1).values
+    return order[:, :count].sort(-1).values
+
+
+def some(count: Tensor, least: int, most: int) -> Any:
+    """A number from ``least`` to ``most`` that a graph computes, as a size in it."""
+    size = count.long().item()
+    torch.ops.aten.sym_constrain_range_for_size.default(size, min=least, max=most)
+    return size
 
 
 def ranks(scores: Tensor) -> Tensor:

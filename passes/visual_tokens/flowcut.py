@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from accelpass.ir.transform.splice import all_or_nothing
 from accelpass.ir.transform.tap import Tap
 from accelpass.ir.transform.tokens import CannotCut, stretches_between
 from accelpass.passes.core.base import Calibrated, Run
-from accelpass.passes.token_pruning.choice import highest
+from accelpass.passes.token_pruning.choice import highest, some
 from accelpass.passes.visual_tokens.visual import Left, VisualFilter, attention_of
 
 
@@ -37,20 +37,22 @@ class FlowCut(VisualFilter, Calibrated):
     as must. Without a class token a patch scores what the mean of all queries pays it, times its value's magnitudes: the authors' rule
     for Qwen2-VL, there inside the tower (inferred).
 
-    How many leave after a layer follows the entropies of a plan (``accelpass.calibrate``; the mean over its images, in the dense
-    tower), or ``entropy``, and not those of the call, so that all sizes are known before; which ones leave, and how many are
-    left, is the paper's. Its second stage in an early layer of the language model, for images in tiles, is a pass of its own.
+    How many leave after a layer follows the entropy of each call's own attention, the most of its images: the sizes between
+    layers are then only known at run time, and one graph computes all of them. With the entropies of a plan
+    (``accelpass.calibrate``; the mean over its images, in the dense tower), or with ``entropy`` as a number, all sizes are
+    known before, which compiles faster and is not the paper's. Its second stage in an early layer of the language model, for
+    images in tiles, is a pass of its own.
 
     Attributes:
         keep: share of an image's patches that is read.
-        entropy: of the class token's attention where there is no plan, over that of one that is spread evenly: 0 to 1.
+        entropy: of attention in every layer, over that of one that is spread evenly: 0 to 1; None for each call's own, or a plan's.
 
     Raises:
         OptionError: a share out of range.
     """
 
     keep: float = 0.11
-    entropy: float = 0.8
+    entropy: float | None = None
 
     name: ClassVar[str] = "flowcut"
     summary: ClassVar[str] = "patches leave a vision tower layer by layer, by what flows from them to its class token"
@@ -60,8 +62,8 @@ class FlowCut(VisualFilter, Calibrated):
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise self.fail("keep", "a share above 0, at most 1 (1 leaves out nothing)")
-        if not 0 <= self.entropy <= 1:
-            raise self.fail("entropy", "a share from 0, all of the attention on one patch, to 1")
+        if self.entropy is not None and not 0 <= self.entropy <= 1:
+            raise self.fail("entropy", "a share from 0, all of the attention on one patch, to 1, or None for each call's own")
 
     def schedule(self, patches: int, entropies: Sequence[float]) -> dict[int, int]:
         """By number of a block behind which patches leave: how many go on. The last block's entropy is not read."""
@@ -76,22 +78,22 @@ class FlowCut(VisualFilter, Calibrated):
         return counts
 
     def leave(self, program: Program, tower: Tower, before: fx.Node) -> Left:
-        counts = self.schedule(tower.patches, self._entropies(program, tower))
-        if not counts:
+        choices = self._choices(program, tower)
+        if not choices:
             raise NoPrompt(f"{tower.path}: all of its {tower.patches} patches are read")
-        ends = [*counts, len(tower.blocks) - 1]
+        ends = [*choices, len(tower.blocks) - 1]
         streams = [tower.start, *(tower.blocks[n].output for n in ends)]
         limits = [0, *(n + 1 for n in ends)]
         try:
             with all_or_nothing(program):
                 found = stretches_between(program, streams, [tower.blocks[a:b] for a, b in itertools.pairwise(limits)])
                 run, score, went = ShrinkingSequence(program, found), None, list[fx.Node]()
-                for stretch, count in zip(found[1:], counts.values(), strict=True):
+                for stretch, choose in zip(found[1:], choices.values(), strict=True):
                     for attention in run.attentions:
                         flow = partial(_flow, tower.first, spec_of(attention).scale, spec_of(attention).groups)
                         (score,) = run.make(flow, *attention.args[:3], *([] if score is None else [score]))
                     assert score is not None
-                    chosen, score = run.make(partial(_choice, tower.first, count), score)
+                    chosen, score = run.make(choose, score, *run.attentions[-1].args[:2])
                     run.go_on(stretch, Rows(chosen))
                     assert run.rows is not None
                     went += run.make(partial(_went, tower.first, tower.patches), run.rows)
@@ -99,7 +101,20 @@ class FlowCut(VisualFilter, Calibrated):
             raise NoPrompt(str(cause)) from cause
         assert run.rows is not None
         places, stream = run.make(partial(_left, tower.first, tower.patches), run.rows, run.stream)
-        return Left(places, stream, {tower.blocks[n].path: place for n, place in zip(counts, went, strict=True)})
+        return Left(places, stream, {tower.blocks[n].path: place for n, place in zip(choices, went, strict=True)})
+
+    def _choices(self, program: Program, tower: Tower) -> dict[int, Callable[..., list[Tensor]]]:
+        """By number of a block behind which patches leave: what chooses, of scores, queries and keys, those that go on."""
+        entropies, first, blocks = self._entropies(program, tower), tower.first, len(tower.blocks)
+        if entropies is not None:
+            counts = self.schedule(tower.patches, entropies)
+            return {n: partial(_choice, first, count) for n, count in counts.items()}
+        goal, rest = max(1, int(tower.patches * self.keep)), blocks - 2
+        if goal == tower.patches or rest < 0:
+            return {}
+        scale = [spec_of(attention_of(tower, n)).scale for n in range(blocks)]
+        own = {n: partial(_own_choice, first, goal, tower.patches, rest - n, scale[n]) for n in range(rest % 2, rest, 2)}
+        return {**own, rest: partial(_choice, first, goal)}
 
     # --- calibration
 
@@ -121,10 +136,11 @@ class FlowCut(VisualFilter, Calibrated):
             made[f"flowcut/entropy/{tower.path}"] = torch.stack([total / images for total, images in sums])
         return made
 
-    def _entropies(self, program: Program, tower: Tower) -> list[float]:
+    def _entropies(self, program: Program, tower: Tower) -> list[float] | None:
+        """Of each block, if they are known before; None for each call's own."""
         found = program.artefacts.get(f"flowcut/entropy/{tower.path}")
         if found is None:
-            return [self.entropy] * len(tower.blocks)
+            return None if self.entropy is None else [self.entropy] * len(tower.blocks)
         if found.shape != (len(tower.blocks),) or not bool(((found >= 0) & (found <= 1.001)).all()):
             raise PlanError(
                 f"flowcut: the plan has entropies of {list(found.shape)} for {tower.path}, and this tower has {len(tower.blocks)} "
@@ -152,7 +168,16 @@ def _flow(first: int, scale: float, groups: int, q: Tensor, k: Tensor, v: Tensor
     return [0.5 * before[0] + 0.5 * score if before else score]
 
 
-def _choice(first: int, count: int, score: Tensor) -> list[Tensor]:
+def _own_choice(
+    first: int, goal: int, most: int, more: int, scale: float, score: Tensor, q: Tensor, k: Tensor
+) -> list[Tensor]:
+    """As :func:`_choice`, of as many of the tower's ``most`` patches as this call's entropies leave, ``more`` layers before the goal."""
+    entropy, patches = _spread(_paid(first, scale, q, k)), score.new_ones(score.shape[1]).sum()
+    gone = ((patches - goal) / math.sqrt(more) * (1 - entropy**2)).round().amax()
+    return _choice(first, some((patches - gone).clamp_min(goal), goal, most), score)
+
+
+def _choice(first: int, count: Any, score: Tensor, *_: Tensor) -> list[Tensor]:
     """The tokens that go on, ascending, those before the patches among them; and the scores of the patches."""
     best = highest(score, count)
     front = torch.arange(first, device=score.device).expand(score.shape[0], -1)
@@ -173,10 +198,15 @@ def _went(first: int, patches: int, rows: Tensor) -> list[Tensor]:
 
 def _entropy(first: int, scale: float, q: Tensor, k: Tensor) -> Tensor:
     """Entropies of all images of a call, over that of even attention, and how many images: float32 ``(2,)``."""
-    share = _paid(first, scale, q, k)
-    share = share / share.sum(-1, True)
-    found = -(share * share.clamp_min(1e-12).log()).sum(-1) / math.log(max(2, share.shape[1]))
+    found = _spread(_paid(first, scale, q, k))
     return torch.stack([found.sum(), found.new_tensor(float(q.shape[0]))])
+
+
+def _spread(paid: Tensor) -> Tensor:
+    """Entropy of attention, over that of attention that is spread evenly: ``(images,)``."""
+    share = paid / paid.sum(-1, True)
+    even = torch.ones_like(share).sum(-1).clamp_min(2).log()
+    return -(share * share.clamp_min(1e-12).log()).sum(-1) / even
 
 
 def _keys(path: str, program: Program) -> list[Any]:

@@ -20,7 +20,7 @@ from accelpass.passes.core.plan import Plan
 from accelpass.passes.visual_tokens.flowcut import FlowCut, _flow
 from tests.ir.test_shrink import captured
 from tests.passes import vision_truth
-from tests.passes.visual_truth import IMAGE, answer, answered, asked, llava
+from tests.passes.visual_truth import IMAGE, answer, answered, answered_by, asked, llava
 from tests.small_models import relative_error
 from tests.sweep import examples, sweep
 
@@ -198,3 +198,56 @@ def test_what_is_not_taken_is_said(options: dict[str, Any], entropies: list[floa
 def test_options(options: dict[str, Any]):
     with pytest.raises(OptionError, match="is not supported; use"):
         FlowCut(**options)
+
+
+@torch.no_grad()
+def run_tower_by_its_own(model: Any, pixels: Tensor, keep: float) -> tuple[Tensor, Tensor, list[int]]:
+    """As :func:`run_tower`, of all images of a call at once, how many go on by the card's rule; and the numbers that went on."""
+    tower = model.model.vision_tower
+    x = tower(pixels, output_hidden_states=True).hidden_states[0]
+    ids, cum, counts = torch.arange(x.shape[1] - 1).expand(x.shape[0], -1), None, []
+    layers, target = tower.encoder.layers[:-1], max(1, int((x.shape[1] - 1) * keep)) + 1
+    for number, layer in enumerate(layers):
+        h, a = layer.layer_norm1(x), layer.self_attn
+        q, k, v = (p(h).unflatten(-1, (a.num_heads, -1)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
+        score, cls = card_score(q, k, v)
+        cum = score if cum is None else 0.5 * cum + 0.5 * score
+        x = layer(x, attention_mask=None)
+        x = x[0] if isinstance(x, tuple) else x
+        more = len(layers) - 2 - number
+        if more >= 0 and more % 2 == 0 and x.shape[1] > target:
+            n, p = cls.shape[-1], cls / cls.sum(-1, True)
+            entropies = -(p * p.log()).sum(-1) / math.log(n)
+            left = min(card_keep(n, float(h), more, target) for h in entropies)
+            rows = cum.topk(left, -1).indices.sort(-1).values
+            cum, ids = cum.gather(1, rows), ids.gather(1, rows)
+            rows = torch.cat([torch.zeros(x.shape[0], 1, dtype=torch.long), rows + 1], 1)
+            x = x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+            counts.append(left)
+    return x[:, 1:], ids, counts
+
+
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_each_calls_own_entropies_say_how_many_go_on_in_one_graph(lowering: str):
+    model, question, seen = llava(num_hidden_layers=7), asked(2, 1), set()
+    entry = {"name": "flowcut", "keep": 0.25}
+    for layer in model.model.vision_tower.encoder.layers:  # else attention is spread evenly, and none leave
+        torch.nn.init.normal_(layer.self_attn.q_proj.weight, std=3.0)
+    got, fast = answered(model, question, entry, lowering=lowering)
+    for part in (24, 6, 0):  # of the images something is seen on
+        pixels = question["pixel_values"].clone()
+        pixels[..., part:, :] = 0
+        one_call = {**question, "pixel_values": pixels}
+        got = answered_by(fast, model, one_call)
+        left, ids, counts = run_tower_by_its_own(model, one_call["pixel_values"], 0.25)
+        seen.add(tuple(counts))
+        stays = one_call["input_ids"] != IMAGE
+        for i in range(2):
+            places = stays[i].logical_not().nonzero()[:, 0]
+            stays[i, places[ids[i]]] = True
+            with torch.no_grad():
+                features = model.model.multi_modal_projector(left[i])
+            one = {name: t[i : i + 1] for name, t in one_call.items()}
+            assert relative_error(got[i], answer(model, one, features, stays[i])[0]) < 1e-4
+    assert len(seen) > 1
+    assert len(accelpass.explain(fast).graphs) == 2

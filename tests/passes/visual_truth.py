@@ -89,6 +89,12 @@ def answered(
     """Logits ``(texts, NEW, words)`` of the compiled model, which takes the most likely word each time; and the model."""
     model(**given, use_cache=False)  # transformers installs hooks at the first call
     fast = compiled(model, list(passes), **options)
+    return answered_by(fast, model, given, capacity), fast
+
+
+@torch.no_grad()
+def answered_by(fast: Any, model: Any, given: dict[str, Tensor], capacity: int = 96) -> Tensor:
+    """As :func:`answered`, of a model that is compiled."""
     cache = accelpass.KVCache(model, capacity=capacity, batch_size=len(given["input_ids"]))
     made = [fast(**given, past_key_values=cache, logits_to_keep=1).logits]
     mask = given["attention_mask"]
@@ -98,7 +104,7 @@ def answered(
         position = mask.sum(1, keepdim=True) - 1
         more = {"attention_mask": mask, "position_ids": position, "logits_to_keep": 1}
         made.append(fast(input_ids=word, past_key_values=cache, **more).logits)
-    return torch.cat(made, 1), fast
+    return torch.cat(made, 1)
 
 
 def generated(model: Any, given: dict[str, Tensor], *passes: Any, **options: Any) -> tuple[Tensor, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from accelpass.ir.analyses.axes.axes import Axes, Dim, axes
-from accelpass.ir.core.graph import aten, call, hint, is_call, known, mutates, refresh, value
+from accelpass.ir.core.graph import aten, call, hint, is_call, is_from_run_time, known, mutates, refresh, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.ops import KV_APPEND
 from accelpass.ir.torch_private import enable_python_dispatcher
@@ -72,7 +72,7 @@ def count_of(node: fx.Node, dim: int = 1) -> Any:
 
 def is_symbolic(size: Any) -> bool:
     """Whether a size may be another at another call."""
-    return isinstance(size, torch.SymInt) and not known(size == size.node.hint)
+    return isinstance(size, torch.SymInt) and (is_from_run_time(size) or not known(size == size.node.hint))
 
 
 def on_rows(
@@ -91,7 +91,7 @@ def on_rows(
     """
     if is_symbolic(dim.size):
         return _substituted(region, rows, dim.size, count)
-    resizer = Resizer(region[0].graph, known_axes, dim, count, _unexpected, anew)
+    resizer = Resizer(region[0].graph, known_axes, dim, value(count), _unexpected, anew)
     for node, fewer in rows.items():
         resizer.put(node, fewer)
     return dict(zip(region, resizer.copy(region, region), strict=True))
