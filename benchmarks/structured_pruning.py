@@ -3,7 +3,7 @@
     python -m benchmarks.structured_pruning --out structured_pruning.json          # some minutes on one core
 
 Times are ``benchmarks.structured_timing``'s. Scorers are compared at equal size. Perplexity is over 4096 tokens of Python's reference text; norms and block influence are of
-2048 tokens that come after these. Nothing is trained after pruning.
+2048 tokens that come after these, vtrans' masks are trained on those behind them. Weights are not trained.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from benchmarks.quality import TOKENS, perplexity, prose
 
 CALIBRATION, LENGTH = 4, 512
 SHARES = ({"channels": 0.25, "heads": 0.0}, {"channels": 0.0, "heads": 0.25}, {"channels": 0.25, "heads": 0.25})
+TRAINING, SHORT = 256, 256
+"""Of vtrans: batches, of one text of so many tokens, each of which is seen once; the paper has 4,000 of 512."""
 LAYERS = (3, 6)
 CODES = (2048, 8192)
 Row = dict[str, Any]
@@ -50,7 +52,7 @@ class RandomPrune(StructuredPruning):
         return Recipe(("random", site.path), lambda _: (torch.tensor(drawn),)), [found[0].weight]
 
 
-def candidates(model: Any, ids: Tensor) -> dict[str, tuple[list[Any], Any]]:
+def candidates(model: Any, ids: Tensor, only: str) -> dict[str, tuple[list[Any], Any]]:
     """Passes and plan of each row, by its name."""
     data = list(ids[:, TOKENS : TOKENS + CALIBRATION * LENGTH].split(LENGTH, 1))
     plan = accelpass.calibrate(model, data, ["wanda", "shortgpt"], progress=False)
@@ -64,6 +66,12 @@ def candidates(model: Any, ids: Tensor) -> dict[str, tuple[list[Any], Any]]:
         rows[f"vq_logits, {count} codes"] = [{"name": "vq_logits", "codes": count, "iterations": 5}], None
     for count in LAYERS:
         rows[f"shortgpt, {count} layers"] = [{"name": "shortgpt", "remove": count}], plan
+    for units in (["channels", "heads"], ["channels", "heads", "layers", "width"]):
+        asked = {"name": "vtrans", "sparsity": 0.25, "units": units}
+        name = f"vtrans, {', '.join(units)}, sparsity 0.25"
+        if fnmatch.fnmatchcase(name, only):  # minutes of training
+            texts = list(ids[:, TOKENS + CALIBRATION * LENGTH :].split(SHORT, 1))
+            rows[name] = [asked], accelpass.calibrate(model, texts, [asked])
     return rows
 
 
@@ -76,7 +84,7 @@ def compiled(model: Any, passes: list[Any], plan: Any, **options: Any) -> Any:
 @torch.no_grad()
 def quality(model: Any, ids: Tensor, only: str) -> list[Row]:
     rows = []
-    for name, (passes, plan) in candidates(model, ids).items():
+    for name, (passes, plan) in candidates(model, ids, only).items():
         if not fnmatch.fnmatchcase(name, only):
             continue
         fast = compiled(model, passes, plan, lowering="eager")
@@ -103,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, tokenizer = load("smollm2-135m")
-    ids = prose(tokenizer, TOKENS + CALIBRATION * LENGTH)
+    ids = prose(tokenizer, TOKENS + CALIBRATION * LENGTH + TRAINING * SHORT)
     rows = quality(model, ids, options.only)
     if options.out is not None:
         if options.only != "*" and options.out.is_file():

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 import accelpass
 from benchmarks.decode import own_call
@@ -48,6 +49,7 @@ CANDIDATES: dict[str, list[Any] | None] = {
     "hired, 50 %": [{"name": "hired", "keep": 0.5}],
     "hired, 20 %": [{"name": "hired", "keep": 0.2}],
     "flowcut, 50 %": [{"name": "flowcut", "keep": 0.5}],
+    "flowcut, 50 %, sizes known before": [{"name": "flowcut", "keep": 0.5, "entropy": 0.8}],
     "flowcut, 20 %": [{"name": "flowcut", "keep": 0.2}],
     "fastv, 50 %": [{"name": "fastv", "keep": 0.5}],
     "fastv, 20 %": [{"name": "fastv", "keep": 0.2}],
@@ -138,12 +140,14 @@ def measure(names: Sequence[str], batch: int, rounds: int, small: bool, say: Say
     vlm(input_ids=given[0], pixel_values=given[1], use_cache=False)  # transformers installs hooks at the first call
     runs: dict[str, Timed] = {}
     compiling: dict[str, float] = {}
+    graphs: dict[str, int] = {}
     for name in names:
         say(f"batch {batch}: compiling {name}")
         start = time.perf_counter()
         runs[name] = Timed(vlm, CANDIDATES[name], given)
+        before = counters["stats"]["unique_graphs"]
         runs[name]()
-        compiling[name] = time.perf_counter() - start
+        compiling[name], graphs[name] = time.perf_counter() - start, counters["stats"]["unique_graphs"] - before
     for _ in range(rounds + 1):  # of which the first may compile once more
         for run in runs.values():
             run()
@@ -161,6 +165,7 @@ def measure(names: Sequence[str], batch: int, rounds: int, small: bool, say: Say
                 "peak_mb": round(run.peak, 1),
                 "cache_of_dense": round(run.stored, 3),
                 "compile_s": round(compiling[name], 1),
+                "graphs": graphs[name],
             }
         )
         print(json.dumps({"batch": batch, **rows[-1]}), flush=True)

@@ -18,7 +18,16 @@ from torch import Tensor, fx
 from accelpass.backends.staged.linker import Key, LinkedGraph, link
 from accelpass.backends.staged.stage import Code, Compile, Fn, Held, Ref, Stage, attribute, layout, part_of
 from accelpass.ir.attention.recognition.score_steps import argument
-from accelpass.ir.core.graph import aten, draws, fake_mode, is_call, is_from_run_time, placeholders, value, written_inputs
+from accelpass.ir.core.graph import (
+    aten,
+    draws,
+    fake_mode,
+    is_call,
+    is_from_run_time,
+    placeholders,
+    value,
+    written_inputs,
+)
 
 LEAST_NODES, LEAST_TIMES = 10, 3
 """A repetition of fewer nodes, or that occurs fewer times, stays where it is: each call of a part costs microseconds."""

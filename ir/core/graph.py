@@ -59,7 +59,9 @@ def is_from_run_time(size: Any) -> bool:
 
 
 def hint(size: Any) -> int:
-    """What a size was when the graph was traced, to sort and report by; this never adds a guard."""
+    """What a size was when the graph was traced, to sort and report by; of one from run time the most. This never adds a guard."""
+    if is_from_run_time(size):
+        return int(size.node.shape_env.bound_sympy(size.node.expr).upper)
     return size if isinstance(size, int) else size.node.hint
 
 

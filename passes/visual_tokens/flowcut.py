@@ -63,7 +63,9 @@ class FlowCut(VisualFilter, Calibrated):
         if not 0 < self.keep <= 1:
             raise self.fail("keep", "a share above 0, at most 1 (1 leaves out nothing)")
         if self.entropy is not None and not 0 <= self.entropy <= 1:
-            raise self.fail("entropy", "a share from 0, all of the attention on one patch, to 1, or None for each call's own")
+            raise self.fail(
+                "entropy", "a share from 0, all of the attention on one patch, to 1, or None for each call's own"
+            )
 
     def schedule(self, patches: int, entropies: Sequence[float]) -> dict[int, int]:
         """By number of a block behind which patches leave: how many go on. The last block's entropy is not read."""
@@ -113,7 +115,9 @@ class FlowCut(VisualFilter, Calibrated):
         if goal == tower.patches or rest < 0:
             return {}
         scale = [spec_of(attention_of(tower, n)).scale for n in range(blocks)]
-        own = {n: partial(_own_choice, first, goal, tower.patches, rest - n, scale[n]) for n in range(rest % 2, rest, 2)}
+        own = {
+            n: partial(_own_choice, first, goal, tower.patches, rest - n, scale[n]) for n in range(rest % 2, rest, 2)
+        }
         return {**own, rest: partial(_choice, first, goal)}
 
     # --- calibration

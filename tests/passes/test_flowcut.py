@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import accelpass
-from accelpass.ir.analyses.structure.cost import total
+from accelpass.ir.analyses.structure.cost import at_compiled_sizes, total
 from accelpass.ir.analyses.structure.vision import vision
 from accelpass.ir.core.graph import value
 from accelpass.ir.errors import OptionError, PlanError
@@ -148,13 +148,26 @@ def test_the_tower_computes_less_than_the_dense_one():
     program, _ = captured(tower, torch.randn(1, 3, 24, 24))
     (found,) = program.analysis(vision).towers
     before = total(program).flops
-    left = FlowCut(keep=0.25).leave(program, found, next(iter(program.graph.find_nodes(op="output"))))
+    left = FlowCut(keep=0.25, entropy=0.8).leave(program, found, next(iter(program.graph.find_nodes(op="output"))))
     assert value(left.places).shape == (9,) and value(left.stream).shape == (1, 9, 16)
     (output,) = program.graph.find_nodes(op="output")
     output.args = ((left.stream,),)
     program.graph.eliminate_dead_code()
     program.changed()
     assert total(program).flops < 0.8 * before
+
+
+def test_what_is_reported_of_sizes_from_run_time_is_the_most_they_can_be():
+    program, _ = captured(vision_truth.tower(side=6, layers=7), torch.randn(2, 3, 24, 24))
+    (found,) = program.analysis(vision).towers
+    (output,) = program.graph.find_nodes(op="output")
+    before = total(program).flops
+    left = FlowCut(keep=0.25).leave(program, found, output)
+    assert value(left.places).shape == (18,) and value(left.stream).shape == (2, 9, 16)
+    output.args = ((left.stream,),)
+    program.graph.eliminate_dead_code()
+    program.changed()
+    assert 0 < at_compiled_sizes(program, total(program).flops) < before
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from accelpass.ir.attention.spec.block_select import causal_form
 from accelpass.ir.attention.spec.op import is_attention, spec_of
 from accelpass.ir.attention.spec.selected import selected_pairs
 from accelpass.ir.attention.spec.spec import All
-from accelpass.ir.core.graph import aten, value
+from accelpass.ir.core.graph import aten, hint, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.linear.op import LINEAR
 from accelpass.ir.torch_private import tree_leaves
@@ -158,11 +158,11 @@ _RULES: dict[Any, Callable[[fx.Node], sympy.Expr]] = {
 
 
 def _hints(program: Program) -> dict[sympy.Symbol, int]:
-    """The value that each symbolic size had when the graph was traced."""
+    """The value that each symbolic size had when the graph was traced; of sizes from run time the most."""
     found: dict[sympy.Symbol, int] = {}
     for node in program.graph.nodes:
         held = value(node)
         for size in held.shape if isinstance(held, Tensor) else [held]:
-            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.hint is not None:
-                found[size.node.expr] = int(size.node.hint)
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and (seen := hint(size)) is not None:
+                found[size.node.expr] = int(seen)
     return found
