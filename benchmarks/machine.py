@@ -31,6 +31,18 @@ def features() -> str:
     )
 
 
+def goes_on(before: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run whose rows do not depend on the processor: all that measured some are named. Empty if ``before`` differs.
+
+    Args:
+        before: what is in the file.
+    """
+    if not before.items() >= {k: v for k, v in settings.items() if k != "cpu"}.items():
+        return {}
+    held = str(before.get("cpu", "")).split("; ")
+    return {**settings, "cpu": "; ".join(dict.fromkeys([*filter(None, held), settings["cpu"]]))}
+
+
 def row_lines(title: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Rows as a table of Markdown, their ``name`` first; an empty line behind it."""
     names = [name for name in rows[0] if name != "name"]

@@ -31,7 +31,7 @@ import accelpass
 from accelpass.models_zoo import minilm, smollm2
 from benchmarks import sentence_quality
 from benchmarks.gguf_peers import KINDS, Peer
-from benchmarks.machine import cpu
+from benchmarks.machine import cpu, goes_on
 from benchmarks.quality import WINDOW, perplexity, prose
 
 RESULTS = Path(__file__).parent / "results"
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     subject = kind(given.samples, scored)
     settings = {"cpu": cpu(), "torch": torch.__version__, "samples": len(subject.data), "tokens": scored}
     before = json.loads(results.read_text()) if results.is_file() else {}
-    rows: list[dict[str, Any]] = before["rows"] if before.items() >= settings.items() else []
+    rows: list[dict[str, Any]] = before["rows"] if goes_on(before, settings) else []
     done = {(row["method"], row["bits"]) for row in rows}
     if not rows:
         rows = [{"method": "dense", "bits": "32 bits", **_beside(subject.floats(), [])}]
@@ -208,8 +208,8 @@ def _keep(results: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -
     """Write the rows, and the most memory that a process took which measured some of them."""
     before = json.loads(results.read_text()) if results.is_file() else {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if before.items() >= settings.items():
-        peak = max(peak, before.get("peak_gib", 0.0))
+    if same := goes_on(before, settings):
+        settings, peak = same, max(peak, before.get("peak_gib", 0.0))
     results.write_text(json.dumps({**settings, "peak_gib": peak, "rows": rows}, indent=1) + "\n")
 
 
