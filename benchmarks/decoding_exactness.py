@@ -107,7 +107,8 @@ def main() -> None:
     before = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     rows: list[Row] = before["rows"] if before.items() >= settings.items() else []
     for name in CACHES:
-        if asked.only is None and any(row["cache"] == name for row in rows) or asked.only and asked.only not in name:
+        there = any(row["cache"] == name for row in rows)
+        if there if asked.only is None else asked.only not in name:
             continue
         rows = [row for row in rows if row["cache"] != name] + measure(name, texts, asked.tokens)
         RESULT.write_text(json.dumps({**settings, "cpu": cpu(), "rows": rows}, indent=1) + "\n")
