@@ -1,7 +1,7 @@
-"""Multi-token prediction modules on the zoo's mixture of bytes: how far they guess right, and what is lost without verification.
+"""Multi-token prediction modules: how far they guess right, and what is lost without verification.
 
-``python -m benchmarks.multi_token --steps 400`` trains modules on texts that the model wrote (some minutes on one core), and writes
-benchmarks/results/bytes_moe_mtp.json: how often the guess of each module is the model's own token after right guesses before it, calls a token, and
+``python -m benchmarks.multi_token --steps 400`` trains modules for the zoo's mixture of bytes on texts that the model wrote (some minutes on
+one core), and writes benchmarks/results/bytes_moe_mtp.json; ``--model smollm2`` does it for SmolLM2: how often the guess of each module is the model's own token after right guesses before it, calls a token, and
 without verification, the perplexity of the texts under the model itself.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,32 @@ from torch.nn import functional as F
 from accelpass import KVCache
 from accelpass.decoding import MTPHeads, Proposal, Request, Verified, exact, mtp_heads
 from accelpass.decoding.heads import distil
-from accelpass.models_zoo import bytes_moe
+from accelpass.models_zoo import bytes_moe, smollm2
+from benchmarks.kv_tasks import prose
 
-RESULT = Path(__file__).parent / "results" / "bytes_moe_mtp.json"
+RESULTS = Path(__file__).parent / "results"
 PROMPT = 64
+Data = Callable[[bool], Tensor]
+"""Tokens of a text, or of one that is held out."""
 
 
-def prompts(count: int, held_out: bool) -> Tensor:
-    data = bytes_moe.tokens(bytes_moe.text(held_out))
+def of_bytes() -> tuple[Any, Data]:
+    return bytes_moe.load(torch.float32)[0], lambda held_out: bytes_moe.tokens(bytes_moe.text(held_out))
+
+
+def of_smollm2() -> tuple[Any, Data]:
+    """The first tenth of the prose is held out."""
+    model, tokenizer = smollm2.load(torch.float32)
+    ids = tokenizer(prose(), return_tensors="pt").input_ids[0]
+    part = len(ids) // 10
+    return model, lambda held_out: ids[:part] if held_out else ids[part:]
+
+
+SUBJECTS = {"bytes": (of_bytes, "bytes_moe_mtp.json", 16), "smollm2": (of_smollm2, "smollm2_mtp.json", 4)}
+"""How a model and its data are had, the file of its figures, and the texts of a batch."""
+
+
+def prompts(data: Tensor, count: int) -> Tensor:
     at = torch.randint(len(data) - PROMPT, (count, 1), generator=torch.Generator().manual_seed(5))
     return data[at + torch.arange(PROMPT)]
 
@@ -61,10 +80,11 @@ class Counted:
         return found
 
 
-def measure(depth: int, steps: int, batches: int, judged: int, new: int) -> dict[str, Any]:
+def measure(name: str, depth: int, steps: int, batches: int, judged: int, new: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    model, _ = bytes_moe.load(torch.float32)
-    asked = prompts(16 * batches, held_out=False).split(16)
+    load, _, size = SUBJECTS[name]
+    model, data = load()
+    asked = prompts(data(False), size * batches).split(size)
     texts = [written(model, ids, 160, do_sample=number % 2 == 1, temperature=0.7) for number, ids in enumerate(asked)]
     print("texts written", flush=True)
     heads = MTPHeads(model, depth)
@@ -74,7 +94,7 @@ def measure(depth: int, steps: int, batches: int, judged: int, new: int) -> dict
     decoder.acceptance = counted
     calls = tokens = same = 0
     plain_texts, free_texts = [], []
-    for ids in prompts(judged, held_out=True).split(1):
+    for ids in prompts(data(True), judged).split(1):
         plain = written(model, ids, new)
         cache = KVCache(model, PROMPT + new + depth + 1)
         same += torch.equal(written(model, ids, new, custom_generate=decoder, past_key_values=cache), plain)
@@ -94,14 +114,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batches", type=int, default=12, help="of 16 texts")
+    parser.add_argument("--model", choices=list(SUBJECTS), default="bytes")
+    parser.add_argument("--batches", type=int, default=12, help="of texts that are learnt from")
     parser.add_argument("--judged", type=int, default=16, help="prompts of held-out text")
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--write", type=Path, default=RESULT)
+    parser.add_argument("--write", type=Path)
     given = parser.parse_args()
-    found = measure(given.depth, given.steps, given.batches, given.judged, given.new)
+    found = measure(given.model, given.depth, given.steps, given.batches, given.judged, given.new)
     print(json.dumps(found, indent=1))
-    given.write.write_text(json.dumps(found, indent=1) + "\n")
+    (given.write or RESULTS / SUBJECTS[given.model][1]).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
