@@ -201,8 +201,8 @@ def write_tables(content: dict[str, Any], page: Path = PAGE) -> None:
     titles = {"time": "time", "memory": "memory", "head": "output head, one token"}
     for part, title in titles.items():
         if rows := content["parts"].get(part):
-            lines += row_lines(title, rows)
-    put_table(page, START, f"Measured on {content['cpu']}, {content['threads']} threads.\n\n" + "\n".join(lines), END)
+            lines += [f"On {content['cpus'][part]}, {content['threads']} threads:", "", *row_lines(title, rows)]
+    put_table(page, START, "\n".join(lines), END)
 
 
 @torch.no_grad()
@@ -232,7 +232,8 @@ def main() -> None:
         return
     content = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"parts": {}}
     old = {row["name"]: row for row in content["parts"].get(given.part, []) if given.only != "*"}
-    content |= {"cpu": cpu(), "torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    content |= {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    content.setdefault("cpus", {})[given.part] = cpu()
     content["parts"][given.part] = list((old | {row["name"]: row for row in rows}).values())
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     write_tables(content)
