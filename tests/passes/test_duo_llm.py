@@ -154,6 +154,7 @@ def loss_by_chance(model: Any, parts: dict[str, Tensor], text: Tensor, seeds: in
     return sum(losses) / seeds
 
 
+@pytest.mark.slow
 def test_joint_training_lowers_the_loss_of_mixed_sizes():
     model, draw = small.decoder(0), torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -153,6 +153,7 @@ def oracle(model: nn.Module, data: list[Call], bits: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("bits", sweep(8, 4))
+@pytest.mark.slow
 def test_a_whole_unet_is_the_cards_oracle(unet: nn.Module, bits: int) -> None:
     plan = accelpass.calibrate(unet, DATA, [{"name": "mixdq", "bits": bits}], progress=False)
     assert sum(key.endswith("/bos") for key in plan.tensors) == 2 * sum(

@@ -34,7 +34,7 @@ METHODS = {
 SETTINGS = {"max_new_tokens": 14, "do_sample": False}
 
 
-QUICK = ("h2o", "cskv", "tidaldecode", "moa")
+QUICK = ("h2o", "moa")
 
 
 @pytest.mark.parametrize("which", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
