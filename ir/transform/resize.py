@@ -37,7 +37,7 @@ class CannotResize(AccelpassError):
 class _Sizes:
     """What became of each axis, or sequence of merged axes, and of positions along those that were joined from parts."""
 
-    new: dict[Leaves, int] = field(default_factory=dict)
+    new: dict[Leaves, Any] = field(default_factory=dict)
     moved: dict[Leaves, dict[int, int]] = field(default_factory=dict)
     parts: dict[Leaves, list[tuple[int, bool]]] = field(default_factory=dict)
     """Of a joined axis: how long each part was, and whether it has fewer rows now."""
@@ -71,6 +71,7 @@ class Resizer:
     """Copies nodes for ``size`` rows of the dimension ``dim``.
 
     Attributes:
+        size: a number, or a symbolic one: views then find it themselves.
         take: makes, from a value that is computed outside and has the axis in some dimension, the rows that are kept.
         anew: the rows that are kept are a sequence of their own, counted from 0: positions that the graph makes for all rows
             are made for as many as there are now, and what it cuts off the end is cut off the new end.
@@ -79,7 +80,7 @@ class Resizer:
     graph: fx.Graph
     axes: Axes
     dim: Dim
-    size: int
+    size: Any
     take: Take
     anew: bool = False
     _sizes: _Sizes = field(default_factory=_Sizes)
