@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import accelpass
+from accelpass.backends.staged.repetition import _where_sizes_pass
 from accelpass.ir.analyses.structure.cost import at_compiled_sizes, total
 from accelpass.ir.analyses.structure.vision import vision
 from accelpass.ir.core.graph import value
@@ -168,6 +169,18 @@ def test_what_is_reported_of_sizes_from_run_time_is_the_most_they_can_be():
     program.graph.eliminate_dead_code()
     program.changed()
     assert 0 < at_compiled_sizes(program, total(program).flops) < before
+
+
+def test_a_graph_is_not_cut_where_a_size_from_run_time_would_cross():
+    program, _ = captured(vision_truth.tower(side=6, layers=7), torch.randn(2, 3, 24, 24))
+    (found,) = program.analysis(vision).towers
+    FlowCut(keep=0.25).leave(program, found, next(iter(program.graph.find_nodes(op="output"))))
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    place, closed = {n: i for i, n in enumerate(calls)}, _where_sizes_pass(calls)
+    assert 0 < len(closed) < len(calls)
+    for cut in set(range(1, len(calls))) - closed:
+        crossing = [n for n in calls[:cut] if any(place.get(u, len(calls)) >= cut for u in n.users)]
+        assert all(isinstance(value(n), Tensor) and all(isinstance(s, int) for s in value(n).shape) for n in crossing)
 
 
 @pytest.mark.slow
