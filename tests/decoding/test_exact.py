@@ -21,6 +21,7 @@ CACHES: dict[str, list[Any]] = {
     "kv_quant": [{"name": "kv_quant", "bits": 4}],
     "tidaldecode": [{"name": "tidaldecode", "budget": 5, "first": 0, "reselect": 5}],
     "cskv": [{"name": "cskv", "keep_k": 0.5, "keep_v": 0.5, "window": 3}],
+    "h2o, packed head": [{"name": "h2o", "budget": 0.4}, "int8_weights"],
 }
 
 
@@ -68,6 +69,15 @@ def test_greedy_texts_are_those_of_plain_decoding(cache, names, layers):
             assert torch.equal(got, want), name
             assert held.seen == want.shape[1] - 1
         assert decoder.statistics.tokens == 19
+
+
+def test_guesses_can_be_taken_back_where_a_pass_has_packed_the_head():
+    model = settled(llama(layers=1))
+    model.compile(backend="accelpass", options={"lowering": "eager", "passes": CACHES["h2o, packed head"]})
+    want = model.generate(prompt(), past_key_values=KVCache(model, 160), **GREEDY)
+    decoder = DECODERS["prompt_lookup"](model)
+    got = model.generate(prompt(), past_key_values=KVCache(model, 160), custom_generate=decoder, **GREEDY)
+    assert torch.equal(got, want) and decoder.statistics.tokens_per_call > 1
 
 
 @pytest.mark.parametrize("name", quick(list(DECODERS), "draft_model", "token_recycling", "jacobi"))

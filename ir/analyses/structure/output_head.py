@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch import fx
@@ -24,6 +24,7 @@ from accelpass.ir.attention.recognition.score_steps import number
 from accelpass.ir.attention.spec.op import is_attention
 from accelpass.ir.core.graph import aten, is_call, shape
 from accelpass.ir.core.program import Program
+from accelpass.ir.linear.op import EMBEDDING, LINEAR
 
 _FAR = 12
 _POOLS = (
@@ -68,15 +69,28 @@ def returned_logits(program: Program) -> list[OutputHead]:
     return _heads(program, lambda node: True)
 
 
+def returned_logit_nodes(program: Program) -> list[fx.Node]:
+    """What is returned of heads that :func:`returned_logits` finds, or found before a pass packed their weights."""
+    plain = [head.node for head in returned_logits(program)]
+    packed = {n for n in program.graph.nodes if is_call(n, LINEAR)}
+    tables = {int(shape(table.weight)[0]) for table in program.analysis(embeddings) if is_read_first(table)}
+    tables |= {int(shape(n)[0]) for e in program.graph.nodes if is_call(e, EMBEDDING) for n in e.args[1][:1]}
+    for out in output_nodes(program):
+        behind = _behind(program, out, packed, lambda node: True)
+        if behind is not None and out not in plain and shape(behind[0])[-1] in tables:
+            plain.append(out)
+    return plain
+
+
 def _heads(program: Program, fits: Callable[[fx.Node], bool]) -> list[OutputHead]:
     sites = {site.node: site for site in program.analysis(linears)}
     tables = program.analysis(embeddings)
     found: dict[fx.Node, OutputHead] = {}
     for out in output_nodes(program):
         behind = _behind(program, out, sites, fits)
-        if behind is None or behind[0].node in found:
+        if behind is None or behind[0] in found:
             continue
-        site, cap = behind
+        site, cap = sites[behind[0]], behind[1]
         head = _head(program, site, out, cap, tables)
         if head is not None:
             found[site.node] = head
@@ -84,13 +98,13 @@ def _heads(program: Program, fits: Callable[[fx.Node], bool]) -> list[OutputHead
 
 
 def _behind(
-    program: Program, node: fx.Node, sites: dict[fx.Node, Linear], fits: Callable[[fx.Node], bool]
-) -> tuple[Linear, float | None] | None:
+    program: Program, node: fx.Node, sites: Collection[fx.Node], fits: Callable[[fx.Node], bool]
+) -> tuple[fx.Node, float | None] | None:
     """The linear behind an output, and its soft cap; None where it does not fit."""
     cap, factor = None, None
     for _ in range(_FAR):
         if node in sites:
-            return (sites[node], cap) if fits(node) else None
+            return (node, cap) if fits(node) else None
         above = scaled(program, node)
         if above is not None:
             factor = next((c for c in map(number, node.args[:2]) if c is not None), None)
