@@ -84,6 +84,7 @@ class Decoder:
             )
         self.one_graph = one_graph
         self._steps: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._paces: weakref.WeakKeyDictionary[Any, dict[int, Pace]] = weakref.WeakKeyDictionary()
         self.statistics = Statistics()
 
     def __call__(
@@ -199,7 +200,8 @@ class Decoder:
     def _run(self, request: Request, reader: Reader, stops: Any, pad: int) -> Iterator[Tensor]:
         _refuse_both_directions(request.model)
         text = _Text(request, pad)
-        pace, self.statistics = Pace(self.sizes, self.adaptive), Statistics()
+        paces, self.statistics = self._paces.setdefault(request.model, {}), Statistics()
+        pace = paces.setdefault(request.batch, Pace(self.sizes, self.adaptive))
         whole = None if self.one_graph is None else Step(request, reader, self.one_graph, self._steps)
         logits = reader.first(request.ids)
         request = _with_cache(request, reader)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, field
 
 WEIGHT = 0.25
 """Of the newest call, in the running means."""
 MARGIN = 1.05
 """A size must give so many times the tokens per second of single tokens."""
-LONGEST_REST = 128
+LOSS = 0.03
+"""Of the time of single tokens, what calls that did not pay may take: their size rests until it is so."""
+LONGEST_WAIT, LONGEST_REST = 128, 1024
+HICCUP = 4
+"""A call counts in the mean with so many times the mean at most, and in what it lost with the square of it."""
 
 
 @dataclass
 class _Size:
-    """``gained`` tokens and ``seconds`` a call, in the mean; it rests for ``rest`` tokens, ``wait`` the next time."""
+    """``gained`` tokens and ``seconds`` a call, in the mean; it rests for ``rest`` tokens, at least ``wait`` the next time."""
 
     calls: int = 0
     gained: float = 0.0
@@ -30,8 +36,9 @@ class _Size:
 class Pace:
     """Chooses how many rows a call may have.
 
-    A size that gives fewer tokens a second than single tokens do rests, twice as long each time, and is then tried once. So what
-    guesses cost where they are never right shrinks to one call in 128 tokens. The first call of a size is not counted: it may compile.
+    A size that gives fewer tokens a second than single tokens do rests until what the call has lost is a small part of the time, twice as
+    long each time at first, and is then tried once; larger sizes rest with it. What was learnt in one text holds for the next. The first call of a size is
+    not counted: it may compile.
 
     Attributes:
         sizes: rows that a call may have, ascending, the first is 1.
@@ -49,7 +56,7 @@ class Pace:
             return fitting
         if self._of(1).calls < 2:  # nothing to compare with yet
             return []
-        return [size for size in fitting if not self._of(size).rest]
+        return list(itertools.takewhile(lambda size: not self._of(size).rest, fitting))
 
     def note(self, size: int, gained: int, seconds: float) -> None:
         """What a call of ``size`` rows gave and took, guessing included."""
@@ -63,13 +70,15 @@ class Pace:
             one.gained, one.seconds = float(gained), seconds
         else:
             one.gained += WEIGHT * (gained - one.gained)
-            one.seconds += WEIGHT * (
-                min(seconds, 4 * one.seconds) - one.seconds
-            )  # a hiccup of the machine is not its pace
+            # A hiccup of the machine is not its pace.
+            one.seconds += WEIGHT * (min(seconds, HICCUP * one.seconds) - one.seconds)
         if size == 1 or not self.adaptive:
             return
-        if one.rate < MARGIN * self._of(1).rate:
-            one.rest, one.wait = one.wait, min(2 * one.wait, LONGEST_REST)
+        single = self._of(1).rate
+        if one.rate < MARGIN * single:
+            lost = min(seconds, HICCUP**2 * one.seconds) * single - gained
+            one.rest = min(LONGEST_REST, max(one.wait, math.ceil(lost / LOSS)))
+            one.wait = min(2 * one.wait, LONGEST_WAIT)
         else:
             one.wait = 4
 

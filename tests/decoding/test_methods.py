@@ -62,6 +62,18 @@ def test_sizes_rest_where_guesses_do_not_pay():
     assert pace.allowed(3) == []
 
 
+def test_what_a_costly_guess_has_lost_is_paid_off_before_the_next():
+    """A draft that reads a long text for its first guess, and guesses wrong."""
+    pace, seconds, tokens = Pace((1, 4, 8)), 0.0, 0
+    while tokens < 3000:
+        sizes = pace.allowed(9)
+        size, took = (max(sizes), 40.0 if tokens % 200 < 100 else 6.0) if sizes else (1, 1.0)
+        pace.note(size, 1, took)
+        seconds, tokens = seconds + took, tokens + 1
+    first = 2 * 40 + 2 * 40  # sizes 8 and 4: one call that is not counted, and one that tells
+    assert seconds < 1.06 * tokens + first
+
+
 def student_and_teacher(seed: int, size: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(seed)
     return (torch.randn(size) * 2).softmax(-1), (torch.randn(size) * 2).softmax(-1)
