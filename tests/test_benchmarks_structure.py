@@ -65,7 +65,7 @@ def test_experts_that_are_kept_are_those_that_tokens_go_to():
 def test_rows_of_the_page_are_those_of_the_results(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{structured_timing.START}old\n{structured_timing.END}\nafter\n")
-    content = {"cpu": "one", "threads": 2, "parts": {"memory": [{"name": "dense", "resident_mb": 1.5}]}}
+    content = {"cpus": {"memory": "one"}, "threads": 2, "parts": {"memory": [{"name": "dense", "resident_mb": 1.5}]}}
     structured_timing.write_tables(content, page)
     made = page.read_text()
     assert "| dense | 1.5 |" in made and "old" not in made and made.startswith("before") and made.endswith("after\n")

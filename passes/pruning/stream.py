@@ -32,12 +32,14 @@ class Layer:
     Attributes:
         of: the path of the attention or MLP.
         writer: the linear that gives what is added.
+        at: which operand of the addition is the stream.
         why: what stands in the way of leaving it out, or of weighing it; empty if nothing does.
     """
 
     of: str
     sublayer: Sublayer
     writer: Linear | None
+    at: int
     why: str
     aspect: ClassVar[str] = "layer"
 
@@ -60,7 +62,10 @@ class Layer:
 
     def leave_out(self) -> None:
         """Let the stream go on as it was; what computed the rest has no reader any more."""
-        self.sublayer.node.replace_all_uses_with(self.sublayer.input)
+        # If the sublayer before it was left out, the stream that it is added to is another by now than the analysis found.
+        stream = self.sublayer.node.args[self.at]
+        assert isinstance(stream, fx.Node)
+        self.sublayer.node.replace_all_uses_with(stream)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,10 @@ def _layer(program: Program, one: Sublayer, block: str) -> Layer | None:
         why = f"what {path} gives is changed before it is added (a norm, a gate)"
     elif value(one.input).dtype != value(one.node).dtype:
         why = f"{path} changes the dtype of the stream"
-    return Layer(path, one, writer, why)
+    at = next((i for i, operand in enumerate(one.node.args) if operand is one.input), -1)
+    if at < 0:
+        why = f"the stream is changed before what {path} gives is added to it"
+    return Layer(path, one, writer, at, why)
 
 
 def widths(program: Program) -> list[Width]:

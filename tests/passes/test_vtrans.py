@@ -134,6 +134,7 @@ def test_what_is_left_is_the_masked_model(seed: int, kv: int, groups: int, hidde
 )
 @example(seed=0, units=UNITS, kv=2, groups=2, hidden=12)
 @example(seed=0, units=("channels", "heads", "width"), kv=2, groups=2, hidden=64)
+@example(seed=0, units=("channels", "heads", "layers"), kv=2, groups=1, hidden=14)  # both parts of the last layer go
 def test_width_layers_and_units_together_are_the_masked_model(
     seed: int, units: tuple[str, ...], kv: int, groups: int, hidden: int
 ):
