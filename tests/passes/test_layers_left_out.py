@@ -17,6 +17,7 @@ from accelpass.models_zoo import small
 from accelpass.passes.core.registry import make
 from accelpass.passes.structure.early_exit import EarlyExit
 from accelpass.passes.structure.skip_layers import SkipLayers
+from tests.sweep import sweep
 
 LAYERS, PROMPT, ANSWER = 4, 6, 5
 Act = Callable[[int, int, Tensor], str]
@@ -146,7 +147,7 @@ def test_tokens_exit_where_the_head_is_confident(batch: int):
     check(answered(fast, KVCache(model, 16, batch_size=batch), given), wanted)
 
 
-@pytest.mark.parametrize("passes", [{"name": "skip_layers"}, {"name": "early_exit", "threshold": 1.0}])
+@pytest.mark.parametrize("passes", sweep({"name": "skip_layers"}, {"name": "early_exit", "threshold": 1.0}))
 def test_identity(passes: dict[str, Any]):
     model = model_of()
     fast, given = compiled(model, passes, {"name": "int8_weights"}), ids(4)

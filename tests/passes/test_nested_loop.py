@@ -92,6 +92,7 @@ def test_the_unrolled_loop_is_the_cards(seed, trips, batch, tokens, guidance):
     assert done.what.startswith(f"{trips - 1} trips of ") and list(record.took) == ["estimator"]
 
 
+@pytest.mark.slow
 def test_what_is_computed_once():
     """Linears of the body by how often they run, and how many rows they have."""
     model, given = Solver(speaker(trips=10)), inputs(1, 2)

@@ -142,6 +142,7 @@ def test_other_ways_to_write_one_and_codes_that_are_returned_whole():
     assert relative_error(image, want) < 1e-5 and torch.equal(codes, every) and codes.shape == (2, 12)
 
 
+@pytest.mark.slow
 def test_the_callers_codes_are_cut_too():
     model = small.piece_tokenizer()
     codes = torch.randint(24, (3, 12), generator=torch.Generator().manual_seed(0))

@@ -285,6 +285,7 @@ def test_with_other_passes_the_prompt_is_that_of_the_oracle(others):
     assert not torch.allclose(both[0], dense[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_two_passes_that_choose_tokens_decode_as_tidaldecode_says():
     """At a budget of all tokens its decoding is dense, whatever the prompt read."""
     tidal = {"name": "tidaldecode", "budget": CAPACITY, "first": 0, "reselect": 5}

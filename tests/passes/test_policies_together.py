@@ -32,6 +32,7 @@ def compiled(model: Any, *passes: Any) -> Any:
     return torch.compile(model, backend="accelpass", options={"passes": list(passes), "lowering": "eager"})
 
 
+@pytest.mark.slow
 def test_two_step_passes_on_blocks_of_their_own():
     model, call = model_of("dit")
     truth = fast_attention(copy.deepcopy(model), FAST["methods"], 3)
