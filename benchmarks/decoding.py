@@ -21,9 +21,11 @@ from transformers import StoppingCriteriaList
 from accelpass import KVCache, decoding
 from accelpass.models_zoo import smollm2
 from benchmarks.kv_tasks import prose
-from benchmarks.machine import cpu
+from benchmarks.machine import cpu, put_table, row_lines
 
 RESULT = Path(__file__).parent / "results" / "smollm2_decoding_cpu.json"
+PAGE = Path(__file__).parent.parent / "docs" / "decoding.md"
+START, END = "<!-- decoding speeds -->\n", "<!-- end of decoding speeds -->"
 PLAIN, PEER = "plain", "transformers' prompt lookup"
 QUESTIONS = (
     "Explain in three paragraphs why the sky is blue.",
@@ -129,6 +131,20 @@ def measure(kinds: dict[str, list[str]], new: int, turns: int, say: Callable[[st
     return rows
 
 
+def write_table(content: dict[str, Any], page: Path = PAGE) -> None:
+    """Put the figures into the page: of each way and kind of prompt, how fast each prompt was by plain decoding."""
+    rows = content["rows"]
+    kinds, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("kind", "name"))
+    made = []
+    for name in names:
+        own = [row for row in rows if row["name"] == name]
+        calls = [row["tokens_per_call"] for row in own if row["tokens_per_call"] != ""]
+        by_kind = {kind: ", ".join(str(row["against_plain"]) for row in own if row["kind"] == kind) for kind in kinds}
+        several = f"{min(calls)} to {max(calls)}" if calls else ""
+        made.append({"name": name, **by_kind, "tokens_a_call": several})
+    put_table(page, START, "\n".join(row_lines("way", made)), END)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=3, help="of each kind")
@@ -139,7 +155,9 @@ def main() -> None:
     rows = measure(prompts(asked.prompts), asked.tokens, asked.turns, lambda line: print(line, flush=True))
     device = f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     asked.write.parent.mkdir(parents=True, exist_ok=True)
-    asked.write.write_text(json.dumps({"device": device, "rows": rows}, indent=1) + "\n")
+    content = {"device": device, "rows": rows}
+    asked.write.write_text(json.dumps(content, indent=1) + "\n")
+    write_table(content)
 
 
 if __name__ == "__main__":
