@@ -178,6 +178,7 @@ def _own_choice(
     """As :func:`_choice`, of as many of the tower's ``most`` patches as this call's entropies leave, ``more`` layers before the goal."""
     entropy, patches = _spread(_paid(first, scale, q, k)), score.new_ones(score.shape[1]).sum()
     gone = ((patches - goal) / math.sqrt(more) * (1 - entropy**2)).round().amax()
+    gone = gone.nan_to_num(0.0)  # an image of NaN is no size: its results show it, and none leave here
     return _choice(first, some((patches - gone).clamp_min(goal), goal, most), score)
 
 

@@ -276,4 +276,6 @@ def test_each_calls_own_entropies_say_how_many_go_on_in_one_graph(lowering: str)
             one = {name: t[i : i + 1] for name, t in one_call.items()}
             assert relative_error(got[i], answer(model, one, features, stays[i])[0]) < 1e-4
     assert len(seen) > 1
+    broken = answered_by(fast, model, {**question, "pixel_values": torch.full_like(question["pixel_values"], math.nan)})
+    assert broken.isnan().all(), "an image of NaN is seen in the answer, and stops nothing"
     assert len(accelpass.explain(fast).graphs) == 2
