@@ -157,7 +157,8 @@ def main() -> None:
     asked.write.parent.mkdir(parents=True, exist_ok=True)
     content = {"device": device, "rows": rows}
     asked.write.write_text(json.dumps(content, indent=1) + "\n")
-    write_table(content)
+    if asked.write == RESULT:
+        write_table(content)
 
 
 if __name__ == "__main__":

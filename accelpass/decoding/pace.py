@@ -37,8 +37,8 @@ class Pace:
     """Chooses how many rows a call may have.
 
     A size that gives fewer tokens a second than single tokens do rests until what the call has lost is a small part of the time, twice as
-    long each time at first, and is then tried once; larger sizes rest with it. What was learnt in one text holds for the next. The first call of a size is
-    not counted: it may compile.
+    long each time at first, and is then tried once; larger sizes rest with it. What was learnt in one text holds for the next.
+    The first call of a size is not counted: it may compile.
 
     Attributes:
         sizes: rows that a call may have, ascending, the first is 1.

@@ -96,7 +96,7 @@ class Bench:
             return self._on(a, b, common, both=True)
         # Each on the first model that it takes part in; what it needs for that is refused nowhere else.
         own = [next((s for s in self.subjects if self.alone(t, s).sites), None) for t in (a, b)]
-        where = list(dict.fromkeys(s for s in own if s is not None)) or self.subjects[:1]
+        where = [s for s in self.subjects if s in own] or self.subjects[:1]  # in one order for both of typing
         judged = [self._on(a, b, s, both=False) for s in where]
         worst = next((p for p in judged if p.status == "wrong"), judged[0])
         if worst.status in ("wrong", "refused"):

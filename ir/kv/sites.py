@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from accelpass.ir.analyses.structure.output_head import returned_logit_nodes
+from accelpass.ir.analyses.structure.output_head import returned_logits
 from accelpass.ir.attention.recognition.insert import base
 from accelpass.ir.attention.spec.op import is_attention
 from accelpass.ir.core.graph import aten, call, known, module_path, placeholders, shape, size_among, value
@@ -79,7 +79,7 @@ def candidates(program: Program) -> int | fx.Node:
     Nobody can reject a token without the logits of the one before. A prompt whose logits are all returned has none. A symbolic
     number is a node, in front of all that is computed.
     """
-    logits, sites = program.analysis(returned_logit_nodes), program.analysis(kv_sites)
+    logits, sites = program.analysis(returned_logits), program.analysis(kv_sites)
     if not logits or not sites or len(shape(logits[0])) != 3:
         return 0
     asked, tokens = shape(logits[0])[1], value(sites[0].new[0]).shape[2]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from accelpass.ir.core.graph import aten, fake_mode, is_call, refresh, value
+from accelpass.ir.core.graph import fake_mode, refresh, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.torch_private import OpOverload, let_graphs_compute_sizes, name_buffers
 
@@ -82,9 +82,14 @@ def splice(program: Program, traced: fx.GraphModule, operands: Sequence[fx.Node]
             elif old.op != "placeholder":
                 env[old] = graph.node_copy(old, env.__getitem__)
                 env[old].meta = {"val": old.meta.get("val"), **{k: before.meta[k] for k in KEPT if k in before.meta}}
-                if env[old].meta["val"] is None and not is_call(old, aten.sym_constrain_range_for_size):
+                if env[old].meta["val"] is None and _gives_something(old):
                     refresh(env[old])
     return results
+
+
+def _gives_something(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)  # an operator that only checks has no results
+    return schema is None or bool(schema.returns)
 
 
 def inserted(

@@ -67,9 +67,13 @@ class FlowCut(VisualFilter, Calibrated):
                 "entropy", "a share from 0, all of the attention on one patch, to 1, or None for each call's own"
             )
 
+    def goal(self, patches: int) -> int:
+        """How many patches of an image are read."""
+        return max(1, int(patches * self.keep))
+
     def schedule(self, patches: int, entropies: Sequence[float]) -> dict[int, int]:
         """By number of a block behind which patches leave: how many go on. The last block's entropy is not read."""
-        left, goal, rest = patches, max(1, int(patches * self.keep)), len(entropies) - 2
+        left, goal, rest = patches, self.goal(patches), len(entropies) - 2
         counts = {}
         for number, entropy in enumerate(entropies[:-1]):
             more = rest - number
@@ -111,14 +115,14 @@ class FlowCut(VisualFilter, Calibrated):
         if entropies is not None:
             counts = self.schedule(tower.patches, entropies)
             return {n: partial(_choice, first, count) for n, count in counts.items()}
-        goal, rest = max(1, int(tower.patches * self.keep)), blocks - 2
+        goal, rest = self.goal(tower.patches), blocks - 2
         if goal == tower.patches or rest < 0:
             return {}
-        scale = [spec_of(attention_of(tower, n)).scale for n in range(blocks)]
-        own = {
-            n: partial(_own_choice, first, goal, tower.patches, rest - n, scale[n]) for n in range(rest % 2, rest, 2)
-        }
-        return {**own, rest: partial(_choice, first, goal)}
+        choices: dict[int, Callable[..., list[Tensor]]] = {}
+        for n in range(rest % 2, rest, 2):
+            scale = spec_of(attention_of(tower, n)).scale
+            choices[n] = partial(_own_choice, first, goal, tower.patches, rest - n, scale)
+        return {**choices, rest: partial(_choice, first, goal)}
 
     # --- calibration
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -85,22 +86,50 @@ def test_scores_are_the_cards(images: int, heads: int, patches: int, seed: int):
 
 
 @torch.no_grad()
-def run_tower(model: Any, pixels: Tensor, counts: dict[int, int]) -> tuple[Tensor, Tensor]:
-    """The card's loop over the layers of one image's tower: what is left ``(kept, channels)``, and which patches these are."""
+def run_tower(
+    model: Any, pixels: Tensor, goes_on: Callable[[int, int, Tensor], int]
+) -> tuple[Tensor, Tensor, list[int]]:
+    """The card's loop over the layers of the tower, for images of one call.
+
+    Args:
+        goes_on: how many patches do behind a layer, of its number, how many more it is to the last pruning, and what the class token
+            pays ``(images, patches)``.
+
+    Returns:
+        What is left ``(images, kept, channels)``, which patches these are ``(images, kept)``, and how many went on where some left.
+    """
     tower = model.model.vision_tower
     x = tower(pixels, output_hidden_states=True).hidden_states[0]
-    ids, cum = torch.arange(x.shape[1] - 1), None
-    for number, layer in enumerate(tower.encoder.layers[:3]):
+    ids, cum, counts = torch.arange(x.shape[1] - 1).expand(x.shape[0], -1), None, []
+    layers = tower.encoder.layers[:-1]
+    for number, layer in enumerate(layers):
         h, a = layer.layer_norm1(x), layer.self_attn
         q, k, v = (p(h).unflatten(-1, (a.num_heads, -1)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
-        score, _ = card_score(q, k, v)
+        score, cls = card_score(q, k, v)
         cum = score if cum is None else 0.5 * cum + 0.5 * score
         x = layer(x, attention_mask=None)
         x = x[0] if isinstance(x, tuple) else x
-        if number in counts:
-            keep = cum[0].topk(counts[number]).indices.sort().values
-            x, cum, ids = x[:, torch.cat([torch.zeros(1, dtype=torch.long), keep + 1])], cum[:, keep], ids[keep]
-    return x[0, 1:], ids
+        left = goes_on(number, len(layers) - 2 - number, cls)
+        if left < cls.shape[1]:
+            rows = cum.topk(left, -1).indices.sort(-1).values
+            cum, ids = cum.gather(1, rows), ids.gather(1, rows)
+            rows = torch.cat([torch.zeros(x.shape[0], 1, dtype=torch.long), rows + 1], 1)
+            x = x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+            counts.append(left)
+    return x[:, 1:], ids, counts
+
+
+def by_own_entropies(target: int) -> Callable[[int, int, Tensor], int]:
+    """The card's rule for the images of one call; ``target`` counts the class token."""
+
+    def goes_on(number: int, more: int, cls: Tensor) -> int:
+        n, p = cls.shape[-1], cls / cls.sum(-1, True)
+        if more < 0 or more % 2 or n + 1 <= target:
+            return n
+        entropies = -(p * p.log()).sum(-1) / math.log(n)
+        return min(card_keep(n, float(h), more, target) for h in entropies)
+
+    return goes_on
 
 
 @pytest.mark.slow
@@ -116,9 +145,10 @@ def test_the_language_model_goes_on_from_the_patches_that_are_left(keep: float, 
         stays = one["input_ids"][0] != IMAGE
         places, made = stays.logical_not().nonzero()[:, 0], []
         for image in range(images):
-            left, ids = run_tower(model, pixels[image : image + 1], counts)
-            stays[places[image * 16 + ids]] = True
-            made.append(left)
+            known = lambda number, more, cls: counts.get(number, cls.shape[1])  # noqa: E731
+            left, ids, _ = run_tower(model, pixels[image : image + 1], known)
+            stays[places[image * 16 + ids[0]]] = True
+            made.append(left[0])
         with torch.no_grad():
             features = model.model.multi_modal_projector(torch.cat(made))
         assert relative_error(got[i], answer(model, one, features, stays)[0]) < 1e-4
@@ -226,33 +256,6 @@ def test_options(options: dict[str, Any]):
         FlowCut(**options)
 
 
-@torch.no_grad()
-def run_tower_by_its_own(model: Any, pixels: Tensor, keep: float) -> tuple[Tensor, Tensor, list[int]]:
-    """As :func:`run_tower`, of all images of a call at once, how many go on by the card's rule; and the numbers that went on."""
-    tower = model.model.vision_tower
-    x = tower(pixels, output_hidden_states=True).hidden_states[0]
-    ids, cum, counts = torch.arange(x.shape[1] - 1).expand(x.shape[0], -1), None, []
-    layers, target = tower.encoder.layers[:-1], max(1, int((x.shape[1] - 1) * keep)) + 1
-    for number, layer in enumerate(layers):
-        h, a = layer.layer_norm1(x), layer.self_attn
-        q, k, v = (p(h).unflatten(-1, (a.num_heads, -1)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
-        score, cls = card_score(q, k, v)
-        cum = score if cum is None else 0.5 * cum + 0.5 * score
-        x = layer(x, attention_mask=None)
-        x = x[0] if isinstance(x, tuple) else x
-        more = len(layers) - 2 - number
-        if more >= 0 and more % 2 == 0 and x.shape[1] > target:
-            n, p = cls.shape[-1], cls / cls.sum(-1, True)
-            entropies = -(p * p.log()).sum(-1) / math.log(n)
-            left = min(card_keep(n, float(h), more, target) for h in entropies)
-            rows = cum.topk(left, -1).indices.sort(-1).values
-            cum, ids = cum.gather(1, rows), ids.gather(1, rows)
-            rows = torch.cat([torch.zeros(x.shape[0], 1, dtype=torch.long), rows + 1], 1)
-            x = x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-            counts.append(left)
-    return x[:, 1:], ids, counts
-
-
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_each_calls_own_entropies_say_how_many_go_on_in_one_graph(lowering: str):
     model, question, seen = llava(num_hidden_layers=7), asked(2, 1), set()
@@ -265,7 +268,7 @@ def test_each_calls_own_entropies_say_how_many_go_on_in_one_graph(lowering: str)
         pixels[..., part:, :] = 0
         one_call = {**question, "pixel_values": pixels}
         got = answered_by(fast, model, one_call)
-        left, ids, counts = run_tower_by_its_own(model, one_call["pixel_values"], 0.25)
+        left, ids, counts = run_tower(model, one_call["pixel_values"], by_own_entropies(16 // 4 + 1))
         seen.add(tuple(counts))
         stays = one_call["input_ids"] != IMAGE
         for i in range(2):

@@ -64,14 +64,12 @@ def output_heads(program: Program) -> list[OutputHead]:
     return _heads(program, _only_returned)
 
 
-def returned_logits(program: Program) -> list[OutputHead]:
-    """As :func:`output_heads`, also where the graph itself reads the logits (a step that chooses the next token)."""
-    return _heads(program, lambda node: True)
+def returned_logits(program: Program) -> list[fx.Node]:
+    """What is returned of heads, plain ones and those whose weights a pass has packed, also where the graph itself reads it.
 
-
-def returned_logit_nodes(program: Program) -> list[fx.Node]:
-    """What is returned of heads that :func:`returned_logits` finds, or found before a pass packed their weights."""
-    plain = [head.node for head in returned_logits(program)]
+    A step that chooses the next token reads its logits itself.
+    """
+    plain = [head.node for head in _heads(program, lambda node: True)]
     packed = {n for n in program.graph.nodes if is_call(n, LINEAR)}
     tables = {int(shape(table.weight)[0]) for table in program.analysis(embeddings) if is_read_first(table)}
     tables |= {int(shape(n)[0]) for e in program.graph.nodes if is_call(e, EMBEDDING) for n in e.args[1][:1]}
