@@ -6,9 +6,8 @@ What a graph's inputs come from is Dynamo's to say (sources); AOTAutograd takes 
 from __future__ import annotations
 
 import ctypes
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import CodeType
@@ -20,7 +19,6 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch import predispatch
 from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,7 +49,6 @@ __all__ = [
     "enable_python_dispatcher",
     "forget_compilations",
     "frame_of",
-    "frames_of_its_own",
     "handles_of",
     "has_stopped_compiling",
     "int8_product",
@@ -62,7 +59,6 @@ __all__ = [
     "mark_static",
     "name_buffers",
     "path_of",
-    "read_images_in_forward",
     "recompile_limit",
     "source_name",
     "source_of",
@@ -75,7 +71,6 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_map_only",
-    "values_known",
 ]
 
 assert_async = torch._assert_async
@@ -173,40 +168,6 @@ def recompile_limit(count: int, of_all: int | None = None) -> AbstractContextMan
     further = {} if of_all is None else {"accumulated_recompile_limit": of_all}
     patched: AbstractContextManager[None] = torch._dynamo.config.patch({"recompile_limit": count, **further})
     return patched
-
-
-def frames_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let Dynamo leave a function as it is, and compile what it calls."""
-    made: Callable[..., Any] = torch._disable_dynamo(function, recursive=False)
-    return made
-
-
-_known, _known_lock = list[Any](), threading.Lock()
-_LARGEST_KNOWN = 1 << 16
-
-
-@contextmanager
-def values_known() -> Iterator[None]:
-    """Within it Dynamo knows the values of tensors that are computed from constants alone, up to 65,536 elements (else: one).
-
-    It reads them where a model does (``tolist``, sizes of parts) and need not break the graph. Calls of several threads may overlap.
-    """
-    options = {"capture_scalar_outputs": True}
-    with _known_lock:
-        if not _known:
-            patched = torch._dynamo.config.patch(options)
-            patched.__enter__()
-            _known.append((patched, fake_tensor.CONSTANT_NUMEL_LIMIT))
-            fake_tensor.CONSTANT_NUMEL_LIMIT = _LARGEST_KNOWN
-        _known.append(None)
-    try:
-        yield
-    finally:
-        with _known_lock:
-            _known.pop()
-            if len(_known) == 1:
-                patched, fake_tensor.CONSTANT_NUMEL_LIMIT = _known.pop()
-                patched.__exit__(None, None, None)
 
 
 def forget_compilations() -> None:
@@ -359,34 +320,3 @@ def cpu_multiplies_int8() -> bool:
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` of int8 matrices, exact in int32."""
     return torch._int_mm(a, b)
-
-
-def read_images_in_forward(model: nn.Module) -> bool:
-    """Let ``generate`` of transformers hand images to the model, not to its tower alone; False if the model reads none.
-
-    ``generate`` runs the tower by itself where the model says that it takes what a tower gives (since 5.20 or so). Hooks that
-    collect hidden states are installed at the first call otherwise, which a compiled call cannot do.
-    """
-    base = getattr(model, "base_model", None)
-    if not callable(getattr(base, "get_image_features", None)):
-        return False
-    if hasattr(model, "_supports_mm_encoder_outputs"):
-        object.__setattr__(model, "_supports_mm_encoder_outputs", _no)
-    from transformers import PreTrainedModel
-    from transformers.utils.output_capturing import maybe_install_capturing_hooks
-
-    # A tower that was called before has its hooks, and would get them once more with the whole model's.
-    for module in model.modules():
-        for number, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__name__", "") == "output_capturing_hook":
-                del module._forward_hooks[number]
-        module.__dict__.pop("_output_capturing_hooks_installed", None)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            maybe_install_capturing_hooks(module)
-    return True
-
-
-def _no() -> bool:
-    """A function of a module, so that a model that holds it can be copied and pickled."""
-    return False

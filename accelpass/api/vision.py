@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from accelpass.ir.errors import AccelpassError
-from accelpass.ir.torch_private import frames_of_its_own, read_images_in_forward, values_known
+from accelpass.ir.known_values_private import add_by_mask, frames_of_its_own, read_images_in_forward, values_known
 
 Model = TypeVar("Model", bound=nn.Module)
 _SIZES = ("_thw", "_hws", "_sizes", "_shapes")
@@ -32,6 +32,9 @@ def one_graph(model: Model) -> Model:
     ...) on the host. They become constants of the graph, so that there is a graph for each set of sizes: let a processor resize images
     to a few. Give such models sizes, and Qwen's ``position_ids``, as ``generate`` does, by name.
 
+    Models whose texts may have a different number of images (Idefics3, SmolVLM) get them filled up with images of zeros. Which ones are
+    real is read on the host, before the model's call, so that there is a graph for each number of images.
+
     Args:
         model: with ``forward(input_ids, pixel_values, ...)``, as ``AutoModelForImageTextToText`` loads it. It is changed.
 
@@ -47,8 +50,15 @@ def one_graph(model: Model) -> Model:
             "give the whole model, before torch.compile wraps it"
         )
     os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
+    add_by_mask(model)
     signature = inspect.signature(type(model).forward)
-    if any(name.endswith(_SIZES) for name in signature.parameters):
+    base = model.base_model
+    fills = "pixel_attention_mask" in signature.parameters and all(
+        hasattr(base, n) for n in ("vision_model", "connector")
+    )
+    if fills:
+        base.get_image_features = functools.partial(_features_of_real_images, base)
+    if fills or any(name.endswith(_SIZES) for name in signature.parameters):
         reads: Any = functools.partial(_sizes_read, model)
         reads.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
         model.forward = reads  # a partial, so that a copy of the model has one of its own
@@ -58,24 +68,33 @@ def one_graph(model: Model) -> Model:
 @frames_of_its_own
 def _sizes_read(model: nn.Module, *args: Any, **given: Any) -> Any:
     """The model's call, with the sizes of images read beforehand; Dynamo does not trace this, and compiles what it calls."""
-    sizes, others = _told(given)
+    sizes, real, others = _told(given)
     with values_known():
-        return _with_sizes(model, sizes, args, others)
+        return _with_sizes(model, sizes, real, args, others)
 
 
 @torch.compiler.disable
-def _told(given: dict[str, Any]) -> tuple[dict[str, Size], dict[str, Any]]:
-    """Sizes as texts, and the other arguments."""
+def _told(given: dict[str, Any]) -> tuple[dict[str, Size], str, dict[str, Any]]:
+    """Sizes as texts; the numbers of the images that do not just fill up a batch, if some do; and the other arguments."""
     sizes: dict[str, Size] = {}
     for name, x in given.items():
         if name.endswith(_SIZES) and isinstance(x, Tensor) and not x.is_floating_point():
             sizes[name] = ",".join(map(str, x.flatten().tolist())), tuple(x.shape), x.dtype, x.device
-    return sizes, {name: x for name, x in given.items() if name not in sizes}
+    others = {name: x for name, x in given.items() if name not in sizes}
+    real, pixels, mask = "", given.get("pixel_values"), given.get("pixel_attention_mask")
+    if isinstance(mask, Tensor) and isinstance(pixels, Tensor) and pixels.dim() == 5:
+        shown = (pixels != 0).flatten(2).any(-1).flatten()
+        if not bool(shown.all()):
+            real = ",".join(map(str, shown.nonzero().flatten().tolist())) or "0"  # the tower wants one
+        if bool(mask.flatten(0, 1)[shown].all()):  # images without padding: attention needs no mask
+            others["pixel_attention_mask"] = None
+    return sizes, real, others
 
 
 def _with_sizes(
     self: nn.Module,
     sizes: dict[str, Size],
+    real: str,
     args: tuple[Any, ...],
     given: dict[str, Any],
 ) -> Any:
@@ -84,4 +103,24 @@ def _with_sizes(
         name: torch.tensor([int(n) for n in text.split(",")], dtype=dtype, device=device).view(shape)
         for name, (text, shape, dtype, device) in sizes.items()
     }
-    return type(self).forward(self, *args, **given, **made)
+    if real:
+        rows = [int(n) for n in real.split(",")]
+        for name in ("pixel_values", "pixel_attention_mask"):
+            if isinstance(given.get(name), Tensor):
+                made[name] = given[name].flatten(0, 1)[rows].unsqueeze(0)
+    return type(self).forward(self, *args, **{**given, **made})
+
+
+def _features_of_real_images(
+    self: Any, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, **given: Any
+) -> Any:
+    """What ``get_image_features`` of Idefics3 and SmolVLM gives where every image is real: how many there are is known."""
+    images, size = pixel_values.to(self.dtype).flatten(0, 1), self.config.vision_config.patch_size
+    if pixel_attention_mask is None:
+        seen = torch.ones(len(images), *images.shape[-2:], dtype=torch.bool, device=images.device)
+    else:
+        seen = pixel_attention_mask.flatten(0, 1).bool()
+    seen = seen.unfold(1, size, size).unfold(2, size, size).flatten(3).any(-1)
+    outputs = self.vision_model(pixel_values=images, patch_attention_mask=seen, **{**given, "return_dict": True})
+    outputs.pooler_output = [self.connector(outputs.last_hidden_state).flatten(0, 1)]
+    return outputs

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from accelpass.ir import inductor_private, torch_private
+from accelpass.ir import inductor_private, known_values_private, torch_private
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("accelpass", "ir", "passes", "backends")
@@ -38,11 +38,12 @@ def private_names(tree: ast.AST) -> set[str]:
     }
 
 
-def test_only_two_files_use_private_names() -> None:
+def test_only_three_files_use_private_names() -> None:
     files = [f for room in ROOMS for f in (ROOT / room).rglob("*.py") if not any(p.is_symlink() for p in f.parents)]
     assert len(files) > 200
     found = {str(f.relative_to(ROOT)): private_names(ast.parse(f.read_text())) for f in files}
-    assert found.pop("ir/torch_private.py") and found.pop("ir/inductor_private.py")
+    for own in ("torch_private", "inductor_private", "known_values_private"):
+        assert found.pop(f"ir/{own}.py")
     assert {f: names for f, names in found.items() if names} == {}
 
 
@@ -180,7 +181,7 @@ def test_values_of_constants_are_known_and_no_longer_afterwards() -> None:
         return list(torch.split(x, torch.repeat_interleave(sizes.prod(-1), 2).tolist()))
 
     before, scalars = fake_tensor.CONSTANT_NUMEL_LIMIT, torch._dynamo.config.capture_scalar_outputs
-    with torch_private.values_known(), torch_private.values_known():
+    with known_values_private.values_known(), known_values_private.values_known():
         made = torch.compile(parts, backend="eager", fullgraph=True)(torch.arange(12.0), "2,3")
     assert [len(part) for part in made] == [6, 6]
     assert before == fake_tensor.CONSTANT_NUMEL_LIMIT and scalars == torch._dynamo.config.capture_scalar_outputs
@@ -235,10 +236,10 @@ def test_generate_hands_images_to_the_model() -> None:
     from tests.passes.visual_truth import asked, llava
 
     model, called = llava(), []
-    assert torch_private.read_images_in_forward(model)
+    assert known_values_private.read_images_in_forward(model)
     handle = model.register_forward_pre_hook(lambda m, args, kwargs: called.append(kwargs), with_kwargs=True)
     got = model.generate(**asked(), max_new_tokens=2, do_sample=False)
     handle.remove()
     assert [given.get("pixel_values") is not None for given in called] == [True, False]
     assert torch.equal(got, llava().generate(**asked(), max_new_tokens=2, do_sample=False))
-    assert not torch_private.read_images_in_forward(torch.nn.Linear(2, 2))
+    assert not known_values_private.read_images_in_forward(torch.nn.Linear(2, 2))

@@ -17,6 +17,7 @@ from accelpass.ir.core.graph import aten, is_call, known, module_path, value
 from accelpass.ir.core.program import Program
 
 _PATCHES = (aten.conv2d, aten.conv3d, aten.convolution)
+_EMPTY = (aten.zeros_like, aten.zeros, aten.full_like, aten.full)
 PACKED = "patches of all images are packed in one sequence, where an image has no rows of its own"
 """Why a tower is not taken by what needs ``(images, tokens, channels)``."""
 _ON_THE_WAY = 24  # operations between the patches and the first block
@@ -207,7 +208,8 @@ def _entries(program: Program, towers: Sequence[Tower]) -> list[Entry]:
     for node in program.graph.nodes:
         if is_call(node, aten.masked_scatter, aten.masked_scatter_):
             text, mask, features = node.args[:3]
-            if value(node).dim() == 3:
+            # Features that are spread out to be added to a stream (Qwen3-VL's of inner blocks) take no places.
+            if value(node).dim() == 3 and not is_call(bare(text, *CASTS), *_EMPTY):
                 made.append(_entry(program, towers, "scatter", node, text, features, mask))
         elif is_call(node, aten.cat) and value(node).dim() == 3 and towers:
             parts = node.args[0]

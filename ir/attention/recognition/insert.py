@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +16,14 @@ from accelpass.ir.attention.recognition.effects import writes
 from accelpass.ir.attention.recognition.region import Operand, dimension
 from accelpass.ir.attention.recognition.score_steps import aten
 from accelpass.ir.attention.spec.op import ATTENTION
+from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.ir.core.capture import from_dynamo
 from accelpass.ir.core.graph import call, root, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.splice import KEPT
+
+_SHOWN = {"keep": aten.ones.default, "fill": aten.zeros.default, "add": aten.zeros.default}
+"""By what a step does with a mask: what makes one that lets every key through."""
 
 
 def captured(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
@@ -60,7 +65,10 @@ def _insert_one(
     assert match is not None
     now = [Operand(replaced.get(o.node, o.node), o.order) for o in (match.q, match.k, match.v)]
     extras = [replaced.get(n, n) for n in match.extras]
-    origin = _origin(attention, now, extras)
+    spec, gone = _without_masks(attention.spec, len(extras))
+    origin = _origin(attention, now, extras, gone)
+    extras = [n for i, n in enumerate(extras) if i not in gone]
+    attention = replace(attention, spec=spec)
     out = match.out
     with graph.inserting_before(out):
         operands = [_adapted(graph, o) for o in now]
@@ -81,6 +89,17 @@ def _insert_one(
     return replace(
         attention, q=now[0].node, k=now[1].node, v=now[2].node, extras=tuple(extras), out=result, node=node, region=()
     )
+
+
+def _without_masks(spec: AttentionSpec, count: int) -> tuple[AttentionSpec, dict[int, Any]]:
+    """The spec without masks that are known to show every key; by number among the ``count`` extras, what makes one of these."""
+    if spec.bias != "none":
+        return spec, {}
+    gone = {s.extra: _SHOWN[s.kind] for s in spec.steps if s.kind in _SHOWN and s.extra is not None and s.other is None}
+    number = {old: new for new, old in enumerate(i for i in range(count) if i not in gone)}
+    kept = [s for s in spec.steps if s.extra not in gone or s.extra is None]
+    at = lambda i: None if i is None else number[i]  # noqa: E731
+    return replace(spec, steps=tuple(replace(s, extra=at(s.extra), other=at(s.other)) for s in kept)), gone
 
 
 def shared(node: fx.Node) -> tuple[int, ...]:
@@ -128,8 +147,10 @@ def _remove(graph: fx.Graph, region: set[fx.Node], out: fx.Node) -> list[fx.Node
     return sorted(live)
 
 
-def _origin(attention: Attention, operands: list[Operand], extras: list[fx.Node]) -> fx.GraphModule:
-    """The region as a module over the semantic node's operands.
+def _origin(
+    attention: Attention, operands: list[Operand], extras: list[fx.Node], gone: Mapping[int, Any]
+) -> fx.GraphModule:
+    """The region as a module over the semantic node's operands; of those of ``gone`` it makes one element itself.
 
     Transpositions that only serve the op's layout are marked, so that ``lower`` can cancel them. Each node remembers
     the name that it had: what is still alive in the graph under that name is not computed twice.
@@ -142,6 +163,9 @@ def _origin(attention: Attention, operands: list[Operand], extras: list[fx.Node]
     for name, operand in zip("qkv", operands, strict=True):
         inputs.append(_placeholder(graph, name, _permuted(value(operand.node), operand.order)))
     for index, extra in enumerate(extras):
+        if index in gone:
+            env[extra] = _one_element(graph, extra, gone[index])
+            continue
         inputs.append(_placeholder(graph, f"extra_{index}", value(extra)))
         env[extra] = inputs[-1]
     for operand, given in zip(operands, inputs, strict=False):
@@ -164,6 +188,12 @@ def _origin(attention: Attention, operands: list[Operand], extras: list[fx.Node]
         result.meta["attention_adapter"] = True
     graph.output(result)
     return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _one_element(graph: fx.Graph, like: fx.Node, made: Any) -> fx.Node:
+    tensor = value(like)
+    with getattr(tensor, "fake_mode", None) or nullcontext():
+        return call(graph, like, made, [1] * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _placeholder(graph: fx.Graph, name: str, fake: Tensor) -> fx.Node:
