@@ -1,12 +1,13 @@
 """SmolLM2-135M with int8 weights: several tokens a step, on chat, summaries and code edits.
 
 ``python -m benchmarks.decoding`` writes benchmarks/results/smollm2_decoding_cpu.json. Ways take turns on each prompt, in one process
-and through one compiled model; the first turn is not counted. Prompts are made of texts that packages ship.
+and through one compiled model, whose graphs are made before; the first turn is not counted. Prompts are made of texts that packages ship.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import statistics
 import time
@@ -83,10 +84,12 @@ def timed(model: Any, ids: Tensor, cache: KVCache, new: int, how: dict[str, Any]
     return text, time.perf_counter() - clock.first
 
 
-def measure(kinds: dict[str, list[str]], new: int, turns: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(
+    kinds: dict[str, list[str]], new: int, turns: int, only: str, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     model, tokenizer = smollm2.load(torch.float32)
     model.compile(backend="accelpass", options={"passes": ["int8_weights"]})
-    given = ways()
+    given = {name: how for name, how in ways().items() if name == PLAIN or fnmatch.fnmatchcase(name, only)}
     rows = []
     encoded = {
         kind: [
@@ -99,6 +102,9 @@ def measure(kinds: dict[str, list[str]], new: int, turns: int, say: Callable[[st
     }
     longest = max(ids.shape[1] for some in encoded.values() for ids in some)
     cache = KVCache(model, longest + new + 8)
+    for how in given.values():
+        if "custom_generate" in how:
+            how["custom_generate"].prepare(model, cache)
     for kind, texts in encoded.items():
         for number, ids in enumerate(texts):
             seconds: dict[str, list[float]] = {name: [] for name in given}
@@ -150,9 +156,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=3, help="of each kind")
     parser.add_argument("--tokens", type=int, default=256, help="of an answer, at most")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--only", default="*", help="a shell pattern: ways to measure anew, beside plain decoding")
     parser.add_argument("--write", type=Path, default=RESULT)
     asked = parser.parse_args()
-    rows = measure(prompts(asked.prompts), asked.tokens, asked.turns, lambda line: print(line, flush=True))
+    rows = measure(prompts(asked.prompts), asked.tokens, asked.turns, asked.only, lambda line: print(line, flush=True))
+    if asked.only != "*" and asked.write.is_file():
+        new = {row["name"] for row in rows} - {PLAIN}
+        old = [row for row in json.loads(asked.write.read_text())["rows"] if row["name"] not in new]
+        rows = old + [row for row in rows if row["name"] in new]
     device = f"{cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     asked.write.parent.mkdir(parents=True, exist_ok=True)
     content = {"device": device, "rows": rows}

@@ -50,12 +50,18 @@ class DraftModel(Proposer):
         return _Draft(request, Reader(model, cache, given, None if self.call is None else self.call(model)))
 
 
+_PIECES = (8, 2, 1)
+"""Tokens of a call that reads what the draft has missed: a few sizes alone, as each is a graph."""
+
+
 class _Draft(Drafter):
     """
     Attributes:
         agreed: tokens of the text that the draft has read; behind them it may have read guesses.
         before: the cache before the guesses, where single tokens cannot be taken back; None elsewhere.
     """
+
+    behind = sum(_PIECES)
 
     def __init__(self, request: Request, reader: Reader) -> None:
         self.request, self.reader = request, reader
@@ -95,9 +101,8 @@ class _Draft(Drafter):
                 return start
         self._forget(min(self.reader.held, self.agreed, length - 1))  # one token at least is read, for its logits
         while self.reader.held < length:
-            # A few sizes alone: each is a graph.
             left = length - self.reader.held
-            step = next(size for size in (8, 2, 1) if size <= left)
+            step = next(size for size in _PIECES if size <= left)
             piece = [line[self.reader.held : self.reader.held + step] for line in text]
             logits = self.reader.read(torch.tensor(piece, device=self.device))
         self.agreed = length

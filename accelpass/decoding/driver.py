@@ -173,11 +173,13 @@ class Decoder:
             reader = self._reader(model, cache, {"use_cache": True}, call)
             if isinstance(reader, GuidedReader):
                 reader.guidance = replace(reader.guidance, without=torch.clone)  # a prompt of any length will do
-            request = Request(model, ids, None, None, 3 + size, generator=self.generator)
+            request = Request(model, ids, None, None, 16 + size, generator=self.generator)
             whole = None if self.one_graph is None else Step(request, reader, self.one_graph, self._steps)
             reader.first(ids)
             request = _with_cache(request, reader)
-            proposal = self.proposer.start(request).propose([[0, 0, 0]] * len(ids), size - 1) if size > 1 else None
+            drafter = self.proposer.start(request)
+            text = [[0] * (ids.shape[1] + drafter.behind)] * len(ids)
+            proposal = drafter.propose(text, size - 1) if size > 1 else None
             proposal = Proposal(ids[:, :1]) if proposal is None else proposal
             tree = None if proposal.tree is None or proposal.count + 1 != size else proposal.tree
             read = torch.zeros((len(ids), size), dtype=torch.int64, device=model.device)

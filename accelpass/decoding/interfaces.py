@@ -116,10 +116,12 @@ class Drafter(ABC):
     Attributes:
         guides: it is asked even where no guess fits: its distribution says which token comes next.
         branches: it proposes trees, whose guesses are several of each position.
+        behind: tokens that it may have to read before it guesses, in calls of every size that it makes: what ``prepare`` gives it.
     """
 
     guides = False
     branches = False
+    behind = 1
 
     @abstractmethod
     def propose(self, text: Sequence[Sequence[int]], most: int) -> Proposal | None:

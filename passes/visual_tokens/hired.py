@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -9,12 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.analyses.structure.vision import Tower
+from accelpass.ir.analyses.structure.vision import Entry, Tower
 from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.sequence.prompt import NoPrompt
 from accelpass.ir.transform.splice import inserted
 from accelpass.passes.token_pruning.choice import ranks
+from accelpass.passes.visual_tokens.arrangement import Arrangement
 from accelpass.passes.visual_tokens.visual import Left, VisualFilter, class_attention
 
 
@@ -69,7 +71,17 @@ class HiRED(VisualFilter):
         return 1 if self.rows * self.columns == 1 else 1 + self.rows * self.columns
 
     def leave(self, program: Program, tower: Tower, before: fx.Node) -> Left:
-        images, patches = value(tower.end).shape[0], tower.patches
+        patches = torch.arange(tower.patches).unsqueeze(-1)
+        images = value(tower.end).shape[0]
+        return self._shared_out(
+            program, tower, before, Arrangement(patches, tuple(range(images * tower.patches)), images)
+        )
+
+    def leave_units(self, program: Program, tower: Tower, entry: Entry, given: Arrangement) -> Left:
+        return self._shared_out(program, tower, entry.node, given)
+
+    def _shared_out(self, program: Program, tower: Tower, before: fx.Node, given: Arrangement) -> Left:
+        images, units = given.images, len(given.members)
         if not tower.first:
             raise NoPrompt(
                 f"{tower.path}: it has no class token, by whose attention tokens are chosen; use visionzip or fastv"
@@ -83,13 +95,17 @@ class HiRED(VisualFilter):
             )
         if self.tiles > 1 and tower.grid is None:
             raise NoPrompt(f"{tower.path}: where its patches lie cannot be told")
-        total = int(self.tiles * patches * self.keep)
-        if total < 1 or total >= self.tiles * patches:
-            raise NoPrompt(f"{tower.path}: {max(total, 0)} of {self.tiles * patches} tokens of an image would be read")
+        present = given.present
+        there, total = int(present.view(-1, self.tiles * units).sum(1).min()), int(self.tiles * units * self.keep)
+        if total < 1 or total >= there:
+            raise NoPrompt(f"{tower.path}: {max(total, 0)} of {there} tokens of an image would be read")
         early = class_attention(program, tower, self.first, before)
         late = class_attention(program, tower, len(tower.blocks) - 1, before)
-        region = self.regions(patches, tower.grid)
-        run = partial(shared_out, self.tiles, total, self.alpha, region)
+        regions = self.regions(tower.patches, tower.grid)
+        region = tuple(regions[first] for first in given.members[:, 0].tolist())
+        run: Any = partial(shared_out, self.tiles, total, self.alpha, region)
+        if not given.is_plain:
+            run = partial(_of_units, run, given.members.tolist(), present.tolist())
         return Left(inserted(program, before, run, early, late)[0])
 
     def regions(self, patches: int, grid: tuple[Any, Any] | None) -> tuple[int, ...]:
@@ -104,13 +120,33 @@ class HiRED(VisualFilter):
         )
 
 
+def _of_units(
+    run: Callable[..., list[Tensor]],
+    members: list[list[int]],
+    present: list[list[bool]],
+    early: Tensor,
+    late: Tensor,
+) -> list[Tensor]:
+    """:func:`shared_out` of visual tokens that are made of ``members`` each, whose attention is the sum of theirs."""
+    of, there = torch.tensor(members, device=late.device), torch.tensor(present, device=late.device)
+    early, late = (scores[:, of].sum(-1).masked_fill(there.logical_not(), -1.0) for scores in (early, late))
+    return run(early, late, there)
+
+
 def shared_out(
-    tiles: int, total: int, alpha: float, region: tuple[int, ...], early: Tensor, late: Tensor
+    tiles: int,
+    total: int,
+    alpha: float,
+    region: tuple[int, ...],
+    early: Tensor,
+    late: Tensor,
+    there: Tensor | None = None,
 ) -> list[Tensor]:
     """Which patches go on: ascending int64 ``(images * total,)``, of all tiles one after the other.
 
     Args:
         early, late: what the class token pays the patches of each tile, ``(images * tiles, patches)``.
+        there: which patches the text has places for; the others' attention is below 0. None for all.
     """
     patches = early.shape[1]
     scores = late.view(-1, tiles, patches)
@@ -125,6 +161,8 @@ def shared_out(
         counts = torch.matmul(hot.to(torch.float32), found)
         shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
         budget = torch.cat([budget[:, :1] * 0 + whole, (shares * rest).long().clamp_max(patches)], 1)
+    if there is not None:
+        budget = torch.minimum(budget, there.sum(-1).view(budget.shape))
     chosen = rank < budget.unsqueeze(-1)
     # What rounding left over: the best of the others.
     order = torch.where(chosen, scores + 2 * scores.abs().amax((1, 2), keepdim=True) + 1, scores).flatten(1)

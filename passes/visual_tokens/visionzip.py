@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from accelpass.ir.analyses.structure.vision import Tower
+from accelpass.ir.analyses.structure.vision import Entry, Tower
 from accelpass.ir.attention.spec.op import attend, spec_of
 from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.transform.sequence.prompt import NoPrompt
 from accelpass.ir.transform.splice import inserted
 from accelpass.passes.token_pruning.choice import highest
+from accelpass.passes.visual_tokens.arrangement import Arrangement
 from accelpass.passes.visual_tokens.visual import Left, VisualFilter, attention_of, class_attention
 
 
@@ -59,20 +61,52 @@ class VisionZip(VisualFilter):
         return kept - merged, merged
 
     def leave(self, program: Program, tower: Tower, before: fx.Node) -> Left:
-        dominant, contextual = self.counts(tower.patches)
-        if dominant + contextual >= tower.patches:
-            raise NoPrompt(f"{tower.path}: all of its {tower.patches} patches are read")
-        node = attention_of(tower, -1)
-        if tower.first:
-            scores = class_attention(program, tower, -1, before)
-        else:
-            operands = [*node.args[:3], *node.args[3]]
-            (scores,) = inserted(program, before, partial(_paid, spec_of(node)), *operands)
+        dominant, contextual = self._counted(tower, tower.patches)
+        scores, keys = self._looked_at(program, tower, before)
         run = partial(zipped, tower.first, dominant, contextual)
-        keys = node.args[1]
-        assert isinstance(keys, fx.Node)
         stream, places = inserted(program, before, run, tower.end, keys, scores)
         return Left(places, stream)
+
+    def leave_units(self, program: Program, tower: Tower, entry: Entry, given: Arrangement) -> Left:
+        """Of tokens that are made of several patches each: by the sums of their attention and the means of their keys.
+
+        They are merged behind the projector, and the class token, which has no place there, is not read (inferred: the paper's
+        models have a token for each patch).
+        """
+        if not bool(given.present.all()):
+            raise NoPrompt(f"{tower.path}: images have padding, which has no place in the text; use hired or fastv")
+        dominant, contextual = self._counted(tower, len(given.members))
+        scores, keys = self._looked_at(program, tower, entry.node)
+        width = value(entry.node).shape[-1]
+        run = partial(_zipped_units, given, tower.first, width, dominant, contextual)
+        stream, places = inserted(program, entry.node, run, entry.features, keys, scores)
+        return Left(places, stream)
+
+    def _counted(self, tower: Tower, tokens: int) -> tuple[int, int]:
+        dominant, contextual = self.counts(tokens)
+        if dominant + contextual >= tokens:
+            raise NoPrompt(f"{tower.path}: all of its {tokens} patches are read")
+        return dominant, contextual
+
+    def _looked_at(self, program: Program, tower: Tower, before: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """What is paid to each patch, ``(images, patches)``, and the keys of all tokens in the last block."""
+        node = attention_of(tower, -1)
+        keys = node.args[1]
+        assert isinstance(keys, fx.Node)
+        if tower.first:
+            return class_attention(program, tower, -1, before), keys
+        operands = [*node.args[:3], *node.args[3]]
+        return inserted(program, before, partial(_paid, spec_of(node)), *operands)[0], keys
+
+
+def _zipped_units(
+    given: Arrangement, first: int, width: int, dominant: int, contextual: int, features: Tensor, keys: Tensor, scores: Tensor
+) -> list[Tensor]:  # fmt: skip
+    """:func:`zipped` of the tokens behind a projector."""
+    of = torch.tensor(given.members.tolist(), device=features.device)
+    at = torch.tensor(given.place_of(), device=features.device)
+    tokens = features.reshape(-1, width).index_select(0, at).view(given.images, -1, width)
+    return zipped(0, dominant, contextual, tokens, keys[:, :, first:][:, :, of].mean(3), scores[:, of].sum(-1))
 
 
 def zipped(first: int, dominant: int, contextual: int, x: Tensor, keys: Tensor, scores: Tensor) -> list[Tensor]:

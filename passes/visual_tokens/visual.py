@@ -18,7 +18,7 @@ from accelpass.ir.analyses.structure.vision import PACKED, Entry, Tower, vision
 from accelpass.ir.attention.spec import steps
 from accelpass.ir.attention.spec.op import spec_of
 from accelpass.ir.attention.spec.spec import AttentionSpec
-from accelpass.ir.core.graph import aten, is_call, known, value
+from accelpass.ir.core.graph import aten, is_call, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.kv.shortened import note
 from accelpass.ir.torch_private import assert_async
@@ -30,6 +30,7 @@ from accelpass.ir.transform.steps import drop_dead_writes, patches_went, survive
 from accelpass.passes.core.base import Done, Record, Skip
 from accelpass.passes.token_pruning.look import operands_of, visible
 from accelpass.passes.token_pruning.shortened_prompt import ShortenedPrompt
+from accelpass.passes.visual_tokens.arrangement import Arrangement, arrangement
 
 _APART = "the tower is in another graph than the language model, so no token can be left out of both"
 
@@ -39,8 +40,10 @@ class Left:
     """What is left of the patches of all images of a call.
 
     Attributes:
-        places: which patches' places in the text stay, of all images one after the other, ascending int64 ``(kept,)``.
-        stream: what the projector reads, ``(images, kept of each, channels)``; None for the patches themselves.
+        places: which patches' places in the text stay, of all images one after the other, ascending int64 ``(kept,)``; of the units of an
+            :class:`.Arrangement`, if one was given.
+        stream: what the projector reads, ``(images, kept of each, channels)``; None for the patches themselves. Of units: what the
+            language model reads, behind the projector.
         went: by path of a block of the tower behind which patches left, into which row each went, ``(images, patches)``, or -1.
     """
 
@@ -71,6 +74,17 @@ class VisualFilter(ShortenedPrompt):
             NoPrompt: this tower does not tell its tokens apart, or has no more than are kept; says why.
         """
 
+    def leave_units(self, program: Program, tower: Tower, entry: Entry, given: Arrangement) -> Left:
+        """As :meth:`leave`, where a visual token is made of several patches, or other tokens stand between.
+
+        Raises:
+            NoPrompt: as there; or this choice is of single patches.
+        """
+        raise NoPrompt(
+            f"{entry.features.name}: the text has not one place for each of {given.images} x {tower.patches} patches "
+            f"{tuple(value(entry.features).shape)}: the projector pools them, or packs tiles with tokens between"
+        )
+
     def shorten(self, program: Program, record: Record) -> None:
         entry, tower = _entry(program)
         if isinstance(record.wants(tower.path), Skip):
@@ -82,39 +96,42 @@ class VisualFilter(ShortenedPrompt):
         (images, patches), texts = value(stream).shape[:2], found.batch
         if not isinstance(images, int) or not isinstance(patches, int):
             raise NoPrompt(f"{tower.path}: how many images and patches there are, only run time knows")
-        if not known(value(entry.features).numel() == images * patches * value(entry.node).shape[-1]):
-            raise NoPrompt(
-                f"{entry.features.name}: the text has not one place for each of {images} x {patches} patches "
-                f"{tuple(value(entry.features).shape)}: the projector pools them, or packs tiles with tokens between"
-            )
-        left = self.leave(program, tower, entry.node)
-        kept = value(left.places).shape[0]
-        if not isinstance(texts, int) or (images * patches - kept) % texts:
+        given = arrangement(program, entry, stream)
+        if given.is_plain:
+            left = self.leave(program, tower, entry.node)
+            chosen, places, count = value(left.places).shape[0], left.places, images * patches
+            kept = chosen
+        else:
+            left = self.leave_units(program, tower, entry, given)
+            chosen, count = value(left.places).shape[0], len(given.places)
+            kept = chosen + given.places.count(-1)
+            (places,) = inserted(program, entry.node, partial(_placed, given.places, given.units, kept), left.places)
+        if not isinstance(texts, int) or (count - kept) % texts:
             raise NoPrompt(f"{images} images of {texts} texts cannot leave the same number of tokens out of each text")
-        features = self._projected(program, entry, stream, left)
+        features = self._projected(program, entry, stream, left, places, given)
         attention = found.attentions[0].node
         assert attention is not None and entry.mask is not None
         (q, k, *extras), masks = operands_of(attention)
-        run = partial(_rows, texts, images * patches, masks)
-        anchor = max(attention, entry.node, features, left.places, key=_order(program).__getitem__)
-        rows, positions, seen, moved, seen_all = inserted(
-            program, anchor.next, run, entry.mask, left.places, q, k, *extras
-        )
+        run = partial(_rows, texts, count, masks)
+        anchor = max(attention, entry.node, features, places, key=_order(program).__getitem__)
+        rows, positions, seen, moved, seen_all = inserted(program, anchor.next, run, entry.mask, places, q, k, *extras)
         again(program, found, [n for n in region if n not in made_of], rows, positions, {entry.features: features})
         note(program, rows, seen, moved, seen_all)
         survived(program, tower.path, rows, found.tokens)
         for path, place in left.went.items():
             patches_went(program, path, place)
         drop_dead_writes(program.graph)
-        record.take(tower.path, Done(f"{kept} of {images * patches} visual tokens are read"))
+        record.take(tower.path, Done(f"{kept} of {count} visual tokens are read"))
 
-    def _projected(self, program: Program, entry: Entry, stream: fx.Node, left: Left) -> fx.Node:
+    def _projected(
+        self, program: Program, entry: Entry, stream: fx.Node, left: Left, places: fx.Node, given: Arrangement
+    ) -> fx.Node:
         """The features of what is left, made of fewer patches where the choice gives as many of each image."""
         width = value(entry.node).shape[-1]
-        if left.stream is None:
-            run = lambda features, places: [features.reshape(-1, width).index_select(0, places)]  # noqa: E731
-            (made,) = inserted(program, entry.node, run, entry.features, left.places)
-            return made
+        if left.stream is None or not given.is_plain:
+            own = () if left.stream is None else (left.places, left.stream)
+            run = partial(_kept_features, width, given.place_of() if own else [])
+            return inserted(program, entry.node, run, entry.features, places, *own)[0]
         known_axes = program.analysis(axes)
         order = _order(program)
         way = [n for n in entry.projector if order[n] > order[stream]]
@@ -221,6 +238,22 @@ def _rows(
     there = seen.gather(1, rows)
     positions = (there.long().cumsum(1) - 1).clamp_min(0)
     return [rows, positions, there, seen.long().sum(1) - there.long().sum(1), seen]
+
+
+def _placed(units: Sequence[int], count: int, kept: int, chosen: Tensor) -> list[Tensor]:
+    """The places that stay, ascending: those of the units that are ``chosen``, and those where none of ``count`` stands."""
+    there = torch.zeros(count, dtype=torch.bool, device=chosen.device).index_fill(0, chosen, True)
+    of = torch.tensor(units, device=chosen.device)
+    stays = there[of.clamp_min(0)] | (of < 0)
+    return [stays.long().sort(descending=True, stable=True).indices[:kept].sort().values]
+
+
+def _kept_features(width: int, place_of: Sequence[int], features: Tensor, places: Tensor, *new: Tensor) -> list[Tensor]:
+    """The features at ``places``; ``new`` are units and, ``(units, width)``, what stands for them."""
+    rows = features.reshape(-1, width)
+    if new:
+        rows = rows.index_copy(0, torch.tensor(place_of, device=rows.device)[new[0]], new[1].reshape(-1, width))
+    return [rows.index_select(0, places)]
 
 
 def _above(node: fx.Node) -> set[fx.Node]:

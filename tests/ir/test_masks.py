@@ -108,6 +108,36 @@ def test_a_mask_of_data_has_no_name():
     assert named(lambda at: causal(at) & (torch.rand(at.shape[0]) > -1)) == ("tensor", None)
 
 
+@pytest.mark.parametrize("made", ["keep", "add", "fill"])
+def test_a_mask_that_shows_all_is_no_operand(made):
+    """Towers that may pad an image mask every one; a mask of data stays, also beside one that shows all."""
+
+    def attend(q, k, v, there):
+        shape = (1, 1, q.shape[2], k.shape[2])
+        if made == "fill":
+            hidden = torch.zeros(shape, dtype=torch.bool)
+            return (q @ k.mT).masked_fill(hidden, -1e9).softmax(-1) @ v
+        mask = torch.ones(shape, dtype=torch.bool) if made == "keep" else torch.zeros(shape)
+        whole = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return whole + F.scaled_dot_product_attention(q, k, v, attn_mask=there)
+
+    found = []
+
+    def backend(gm, example):
+        program = from_dynamo(gm, example)
+        found.extend(attention.insert(program))
+        attention.lower(program)
+        return program.gm
+
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(2, 2, 5, 4) for _ in range(3))
+    there = torch.rand(2, 1, 5, 5) > 0.3
+    there[..., 0] = True
+    got = torch.compile(attend, backend=backend, dynamic=False)(q, k, v, there)
+    torch.testing.assert_close(got, attend(q, k, v, there))
+    assert [len(record.node.args[3]) for record in found] == ([0] if made == "fill" else [0, 1])
+
+
 CAPACITY = 12
 
 

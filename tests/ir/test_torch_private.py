@@ -6,9 +6,11 @@ import ast
 import platform
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.variables.misc import NumpyVariable
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
@@ -185,6 +187,26 @@ def test_values_of_constants_are_known_and_no_longer_afterwards() -> None:
         made = torch.compile(parts, backend="eager", fullgraph=True)(torch.arange(12.0), "2,3")
     assert [len(part) for part in made] == [6, 6]
     assert before == fake_tensor.CONSTANT_NUMEL_LIMIT and scalars == torch._dynamo.config.capture_scalar_outputs
+
+
+def test_counts_and_products_of_numbers_are_known_and_what_stands_in_an_empty_tensor_is_not() -> None:
+    def places(x: torch.Tensor, rows: int) -> torch.Tensor:
+        index = torch.arange(rows * 4).reshape(rows, 4)
+        kept = torch.nn.functional.pad(index, (0, 2), value=-1)
+        kept = kept[kept >= 0]
+        if np.prod(x.shape) % 2:
+            kept = kept + 1
+        return x[kept] + index.flatten()[x.long()][kept]
+
+    x = torch.arange(8.0)
+    with known_values_private.values_known():
+        for backend in ("eager", "aot_eager"):
+            torch._dynamo.reset()
+            assert torch.equal(torch.compile(places, backend=backend, fullgraph=True)(x, 2), places(x, 2))
+    assert known_values_private.numpy_prod not in NumpyVariable.constant_fold_functions
+    for empty in known_values_private._EMPTY:
+        assert torch.Tag.nondeterministic_seeded not in empty.tags
+    torch._dynamo.reset()
 
 
 def test_the_processor_tells_what_it_multiplies() -> None:

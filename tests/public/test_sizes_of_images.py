@@ -63,6 +63,54 @@ def test_the_model_is_one_graph_for_each_set_of_sizes(name: str):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "Qwen2.5-VL", "Qwen3-VL"])
+def test_a_model_that_counts_on_the_host_is_one_graph(name: str):
+    """With numpy, by ``arange`` under a mask, by places that a mask of ids names."""
+    seen = vision_models.build(name)
+    with torch.no_grad():
+        want = seen.model(**seen.given).logits
+        torch._dynamo.reset()
+        accelpass.one_graph(seen.model)
+        fast = torch.compile(seen.model, backend="accelpass", options={"lowering": "eager"}, dynamic=False)
+        assert relative_error(fast(**seen.given).logits, want) < 1e-4
+    assert len(accelpass.explain(fast).graphs) == 1
+
+
+@pytest.mark.parametrize("name", ["SmolVLM", pytest.param("Idefics3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("padding", [False, True])
+def test_images_that_fill_up_a_batch_are_not_read(name: str, padding: bool):
+    """One graph for each number of real images; padding inside an image stays masked."""
+    seen = vision_models.build(name)
+    ids = seen.given["input_ids"]
+    pixels, mask = (
+        seen.given["pixel_values"].repeat(2, 1, 1, 1, 1),
+        seen.given["pixel_attention_mask"].repeat(2, 1, 1, 1),
+    )
+    pixels[1, 1] = 0
+    if padding:
+        mask[0, 0, :, 12:] = 0
+    fewer = ids.clone()
+    fewer[0, (ids[0] == vision_models.IMAGE).nonzero()[4:, 0]] = 20
+    given = {
+        **seen.given,
+        "input_ids": torch.cat([ids, fewer]),
+        "attention_mask": torch.ones(2, ids.shape[1], dtype=torch.long),
+        "pixel_values": pixels,
+        "pixel_attention_mask": mask,
+    }
+    nothing = {**given, "input_ids": fewer[:, :3], "attention_mask": torch.ones(1, 3), "pixel_values": None}
+    with torch.no_grad():
+        want = seen.model(**given).logits
+        torch._dynamo.reset()
+        accelpass.one_graph(seen.model)
+        assert relative_error(seen.model(**given).logits, want) < 1e-5
+        fast = torch.compile(seen.model, backend="accelpass", options={"lowering": "eager"}, dynamic=False)
+        assert relative_error(fast(**given).logits, want) < 1e-4
+        assert len(accelpass.explain(fast).graphs) == 1
+        fast(**nothing)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.5, 0.25])
 def test_pixtral_answers_as_the_pruned_model(keep: float):
     """A tower with rotary positions and a mask of images, and sizes that are constants."""
