@@ -127,7 +127,8 @@ def add_by_mask(model: nn.Module) -> None:
 def _added(hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
     """The stream, and at the places of the mask the features; a place has no number, which only a call would show."""
     features, places = visual_embeds.to(hidden_states), visual_pos_masks.to(hidden_states.device).unsqueeze(-1)
-    return hidden_states + torch.zeros_like(hidden_states).masked_scatter(places, features)
+    empty = torch.zeros(hidden_states.shape, dtype=features.dtype, device=features.device)  # no part of the stream
+    return hidden_states + empty.masked_scatter(places, features)
 
 
 def _no() -> bool:

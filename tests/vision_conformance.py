@@ -49,14 +49,7 @@ PASSES: dict[str, dict[str, Any]] = {
     "yopo": {"layer": 2, "window": 3, "first": 0},
 }
 """At options at which they work on models as small as these."""
-EXCEPTIONS: dict[str, str] = {
-    "LLaVA-NeXT": "it asks numpy on the host whether tiles fit, which breaks the graph: its tower is in a graph of its own, where the last "
-    "block, which the language model does not read, counts as one of it",
-    "Qwen2.5-VL": "its windows are counted in tensors whose values Dynamo does not know (`torch.arange` under a mask), which breaks the graph "
-    "in the tower's blocks: no graph holds a stack of them and the pixels that it reads",
-    "Qwen3-VL": "features of inner blocks are added between blocks of the text, at places that a mask of ids names: how many, only a call "
-    "shows, which breaks the graph, and what follows counts patches on the host",
-}
+EXCEPTIONS: dict[str, str] = {}
 """Models of which something is not found, and why."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.analyses.axes.flow import CASTS, SPLITS, VIEWS, between
 from accelpass.ir.analyses.structure.vision import Entry
-from accelpass.ir.core.graph import aten, is_call, shape, value
+from accelpass.ir.core.graph import aten, is_call, known, shape, value
 from accelpass.ir.core.program import Program
 from accelpass.ir.linear.op import LINEAR
 from accelpass.ir.transform.sequence.prompt import NoPrompt
@@ -64,19 +64,27 @@ class Arrangement:
         return found
 
 
-def arrangement(program: Program, entry: Entry, stream: fx.Node) -> Arrangement:
-    """Follows the patches of ``stream`` ``(images, patches, channels)`` to the features that enter the text.
+def arrangement(program: Program, entry: Entry, stream: fx.Node, front: int = 0) -> Arrangement:
+    """Follows the patches of ``stream`` ``(images, front + patches, channels)`` to the features that enter the text.
 
-    The calls between are run on numbers of patches in the place of channels.
+    The calls between are run on numbers of patches in the place of channels. Tokens in ``front`` of the patches are none.
 
     Raises:
         NoPrompt: one of them mixes patches otherwise than by putting them side by side; or sizes are known at run time alone.
     """
-    images, patches, width = shape(stream)
-    numbers = torch.arange(images * patches, dtype=torch.int32).view(images, patches, 1)
-    held: dict[fx.Node, Any] = {stream: numbers.expand(images, patches, width).contiguous()}
-    for node in between(program, stream, entry.features) if entry.features is not stream else ():
-        held[node] = _carried(node, held)
+    images, tokens, width = shape(stream)
+    patches = tokens - front
+    numbers = torch.full((images, tokens, 1), -1, dtype=torch.int32)
+    numbers[:, front:, 0] = torch.arange(images * patches).view(images, patches)
+    held: dict[fx.Node, Any] = {stream: numbers.expand(images, tokens, width).contiguous()}
+    try:
+        for node in between(program, stream, entry.features) if entry.features is not stream else ():
+            held[node] = _carried(node, held)
+    except NoPrompt:
+        if front or not known(value(entry.features).numel() == images * patches * shape(entry.node)[-1]):
+            raise
+        # There is a place for each patch all the same.
+        return Arrangement(torch.arange(patches).unsqueeze(-1), tuple(range(images * patches)), images)
     found = _members(entry.features, held[entry.features].reshape(-1, shape(entry.node)[-1]))
     filled = [i for i, row in enumerate(found.tolist()) if row[0] >= 0]
     whole = found[filled].long()

@@ -92,11 +92,11 @@ class VisualFilter(ShortenedPrompt):
         found = prompt(program)
         region = [n for n in program.graph.nodes if n.op == "call_function"]
         made_of = _above(entry.features)
-        stream = patch_stream(tower, entry)
-        (images, patches), texts = value(stream).shape[:2], found.batch
+        (stream, front), texts = patch_stream(tower, entry), found.batch
+        images, patches = value(stream).shape[0], tower.patches
         if not isinstance(images, int) or not isinstance(patches, int):
             raise NoPrompt(f"{tower.path}: how many images and patches there are, only run time knows")
-        given = arrangement(program, entry, stream)
+        given = arrangement(program, entry, stream, front)
         if given.is_plain:
             left = self.leave(program, tower, entry.node)
             chosen, places, count = value(left.places).shape[0], left.places, images * patches
@@ -146,18 +146,12 @@ class VisualFilter(ShortenedPrompt):
         return inserted(program, entry.node, lambda features: [features.reshape(-1, width)], made)[0]
 
 
-def patch_stream(tower: Tower, entry: Entry) -> fx.Node:
-    """The patches alone, ``(images, patches, channels)``: the tower's stream, or its slice behind the first tokens.
-
-    Raises:
-        NoPrompt: the projector reads the first tokens too.
-    """
-    if not tower.first:
-        return tower.end
-    for node in entry.projector:
+def patch_stream(tower: Tower, entry: Entry) -> tuple[fx.Node, int]:
+    """The patches, ``(images, patches, channels)``: the tower's slice behind the first tokens, or its whole stream and how many stand in front."""
+    for node in entry.projector if tower.first else ():
         if is_call(node, aten.slice) and bare(node.args[0], *CASTS) is tower.end and node.args[1:3] == (1, tower.first):
-            return node
-    raise NoPrompt(f"{tower.path}: the language model reads the tower's first {tower.first} tokens too")
+            return node, 0
+    return tower.end, tower.first
 
 
 def first_row(q: Tensor, k: Tensor, extras: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
@@ -197,6 +191,8 @@ def _entry(program: Program) -> tuple[Entry, Tower]:
     if len(found.entries) > 1:
         raise NoPrompt(f"images enter the text in {len(found.entries)} places")
     (entry,) = found.entries
+    if any(n is not entry.node and is_call(n, aten.masked_scatter, aten.masked_scatter_) for n in program.graph.nodes):
+        raise NoPrompt("features of inner blocks of the tower are added to layers of the language model, too")
     if entry.tower is None:
         raise NoPrompt(f"{_APART}: {_remedy(program)}")
     if entry.tower.is_packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ def arranged(built: vision_models.Seen) -> Arrangement:
         attention.insert(program)
         (entry,) = program.analysis(vision).entries
         assert entry.tower is not None
-        found.append(arrangement(program, entry, patch_stream(entry.tower, entry)))
+        found.append(arrangement(program, entry, *patch_stream(entry.tower, entry)))
         return backend(gm, inputs, options={"lowering": "eager", "passes": []})
 
     torch._dynamo.reset()
@@ -178,4 +179,27 @@ def test_hired_leaves_new_lines_where_they_are(keep: float):
     want = logits(built, features[kept], stays)
     got, said = compiled_logits(built, {"name": "hired", **options})
     assert said == f"{int(kept.sum())} of {len(kept)} visual tokens are read"
+    assert relative_error(got, want) < 1e-4
+
+
+@pytest.mark.slow
+def test_hired_leaves_class_tokens_that_the_text_has_places_for():
+    built = vision_models.build("Video-LLaVA")
+    pixels, inner = built.given["pixel_values_videos"], built.model.model
+    found = seen(SimpleNamespace(model=SimpleNamespace(vision_tower=inner.video_tower)), pixels.flatten(0, 1))
+    early, late = (
+        (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0, 1:].sum(1)
+        for q, k, _, _ in (found[0], found[1])
+    )
+    with torch.no_grad():
+        features = inner.get_video_features(pixels).pooler_output.flatten(0, -2)
+    (chosen,) = shared_out(1, 6, 0.5, (0,) * 16, early, late)
+    kept = torch.zeros(4, 17, dtype=torch.bool)
+    kept[:, 0] = True
+    kept[:, 1:] = torch.zeros(64, dtype=torch.bool).index_fill(0, chosen, True).view(4, 16)
+    stays = built.given["input_ids"][0] != IMAGE
+    stays[stays.logical_not().nonzero()[:, 0]] = kept.flatten()
+    want = logits(built, features[kept.flatten()], stays)
+    got, said = compiled_logits(built, {"name": "hired", "keep": 0.4})
+    assert said == "28 of 68 visual tokens are read"
     assert relative_error(got, want) < 1e-4

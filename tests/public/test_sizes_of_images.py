@@ -124,9 +124,10 @@ def test_pixtral_answers_as_the_pruned_model(keep: float):
 
 
 @pytest.mark.slow
-def test_qwen_answers_as_the_pruned_model():
-    """Positions of three axes go on with the tokens that stay."""
-    seen = vision_models.build("Qwen2-VL")
+@pytest.mark.parametrize("name", ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"])
+def test_qwen_answers_as_the_pruned_model(name: str):
+    """Positions of three axes go on with the tokens that stay, and what is added to their places behind a layer."""
+    seen = vision_models.build(name)
     model, given = accelpass.one_graph(seen.model), seen.given
     ids, places = given["input_ids"], given["position_ids"]
     options = {"lowering": "eager", "passes": [{"name": "fastv", "layer": 1, "keep": 0.5}]}
@@ -137,24 +138,26 @@ def test_qwen_answers_as_the_pruned_model():
     text = plain.model.language_model
     with torch.no_grad():
         got = fast(**given).logits
-        x = text.embed_tokens(ids)
-        x[ids == vision_models.IMAGE] = torch.cat(
-            list(plain.model.get_image_features(given["pixel_values"], given["image_grid_thw"]).pooler_output)
-        )
+        x, there = text.embed_tokens(ids), ids == vision_models.IMAGE
+        features = plain.model.get_image_features(given["pixel_values"], given["image_grid_thw"])
+        x[there] = torch.cat(list(features.pooler_output))
+        more = [torch.zeros_like(x) for _ in text.layers]
+        for added, inner in zip(more, getattr(features, "deepstack_features", []), strict=False):
+            added[there] = torch.cat(list(inner))
         cos, sin = text.rotary_emb(x, places)
         whole = torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)[None, None]
         paid: list[torch.Tensor] = []
         keep = text.layers[0].self_attn.register_forward_hook(lambda module, args, out: paid.append(out[1]))
         x = text.layers[0](x, attention_mask=whole, position_embeddings=(cos, sin))
         keep.remove()
-        x = x[0] if isinstance(x, tuple) else x
+        x = (x[0] if isinstance(x, tuple) else x) + more[0]
         visual = (ids[0] == vision_models.IMAGE).nonzero()[:, 0]
         best = visual[paid[0][0].mean(0)[-1, visual].topk(2).indices]
         rows = torch.cat([(ids[0] != vision_models.IMAGE).nonzero()[:, 0], best]).sort().values
         x, mask = x[:, rows], whole[:, :, rows][..., rows]
-        for layer in text.layers[1:]:
+        for layer, added in zip(text.layers[1:], more[1:], strict=True):
             x = layer(x, attention_mask=mask, position_embeddings=(cos[..., rows, :], sin[..., rows, :]))
-            x = x[0] if isinstance(x, tuple) else x
+            x = (x[0] if isinstance(x, tuple) else x) + added[:, rows]
         want = plain.lm_head(text.norm(x[:, -1:]))
     assert relative_error(got, want) < 1e-4
     took = {done.what for done in accelpass.explain(fast).passes["fastv"].took.values()}

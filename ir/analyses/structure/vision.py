@@ -112,14 +112,23 @@ def vision(program: Program) -> Vision:
 
 
 def chains(program: Program) -> list[list[Block]]:
-    """The blocks of a graph in stacks, in each of which a block reads what the one before gives."""
+    """The blocks of a graph in stacks, in each of which a block reads what the one before gives, and maybe a sum with other values."""
     found: list[list[Block]] = []
     for block in program.analysis(blocks):
-        if found and len(block.inputs) == 1 and block.input is found[-1][-1].output:
+        if found and len(block.inputs) == 1 and _goes_on(program, found[-1][-1].output, block.input):
             found[-1].append(block)
         else:
             found.append([block])
     return found
+
+
+def _goes_on(program: Program, output: fx.Node, stream: fx.Node) -> bool:
+    if stream is output:
+        return True
+    if not is_call(stream, aten.add, aten.add_) or output not in stream.args[:2]:
+        return False
+    (other,) = [n for n in stream.args[:2] if n is not output] or [None]
+    return isinstance(other, fx.Node) and other not in reached_from(program, output)
 
 
 def _patches(program: Program) -> list[fx.Node]:
