@@ -105,6 +105,7 @@ def measure(
     for how in given.values():
         if "custom_generate" in how:
             how["custom_generate"].prepare(model, cache)
+    say("compiled; from here on the machine must be quiet")
     for kind, texts in encoded.items():
         for number, ids in enumerate(texts):
             seconds: dict[str, list[float]] = {name: [] for name in given}

@@ -2,6 +2,7 @@
 
     python -m benchmarks.digits_rounding --per-class 10 --steps 20      # the digits model; goes on where it was stopped
     python -m benchmarks.digits_rounding --pixart                       # two layers of PixArt's shape, with random weights
+    python -m benchmarks.digits_rounding --time                         # what a step of these takes
 
 Each makes the same images from the same noise. PSNR is against those of the dense model. Of random weights, which make no images, only
 the outputs of single steps are compared, as signal to noise.
@@ -10,9 +11,12 @@ the outputs of single steps are compared, as signal to noise.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from accelpass.models_zoo import digits
 from benchmarks import pixart_steps
 from benchmarks.digits_quality import class_accuracy, frechet_distance, labels_of, psnr
 from benchmarks.machine import cpu, goes_on
+from benchmarks.structure import in_turns
 
 RESULTS = Path(__file__).parent / "results"
 CALLS = 4
@@ -124,13 +129,44 @@ def of_pixart() -> tuple[Any, list[dict[str, Any]], Callable[[Any], Figures]]:
     return model, calls, figures
 
 
+TIMED = ("W8A8 nearest", "W8A8 vidit_q", "W8A8 mixdq", "W4A8 vidit_q", "W4A8 mixdq")
+
+
+def times(turns: int) -> dict[str, float]:
+    """Milliseconds of a step of PixArt's two layers, 1,024 tokens and guidance, in turns with Inductor in floats."""
+    sizes = pixart_steps.Sizes(layers=2, latents=64)
+    model = pixart_steps.model_of(sizes)
+    calls = [
+        pixart_steps.call_of(sizes, s, 20, torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(s)))
+        for s in (0, 6, 12, 18)
+    ]
+    given: dict[str, dict[str, Any]] = {}
+    for name in TIMED:
+        entry, learns = entries()[name]
+        given[name] = {"passes": [entry]}
+        if learns:
+            given[name] = {"passes": [], "plan": accelpass.calibrate(model, calls, [entry], progress=False)}
+    runs = {"dense": torch.compile(copy.deepcopy(model))}
+    for name, options in given.items():
+        runs[name] = torch.compile(copy.deepcopy(model), backend="accelpass", options=options)
+    with torch.no_grad():
+        found = in_turns({name: partial(run, **calls[1]) for name, run in runs.items()}, turns)
+    return {name: round(1000 * statistics.median(some), 1) for name, some in found.items()}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--per-class", type=int, default=10, help="images of each class")
     parser.add_argument("--steps", type=int, default=20, help="of DDIM")
     parser.add_argument("--pixart", action="store_true", help="random weights in PixArt's shape instead")
     parser.add_argument("--most", type=int, default=99, help="rows that this call measures")
+    parser.add_argument("--time", action="store_true", help="of a step of PixArt's shape, and nothing else")
     given = parser.parse_args(arguments)
+    if given.time:
+        made = {"cpu": cpu(), "torch": torch.__version__, "milliseconds": times(7)}
+        (RESULTS / "pixart_rounding_time_cpu.json").write_text(json.dumps(made, indent=1) + "\n")
+        print(json.dumps(made["milliseconds"], indent=1))
+        return 0
     results = RESULTS / ("pixart_rounding_cpu.json" if given.pixart else "digits_rounding_cpu.json")
     model, calls, figures = of_pixart() if given.pixart else of_digits(given.per_class, given.steps)
     settings: dict[str, Any] = {"cpu": cpu(), "torch": torch.__version__}

@@ -211,7 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
     with bar("models", len(wanted), len(done)) as shown:
         for name in (n for n in wanted if n not in done):
             done[name] = measure(name)
-            NOTES.add(done[name])
+            if not given.models:
+                NOTES.add(done[name])
             shown.advance(title=name)
     rows = [done[name] for name in wanted]
     console, table = Console(width=180), Table(*HEAD)

@@ -37,7 +37,8 @@ class Pace:
     """Chooses how many rows a call may have.
 
     A size that gives fewer tokens a second than single tokens do rests until what the call has lost is a small part of the time, twice as
-    long each time at first, and is then tried once; larger sizes rest with it. What was learnt in one text holds for the next.
+    long each time at first, and is then tried again, for as long as each try pays by itself or all do in the mean; larger sizes rest with
+    it. What was learnt in one text holds for the next.
     The first call of a size is not counted: it may compile.
 
     Attributes:
@@ -75,11 +76,11 @@ class Pace:
         if size == 1 or not self.adaptive:
             return
         single = self._of(1).rate
-        if one.rate < MARGIN * single:
+        if gained < MARGIN * single * seconds and one.rate < MARGIN * single:
             lost = min(seconds, HICCUP**2 * one.seconds) * single - gained
             one.rest = min(LONGEST_REST, max(one.wait, math.ceil(lost / LOSS)))
             one.wait = min(2 * one.wait, LONGEST_WAIT)
-        else:
+        elif one.rate >= MARGIN * single:
             one.wait = 4
 
     def _of(self, size: int) -> _Size:

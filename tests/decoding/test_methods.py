@@ -42,6 +42,26 @@ def test_what_is_looked_up(text, most, shortest, more):
         assert (None if got is None else got.tokens[0].tolist()) == looked_up(text[:end], most, **how)
 
 
+def test_a_size_that_pays_again_is_not_left_to_rest():
+    """Guesses that were bad for long become good: a try that pays is followed by another at once, until the mean says so, too."""
+    pace = Pace((1, 4))
+    for _ in range(3):
+        pace.note(1, 1, 1.0)
+    while not pace.allowed(9) or pace._of(4).wait < 64:  # learns that they do not pay
+        pace.note(4 if pace.allowed(9) else 1, 1, 1.5 if pace.allowed(9) else 1.0)
+    singles = tries = 0
+    while pace._of(4).rate < 1.5:
+        if pace.allowed(9):
+            pace.note(4, 3, 1.5)
+            tries += 1
+        else:
+            pace.note(1, 1, 1.0)
+            singles += 1
+    assert singles < 130 and 1 < tries < 10 and pace.allowed(9)
+    pace.note(4, 1, 1.5)  # one bad call does not end it
+    assert pace.allowed(9)
+
+
 def test_sizes_rest_where_guesses_do_not_pay():
     pace = Pace((1, 4))
     assert pace.allowed(9) == []  # nothing to compare with
