@@ -165,15 +165,17 @@ class Decoder:
     def prepare(self, model: Any, cache: Any, call: Any = None) -> None:
         """Compile the calls of all sizes before the first request, with an empty cache like that of the requests; it is emptied again.
 
-        The prompt's own graph is compiled as well; a prompt of another length may compile it once more.
+        Prompts' graphs are compiled as well, for prompts of any length: a second length lets Dynamo ask for no length.
         """
         batch = max(1, getattr(cache.layers[0], "batch_size", 1) // (1 if self.guidance is None else 2))
-        ids = torch.zeros((batch, 2), dtype=torch.int64, device=model.device)
-        for size in self.sizes:
+        room = getattr(cache.layers[0], "capacity", None) or 64
+        for number, size in enumerate(self.sizes):
+            length = max(2, min(24, room - 16 - size)) + number  # more rows than a step's, where the cache has room for them
+            ids = torch.zeros((batch, length), dtype=torch.int64, device=model.device)
             reader = self._reader(model, cache, {"use_cache": True}, call)
             if isinstance(reader, GuidedReader):
                 reader.guidance = replace(reader.guidance, without=torch.clone)  # a prompt of any length will do
-            request = Request(model, ids, None, None, 16 + size, generator=self.generator)
+            request = Request(model, ids, None, None, length + 14 + size, generator=self.generator)
             whole = None if self.one_graph is None else Step(request, reader, self.one_graph, self._steps)
             reader.first(ids)
             request = _with_cache(request, reader)
