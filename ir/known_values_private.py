@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch._numpy import prod as numpy_prod
+from torch import Tensor, _numpy, nn
 from torch._ops import OpOverload
 from torch._subclasses import fake_impls, fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -19,6 +18,7 @@ from accelpass.ir.core.graph import aten
 
 __all__ = ["add_by_mask", "frames_of_its_own", "read_images_in_forward", "values_known"]
 
+numpy_prod: Any = vars(_numpy)["prod"]
 _known, _known_lock = list[Any](), threading.Lock()
 _LARGEST_KNOWN = 1 << 16
 _EMPTY = (aten.new_empty.default, aten.new_empty_strided.default, aten.empty_like.default)
@@ -81,13 +81,13 @@ def _fold_products(folds: bool) -> None:
     """Let Dynamo compute ``np.prod`` of numbers, which it takes for a tensor otherwise, or no longer."""
     from torch._dynamo.variables import builder, misc  # seconds
 
-    functions = misc.NumpyVariable.constant_fold_functions
-    handlers = builder.SourcelessBuilder._type_handlers
+    variable: Any = misc.NumpyVariable
+    handlers = cast(Any, builder.SourcelessBuilder)._type_handlers
     if folds:
-        misc.NumpyVariable.constant_fold_functions = (*functions, numpy_prod)
+        variable.constant_fold_functions = (*variable.constant_fold_functions, numpy_prod)
         handlers[np.int64] = lambda tx, value: builder.ConstantVariable.create(int(value))
     else:
-        misc.NumpyVariable.constant_fold_functions = tuple(f for f in functions if f is not numpy_prod)
+        variable.constant_fold_functions = tuple(f for f in variable.constant_fold_functions if f is not numpy_prod)
         del handlers[np.int64]
 
 

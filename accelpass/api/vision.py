@@ -52,7 +52,7 @@ def one_graph(model: Model) -> Model:
     os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
     add_by_mask(model)
     signature = inspect.signature(type(model).forward)
-    base = model.base_model
+    base: Any = model.base_model
     fills = "pixel_attention_mask" in signature.parameters and all(
         hasattr(base, n) for n in ("vision_model", "connector")
     )

@@ -170,7 +170,8 @@ class Decoder:
         batch = max(1, getattr(cache.layers[0], "batch_size", 1) // (1 if self.guidance is None else 2))
         room = getattr(cache.layers[0], "capacity", None) or 64
         for number, size in enumerate(self.sizes):
-            length = max(2, min(24, room - 16 - size)) + number  # more rows than a step's, where the cache has room for them
+            # More rows than a step's, where the cache has room for them.
+            length = max(2, min(24, room - 16 - size)) + number
             ids = torch.zeros((batch, length), dtype=torch.int64, device=model.device)
             reader = self._reader(model, cache, {"use_cache": True}, call)
             if isinstance(reader, GuidedReader):
