@@ -34,7 +34,7 @@ METHODS = {
 SETTINGS = {"max_new_tokens": 14, "do_sample": False}
 
 
-QUICK = ("h2o", "moa")
+QUICK = ("h2o",)
 
 
 @pytest.mark.parametrize("which", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
