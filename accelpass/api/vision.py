@@ -68,25 +68,29 @@ def one_graph(model: Model) -> Model:
 @frames_of_its_own
 def _sizes_read(model: nn.Module, *args: Any, **given: Any) -> Any:
     """The model's call, with the sizes of images read beforehand; Dynamo does not trace this, and compiles what it calls."""
-    sizes, real, others = _told(given)
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **given}
+    sizes, real, others = _told(given, "get_image_features" in vars(model.base_model))
     with values_known():
-        return _with_sizes(model, sizes, real, args, others)
+        return _with_sizes(model, sizes, real, others)
 
 
 @torch.compiler.disable
-def _told(given: dict[str, Any]) -> tuple[dict[str, Size], str, dict[str, Any]]:
-    """Sizes as texts; the numbers of the images that do not just fill up a batch, if some do; and the other arguments."""
+def _told(given: dict[str, Any], fills: bool) -> tuple[dict[str, Size], str, dict[str, Any]]:
+    """Sizes as texts; of a model that fills up with images of zeros, the numbers of the others, if there are any; and the other arguments."""
     sizes: dict[str, Size] = {}
     for name, x in given.items():
         if name.endswith(_SIZES) and isinstance(x, Tensor) and not x.is_floating_point():
             sizes[name] = ",".join(map(str, x.flatten().tolist())), tuple(x.shape), x.dtype, x.device
     others = {name: x for name, x in given.items() if name not in sizes}
     real, pixels, mask = "", given.get("pixel_values"), given.get("pixel_attention_mask")
-    if isinstance(mask, Tensor) and isinstance(pixels, Tensor) and pixels.dim() == 5:
+    if fills and isinstance(pixels, Tensor):
         shown = (pixels != 0).flatten(2).any(-1).flatten()
         if not bool(shown.all()):
             real = ",".join(map(str, shown.nonzero().flatten().tolist())) or "0"  # the tower wants one
-        if bool(mask.flatten(0, 1)[shown].all()):  # images without padding: attention needs no mask
+        if mask is not None and bool(
+            mask.flatten(0, 1)[shown].all()
+        ):  # images without padding: attention needs no mask
             others["pixel_attention_mask"] = None
     return sizes, real, others
 
@@ -95,7 +99,6 @@ def _with_sizes(
     self: nn.Module,
     sizes: dict[str, Size],
     real: str,
-    args: tuple[Any, ...],
     given: dict[str, Any],
 ) -> Any:
     """The model's call with sizes that are constants: Dynamo holds a text for one, and a number, the second time, for a variable."""
@@ -108,13 +111,15 @@ def _with_sizes(
         for name in ("pixel_values", "pixel_attention_mask"):
             if isinstance(given.get(name), Tensor):
                 made[name] = given[name].flatten(0, 1)[rows].unsqueeze(0)
-    return type(self).forward(self, *args, **{**given, **made})
+    return type(self).forward(self, **{**given, **made})
 
 
 def _features_of_real_images(
     self: Any, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, **given: Any
 ) -> Any:
     """What ``get_image_features`` of Idefics3 and SmolVLM gives where every image is real: how many there are is known."""
+    if not torch.compiler.is_compiling():
+        return type(self).get_image_features(self, pixel_values, pixel_attention_mask, **given)
     images, size = pixel_values.to(self.dtype).flatten(0, 1), self.config.vision_config.patch_size
     if pixel_attention_mask is None:
         seen = torch.ones(len(images), *images.shape[-2:], dtype=torch.bool, device=images.device)
