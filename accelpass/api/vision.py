@@ -68,8 +68,9 @@ def one_graph(model: Model) -> Model:
 @frames_of_its_own
 def _sizes_read(model: nn.Module, *args: Any, **given: Any) -> Any:
     """The model's call, with the sizes of images read beforehand; Dynamo does not trace this, and compiles what it calls."""
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    given = {**dict(zip(names, args, strict=False)), **given}
+    if args:
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        given = {**dict(zip(names, args, strict=False)), **given}
     sizes, real, others = _told(given, "get_image_features" in vars(model.base_model))
     with values_known():
         return _with_sizes(model, sizes, real, others)
@@ -88,9 +89,8 @@ def _told(given: dict[str, Any], fills: bool) -> tuple[dict[str, Size], str, dic
         shown = (pixels != 0).flatten(2).any(-1).flatten()
         if not bool(shown.all()):
             real = ",".join(map(str, shown.nonzero().flatten().tolist())) or "0"  # the tower wants one
-        if mask is not None and bool(
-            mask.flatten(0, 1)[shown].all()
-        ):  # images without padding: attention needs no mask
+        # Images without padding: attention needs no mask.
+        if mask is not None and bool(mask.flatten(0, 1)[shown].all()):
             others["pixel_attention_mask"] = None
     return sizes, real, others
 

@@ -176,7 +176,9 @@ class Decoder:
             reader = self._reader(model, cache, {"use_cache": True}, call)
             if isinstance(reader, GuidedReader):
                 reader.guidance = replace(reader.guidance, without=torch.clone)  # a prompt of any length will do
-            request = Request(model, ids, None, None, length + 14 + size, generator=self.generator)
+            # Texts as long as the cache: a draft's own has the size that it has in requests.
+            longest = max(room - 1, length + size)
+            request = Request(model, ids, None, None, longest, generator=self.generator)
             whole = None if self.one_graph is None else Step(request, reader, self.one_graph, self._steps)
             reader.first(ids)
             request = _with_cache(request, reader)

@@ -38,6 +38,11 @@ class Arrangement:
     places: tuple[int, ...]
     images: int
 
+    @classmethod
+    def plain(cls, images: int, patches: int) -> Arrangement:
+        """A place for each patch, in order."""
+        return cls(torch.arange(patches).unsqueeze(-1), tuple(range(images * patches)), images)
+
     @property
     def units(self) -> int:
         """Of all images."""
@@ -84,7 +89,7 @@ def arrangement(program: Program, entry: Entry, stream: fx.Node, front: int = 0)
         if front or not known(value(entry.features).numel() == images * patches * shape(entry.node)[-1]):
             raise
         # There is a place for each patch all the same.
-        return Arrangement(torch.arange(patches).unsqueeze(-1), tuple(range(images * patches)), images)
+        return Arrangement.plain(images, patches)
     found = _members(entry.features, held[entry.features].reshape(-1, shape(entry.node)[-1]))
     filled = [i for i, row in enumerate(found.tolist()) if row[0] >= 0]
     whole = found[filled].long()
@@ -142,6 +147,8 @@ def _none(node: fx.Node) -> Any:
 
 def _members(node: fx.Node, rows: Tensor) -> Tensor:
     """The different numbers in each row, ascending: ``(rows, numbers)``; rows of fewer (of no patch) repeat theirs."""
+    if bool((rows == rows[:, :1]).all()):  # as a rule, and sorting takes long
+        return rows[:, :1]
     ascending = rows.sort(-1).values
     starts = torch.ones_like(ascending, dtype=torch.bool)
     starts[:, 1:] = ascending[:, 1:] != ascending[:, :-1]

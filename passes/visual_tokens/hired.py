@@ -71,11 +71,8 @@ class HiRED(VisualFilter):
         return 1 if self.rows * self.columns == 1 else 1 + self.rows * self.columns
 
     def leave(self, program: Program, tower: Tower, before: fx.Node) -> Left:
-        patches = torch.arange(tower.patches).unsqueeze(-1)
-        images = value(tower.end).shape[0]
-        return self._shared_out(
-            program, tower, before, Arrangement(patches, tuple(range(images * tower.patches)), images)
-        )
+        plain = Arrangement.plain(value(tower.end).shape[0], tower.patches)
+        return self._shared_out(program, tower, before, plain)
 
     def leave_units(self, program: Program, tower: Tower, entry: Entry, given: Arrangement) -> Left:
         return self._shared_out(program, tower, entry.node, given)

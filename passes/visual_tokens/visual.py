@@ -99,12 +99,10 @@ class VisualFilter(ShortenedPrompt):
         given = arrangement(program, entry, stream, front)
         if given.is_plain:
             left = self.leave(program, tower, entry.node)
-            chosen, places, count = value(left.places).shape[0], left.places, images * patches
-            kept = chosen
+            places, count, kept = left.places, images * patches, value(left.places).shape[0]
         else:
             left = self.leave_units(program, tower, entry, given)
-            chosen, count = value(left.places).shape[0], len(given.places)
-            kept = chosen + given.places.count(-1)
+            count, kept = len(given.places), value(left.places).shape[0] + given.places.count(-1)
             (places,) = inserted(program, entry.node, partial(_placed, given.places, given.units, kept), left.places)
         if not isinstance(texts, int) or (count - kept) % texts:
             raise NoPrompt(f"{images} images of {texts} texts cannot leave the same number of tokens out of each text")

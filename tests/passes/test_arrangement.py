@@ -19,7 +19,7 @@ from accelpass.passes.visual_tokens.hired import HiRED, shared_out
 from accelpass.passes.visual_tokens.visionzip import VisionZip, zipped
 from accelpass.passes.visual_tokens.visual import patch_stream
 from tests import vision_models
-from tests.passes.visual_truth import IMAGE, seen
+from tests.passes.visual_truth import IMAGE, class_pays, seen
 from tests.small_models import relative_error
 
 
@@ -156,10 +156,7 @@ def test_hired_leaves_new_lines_where_they_are(keep: float):
     built = with_padding(vision_models.build("LLaVA-NeXT"))
     pixels, sizes = built.given["pixel_values"], built.given["image_sizes"]
     found = seen(built.model, pixels.flatten(0, 1))
-    early, late = (
-        (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0, 1:].sum(1)
-        for q, k, _, _ in (found[0], found[1])
-    )
+    early, late = class_pays(found[0]), class_pays(found[1])
     with torch.no_grad():
         features = torch.cat(list(built.model.model.get_image_features(pixels, image_sizes=sizes).pooler_output))
     units = arranged(built)
@@ -187,10 +184,7 @@ def test_hired_leaves_class_tokens_that_the_text_has_places_for():
     built = vision_models.build("Video-LLaVA")
     pixels, inner = built.given["pixel_values_videos"], built.model.model
     found = seen(SimpleNamespace(model=SimpleNamespace(vision_tower=inner.video_tower)), pixels.flatten(0, 1))
-    early, late = (
-        (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0, 1:].sum(1)
-        for q, k, _, _ in (found[0], found[1])
-    )
+    early, late = class_pays(found[0]), class_pays(found[1])
     with torch.no_grad():
         features = inner.get_video_features(pixels).pooler_output.flatten(0, -2)
     (chosen,) = shared_out(1, 6, 0.5, (0,) * 16, early, late)

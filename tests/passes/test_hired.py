@@ -12,7 +12,7 @@ import accelpass
 from accelpass.ir.errors import OptionError
 from accelpass.passes.visual_tokens.hired import HiRED, shared_out
 from tests.passes.vision_truth import compiled
-from tests.passes.visual_truth import IMAGE, answer, answered, asked, llava, seen
+from tests.passes.visual_truth import IMAGE, answer, answered, asked, class_pays, llava, seen
 from tests.small_models import relative_error
 from tests.sweep import examples, sweep
 
@@ -81,10 +81,7 @@ def test_the_language_model_goes_on_from_the_patches_that_are_left(rows: int, co
     options = {"keep": 0.4, "rows": rows, "columns": columns}
     got, fast = answered(model, question, {"name": "hired", **options})
     found = seen(model, question["pixel_values"])
-    early, late = (
-        (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0, 1:].sum(1)
-        for q, k, _, _ in (found[0], found[2])
-    )
+    early, late = class_pays(found[0]), class_pays(found[2])
     method = HiRED(**options)
     (places,) = shared_out(method.tiles, int(method.tiles * 16 * 0.4), 0.5, method.regions(16, (4, 4)), early, late)
     stays = question["input_ids"][0] != IMAGE

@@ -61,6 +61,12 @@ def seen(model: Any, pixels: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tenso
     return made
 
 
+def class_pays(seen_block: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """What the class token pays each patch in a block that was :func:`seen`, summed over heads: ``(images, patches)``."""
+    q, k, _, _ = seen_block
+    return (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0, 1:].sum(1)
+
+
 @torch.no_grad()
 def answer(model: Any, given: dict[str, Tensor], features: Tensor, stays: Tensor) -> Tensor:
     """Tokens that follow one text in which the visual tokens that do not stay are not.

@@ -127,8 +127,8 @@ def _goes_on(program: Program, output: fx.Node, stream: fx.Node) -> bool:
         return True
     if not is_call(stream, aten.add, aten.add_) or output not in stream.args[:2]:
         return False
-    (other,) = [n for n in stream.args[:2] if n is not output] or [None]
-    return isinstance(other, fx.Node) and other not in reached_from(program, output)
+    others = [n for n in stream.args[:2] if isinstance(n, fx.Node) and n is not output]
+    return bool(others) and others[0] not in reached_from(program, output)
 
 
 def _patches(program: Program) -> list[fx.Node]:
