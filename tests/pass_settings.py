@@ -22,6 +22,7 @@ _BLOCKS = ("transformer_blocks.0", "transformer_blocks.1")
 _TOKENS = 16
 LAST = "the last tokens of a prompt choose what the others read"
 """Why outputs of earlier tokens depend on later ones."""
+HEADS = "all tokens of a prompt choose the heads of later layers"
 CROWD = "an expert's places go to first choices before second ones, whoever stands earlier"
 
 
@@ -151,7 +152,7 @@ SETTINGS: dict[str, Setting] = {
     "grouped_query": Setting({}, ("prompt",)),
     "cpu_gemv": Setting({}),
     "magnitude_prune": Setting({"heads": 0.5}, ("prompt", "decoder", "encoder")),
-    "head_cascade": Setting({"keep": 0.1, "dense": 0.0}, ("encoder", "tower")),
+    "head_cascade": Setting({"keep": 0.1, "dense": 0.0}, ("encoder", "tower", "decoder"), looks_ahead=HEADS),
     "wanda": Setting({"heads": 0.5}, tensors=_norms()),
     "vtrans": Setting({"multiple": 8}, identity={"include": ()}, tensors=_masks()),
     "shortgpt": Setting({"remove": 1}, tensors={INFLUENCE: torch.tensor([0.9, 0.1])}),

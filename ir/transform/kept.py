@@ -172,14 +172,17 @@ class Picked(Static):
 
     Attributes:
         picked: the node that holds them, int64 ``(count,)``, ascending.
+        fill: what rows that are gone are, where a region ends; None where none may read them.
     """
 
     picked: fx.Node | None = None
+    fill: float | None = None
 
     @classmethod
-    def by_node(cls, node: fx.Node) -> Picked:
+    def by_node(cls, node: fx.Node, fill: float | None = None) -> Picked:
         """The rows that a node holds."""
-        return cls(int(node.meta["val"].shape[0]), Recipe(("picked",), _none_before_run_time), picked=node)
+        recipe = Recipe(("picked",), _none_before_run_time)
+        return cls(int(node.meta["val"].shape[0]), recipe, picked=node, fill=fill)
 
 
 def _none_before_run_time(*_: Tensor) -> tuple[Tensor]:

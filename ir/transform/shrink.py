@@ -27,7 +27,7 @@ from accelpass.ir.core.program import Program
 from accelpass.ir.core.tensors import placed
 from accelpass.ir.torch_private import tree_leaves
 from accelpass.ir.transform.changed_axes import CannotShrink, ChangedAxes
-from accelpass.ir.transform.kept import CHOSEN, Leaves, Merge, Numbered, Picked, Static, before_of, now_of
+from accelpass.ir.transform.kept import CHOSEN, Leaves, Merge, Numbered, Picked, Static, before_of, now_of, positions
 from accelpass.ir.transform.shrink_rules import Change, Renumbered, Scaled, rule_for
 from accelpass.ir.transform.splice import inserted
 
@@ -124,7 +124,7 @@ class _Surgery:
                 if is_call(node, aten._assert_tensor_metadata):  # an exported graph has them; they compute nothing
                     self._step(node)
                     continue
-                if not isinstance(self.keep, Numbered):
+                if not self._is_restored():
                     raise CannotShrink(f"{node.name}, which is outside, reads the axis")
                 self._leave(node)
 
@@ -132,9 +132,14 @@ class _Surgery:
         """What a node outside reads has all rows again."""
         for given in (n for n in node.all_input_nodes if self.region and n in self.region and self._resized(n)):
             dims = self.changed(given)
-            if len(dims) != 1 or any(len(leaves) != 1 or leaves[0][0] != CHOSEN for leaves in dims.values()):  # type: ignore[index]
+            is_alone = all(len(leaves) == 1 and leaves[0][0] == CHOSEN for leaves in dims.values())  # type: ignore[index]
+            if len(dims) != 1 or not (is_alone or isinstance(self.keep, Picked)):
                 raise CannotShrink(f"{given.name}, which is read outside, has the axis among others")
             self.ends[given] = next(iter(dims))
+
+    def _is_restored(self) -> bool:
+        """Whether what is outside goes on reading all rows."""
+        return isinstance(self.keep, Numbered) or (isinstance(self.keep, Picked) and self.keep.fill is not None)
 
     def _resized(self, node: fx.Node) -> bool:
         """Whether what a node gives has another shape; of a tuple the analysis has no dimensions, so values tell."""
@@ -173,7 +178,7 @@ class _Surgery:
     def _end(self, node: fx.Node) -> None:
         for given in node.all_input_nodes:
             if self._resized(given) and (self.region is None or given in self.region):
-                if isinstance(self.keep, Numbered) and self.region is not None:
+                if self._is_restored() and self.region is not None:
                     self._leave(node)
                     continue
                 raise CannotShrink(f"{given.name} has the axis, and the graph returns it")
@@ -327,15 +332,17 @@ class _Surgery:
 
     def _restore(self, node: fx.Node, dim: int) -> None:
         """Let what is outside read all rows, with a number in the place of those that are gone."""
-        keep, size = self.keep, value(node).shape[dim]
-        assert isinstance(keep, Numbered)
-        whole = self.axes.of(node)[dim].size
-        rows = self._table(keep.by, f"{node.name}_rows")
+        keep, size, leaves = self.keep, value(node).shape[dim], self.changed(node)[dim]
+        assert isinstance(keep, Numbered | Picked) and keep.fill is not None
+        fill, whole = keep.fill, self.axes.of(node)[dim].size
+        rows = getattr(keep, "picked", None) or self._table(keep.by, f"{node.name}_rows")
 
         def restored(x: Tensor, rows: Tensor) -> list[Tensor]:
             assert x.shape[dim] == size
-            sizes = [whole if at == dim else s for at, s in enumerate(x.shape)]
-            return [x.new_full(sizes, keep.fill).index_copy(dim, rows, x)]
+            # By a row of the fill behind the last: a tensor that is made here could not follow when its other sizes change.
+            padded = torch.nn.functional.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, 1], value=fill)
+            at, kept = torch.full((whole,), size, device=rows.device), positions(leaves, rows)
+            return [padded.index_select(dim, at.index_copy(0, kept, torch.arange(size, device=rows.device)))]
 
         outside = [u for u in node.users if self.region is not None and u not in self.region]
         (made,) = inserted(self.program, node.next, restored, node, rows)

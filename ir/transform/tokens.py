@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,9 @@ def stretches_between(program: Program, streams: Sequence[fx.Node], blocks: Sequ
         rows = _Rows(program, known_axes, streams[0], reached).of(region) if number else {}
         attentions = [n for n in region if is_attention(n)]
         made.append(Stretch(number, tuple(b.path for b in inside), start, end, region, attentions, rows))
-    _check_reads(program, made, [n for n in reached if order[n] > order[streams[-1]]])
+    token = known_axes.of(streams[0])[1].leaves
+    by_token = {n for n in reached if not _is_of_no_token(n, known_axes, token)}
+    _check_reads(program, made, [n for n in reached if order[n] > order[streams[-1]]], by_token)
     return made
 
 
@@ -205,14 +207,22 @@ def _see_as_the_last(program: Program, node: fx.Node) -> None:
     node.args = (*node.args[:3], extras, *node.args[4:])
 
 
-def _check_reads(program: Program, found: Sequence[Stretch], tail: Sequence[fx.Node]) -> None:
-    """Nothing but the stream goes from one stretch to a later one, or to the model's end."""
+def _is_of_no_token(node: fx.Node, known_axes: Axes, token: Any) -> bool:
+    """Whether a value is one for the whole call, of which each dimension is known not to be that of tokens: a score of heads."""
+    held, dims = value(node), known_axes.of(node)
+    return isinstance(held, Tensor) and len(dims) == held.dim() and all(d.leaves and d.leaves != token for d in dims)
+
+
+def _check_reads(
+    program: Program, found: Sequence[Stretch], tail: Sequence[fx.Node], by_token: Collection[fx.Node]
+) -> None:
+    """Of what is computed for each token, nothing but the stream goes from one stretch to a later one, or to the model's end."""
     made = {n: at for at, stretch in enumerate(found) for n in stretch.region}
     readers = [(node, stretch.number, stretch.start) for stretch in found for node in stretch.region]
     readers += [(node, len(found), found[-1].end) for node in tail if node.op == "call_function"]
     for node, number, start in readers:
         for read in node.all_input_nodes:
-            if read is not start and made.get(read, number) < number:
+            if read is not start and read in by_token and made.get(read, number) < number:
                 raise CannotCut(f"{node.name} reads {read.name}, which is computed before tokens leave")
     for node in program.results()[0]:
         if isinstance(node, fx.Node) and node in made and node is not found[-1].end:

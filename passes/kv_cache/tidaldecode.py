@@ -12,10 +12,11 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from accelpass.ir.attention.spec.block_select import BlockSelect
 from accelpass.ir.attention.spec.spec import AttentionSpec
+from accelpass.ir.core.graph import value
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import PassError
 from accelpass.ir.kv.banks import RowFormat
-from accelpass.ir.kv.sites import KVSite
+from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.kv.storage import Held, Layout, New, Positions, Query, RowSelect, Segment, bank
 from accelpass.passes.core.base import CalibratedOnLoss, Skip, Study
 from accelpass.passes.kv_cache.base import KVPass
@@ -48,6 +49,10 @@ class SharedRows(RowSelect):
         self, held: Held, new: New, query: Query, layout: Layout, format: RowFormat, rows: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if rows is not None:
+            if self.by == "layer":
+                rows = rows[:, :1].expand(
+                    -1, layout.kv_heads, -1
+                )  # a layer may have fewer heads than the one that chose
             valid = rows < new.total[:, None, None]
             chosen = Segment(format, bank(held, "keys"), bank(held, "values"), rows, valid, rows=rows)
             return query.attend(chosen).out, None
@@ -116,6 +121,11 @@ class TidalDecode(KVPass, CalibratedOnLoss):
             role = "full"
         elif number in (self.first, *self._reselected(program)):
             role = "select"
+        heads = [value(s.new[0]).shape[1] for s in program.analysis(kv_sites)]
+        if self.by == "kv_head" and len(set(heads[self.first :])) > 1:
+            return Skip(
+                f"its layers have {sorted(set(heads))} heads with keys, each with a choice of its own; use by='layer'"
+            )
         what = {
             "full": "attends to all tokens",
             "select": f"attends to all tokens and chooses {self.budget}",

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 
 from accelpass.ir.analyses.structure.block import blocks
-from accelpass.ir.attention.spec import steps
 from accelpass.ir.attention.spec.block_select import MASKS
 from accelpass.ir.attention.spec.op import spec_of
 from accelpass.ir.attention.spec.spec import AttentionSpec, Step
@@ -22,8 +21,7 @@ from accelpass.ir.transform.splice import inserted
 from accelpass.passes.core.base import Skip
 from accelpass.passes.kv_cache.base import KVPass
 from accelpass.passes.kv_cache.storage.spectrum import SpectrumBlocks, SpectrumKeys, SpectrumSpan
-
-_HIDDEN = -1e4
+from accelpass.passes.token_pruning.look import visible
 
 
 @dataclass(frozen=True)
@@ -130,9 +128,7 @@ class VidKV(KVPass):
 
 def _padding(masks: tuple[Step, ...], q: Tensor, *extras: Tensor) -> list[Tensor]:
     """Tokens of each sequence before the first that the last one may see, ``(batch,)``."""
-    batch, heads, tokens = q.shape[:3]
-    none = torch.zeros((batch, heads, 1, tokens), dtype=q.dtype, device=q.device)
-    seen = (steps.apply(none, masks, steps.of_last(extras, tokens)) > _HIDDEN).any(1).squeeze(1)
+    seen = visible(masks, q, q, extras)  # a prompt's keys are of the same tokens
     return [(seen.long().cumsum(-1) == 0).sum(-1)]
 
 

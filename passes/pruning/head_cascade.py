@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from accelpass.ir.analyses.structure.linear import linears
 from accelpass.ir.attention.recognition.detect import detect
 from accelpass.ir.core.graph import known, value, written_inputs
 from accelpass.ir.core.program import Program
-from accelpass.ir.kv.sites import kv_sites
+from accelpass.ir.core.state import StateSpec
+from accelpass.ir.kv.sites import KVSite, kv_sites
 from accelpass.ir.transform.changed_axes import CannotShrink
 from accelpass.ir.transform.kept import Picked
 from accelpass.ir.transform.real_tokens import NoTokens, real_tokens
@@ -21,7 +23,9 @@ from accelpass.ir.transform.shrink import shrink
 from accelpass.ir.transform.splice import inserted
 from accelpass.passes.core.base import Done, Skip, Take, Verdict
 from accelpass.passes.core.site_pass import Edits, SitePass
+from accelpass.passes.kv_cache.base import NO_CACHE
 from accelpass.passes.pruning.structured import Heads
+from accelpass.passes.token_pruning.look import operands_of, visible
 
 
 @dataclass(eq=False)
@@ -30,13 +34,20 @@ class Cascade:
 
     Attributes:
         real: which tokens are no padding, bool ``(batch, tokens)``; None before a mask was seen.
+        cache: the first layer of the cache that remembers what the prompt chose; None without a cache.
     """
 
+    cache: KVSite | None = None
     size: int = 0
     count: int | None = None
     rows: fx.Node | None = None
     score: fx.Node | None = None
     real: fx.Node | None = None
+
+    @property
+    def is_later(self) -> bool:
+        """An earlier call has chosen."""
+        return self.cache is not None and not self.cache.is_prompt
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ class Layer:
     """The heads of one layer of several, ``number`` from 0; ``left``: the share of them that go on behind it."""
 
     heads: Heads
+    number: int
     left: float
     is_last: bool
     cascade: Cascade = field(compare=False)
@@ -64,8 +76,10 @@ class HeadCascade(SitePass):
     These are cut as the graph runs, which copies what is left of them, so it pays where many tokens come at once.
 
     Which heads go is chosen anew for each call, by all its tokens; sequences of one call choose together (inferred), as they
-    multiply one weight; padding counts as nothing. Heads that share keys and values stay or go together, by the sum of their scores (inferred; the paper has
-    no such heads). For encoders, and prompts without a cache.
+    multiply one weight; padding counts as nothing (with a cache: what the last token may not see). Heads that share keys and
+    values stay or go together, by the sum of their scores (inferred; the paper has no such heads). With an ``accelpass.KVCache`` the prompt chooses for all that comes after it (inferred; the paper's scores go on
+    growing): each layer's cache holds its own heads alone, and later tokens attend by these. Their weights are multiplied whole,
+    since cutting them for a token or a few would cost more than it saves.
 
     Attributes:
         keep: share of the heads that is left behind the last layer but for its own; 1 is the dense model.
@@ -102,22 +116,20 @@ class HeadCascade(SitePass):
         return [1.0] * first + falls
 
     def find(self, program: Program) -> list[Layer]:
-        if _has_cache(program):
+        sites = program.analysis(kv_sites)
+        if not sites and written_inputs(program.graph):
             return []
         of = {linear.node: linear for linear in program.analysis(linears)}
         found = [a for a in program.analysis(detect) if a.node is not None and a.spec.kind != "cross"]
-        cascade, rates = Cascade(), self.rates(len(found))
+        cascade, rates = Cascade(sites[0] if sites else None), self.rates(len(found))
         return [
-            Layer(Heads(a, None if a.o_proj is None else of.get(a.o_proj)), rate, n == len(found) - 1, cascade)
+            Layer(Heads(a, None if a.o_proj is None else of.get(a.o_proj)), n, rate, n == len(found) - 1, cascade)
             for n, (a, rate) in enumerate(zip(found, rates, strict=True))
         ]
 
     def whole(self, program: Program, sites: Sequence[Layer]) -> str | None:
-        if _has_cache(program):
-            return (
-                "it keeps keys and values for later tokens, which would want those of heads that left; call the model without a "
-                "cache (use_cache=False)"
-            )
+        if not program.analysis(kv_sites) and written_inputs(program.graph):
+            return f"it writes to a cache of another kind, which has room for all heads: {NO_CACHE}"
         return super().whole(program, sites)
 
     def check(self, site: Layer, program: Program) -> Verdict:
@@ -131,7 +143,7 @@ class HeadCascade(SitePass):
             cascade.count = cascade.size = found[0].size
         if found[0].size != cascade.size:
             return Skip(f"it has {found[0].size} heads with keys of their own, and the layers before {cascade.size}")
-        return self._counted(site, program)
+        return Take() if cascade.is_later else self._counted(site, program)
 
     def _counted(self, site: Layer, program: Program) -> Verdict:
         """Whether it can be told which tokens' outputs count."""
@@ -140,6 +152,8 @@ class HeadCascade(SitePass):
             return Skip(f"its output is {out.dim()}-dimensional, not (batch, heads, tokens, d)")
         if site.heads.attention.spec.bias != "tensor":
             return Take()
+        if cascade.cache is not None:
+            return Take()  # those are that a prompt's last token may see, whatever the mask
         try:
             cascade.real = real_tokens(program)[0] if cascade.real is None else cascade.real
         except NoTokens as cause:
@@ -152,31 +166,78 @@ class HeadCascade(SitePass):
     def rewrite(self, site: Layer, edit: Edits) -> Done | Skip:
         program, cascade, heads = edit.program, site.cascade, site.heads
         (axis,) = heads.dimension(program)
-        size, node = int(axis.size), heads.attention.node
-        assert node is not None and cascade.count is not None
+        size = int(axis.size)
+        assert cascade.count is not None
         if cascade.rows is not None:
+            # A single token would copy more of the weights than it reads: these stay, and its cache has fewer heads.
+            keep = Picked.by_node(cascade.rows, 0.0 if cascade.is_later else None)
             try:
-                shrink(program, axis, Picked.by_node(cascade.rows), heads.region(program))
+                shrink(program, axis, keep, _cached(program, heads) if cascade.is_later else heads.region(program))
             except CannotShrink as cause:
                 return Skip(str(cause))
         said = heads.said(size, cascade.count)
         if site.is_last:
             return Done(said)
-        real = cascade.real if heads.attention.spec.bias == "tensor" else None
-        more = [n for n in (real, cascade.score) if n is not None]
-        scored = _scored(heads.attention.spec.groups, real is not None)
-        (cascade.score,) = inserted(program, node.next, scored, node, *more)
-        count = max(1, math.ceil(site.left * size))
-        if count < cascade.count:
-            rows = [] if cascade.rows is None else [cascade.rows]
-            made = inserted(program, cascade.score.next, _choice(count), cascade.score, *rows)
-            cascade.score, cascade.rows = made
-            cascade.count = count
+        count = min(cascade.count, max(1, math.ceil(site.left * size)))
+        if not cascade.is_later:
+            self._score(site, edit, count)
+        elif count < cascade.count:
+            (cascade.rows,) = edit.run("recalled", _recalled, [_remembered(edit, site, count)], _start(program))
+        cascade.count = count
         return Done(said)
 
+    def _score(self, site: Layer, edit: Edits, count: int) -> None:
+        """Add to what the heads gave, and choose ``count`` of those that are left."""
+        program, cascade, attention = edit.program, site.cascade, site.heads.attention
+        node = attention.node
+        assert node is not None and cascade.count is not None
+        if attention.spec.bias == "tensor" and cascade.real is None:
+            operands, masks = operands_of(node)
 
-def _has_cache(program: Program) -> bool:
-    return bool(program.analysis(kv_sites)) or bool(written_inputs(program.graph))
+            def seen(q: Tensor, k: Tensor, *extras: Tensor) -> list[Tensor]:
+                return [visible(masks, q, k, extras)]
+
+            (cascade.real,) = inserted(program, node.next, seen, *operands)
+        real = cascade.real if attention.spec.bias == "tensor" else None
+        more = [n for n in (real, cascade.score) if n is not None]
+        after = node.next if real is None else max(node, real).next
+        (cascade.score,) = inserted(program, after, _scored(attention.spec.groups, real is not None), node, *more)
+        if count == cascade.count:
+            return
+        rows = [] if cascade.rows is None else [cascade.rows]
+        after = cascade.score.next
+        cascade.score, cascade.rows = inserted(program, after, _choice(count), cascade.score, *rows)
+        if cascade.cache is not None:
+            inserted(program, after, _noted, _remembered(edit, site, count), cascade.rows)
+
+
+def _cached(program: Program, heads: Heads) -> frozenset[fx.Node]:
+    """The attention and the layer of the cache that it reads."""
+    site = next(s for s in kv_sites(program) if s.attention is heads.attention.node)
+    read = [] if site.read is None else [site.read, *site.read.users]
+    return frozenset({site.append, heads.attention.node, *read} - {None})
+
+
+def _remembered(edit: Edits, site: Layer, count: int) -> fx.Node:
+    """Where a cache keeps the numbers of the heads that go on behind a layer; of each sequence, as beams are reordered."""
+    cache = site.cascade.cache
+    assert cache is not None
+    name = f"head_cascade.{site.number}"
+    return edit.state(cache.count, StateSpec(name, (count,), torch.int64, "sequence", batched=True))
+
+
+def _start(program: Program) -> fx.Node:
+    """The first node that computes."""
+    return next(n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr"))
+
+
+def _noted(held: Tensor, rows: Tensor) -> list[Tensor]:
+    held.copy_(rows.expand_as(held))
+    return []
+
+
+def _recalled(held: Tensor) -> list[Tensor]:
+    return [held[0].clone()]
 
 
 def _scored(groups: int, is_masked: bool) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -132,16 +134,77 @@ def test_an_encoder_and_rounded_weights() -> None:
 
 
 @torch.no_grad()
-def test_keeping_all_is_dense_and_caches_are_refused() -> None:
+def test_keeping_all_is_dense() -> None:
     model, ids = llama(2), drawn(1, 12)
     fast = compiled(model, keep=1.0)
     torch.testing.assert_close(
         fast(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits, atol=1e-5, rtol=1e-4
     )
-    cached = compiled(model, keep=0.2, dense=0.0)
-    got = cached(input_ids=ids, past_key_values=KVCache(model, 32)).logits
-    torch.testing.assert_close(got, model(input_ids=ids).logits, atol=1e-4, rtol=1e-3)
-    assert "use_cache=False" in accelpass.explain(cached).passes["head_cascade"].skipped["model"]
+
+
+@contextmanager
+def with_heads(model: Any, had: list[set[int]]) -> Iterator[None]:
+    """Each layer of the model has these heads alone, or their groups."""
+    size, hooks = model.config.num_key_value_heads, []
+    for block, heads in zip(model.model.layers, had, strict=True):
+        kept = torch.tensor([float(h in heads) for h in range(size)]).repeat_interleave(
+            block.self_attn.o_proj.in_features // size
+        )
+        hooks.append(block.self_attn.o_proj.register_forward_pre_hook(lambda _, given, kept=kept: (given[0] * kept,)))
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (8, 4)])
+@torch.no_grad()
+def test_the_prompt_chooses_for_what_comes_after_it(shape) -> None:
+    """One token, then several; the cache has each layer's own heads, and a new prompt chooses anew."""
+    model = llama(4, *shape)
+    fast, cache = compiled(model, keep=0.2, dense=0.0), KVCache(model, 32)
+    for seed in (0, 1):
+        cache.reset()
+        ids = drawn(1, 14, seed)
+        want, had = oracle(model, ids[:, :10], 0.2, 0.0)
+        with with_heads(model, had):
+            whole = model(input_ids=ids, use_cache=False).logits
+        parts = [fast(input_ids=p, past_key_values=cache).logits for p in ids.split([10, 1, 3], 1)]
+        torch.testing.assert_close(parts[0], want, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-3)
+    rows = sum(len(heads) for heads in had) * 32 * (8 + 8) * 4
+    assert rows <= cache.nbytes() < rows + 512 and len({len(heads) for heads in had}) > 1
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+@torch.no_grad()
+def test_beams_go_on_with_the_heads_of_their_prompt(padding) -> None:
+    model, ids = llama(), drawn(1, 9)
+    _, had = oracle(model, ids, 0.3, 0.0)
+    padded = torch.cat([drawn(1, padding, 3), ids], 1)
+    mask = torch.cat([torch.zeros(1, padding, dtype=torch.long), torch.ones_like(ids)], 1)
+    given: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with with_heads(model, had):
+        want = model.generate(padded, attention_mask=mask, **given)
+    torch._dynamo.reset()
+    passes = [{"name": "head_cascade", "keep": 0.3, "dense": 0.0}]
+    model.compile(backend="accelpass", options={"passes": passes, "lowering": "eager"})
+    assert torch.equal(
+        model.generate(padded, attention_mask=mask, **given, past_key_values=KVCache(model, 32, 3)), want
+    )
+
+
+@pytest.mark.parametrize(
+    "other", ["cskv", {"name": "tidaldecode", "budget": 4, "first": 0, "reselect": 1}, {"name": "lazyllm", "keep": (0.5,)},
+              {"name": "spatten", "keep": 0.5, "first": 0, "dense": 0.0}, "int8_weights"], ids=str,
+)  # fmt: skip
+@torch.no_grad()
+def test_beside_what_else_reads_keys(other) -> None:
+    """Layers of fewer heads, whose projections are computed, are read or left out by name in both graphs of a text."""
+    model, ids = llama(4, 8, 4), drawn(1, 12)
+    fast, cache = compiled(model, other, keep=0.2, dense=0.0), KVCache(model, 32)
+    for part in ids.split([10, 1, 1], 1):
+        assert fast(input_ids=part, past_key_values=cache, logits_to_keep=1).logits.isfinite().all()
+    assert len(accelpass.explain(fast).passes["head_cascade"].took) == 4
 
 
 @torch.no_grad()

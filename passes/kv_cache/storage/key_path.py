@@ -74,6 +74,8 @@ def projected(program: Program, made: fx.Node) -> Projected | str:
     if len(set(linears)) != 1:
         return f"they come from {len(set(linears)) or 'no'} linears; one is needed"
     (linear,) = set(linears)
+    if not program.tensors.is_constant(linear.args[1]):
+        return "their projection's weight is computed in the graph"
     descend = {linear}
     for node in program.graph.nodes:
         if node in seen and any(p in descend for p in node.all_input_nodes):
