@@ -137,7 +137,9 @@ def rewritten(
     program.gm.recompile()
     refuse_released(tensors, binder, inputs)
     took = {record.name for record in records if record.took}
-    return Rewritten(program, records, cost, binder, uses, all(p.exact for p in chosen.passes if p.name in took))
+    # A product and a sum that are one operation in one graph may be two in another: single tokens and several would part.
+    exact = all(p.exact for p in chosen.passes if p.name in took) or any(use.rounds for use in uses)
+    return Rewritten(program, records, cost, binder, uses, exact)
 
 
 def debug_of(program: Program, inputs: Sequence[Any] | None, chosen: Options, variant: str = "") -> Debugging | None:

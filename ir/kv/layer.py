@@ -62,8 +62,12 @@ class Layer:
 
     @property
     def by_mask(self) -> bool:
-        """Several tokens at once see what their mask says, as they would alone; then a tree of them can be read."""
-        return isinstance(self.store, Positions) and self.select is None
+        """Several tokens at once see what their mask says, as they would alone; then a tree of them can be read.
+
+        Not of rounded rows: sums of several rows are added in another order than those of one, and where a later layer's row
+        is rounded to another code for it, texts part.
+        """
+        return isinstance(self.store, Positions) and self.select is None and isinstance(self.spec.format, Native)
 
     @property
     def follows_positions(self) -> bool:

@@ -59,6 +59,11 @@ class CacheUse:
     buffers: tuple[tuple[fx.Node, StateSpec], ...] = ()
     stepper: Stepper | None = None
 
+    @property
+    def rounds(self) -> bool:
+        """Rows are stored as codes, so that the last bit of what they are made of may count."""
+        return any(spec.dtype == torch.uint8 for _, spec in self.buffers)
+
 
 class _Lowering:
     """Traced functions are shared by layers that are alike."""
@@ -309,7 +314,8 @@ class _Lowering:
         with graph.inserting_before(before):
             operands = list(own), site.count, list(masks), takes, list(given), buffers
             made = call(graph, before, KV_STEPS, stepper.number, self.candidates, *operands)
-            out, rows = (call(graph, before, operator.getitem, made, n) for n in range(2))
+            out, rows, counted = (call(graph, before, operator.getitem, made, n) for n in range(3))
+            call(graph, before, aten.copy_.default, site.count, counted)
         if select is not None and select.gives:
             self.rows[select.gives] = rows
         return out, stepper

@@ -159,7 +159,7 @@ def made_tails() -> list[Tail]:
     return found
 
 
-@torch.library.custom_op("accelpass::kv_steps", mutates_args=("count", "buffers"))
+@torch.library.custom_op("accelpass::kv_steps", mutates_args=("buffers",))
 def kv_steps(
     stepper: int,
     candidates: int,
@@ -169,15 +169,18 @@ def kv_steps(
     rows: Sequence[Tensor],
     given: Sequence[Tensor],
     buffers: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Store new tokens, the last ``candidates`` one by one; their attention, and the rows that each hands on (none: empty).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Store new tokens, the last ``candidates`` one by one; their attention, the rows that each hands on (none: empty), and the counter.
+
+    The graph writes the counter back: Inductor (torch 2.13) puts what was computed of an operand, tokens' positions of the counter,
+    behind a call that writes to it.
 
     Args:
         stepper: the number of a :class:`Stepper`.
         own: queries, keys and values ``(batch, heads, tokens, d)``.
         rows: what an earlier layer handed on, the first dimension is that of pieces.
     """
-    found, tokens = _STEPPERS[stepper], own[1].shape[2]
+    found, tokens, count = _STEPPERS[stepper], own[1].shape[2], count.clone()
     # Copies: the tail outlives the call, whose memory a compiler uses again.
     kept = tuple([t.clone(memory_format=torch.contiguous_format) for t in some] for some in (own, masks, rows, given))
     before = [t.clone() for t in (count, *buffers)]
@@ -187,7 +190,7 @@ def kv_steps(
     else:
         made = list(found.whole(*kept[0], count, *kept[1], *kept[2], *kept[3], *buffers))
     _MADE.tails.append(tail)
-    return made[0], made[1] if len(made) > 1 else count.new_empty(0)
+    return made[0], made[1] if len(made) > 1 else count.new_empty(0), count
 
 
 @kv_steps.register_fake
@@ -200,12 +203,12 @@ def _(
     rows: Sequence[Tensor],
     given: Sequence[Tensor],
     buffers: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = own
     out = v.new_empty((*q.shape[:-1], v.shape[-1]))
     found = _STEPPERS[stepper].rows
     pieces = candidates if known(k.shape[2] == candidates) else candidates + 1
-    return out, count.new_empty(0 if found is None else (pieces, *found))
+    return out, count.new_empty(0 if found is None else (pieces, *found)), torch.empty_like(count)
 
 
 KV_STEPS = torch.ops.accelpass.kv_steps.default
