@@ -2,6 +2,7 @@
 
     python -m benchmarks.visual_tokens                        # shapes of SmolVLM-256M, random weights; half an hour
     python -m benchmarks.visual_tokens --batches 1            # rows of another batch stay in the file
+    python -m benchmarks.visual_tokens --batches "4 frames"   # a video of so many images
     python -m benchmarks.visual_tokens --small                # does it work? a small model, two rounds, nothing written
 
 The tower has the shapes of SmolVLM-256M's (12 blocks of 768 channels) with a class token, and the language model is SmolLM2-135M's;
@@ -28,6 +29,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import accelpass
+from accelpass.passes.visual_tokens.frames.d_code import video_tokens
 from benchmarks.decode import own_call
 from benchmarks.machine import cpu, put_table, row_lines
 from benchmarks.structure import resident
@@ -37,9 +39,21 @@ RESULTS = ROOT / "benchmarks" / "results" / "visual_tokens_cpu.json"
 PAGE = ROOT / "docs" / "visual-tokens.md"
 START, END = "<!-- visual timing -->\n", "<!-- end of visual timing -->"
 IMAGE, TEXT, ANSWER, SPARE = 9, 32, 8, 64
-LAYERS = {1: (12, 30), 16: (3, 8)}
-"""By batch, blocks of the tower and layers of the language model."""
+VIDEO = "4 frames"
+LAYERS = {"1": (12, 30), "16": (3, 8), VIDEO: (12, 30)}
+"""By batch, or frames of the one video, blocks of the tower and layers of the language model."""
 INDUCTOR = "inductor"
+OF_VIDEOS: dict[str, list[Any] | None] = {
+    INDUCTOR: None,
+    "accelpass, dense": [],
+    "stc, 50 %": [{"name": "stc", "keep": 0.5}],
+    "stc, 20 %": [{"name": "stc", "keep": 0.2}],
+    "stc, 50 %, all frames computed": [{"name": "stc", "keep": 0.5, "interval": 1}],
+    "vidkv": ["vidkv"],
+    "d_code, 50 %": [],
+    "d_code, 20 %": [],
+}
+"""D-CoDe's share is all that it keeps of each frame: it merges as many more as are alike, which random weights do not tell."""
 CANDIDATES: dict[str, list[Any] | None] = {
     INDUCTOR: None,
     "accelpass, dense": [],
@@ -84,12 +98,13 @@ def model(layers: tuple[int, int], small: bool) -> Any:
     return LlavaForConditionalGeneration(config).eval()
 
 
-def question(vlm: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Words around the places of an image, and its pixels, in each text."""
+def question(vlm: Any, batch: int, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words around the places of images, and their pixels, in each text."""
     side = vlm.config.vision_config.image_size
-    ids = torch.randint(16, 1000, (batch, TEXT + (side // 16) ** 2))
-    ids[:, 4 : 4 + (side // 16) ** 2] = IMAGE
-    return ids, torch.randn(batch, 3, side, side)
+    places = frames * (side // 16) ** 2
+    ids = torch.randint(16, 1000, (batch, TEXT + places))
+    ids[:, 4 : 4 + places] = IMAGE
+    return ids, torch.randn(batch * frames, 3, side, side)
 
 
 _CALL = """
@@ -122,7 +137,7 @@ class Timed:
         Path("/proc/self/clear_refs").write_text("5")  # the highest resident size counts from here
         before = resident("VmRSS")
         start = time.perf_counter()
-        chosen = self.fast(self.vlm, self.ids, self.pixels, cache).argmax(-1)
+        chosen = self.read(cache).argmax(-1)
         self.first.append(time.perf_counter() - start)
         self.peak = (resident("VmHWM") - before) / 1e6
         start = time.perf_counter()
@@ -131,21 +146,66 @@ class Timed:
         self.later.append((time.perf_counter() - start) / ANSWER)
         self.stored = cache.nbytes() / cache.dense_nbytes() if self.ours else 1.0
 
+    def read(self, cache: Any) -> torch.Tensor:
+        """The prompt's logits."""
+        made: torch.Tensor = self.fast(self.vlm, self.ids, self.pixels, cache)
+        return made
+
+
+_TOWER = """
+def call(model, pixels):
+    seen = model.model.vision_tower(pixels, output_hidden_states=True)
+    return model.model.multi_modal_projector(seen.hidden_states[-2][:, 1:]), seen.pooler_output
+"""
+_EMBEDDED = """
+def call(model, embeds, cache):
+    return model(inputs_embeds=embeds, past_key_values=cache, logits_to_keep=1).logits
+"""
+
+
+class Merged(Timed):
+    """D-CoDe: a share of each frame's tokens is read, chosen on the host between the compiled tower and the compiled language model."""
+
+    def __init__(self, vlm: Any, share: float, given: tuple[torch.Tensor, torch.Tensor]) -> None:
+        super().__init__(vlm, [], given)
+        how: dict[str, Any] = {"backend": "accelpass", "dynamic": False}
+        self.see, self.embedded = (torch.compile(own_call(code), **how) for code in (_TOWER, _EMBEDDED))
+        self.share = share
+
+    def read(self, cache: Any) -> torch.Tensor:
+        features, frames = self.see(self.vlm, self.pixels)
+        share = int(self.share * features.shape[1])
+        kept = video_tokens(features, frames, len(frames), kept=share, threshold=1.0)
+        words = self.vlm.get_input_embeddings()(self.ids)
+        places = features.shape[0] * features.shape[1]
+        made: torch.Tensor = self.embedded(
+            self.vlm, torch.cat([words[:, :4], kept[None], words[:, 4 + places :]], 1), cache
+        )
+        return made
+
+
+def candidate(vlm: Any, name: str, given: tuple[torch.Tensor, torch.Tensor]) -> Timed:
+    """What a name means."""
+    if name.startswith("d_code"):
+        return Merged(vlm, float(name.split()[1]) / 100, given)
+    return Timed(vlm, (CANDIDATES | OF_VIDEOS)[name], given)
+
 
 @torch.no_grad()
-def measure(names: Sequence[str], batch: int, rounds: int, small: bool, say: Say) -> list[Row]:
-    """A row for each candidate at this batch."""
+def measure(names: Sequence[str], case: str, rounds: int, small: bool, say: Say) -> list[Row]:
+    """A row for each candidate at this batch, or of this video."""
     torch._dynamo.reset()
-    vlm = model((4, 4) if small else LAYERS[batch], small)
-    given = question(vlm, batch)
+    vlm = model((4, 4) if small else LAYERS[case], small)
+    batch, frames = (1, int(case.split()[0])) if case == VIDEO else (int(case), 1)
+    given = question(vlm, batch, frames)
     vlm(input_ids=given[0], pixel_values=given[1], use_cache=False)  # transformers installs hooks at the first call
     runs: dict[str, Timed] = {}
     compiling: dict[str, float] = {}
     graphs: dict[str, int] = {}
     for name in names:
-        say(f"batch {batch}: compiling {name}")
+        say(f"{case}: compiling {name}")
         start = time.perf_counter()
-        runs[name] = Timed(vlm, CANDIDATES[name], given)
+        runs[name] = candidate(vlm, name, given)
         before = counters["stats"]["unique_graphs"]
         runs[name]()
         compiling[name], graphs[name] = time.perf_counter() - start, counters["stats"]["unique_graphs"] - before
@@ -169,16 +229,16 @@ def measure(names: Sequence[str], batch: int, rounds: int, small: bool, say: Say
                 "graphs": graphs[name],
             }
         )
-        print(json.dumps({"batch": batch, **rows[-1]}), flush=True)
+        print(json.dumps({"case": case, **rows[-1]}), flush=True)
     return rows
 
 
 def write_tables(content: dict[str, Any], page: Path = PAGE) -> None:
     """Put the figures into the page."""
     lines = [f"Measured on {content['cpu']}, {content['threads']} threads, in turns.", ""]
-    for batch, rows in content["batches"].items():
-        tower, text = LAYERS[int(batch)]
-        lines += row_lines(f"batch {batch}, {tower} + {text} layers", rows)
+    for case, rows in content["batches"].items():
+        tower, text = LAYERS[case]
+        lines += row_lines(f"{case if case == VIDEO else f'batch {case}'}, {tower} + {text} layers", rows)
     put_table(page, START, "\n".join(lines), END)
 
 
@@ -194,14 +254,15 @@ def main() -> None:
     os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # before transformers is imported: the check breaks the graph
     say: Say = partial(print, file=sys.stderr, flush=True)
     words = [w for w in asked.only.split(",") if w]
-    names = [n for n in CANDIDATES if n == INDUCTOR or not words or any(w in n for w in words)]
     content = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"batches": {}}
-    for batch in map(int, asked.batches.split(",")):
-        rows = measure(names, batch, 1 if asked.small else asked.rounds, asked.small, say)
+    for case in asked.batches.split(","):
+        among = OF_VIDEOS if case == VIDEO else CANDIDATES
+        names = [n for n in among if n == INDUCTOR or not words or any(w in n for w in words)]
+        rows = measure(names, case, 1 if asked.small else asked.rounds, asked.small, say)
         if not asked.small:
             content |= {"cpu": cpu(), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
-            old = {row["name"]: row for row in content["batches"].get(str(batch), []) if words}
-            content["batches"][str(batch)] = list((old | {row["name"]: row for row in rows}).values())
+            old = {row["name"]: row for row in content["batches"].get(case, []) if words}
+            content["batches"][case] = list((old | {row["name"]: row for row in rows}).values())
             RESULTS.write_text(json.dumps(content, indent=1) + "\n")
             write_tables(content)
 
