@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from accelpass.ir.analyses.structure.vision import Tower, vision
+from accelpass.ir.analyses.structure.vision import Entry, Tower, vision
 from accelpass.ir.attention.spec.op import spec_of
 from accelpass.ir.core.program import Program
 from accelpass.ir.errors import PassError, PlanError
@@ -23,6 +23,7 @@ from accelpass.ir.transform.tap import Tap
 from accelpass.ir.transform.tokens import CannotCut, stretches_between
 from accelpass.passes.core.base import Calibrated, Run
 from accelpass.passes.token_pruning.choice import highest, some
+from accelpass.passes.visual_tokens.arrangement import Arrangement
 from accelpass.passes.visual_tokens.visual import Left, VisualFilter, attention_of
 
 
@@ -42,6 +43,9 @@ class FlowCut(VisualFilter, Calibrated):
     (``accelpass.calibrate``; the mean over its images, in the dense tower), or with ``entropy`` as a number, all sizes are
     known before, which compiles faster and is not the paper's. Its second stage in an early layer of the language model, for
     images in tiles, is a pass of its own.
+
+    Where a projector makes one visual token of several patches, these stay or leave together, by the sum of their scores (inferred);
+    the projector then runs on all patches, and what it makes of those that have left is not read.
 
     Attributes:
         keep: share of an image's patches that is read.
@@ -84,7 +88,18 @@ class FlowCut(VisualFilter, Calibrated):
         return counts
 
     def leave(self, program: Program, tower: Tower, before: fx.Node) -> Left:
-        choices = self._choices(program, tower)
+        return self._leave(program, tower, None)
+
+    def leave_units(self, program: Program, tower: Tower, entry: Entry, given: Arrangement) -> Left:
+        if not bool(given.present.all()):
+            raise NoPrompt(
+                f"{entry.features.name}: an image has patches that are padding and have no place in the text"
+            )
+        return self._leave(program, tower, given)
+
+    def _leave(self, program: Program, tower: Tower, given: Arrangement | None) -> Left:
+        units = _Units.of(tower, given)
+        choices = self._choices(program, tower, units)
         if not choices:
             raise NoPrompt(f"{tower.path}: all of its {tower.patches} patches are read")
         ends = [*choices, len(tower.blocks) - 1]
@@ -99,30 +114,35 @@ class FlowCut(VisualFilter, Calibrated):
                         flow = partial(_flow, tower.first, spec_of(attention).scale, spec_of(attention).groups)
                         (score,) = run.make(flow, *attention.args[:3], *([] if score is None else [score]))
                     assert score is not None
-                    chosen, score = run.make(choose, score, *run.attentions[-1].args[:2])
+                    rows = [] if run.rows is None else [run.rows]
+                    chosen, score = run.make(choose, score, *run.attentions[-1].args[:2], *rows)
                     run.go_on(stretch, Rows(chosen))
                     assert run.rows is not None
                     went += run.make(partial(_went, tower.first, tower.patches), run.rows)
+                assert run.rows is not None
+                (places,) = run.make(partial(_Units.places, units), run.rows)
+                if given is None:
+                    (stream,) = run.make(lambda stream: [stream[:, tower.first :]], run.stream)
+                else:
+                    run.finish()
         except CannotCut as cause:
             raise NoPrompt(str(cause)) from cause
-        assert run.rows is not None
-        places, stream = run.make(partial(_left, tower.first, tower.patches), run.rows, run.stream)
-        return Left(places, stream, {tower.blocks[n].path: place for n, place in zip(choices, went, strict=True)})
+        shown = {tower.blocks[n].path: place for n, place in zip(choices, went, strict=True)}
+        return Left(places, stream if given is None else None, shown)
 
-    def _choices(self, program: Program, tower: Tower) -> dict[int, Callable[..., list[Tensor]]]:
-        """By number of a block behind which patches leave: what chooses, of scores, queries and keys, those that go on."""
-        entropies, first, blocks = self._entropies(program, tower), tower.first, len(tower.blocks)
+    def _choices(self, program: Program, tower: Tower, units: _Units) -> dict[int, Callable[..., list[Tensor]]]:
+        """By number of a block behind which patches leave: what chooses, of scores, queries, keys and rows, those that go on."""
+        entropies, blocks = self._entropies(program, tower), len(tower.blocks)
         if entropies is not None:
-            counts = self.schedule(tower.patches, entropies)
-            return {n: partial(_choice, first, count) for n, count in counts.items()}
-        goal, rest = self.goal(tower.patches), blocks - 2
-        if goal == tower.patches or rest < 0:
+            counts = self.schedule(units.count, entropies)
+            return {n: partial(_Units.choice, units, count) for n, count in counts.items()}
+        goal, rest = self.goal(units.count), blocks - 2
+        if goal == units.count or rest < 0:
             return {}
         choices: dict[int, Callable[..., list[Tensor]]] = {}
-        for n in range(rest % 2, rest, 2):
-            scale = spec_of(attention_of(tower, n)).scale
-            choices[n] = partial(_own_choice, first, goal, tower.patches, rest - n, scale)
-        return {**choices, rest: partial(_choice, first, goal)}
+        for n in range(rest % 2, rest, 2) if units.count > 2 else ():  # torch knows no size that is 1 or 2
+            choices[n] = partial(_Units.own_choice, units, goal, rest - n, spec_of(attention_of(tower, n)).scale)
+        return {**choices, rest: partial(_Units.choice, units, goal)}
 
     # --- calibration
 
@@ -176,26 +196,65 @@ def _flow(first: int, scale: float, groups: int, q: Tensor, k: Tensor, v: Tensor
     return [0.5 * before[0] + 0.5 * score if before else score]
 
 
-def _own_choice(
-    first: int, goal: int, most: int, more: int, scale: float, score: Tensor, q: Tensor, k: Tensor
-) -> list[Tensor]:
-    """As :func:`_choice`, of as many of the tower's ``most`` patches as this call's entropies leave, ``more`` layers before the goal."""
-    entropy, patches = _spread(_paid(first, scale, q, k)), score.new_ones(score.shape[1]).sum()
-    gone = ((patches - goal) / math.sqrt(more) * (1 - entropy**2)).round().amax()
-    gone = gone.nan_to_num(0.0)  # an image of NaN is no size: its results show it, and none leave here
-    return _choice(first, some((patches - gone).clamp_min(goal), goal, most), score)
+@dataclass(frozen=True)
+class _Units:
+    """The least that stays or leaves: patches, or the patches of one visual token.
 
+    Attributes:
+        first: tokens in front of the patches.
+        count: of an image; each: patches of one.
+        of_patch: the unit of each patch; empty where a unit is a patch.
+    """
 
-def _choice(first: int, count: Any, score: Tensor, *_: Tensor) -> list[Tensor]:
-    """The tokens that go on, ascending, those before the patches among them; and the scores of the patches."""
-    best = highest(score, count)
-    front = torch.arange(first, device=score.device).expand(score.shape[0], -1)
-    return [torch.cat([front, best + first], 1), score.gather(1, best)]
+    first: int
+    count: int
+    each: int = 1
+    of_patch: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, tower: Tower, given: Arrangement | None) -> _Units:
+        if given is None:
+            return cls(tower.first, tower.patches)
+        count, each = given.members.shape
+        unit = torch.full((tower.patches,), -1)
+        unit[given.members] = torch.arange(count).unsqueeze(-1)
+        if (unit < 0).any():
+            raise NoPrompt(f"{tower.path}: some of its patches are in no visual token")
+        return cls(tower.first, count, each, tuple(unit.tolist()))
 
-def _left(first: int, patches: int, rows: Tensor, stream: Tensor) -> list[Tensor]:
-    own = torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1) * patches
-    return [(rows[:, first:] - first + own).flatten(), stream[:, first:]]
+    def own_choice(
+        self, goal: int, more: int, scale: float, score: Tensor, q: Tensor, k: Tensor, *rows: Tensor
+    ) -> list[Tensor]:
+        """As :meth:`choice`, of as many units as this call's entropies leave, ``more`` layers before the goal."""
+        entropy, left = _spread(_paid(self.first, scale, q, k)), score.new_ones(score.shape[1]).sum() / self.each
+        gone = ((left - goal) / math.sqrt(more) * (1 - entropy**2)).round().amax()
+        gone = gone.nan_to_num(0.0)  # an image of NaN is no size: its results show it, and none leave here
+        return self.choice(some((left - gone).clamp_min(goal), goal, self.count), score, q, k, *rows)
+
+    def choice(self, count: Any, score: Tensor, q: Tensor, k: Tensor, *rows: Tensor) -> list[Tensor]:
+        """The tokens that go on, ascending, those before the patches among them; and the scores of the patches."""
+        best = highest(score if self.each == 1 else self._in_best(count, score, *rows), count * self.each)
+        front = torch.arange(self.first, device=score.device).expand(score.shape[0], -1)
+        return [torch.cat([front, best + self.first], 1), score.gather(1, best)]
+
+    def _in_best(self, count: Any, score: Tensor, *rows: Tensor) -> Tensor:
+        """1 for each patch of the ``count`` units with the highest sums, 0 for others."""
+        unit = self._unit(*rows) if rows else score.new_tensor(self.of_patch).long().expand_as(score)
+        total = score.new_zeros(score.shape[0], self.count).scatter_add(1, unit, score)
+        there = torch.zeros_like(total).scatter(1, unit, 1.0) > 0
+        best = highest(total.masked_fill(there.logical_not(), -torch.inf), count)
+        return torch.zeros_like(total).scatter(1, best, 1.0).gather(1, unit)
+
+    def _unit(self, rows: Tensor) -> Tensor:
+        """The unit of each patch that is left, ``(images, left)``."""
+        patches = rows[:, self.first :] - self.first
+        return patches if not self.of_patch else rows.new_tensor(self.of_patch)[patches]
+
+    def places(self, rows: Tensor) -> list[Tensor]:
+        """The units that are left, of all images one after the other, ascending."""
+        unit = self._unit(rows).sort(-1).values[:, :: self.each]
+        own = torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1) * self.count
+        return [(unit + own).flatten()]
 
 
 def _went(first: int, patches: int, rows: Tensor) -> list[Tensor]:

@@ -15,6 +15,7 @@ from accelpass.ir import attention
 from accelpass.ir.analyses.structure.vision import vision
 from accelpass.ir.core.capture import from_dynamo
 from accelpass.passes.visual_tokens.arrangement import Arrangement, arrangement
+from accelpass.passes.visual_tokens.flowcut import FlowCut
 from accelpass.passes.visual_tokens.hired import HiRED, shared_out
 from accelpass.passes.visual_tokens.visionzip import VisionZip, zipped
 from accelpass.passes.visual_tokens.visual import patch_stream
@@ -147,6 +148,67 @@ def test_visionzip_merges_tokens_that_are_made_of_several_patches():
     want = logits(built, stream.flatten(0, 1), stays)
     got, said = compiled_logits(built, {"name": "visionzip", "keep": keep})
     assert said == "6 of 8 visual tokens are read"
+    assert relative_error(got, want) < 1e-4
+
+
+@torch.no_grad()
+def flown(model: Any, pixels: Tensor, members: Tensor, counts: dict[int, int]) -> tuple[Tensor, Tensor]:
+    """FlowCut's loop over SmolVLM's tower, patches of one visual token together: the tower's output with zeros where patches have left,
+    and the visual tokens that are left, ``(images, kept)``."""
+    inner = model.model
+    tower = inner.vision_model
+    mask = torch.ones(len(pixels), *(side // tower.patch_size for side in pixels.shape[-2:]), dtype=torch.bool)
+    x = tower.embeddings(pixel_values=pixels, patch_attention_mask=mask)
+    unit = torch.empty(x.shape[1], dtype=torch.long)
+    unit[members] = torch.arange(len(members)).unsqueeze(-1)
+    ids, cum = torch.arange(x.shape[1]).expand(len(x), -1), None
+    for number, layer in enumerate(tower.encoder.layers):
+        h, a = layer.layer_norm1(x), layer.self_attn
+        q, k, v = (p(h).unflatten(-1, (a.num_heads, -1)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
+        paid = ((q.mean(2, True) @ k.mT) * a.scale).softmax(-1)[:, :, 0].mean(1)
+        score = paid * v.mean(1).abs().sum(-1)
+        cum = score if cum is None else 0.5 * cum + 0.5 * score
+        x = layer(x, attention_mask=None)
+        x = x[0] if isinstance(x, tuple) else x
+        if number in counts:
+            kept = []
+            for of, some in zip(unit[ids], cum, strict=True):
+                sums = torch.full((len(members),), -torch.inf)
+                for each in of.unique():
+                    sums[each] = some[of == each].sum()
+                best = sums.topk(counts[number]).indices
+                kept.append(torch.isin(of, best).nonzero()[:, 0])
+            rows = torch.stack(kept)
+            cum, ids = cum.gather(1, rows), ids.gather(1, rows)
+            x = x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    whole = torch.zeros(len(x), len(unit), x.shape[-1])
+    whole.scatter_(1, ids.unsqueeze(-1).expand_as(x), tower.post_layernorm(x))
+    return whole, torch.stack([of.unique() for of in unit[ids]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entropy", [0.5, None])
+def test_flowcut_keeps_the_patches_of_a_visual_token_together(entropy: float | None):
+    built = vision_models.build("SmolVLM")
+    units, keep = arranged(built), 0.5
+    built = vision_models.build("SmolVLM")
+    layers = len(built.model.model.vision_model.encoder.layers)
+    method = FlowCut(keep=keep, entropy=entropy)
+    count = len(units.members)
+    assert layers == 3  # the one choice there is takes what must be left, whatever the entropy
+    counts = method.schedule(count, [0.0 if entropy is None else entropy] * layers)
+    pixels = built.given["pixel_values"].flatten(0, 1)
+    whole, kept = flown(built.model, pixels, units.members, counts)
+    with torch.no_grad():
+        features = built.model.model.connector(whole)
+    assert features.shape[:2] == (len(pixels), count)
+    places = (kept + torch.arange(len(kept)).unsqueeze(-1) * count).flatten()
+    stays = built.given["input_ids"][0] != IMAGE
+    stays[stays.logical_not().nonzero()[:, 0][[units.places.index(p) for p in places.tolist()]]] = True
+    order = [p for p in units.places if p in set(places.tolist())]
+    want = logits(built, features.flatten(0, 1)[order], stays)
+    got, said = compiled_logits(built, {"name": "flowcut", "keep": keep, "entropy": entropy})
+    assert said == f"{len(places)} of {len(units.places)} visual tokens are read"
     assert relative_error(got, want) < 1e-4
 
 

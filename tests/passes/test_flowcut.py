@@ -19,7 +19,7 @@ from accelpass.ir.analyses.structure.vision import vision
 from accelpass.ir.core.graph import value
 from accelpass.ir.errors import OptionError, PlanError
 from accelpass.passes.core.plan import Plan
-from accelpass.passes.visual_tokens.flowcut import FlowCut, _flow
+from accelpass.passes.visual_tokens.flowcut import FlowCut, _flow, _Units
 from tests.ir.test_shrink import captured
 from tests.passes import vision_truth
 from tests.passes.visual_truth import IMAGE, answer, answered, answered_by, asked, llava
@@ -83,6 +83,42 @@ def test_scores_are_the_cards(images: int, heads: int, patches: int, seed: int):
     (without,) = _flow(0, 0.5, 1, q, k, v)  # the authors' rule for towers without a class token
     paid = ((q.mean(2, True) @ k.mT) * 0.5).softmax(-1)[:, :, 0].mean(1)
     torch.testing.assert_close(without, paid * v.mean(1).abs().sum(-1))
+
+
+@settings(max_examples=examples(20), deadline=None)
+@given(
+    first=st.integers(0, 1), units=st.integers(3, 6), each=st.integers(2, 3), left=st.integers(2, 6), goal=st.integers(1, 6),
+    entropy=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_patches_of_one_visual_token_go_together(first, units, each, left, goal, entropy, seed) -> None:
+    """By the sum of their scores, among those that are left; how many is counted in visual tokens."""
+    left, goal = min(left, units), min(goal, left, units)
+    draw = torch.Generator().manual_seed(seed)
+    of_patch = torch.arange(units).repeat_interleave(each)[torch.randperm(units * each, generator=draw)]
+    ids = torch.stack(
+        [torch.isin(of_patch, torch.randperm(units, generator=draw)[:left]).nonzero()[:, 0] for _ in range(2)]
+    )
+    score = torch.rand(ids.shape, generator=draw)
+    q, k = torch.randn(2, 2, 1, first + ids.shape[1], 4, generator=draw)
+    rows = torch.cat([torch.arange(first).expand(2, -1), ids + first], 1)
+    of = _Units(first, units, each, tuple(of_patch.tolist()))
+    if entropy:
+        keys = (q[:, :, :1] if first else q.mean(2, True)) @ k.mT * 0.5
+        p = keys.softmax(-1)[:, :, 0, first:].mean(1)
+        p = p / p.sum(-1, True)
+        h = (-(p * p.log()).sum(-1) / math.log(p.shape[1])).min()
+        want = max(goal, left - round(float((left - goal) / 2**0.5 * (1 - h**2))))
+        chosen, scores = of.own_choice(goal, 2, 0.5, score, q, k, rows)
+    else:
+        want = goal
+        chosen, scores = of.choice(goal, score, q, k, rows)
+    for image in range(2):
+        unit = of_patch[ids[image]]
+        sums = torch.zeros(units).index_add(0, unit, score[image])
+        best = sums[unit.unique()].topk(want).indices
+        kept = torch.isin(unit, unit.unique()[best]).nonzero()[:, 0]
+        assert chosen[image].tolist() == [*range(first), *(kept + first).tolist()]
+        assert torch.equal(scores[image], score[image, kept])
 
 
 @torch.no_grad()
