@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 import accelpass
 from accelpass.backends import backend
 from accelpass.ir import attention
-from accelpass.ir.analyses.structure.vision import vision
+from accelpass.ir.analyses.structure.vision import Tower, vision
 from accelpass.ir.core.capture import from_dynamo
+from accelpass.ir.core.program import Program
+from accelpass.ir.transform.splice import inserted
 from accelpass.passes.visual_tokens.arrangement import Arrangement, arrangement
 from accelpass.passes.visual_tokens.flowcut import FlowCut
 from accelpass.passes.visual_tokens.hired import HiRED, shared_out
 from accelpass.passes.visual_tokens.visionzip import VisionZip, zipped
-from accelpass.passes.visual_tokens.visual import patch_stream
+from accelpass.passes.visual_tokens.visual import Left, VisualFilter, patch_stream
 from tests import vision_models
 from tests.passes.visual_truth import IMAGE, class_pays, seen
 from tests.small_models import relative_error
@@ -107,9 +110,8 @@ def logits(built: vision_models.Seen, features: Tensor, stays: Tensor) -> Tensor
     ids = built.given["input_ids"]
     embeds = built.model.get_input_embeddings()(ids).clone()
     embeds[(ids == IMAGE) & stays] = features
-    made: Tensor = built.model(
-        inputs_embeds=embeds[:, stays], attention_mask=built.given["attention_mask"][:, stays], use_cache=False
-    ).logits[:, -1:]
+    told = {name: t[:, stays] for name, t in built.given.items() if name in ("attention_mask", "token_type_ids")}
+    made: Tensor = built.model(inputs_embeds=embeds[:, stays], **told, use_cache=False).logits[:, -1:]
     return made
 
 
@@ -258,4 +260,38 @@ def test_hired_leaves_class_tokens_that_the_text_has_places_for():
     want = logits(built, features[kept.flatten()], stays)
     got, said = compiled_logits(built, {"name": "hired", "keep": 0.4})
     assert said == "28 of 68 visual tokens are read"
+    assert relative_error(got, want) < 1e-4
+
+
+@dataclass(frozen=True)
+class Fixed(VisualFilter):
+    """Reads these of the patches."""
+
+    places: tuple[int, ...] = (0, 3, 4, 5, 9, 15)
+    name: ClassVar[str] = "fixed"
+    summary: ClassVar[str] = "reads these of the patches"
+
+    def leave(self, program: Program, tower: Tower, before: fx.Node) -> Left:
+        run = lambda x: [torch.tensor(self.places, device=x.device)]  # noqa: E731
+        return Left(inserted(program, before, run, tower.end)[0])
+
+
+def test_a_prefix_that_sees_all_of_itself_closes_up():
+    """PaliGemma's prompt is no causal one; with a cache it is told all the same what the language model's attentions are."""
+    built = vision_models.build("PaliGemma")
+    with torch.no_grad():
+        features = built.model.model.get_image_features(built.given["pixel_values"]).pooler_output.flatten(0, 1)
+    stays = built.given["input_ids"][0] != IMAGE
+    stays[stays.logical_not().nonzero()[list(Fixed().places), 0]] = True
+    want = logits(built, features[list(Fixed().places)], stays)
+    torch._dynamo.reset()
+    built = vision_models.build("PaliGemma")
+    accelpass.one_graph(built.model)
+    fast = torch.compile(
+        built.model, backend="accelpass", options={"lowering": "eager", "passes": [Fixed()]}, dynamic=False
+    )
+    cache = accelpass.KVCache(built.model, 64)
+    with torch.no_grad():
+        got = fast(**built.given | {"use_cache": True, "past_key_values": cache}).logits
+    assert "6 of 16" in next(iter(accelpass.explain(fast).passes["fixed"].took.values())).what
     assert relative_error(got, want) < 1e-4
