@@ -345,7 +345,9 @@ def main() -> None:
         content = {"device": _device(), **PARTS[name].run(model, tokenizer, chosen)}
         path = given.results / _file(name)
         if PARTS[name].apart and candidates is not None and path.exists():
-            content["rows"] = _merged(json.loads(path.read_text())["rows"], content["rows"], PARTS[name].apart)
+            old = json.loads(path.read_text())
+            content["rows"] = _merged(old["rows"], content["rows"], PARTS[name].apart)
+            content |= {"note": old["note"]} if "note" in old else {}
         path.write_text(json.dumps(content, indent=1) + "\n")
         _say(_table(PARTS[name].title.format(**content), content["rows"]))
     if given.write:
@@ -387,7 +389,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> str:
     names = list(rows[0])
     cell = lambda v: f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)  # noqa: E731
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    lines += [f"| {' | '.join(cell(r[n]) for n in names)} |" for r in rows]
+    lines += [f"| {' | '.join(cell(r.get(n, "")) for n in names)} |" for r in rows]
     return f"## {title}\n\n" + "\n".join(lines) + "\n"
 
 

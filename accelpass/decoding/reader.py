@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from accelpass.caches.kv_cache import KVCache
 from accelpass.decoding.interfaces import DecodingError
 from accelpass.decoding.tree import Tree
 from accelpass.ir.kv import holdings
@@ -42,7 +43,6 @@ class Reader:
                 f"a {type(cache).__name__} gives no tokens back, and guesses may be wrong; use accelpass.KVCache(model, "
                 "capacity=...) or transformers.DynamicCache()"
             )
-        cache.activate_past_recording()
 
     def first(self, ids: Tensor) -> Tensor:
         """The logits ``(batch, 1, vocabulary)`` after a prompt, of which the cache may hold the beginning."""
@@ -50,7 +50,12 @@ class Reader:
         new = ids.shape[1] - self.held
         inputs = self._prepared(ids, new if self.held else None, self.mask, self.positions, keep, True)
         self.prompt = self.held = ids.shape[1]
-        return self._called(inputs)[:, -1:].float()
+        # Nothing of a prompt is taken back: it is the graph that reads it without guesses, which another one would not equal bit for bit.
+        for layer in self.cache.layers if isinstance(self.cache, KVCache) else ():
+            layer.record_past = False
+        logits = self._called(inputs)[:, -1:].float()
+        self.cache.activate_past_recording()
+        return logits
 
     def read(self, piece: Tensor, tree: Tree | None = None) -> Tensor:
         """The logits ``(batch, tokens, vocabulary)`` after each of some tokens ``(batch, tokens)``, float32.
