@@ -35,6 +35,7 @@ FORMS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "int4_weights": ([{"name": "int4_weights", "group_size": 32}], {}),
     "int4_weights, contrib": ([{"name": "int4_weights", "group_size": 32}], {"contrib": True}),
     "int8_weights + h2o": (["int8_weights", "h2o"], {}),
+    "head_cascade, 30 %": ([{"name": "head_cascade", "keep": 0.3, "dense": 0.0}], {}),
     "horizontal_fusion": (["int8_weights", "horizontal_fusion"], {}),
 }
 """Passes in other forms than alone and with their defaults."""

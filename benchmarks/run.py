@@ -389,7 +389,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> str:
     names = list(rows[0])
     cell = lambda v: f"{v:.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)  # noqa: E731
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    lines += [f"| {' | '.join(cell(r.get(n, "")) for n in names)} |" for r in rows]
+    lines += [f"| {' | '.join(cell(r.get(n, '')) for n in names)} |" for r in rows]
     return f"## {title}\n\n" + "\n".join(lines) + "\n"
 
 
