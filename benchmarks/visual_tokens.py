@@ -209,6 +209,7 @@ def measure(names: Sequence[str], case: str, rounds: int, small: bool, say: Say)
         before = counters["stats"]["unique_graphs"]
         runs[name]()
         compiling[name], graphs[name] = time.perf_counter() - start, counters["stats"]["unique_graphs"] - before
+    say(f"{case}: in turns, so that the machine should have nothing else to do")
     for _ in range(rounds + 1):  # of which the first may compile once more
         for run in runs.values():
             run()
