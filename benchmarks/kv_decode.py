@@ -40,6 +40,13 @@ CANDIDATES: dict[str, list[Any] | None] = {
     "+ mikv": ["mikv"],
     "+ kv_quant, 4 bits": [BITS],
     "+ h2o, 20 %, 4 bits": [H2O, BITS],
+    "+ a2sf, 20 %": [{"name": "a2sf", "budget": 0.2}],
+    "+ keyformer, 20 %": [{"name": "keyformer", "budget": 0.2, "answer": 512}],
+    "+ zipvl": ["zipvl"],
+    "+ tokenselect, 256 rows": [{"name": "tokenselect", "budget": 256}],
+    "+ vidkv": ["vidkv"],
+    "+ value_pruning, 256 rows": [{"name": "value_pruning", "values": 256}],
+    "+ progressive_keys": ["progressive_keys"],
 }
 SHORT = (INDUCTOR, DENSE, "+ h2o, 20 %", FIXED)
 """What is also measured at a short context: whether time grows with it."""
