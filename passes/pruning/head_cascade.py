@@ -77,9 +77,10 @@ class HeadCascade(SitePass):
 
     Which heads go is chosen anew for each call, by all its tokens; sequences of one call choose together (inferred), as they
     multiply one weight; padding counts as nothing (with a cache: what the last token may not see). Heads that share keys and
-    values stay or go together, by the sum of their scores (inferred; the paper has no such heads). With an ``accelpass.KVCache`` the prompt chooses for all that comes after it (inferred; the paper's scores go on
-    growing): each layer's cache holds its own heads alone, and later tokens attend by these. Their weights are multiplied whole,
-    since cutting them for a token or a few would cost more than it saves.
+    values stay or go together, by the sum of their scores (inferred; the paper has no such heads). With an
+    ``accelpass.KVCache`` the prompt chooses for all that comes after it (inferred; the paper's scores go on growing): each
+    layer's cache holds its own heads alone, and later tokens attend by these. Their weights are multiplied whole, since cutting
+    them for a token or a few would cost more than it saves.
 
     Attributes:
         keep: share of the heads that is left behind the last layer but for its own; 1 is the dense model.
