@@ -178,12 +178,17 @@ def code_for(
 def compile_steps(uses: Sequence[kv.CacheUse], chosen: Options, exact: bool, report: GraphReport) -> None:
     """Compile how caches that evict take candidates one by one: once for all layers that are alike."""
     steppers = {use.stepper.number: use.stepper for use in uses if use.stepper is not None}
+    if chosen.lowering != "inductor":
+        return
     started = time.perf_counter()
+    whole = replace(chosen, regions=False)
     for stepper in steppers.values():
-        if chosen.lowering == "inductor" and isinstance(stepper.whole, fx.GraphModule):
-            inputs = [value(node) for node in placeholders(stepper.whole)]
-            stepper.whole = compile_graph(stepper.whole, inputs, replace(chosen, regions=False), exact)
-            report.seconds_compiling += time.perf_counter() - started
+        if not isinstance(stepper.whole, fx.GraphModule):
+            continue
+        for name in ("one", "whole"):  # one takes accepted tokens again, when others are given back
+            graph = getattr(stepper, name)
+            setattr(stepper, name, compile_graph(graph, [value(n) for n in placeholders(graph)], whole, exact))
+    report.seconds_compiling += time.perf_counter() - started
 
 
 def lowered(program: Program, chosen: Options) -> list[kv.CacheUse]:
