@@ -69,6 +69,7 @@ CANDIDATES: dict[str, list[Any] | None] = {
     "fastv, 20 %": [{"name": "fastv", "keep": 0.2}],
     "yopo": ["yopo"],
     "yopo, 5 layers": [{"name": "yopo", "layer": 5}],
+    "zipvl": ["zipvl"],
     "fastv, all but 32": [{"name": "fastv", "keep": 0.9445}],
     "hired, all but 32": [{"name": "hired", "keep": 0.9445}],
 }
