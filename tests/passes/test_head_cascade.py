@@ -156,7 +156,7 @@ def with_heads(model: Any, had: list[set[int]]) -> Iterator[None]:
         hook.remove()
 
 
-@pytest.mark.parametrize("shape", [(6, 6), (8, 4)])
+@pytest.mark.parametrize("shape", [pytest.param((6, 6), marks=pytest.mark.slow), (8, 4)])
 @torch.no_grad()
 def test_the_prompt_chooses_for_what_comes_after_it(shape) -> None:
     """One token, then several; the cache has each layer's own heads, and a new prompt chooses anew."""
@@ -193,9 +193,14 @@ def test_beams_go_on_with_the_heads_of_their_prompt(padding) -> None:
     )
 
 
+SLOW = [
+    "cskv", {"name": "tidaldecode", "budget": 4, "first": 0, "reselect": 1}, {"name": "lazyllm", "keep": (0.5,)},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "other", ["cskv", {"name": "tidaldecode", "budget": 4, "first": 0, "reselect": 1}, {"name": "lazyllm", "keep": (0.5,)},
-              {"name": "spatten", "keep": 0.5, "first": 0, "dense": 0.0}, "int8_weights"], ids=str,
+    "other", [{"name": "spatten", "keep": 0.5, "first": 0, "dense": 0.0}, "int8_weights",
+              *(pytest.param(o, marks=pytest.mark.slow) for o in SLOW)], ids=str,
 )  # fmt: skip
 @torch.no_grad()
 def test_beside_what_else_reads_keys(other) -> None:
