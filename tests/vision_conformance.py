@@ -114,11 +114,8 @@ def measure(name: str, passes: Sequence[str] = tuple(PASSES)) -> Row:
 
 def tried(name: str, each: str) -> tuple[str, str]:
     """What a pass does to a model, and what it says it does not; with a cache if it does nothing without."""
-    took, skipped = tried_so(name, each, False)
-    if not took:
-        took, with_cache = tried_so(name, each, True)
-        skipped = with_cache if with_cache != skipped and not took else skipped
-    return took, skipped
+    without = tried_so(name, each, False)
+    return without if without[0] else tried_so(name, each, True)
 
 
 def tried_so(name: str, each: str, with_cache: bool) -> tuple[str, str]:

@@ -50,9 +50,8 @@ class SharedRows(RowSelect):
     ) -> tuple[Tensor, Tensor | None]:
         if rows is not None:
             if self.by == "layer":
-                rows = rows[:, :1].expand(
-                    -1, layout.kv_heads, -1
-                )  # a layer may have fewer heads than the one that chose
+                # One choice for all heads; the layer that chose may have more of them.
+                rows = rows[:, :1].expand(-1, layout.kv_heads, -1)
             valid = rows < new.total[:, None, None]
             chosen = Segment(format, bank(held, "keys"), bank(held, "values"), rows, valid, rows=rows)
             return query.attend(chosen).out, None

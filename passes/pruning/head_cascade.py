@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from accelpass.ir.analyses.structure.linear import linears
 from accelpass.ir.attention.recognition.detect import detect
-from accelpass.ir.core.graph import known, value, written_inputs
+from accelpass.ir.core.graph import known, placeholders, value, written_inputs
 from accelpass.ir.core.program import Program
 from accelpass.ir.core.state import StateSpec
 from accelpass.ir.kv.sites import KVSite, kv_sites
@@ -117,9 +117,9 @@ class HeadCascade(SitePass):
         return [1.0] * first + falls
 
     def find(self, program: Program) -> list[Layer]:
-        sites = program.analysis(kv_sites)
-        if not sites and written_inputs(program.graph):
+        if _has_other_cache(program):
             return []
+        sites = program.analysis(kv_sites)
         of = {linear.node: linear for linear in program.analysis(linears)}
         found = [a for a in program.analysis(detect) if a.node is not None and a.spec.kind != "cross"]
         cascade, rates = Cascade(sites[0] if sites else None), self.rates(len(found))
@@ -129,7 +129,7 @@ class HeadCascade(SitePass):
         ]
 
     def whole(self, program: Program, sites: Sequence[Layer]) -> str | None:
-        if not program.analysis(kv_sites) and written_inputs(program.graph):
+        if _has_other_cache(program):
             return f"it writes to a cache of another kind, which has room for all heads: {NO_CACHE}"
         return super().whole(program, sites)
 
@@ -183,7 +183,8 @@ class HeadCascade(SitePass):
         if not cascade.is_later:
             self._score(site, edit, count)
         elif count < cascade.count:
-            (cascade.rows,) = edit.run("recalled", _recalled, [_remembered(edit, site, count)], _start(program))
+            held = _remembered(edit, site, count)
+            (cascade.rows,) = edit.run("recalled", _recalled, [held], placeholders(program.gm)[-1].next)
         cascade.count = count
         return Done(said)
 
@@ -227,9 +228,8 @@ def _remembered(edit: Edits, site: Layer, count: int) -> fx.Node:
     return edit.state(cache.count, StateSpec(name, (count,), torch.int64, "sequence", batched=True))
 
 
-def _start(program: Program) -> fx.Node:
-    """The first node that computes."""
-    return next(n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr"))
+def _has_other_cache(program: Program) -> bool:
+    return not program.analysis(kv_sites) and bool(written_inputs(program.graph))
 
 
 def _noted(held: Tensor, rows: Tensor) -> list[Tensor]:
