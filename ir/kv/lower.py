@@ -308,7 +308,8 @@ class _Lowering:
                 traced = trace_on(self.program, one, fakes)
             (output,) = traced.graph.find_nodes(op="output")
             handed = [tuple(value(n).shape) for n in output.args[0][1:]]
-            self.steppers[key] = Stepper(traced, several, site.capacity, dims, handed[0] if handed else None)
+            handed_on = handed[0] if handed else None
+            self.steppers[key] = Stepper(traced, several, site.capacity, dims, handed_on, layer.by_position)
             self.steppers[key].whole = self._whole(self.steppers[key], own, masks, takes, list(given), buffers, fakes)
         stepper = self.steppers[key]
         with graph.inserting_before(before):

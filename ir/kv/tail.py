@@ -36,6 +36,7 @@ class Stepper:
         capacity: rows of the layer, for masks over positions.
         along: of each tensor that a pass gives, the dimension of tokens; None if it has none.
         rows: shape of the rows that one token hands on to later layers; None without.
+        by_position: tokens are taken back by counting fewer, so that nothing from before them is kept.
     """
 
     one: Step
@@ -43,6 +44,7 @@ class Stepper:
     capacity: int
     along: tuple[int | None, ...]
     rows: tuple[int, ...] | None
+    by_position: bool = False
     whole: Callable[..., Sequence[Tensor]] | None = None
     number: int = field(default_factory=itertools.count().__next__)
 
@@ -183,7 +185,7 @@ def kv_steps(
     found, tokens, count = _STEPPERS[stepper], own[1].shape[2], count.clone()
     # Copies: the tail outlives the call, whose memory a compiler uses again.
     kept = tuple([t.clone(memory_format=torch.contiguous_format) for t in some] for some in (own, masks, rows, given))
-    before = [t.clone() for t in (count, *buffers)]
+    before = [] if found.by_position else [t.clone() for t in (count, *buffers)]
     tail = Tail(found, before, tokens, tokens - candidates, tokens, kept)  # type: ignore[arg-type]
     if found.whole is None:
         made = tail.stepped(count, buffers)
