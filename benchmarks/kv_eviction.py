@@ -15,8 +15,6 @@ from benchmarks.kv_quality import measure
 from benchmarks.kv_tasks import Row, Sizes
 from benchmarks.random_eviction import RandomEviction
 
-SIZES = Sizes(windows={2048: 3}, keys={1024: 10})
-QUICK = Sizes(windows={1024: 1}, scored=64, keys={1024: 1})
 SNAP: dict[str, Any] = {"window": 32, "kernel": 5}
 
 

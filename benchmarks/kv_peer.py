@@ -19,17 +19,26 @@ from kvpress import ObservedAttentionPress, RandomPress, SnapKVPress, StreamingL
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from benchmarks.kv_tasks import PEERS, QUICK, Row, Sizes, Tasks
+from benchmarks.kv_tasks import DENSE_PEER, EVICTION_PEERS, PEERS, SIZES, Row, Sizes, Tasks
+from benchmarks.kv_tasks import PRESSES as NAMES
 
-EVICTED = 0.8
-PRESSES: dict[str, Callable[[], Any] | None] = {
-    "kvpress, dense": None,
-    "kvpress Random, 20 %": lambda: RandomPress(EVICTED),
-    "kvpress StreamingLLM, 20 %": lambda: StreamingLLMPress(EVICTED, n_sink=4),
-    "kvpress ObservedAttention, 20 %": lambda: ObservedAttentionPress(EVICTED),
-    "kvpress SnapKV, 20 %": lambda: SnapKVPress(EVICTED),
+PRESSES: dict[str, Callable[[float], Any]] = {
+    "Random": RandomPress,
+    "StreamingLLM": lambda evicted: StreamingLLMPress(evicted, n_sink=4),
+    "ObservedAttention": ObservedAttentionPress,
+    "SnapKV": SnapKVPress,
 }
-assert tuple(PRESSES) == PEERS, "kv_tasks names them for those who cannot import kvpress"
+"""By the share of the prompt that each takes out."""
+assert tuple(PRESSES) == NAMES, "kv_tasks names them for those who cannot import kvpress"
+ROWS = dict.fromkeys((*PEERS, *EVICTION_PEERS))
+
+
+def press(row: str) -> Any:
+    """The press of a row such as ``"kvpress SnapKV, 20 %"``; None of the dense one."""
+    if row == DENSE_PEER:
+        return None
+    name, share = row.removeprefix("kvpress ").split(", ")
+    return PRESSES[name](round(1 - int(share.removesuffix(" %")) / 100, 2))
 
 
 class Pressed:
@@ -70,11 +79,10 @@ def measure(folder: Path, sizes: Sizes, names: Sequence[str]) -> list[Row]:
     tasks = Tasks(tokenizer, sizes)
     rows = []
     for name in names:
-        make = PRESSES[name]
         torch.manual_seed(0)
         # ObservedAttention reads the probabilities, which only the eager attention hands out.
         model.set_attn_implementation("eager" if "Observed" in name else "sdpa")
-        reader = Pressed(model, make() if make is not None else None)
+        reader = Pressed(model, press(name))
         done = 0
 
         def advance(doing: str, name: str = name) -> None:
@@ -93,12 +101,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", nargs="+", default=PEERS, choices=PEERS)
+    parser.add_argument("--sizes", choices=SIZES, default="all")
+    parser.add_argument("--only", nargs="+", default=PEERS, choices=ROWS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.set_grad_enabled(False)
-    given.out.write_text(json.dumps(measure(given.model, QUICK if given.quick else Sizes(), given.only)))
+    given.out.write_text(json.dumps(measure(given.model, SIZES[given.sizes], given.only)))
 
 
 if __name__ == "__main__":

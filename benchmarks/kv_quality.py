@@ -122,8 +122,11 @@ def calibrated(model: torch.nn.Module, tasks: Tasks, name: str, passes: list[Any
     return accelpass.calibrate(model, list(ids.view(-1, 1, CALIBRATION_TOKENS)), passes, progress=False)
 
 
-def measure_peer(model: torch.nn.Module, python: str, quick: bool, names: list[str]) -> list[Row]:
+def measure_peer(model: torch.nn.Module, python: str, sizes: str, names: list[str]) -> list[Row]:
     """The named rows of :mod:`benchmarks.kv_peer`, which runs with another Python: one that has kvpress.
+
+    Args:
+        sizes: a name of :data:`~benchmarks.kv_tasks.SIZES`.
 
     Raises:
         subprocess.CalledProcessError: it failed; its own words are on the terminal.
@@ -132,7 +135,7 @@ def measure_peer(model: torch.nn.Module, python: str, quick: bool, names: list[s
         out = Path(made) / "rows.json"
         # Not ours: what is on this Python's path would be found before the libraries of the other.
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        command = [python, "-m", "benchmarks.kv_peer", str(converted()), str(out), *["--quick"] * quick]
+        command = [python, "-m", "benchmarks.kv_peer", str(converted()), str(out), "--sizes", sizes]
         command += ["--threads", str(torch.get_num_threads()), "--only", *names]
         subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env=environment, stdout=sys.stderr)
         rows = json.loads(out.read_text())

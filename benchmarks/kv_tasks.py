@@ -64,16 +64,26 @@ class Sizes:
         return sum(self.windows.values()) + sum(n + min(n, self.late) for n in self.keys.values())
 
 
-PEERS = (
-    "kvpress, dense",
-    "kvpress Random, 20 %",
-    "kvpress StreamingLLM, 20 %",
-    "kvpress ObservedAttention, 20 %",
-    "kvpress SnapKV, 20 %",
-)
-"""Rows of the other library; named here, where neither library is imported."""
-SHORT = Sizes(windows={2048: 2, 4096: 1}, keys={1024: 10, 2048: 10})
-QUICK = Sizes(windows={1024: 1}, scored=128, keys={1024: 2})
+PRESSES = ("Random", "StreamingLLM", "ObservedAttention", "SnapKV")
+"""Of the other library; named here, where neither library is imported."""
+DENSE_PEER = "kvpress, dense"
+
+
+def peers(share: str) -> tuple[str, ...]:
+    """Rows of the other library where so much of the cache is left, such as ``"20 %"``."""
+    return tuple(f"kvpress {press}, {share}" for press in PRESSES)
+
+
+PEERS = (DENSE_PEER, *peers("20 %"))
+EVICTION_PEERS = (*peers("20 %"), *peers("10 %"))
+SIZES: dict[str, Sizes] = {
+    "all": Sizes(),
+    "short": Sizes(windows={2048: 2, 4096: 1}, keys={1024: 10, 2048: 10}),
+    "quick": Sizes(windows={1024: 1}, scored=128, keys={1024: 2}),
+    "eviction": Sizes(windows={2048: 3}, keys={1024: 10}),
+    "quick eviction": Sizes(windows={1024: 1}, scored=64, keys={1024: 1}),
+}
+"""By name, for the other library's process too."""
 
 
 @dataclass(frozen=True)

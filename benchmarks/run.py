@@ -156,18 +156,24 @@ def _prefill(model: Any, tokenizer: Any, given: Given) -> Content:
 
 
 def _kv_quality(model: Any, tokenizer: Any, given: Given) -> Content:
-    sizes = kv_tasks.QUICK if given.quick else kv_tasks.SHORT if given.short else kv_tasks.Sizes()
+    named = "quick" if given.quick else "short" if given.short else "all"
+    sizes = kv_tasks.SIZES[named]
     rows = kv_quality.measure(model, tokenizer, given.among(list(kv_quality.METHODS)), sizes, _say)
     peers = given.among(kv_tasks.PEERS)
     if given.peer is not None and peers:
-        rows += kv_quality.measure_peer(model, given.peer, given.quick, peers)
+        rows += kv_quality.measure_peer(model, given.peer, named, peers)
     return {"rows": rows, "capacity": sizes.capacity, "scored": sizes.scored}
 
 
 def _kv_eviction(model: Any, tokenizer: Any, given: Given) -> Content:
-    sizes = kv_eviction.QUICK if given.quick else kv_eviction.SIZES
-    names = given.among(list(kv_eviction.METHODS))
-    return {"rows": kv_eviction.rows(model, tokenizer, names, sizes, _say), "scored": sizes.scored}
+    named = "quick eviction" if given.quick else "eviction"
+    sizes = kv_tasks.SIZES[named]
+    rows = kv_eviction.rows(model, tokenizer, given.among(list(kv_eviction.METHODS)), sizes, _say)
+    peers = given.among(kv_tasks.EVICTION_PEERS)
+    if given.peer is not None and peers:
+        measured = kv_quality.measure_peer(model, given.peer, named, peers)
+        rows += [{key: value for key, value in row.items() if key != "cache_bytes"} for row in measured]
+    return {"rows": rows, "scored": sizes.scored}
 
 
 def _sparse_quality(model: Any, tokenizer: Any, given: Given) -> Content:
@@ -258,7 +264,7 @@ PARTS = {
     "kv_eviction": Part(
         _kv_eviction,
         "KV caches under a budget: perplexity of the last {scored} tokens of a context (3 windows), and pass keys found, as above",
-        apart=tuple(kv_eviction.METHODS),
+        apart=(*kv_eviction.METHODS, *kv_tasks.EVICTION_PEERS),
     ),
     "sparse_quality": Part(
         _sparse_quality,

@@ -20,8 +20,7 @@ import accelpass
 from accelpass.api.calibration.loss_study import IGNORED
 from accelpass.passes.core.plan import Plan
 from benchmarks.kv_quality import Compiled, dense_bytes, progress
-from benchmarks.kv_tasks import QUICK as QUICK_TASKS
-from benchmarks.kv_tasks import Row, Sizes, Tasks, prose
+from benchmarks.kv_tasks import SIZES, Row, Sizes, Tasks, prose
 
 DENSITY = 0.5
 MOA = f"moa, {DENSITY:.0%}"
@@ -75,7 +74,7 @@ class Calibration:
 TASKS = Sizes(windows={2048: 2, 4096: 2, 8192: 4}, keys={2048: 5, 4096: 5, 8192: 10}, late=5)
 SHORT = Sizes(windows={2048: 2, 4096: 1}, keys={2048: 5, 4096: 5})
 SHORT_CALIBRATION = Calibration((1024, 2048), 4096)
-QUICK, QUICK_CALIBRATION = QUICK_TASKS, Calibration((512, 768), 640, 16, 256)
+QUICK, QUICK_CALIBRATION = SIZES["quick"], Calibration((512, 768), 640, 16, 256)
 
 
 def measure(
