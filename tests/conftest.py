@@ -11,6 +11,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Tracing makes objects by the hundred thousand that live on: Python's default of a collection for each 700 is a fifth of all time
+# here. What a test has compiled is collected after it.
+gc.set_threshold(100_000, 50, 100)
+# What Dynamo logs of side effects costs it the stack of each.
+if hasattr(torch._dynamo.config, "side_effect_replay_policy"):  # not in the oldest torch
+    torch._dynamo.config.side_effect_replay_policy = "silent"
 
 
 _newest = 0

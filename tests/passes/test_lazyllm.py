@@ -33,7 +33,7 @@ from accelpass.passes.core.plan import Plan
 from accelpass.passes.token_pruning.choice import best, kept
 from accelpass.passes.token_pruning.lazyllm import LazyLLM
 from tests.passes.lazy_oracle import LazyOracle
-from tests.sweep import sweep
+from tests.sweep import examples, sweep
 
 VOCABULARY, CAPACITY = 64, 64
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -74,7 +74,7 @@ def errors(fast: Any, model: Any, keep: dict[int, float], lengths: list[int], se
     return found
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=examples(2), deadline=None)
 @given(
     seed=st.integers(0, 99),
     kv_heads=st.sampled_from([1, 2, 4]),

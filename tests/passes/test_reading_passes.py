@@ -10,6 +10,7 @@ import torch
 from accelpass import CacheError, KVCache
 from tests.passes.kv_truth import fed
 from tests.passes.test_kv_methods import compiled, llama, tokens
+from tests.sweep import sweep
 
 READING: dict[str, dict[str, Any]] = {
     "value_pruning": {"name": "value_pruning", "values": 3},
@@ -21,7 +22,7 @@ NEAR: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", READING)
+@pytest.mark.parametrize("name", sweep(*READING))
 @torch.no_grad()
 def test_under_autocast(name):
     """At settings that read all, the numbers are those of the model under autocast; at others, those of the prompt are."""
@@ -38,7 +39,7 @@ def test_under_autocast(name):
     assert some.isfinite().all() and cache.seen == 14
 
 
-@pytest.mark.parametrize("name", READING)
+@pytest.mark.parametrize("name", sweep(*READING))
 @torch.no_grad()
 def test_a_request_that_is_cancelled_leaves_nothing(name):
     """It ends after some tokens, or in a call that does not fit; the cache serves the next one as a new cache does."""

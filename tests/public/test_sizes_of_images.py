@@ -77,7 +77,7 @@ def test_a_model_that_counts_on_the_host_is_one_graph(name: str):
 
 
 @pytest.mark.parametrize("name", ["SmolVLM", pytest.param("Idefics3", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("padding", ["none", "some", "not told"])
+@pytest.mark.parametrize("padding", ["none", "some", pytest.param("not told", marks=pytest.mark.slow)])
 def test_images_that_fill_up_a_batch_are_not_read(name: str, padding: str):
     """One graph for each number of real images; padding inside an image stays masked."""
     seen = vision_models.build(name)
