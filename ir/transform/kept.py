@@ -32,11 +32,13 @@ class Static:
         count: how many, at least 1.
         by: makes one int64 tensor ``(count,)`` of ascending rows from the tensors of ``of``.
         of: model tensors, or what is derived from them; none if the rows are numbers.
+        fill: what rows that are gone are, where a region ends that callers see whole; None where none may read them.
     """
 
     count: int
     by: Recipe
     of: tuple[fx.Node, ...] = ()
+    fill: float | None = None
 
     @classmethod
     def rows(cls, rows: Sequence[int]) -> Static:
@@ -118,7 +120,7 @@ class Merge(Static):
             own = matrix.detach().double().cpu()
             return Recipe(("merge", tuple(own.shape), tuple(own.flatten().tolist())), lambda *_: (own,))
 
-        return cls(len(weights), held(weights), (), held(values))
+        return cls(len(weights), held(weights), outside=held(values))
 
     def of_tensor(self, tensor: Tensor, dims: Mapping[int, Leaves], made: Tensor) -> Tensor:
         dtype = torch.promote_types(tensor.dtype, torch.float32)  # merged in floats, and cast once
@@ -141,11 +143,9 @@ class Numbered(Static):
 
     Attributes:
         places: makes ``(size,)`` int64, the row that each old number is now.
-        fill: what rows that are gone are, where a region ends.
     """
 
     places: Recipe | None = None
-    fill: float = 0.0
 
     @classmethod
     def of_all(cls, rows: Sequence[int], size: int, fill: float, unknown: int | None = None) -> Numbered:
@@ -163,7 +163,8 @@ class Numbered(Static):
             made[numbers] = torch.arange(len(numbers))
             return (made,)
 
-        return cls(kept.count, kept.by, (), Recipe(("places", kept.by.key, size, unknown), places), fill)
+        recipe = Recipe(("places", kept.by.key, size, unknown), places)
+        return cls(kept.count, kept.by, fill=fill, places=recipe)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,11 +173,9 @@ class Picked(Static):
 
     Attributes:
         picked: the node that holds them, int64 ``(count,)``, ascending.
-        fill: what rows that are gone are, where a region ends; None where none may read them.
     """
 
     picked: fx.Node | None = None
-    fill: float | None = None
 
     @classmethod
     def by_node(cls, node: fx.Node, fill: float | None = None) -> Picked:

@@ -139,7 +139,7 @@ class _Surgery:
 
     def _is_restored(self) -> bool:
         """Whether what is outside goes on reading all rows."""
-        return isinstance(self.keep, Numbered) or (isinstance(self.keep, Picked) and self.keep.fill is not None)
+        return self.keep.fill is not None
 
     def _resized(self, node: fx.Node) -> bool:
         """Whether what a node gives has another shape; of a tuple the analysis has no dimensions, so values tell."""
@@ -333,7 +333,7 @@ class _Surgery:
     def _restore(self, node: fx.Node, dim: int) -> None:
         """Let what is outside read all rows, with a number in the place of those that are gone."""
         keep, size, leaves = self.keep, value(node).shape[dim], self.changed(node)[dim]
-        assert isinstance(keep, Numbered | Picked) and keep.fill is not None
+        assert keep.fill is not None
         fill, whole = keep.fill, self.axes.of(node)[dim].size
         rows = getattr(keep, "picked", None) or self._table(keep.by, f"{node.name}_rows")
 
