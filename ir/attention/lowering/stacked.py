@@ -44,42 +44,50 @@ def stacked(
     device, q_blocks = q.device, -(-blocks.shape[1] // _TOGETHER[0]) * _TOGETHER[0]
     pair = torch.arange(batch * heads, device=device)
     tokens = _tokens(order, columns, size, device)
-    has_holes = tokens.shape[1] * size != columns
+    # Where keys stand in their own order, a block is one row of the memory that is gathered from: a copy of kilobytes.
+    unit = size if order is None else 1
+    units = tokens.shape[1] if order is None else columns
     begin = (torch.arange(q_blocks, device=device, dtype=torch.int32) * size).unsqueeze(-1)
     listed = grid_of(blocks, counts, q_blocks, tokens.shape[1])[pair % len(blocks)]
     placed = tokens[pair % len(tokens)]
     whole, cut = _parts(listed, placed, begin, rows, reach, causal)
-    queries = (F.pad(q, (0, 0, 0, q_blocks * size - rows)) if q_blocks * size > rows else q).reshape(-1, width)
-    keys, values = (t.reshape(-1, width) for t in (k, v))
-    start = (pair // heads * kv_heads + pair % heads // (heads // kv_heads)) * columns
+    queries = _padded(q, q_blocks * size).reshape(-1, width)
+    keys, values = (_padded(t, units * unit).reshape(-1, unit * width) for t in (k, v))
+    start = (pair // heads * kv_heads + pair % heads // (heads // kv_heads)) * units
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32  # parts are added: rounded once
     out = torch.zeros(len(queries), width, dtype=wide, device=device)
     lse = torch.full((len(queries), 1), -torch.inf, device=device)
     room = [q.new_empty(0), q.new_empty(0)]  # fresh memory for each batch would cost as much as filling it
 
-    def attend(at: Tensor, together: int, token: Tensor, cuts: bool = False, square: bool = False) -> None:
-        """Attend over ``token (pieces, keys)`` from these of all pieces of ``together`` query blocks each."""
+    def attend(at: Tensor, together: int, read: Tensor, token: Tensor | None = None, square: bool = False) -> None:
+        """Attend over the units ``read (pieces, units)`` from these of all pieces of ``together`` query blocks each.
+
+        Args:
+            token: ``(pieces, keys)``, the tokens that these are, where queries see a part of them.
+        """
         asked, found, logs = (t.view(-1, together * size, t.shape[1]) for t in (queries, out, lse))
         many = q_blocks // together
-        inside = token.clamp_max(columns - 1) if has_holes else token
-        held = (start[at // many].unsqueeze(-1) + inside).flatten()
+        held = (start[at // many].unsqueeze(-1) + read).flatten()
         if len(held) > len(room[0]):
-            room[:] = [q.new_empty(len(held), width) for _ in room]
+            room[:] = [q.new_empty(len(held), unit * width) for _ in room]
         near, far = (
             torch.index_select(t, 0, held, out=r[: len(held)]).view(len(at), 1, -1, width)
             for t, r in zip((keys, values), room, strict=True)
         )
         mask = empty = None
-        if cuts:
+        if token is not None:
             query = (begin[at % many] + begin.new_tensor(range(size))).unsqueeze(-1)
             mask, empty = _mask(query, token.unsqueeze(1), reach, causal, q.dtype)
             mask = mask.unsqueeze(1)
-        made, log = dense(asked[at].unsqueeze(1), near, far, mask, scale, square)
+        made, log = dense(asked.index_select(0, at).unsqueeze(1), near, far, mask, scale, square)
         made, log = made.squeeze(1).to(wide), log.squeeze(1).unsqueeze(-1)
         if empty is not None and bool(empty.any()):
             made, log = made.masked_fill(empty, 0.0), log.masked_fill(empty, -torch.inf)
         first = together == _TOGETHER[0] and not square  # there is nothing yet to merge with
-        found[at], logs[at] = (made, log) if first else _merged(found[at], logs[at], made, log)
+        if not first:
+            made, log = _merged(found.index_select(0, at), logs.index_select(0, at), made, log)
+        found.index_copy_(0, at, made)
+        logs.index_copy_(0, at, log)
 
     def add(part: Tensor, together: int, cuts: bool) -> None:
         """Attend over the key blocks ``(pairs, pieces, k_blocks)`` of ``together`` query blocks each."""
@@ -90,8 +98,11 @@ def stacked(
             if not count:
                 continue
             for at in (number == count).nonzero().flatten().split(max(1, _KEYS // (count * size))):
-                of = at // part.shape[1] % len(tokens)
-                attend(at, together, tokens[of.unsqueeze(-1), chosen[at, :count]].flatten(1), cuts)
+                read, token = chosen[at, :count], None
+                if cuts or unit == 1:
+                    token = tokens[at.unsqueeze(-1) // part.shape[1] % len(tokens), read].flatten(1)
+                    read = read if unit > 1 else token.clamp_max(columns - 1)
+                attend(at, together, read, token if cuts else None)
 
     squares, own = torch.zeros(len(pair), 1), _own_blocks(cut)
     if causal and rows == columns and not 0 <= reach < own * size - 1:
@@ -103,12 +114,16 @@ def stacked(
         whole = (each & common.unsqueeze(2).logical_not()).flatten(1, 2)
     own_places = squares.flatten().nonzero().flatten()
     if len(own_places):
-        stretch = torch.arange(own * size, device=device)
+        stretch = torch.arange(own * size // unit, device=device)
         for at in own_places.split(max(1, _KEYS // (own * size))):
-            attend(at, own, (at % squares.shape[1] * (own * size)).unsqueeze(-1) + stretch, square=True)
+            attend(at, own, (at % squares.shape[1] * len(stretch)).unsqueeze(-1) + stretch, square=True)
     add(cut, 1, True)
     out, lse = (t.view(batch, heads, -1, t.shape[1])[:, :, :rows] for t in (out, lse))
     return out, lse.squeeze(-1)
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    return F.pad(x, (0, 0, 0, rows - x.shape[2])) if rows > x.shape[2] else x
 
 
 def _own_blocks(cut: Tensor) -> int:
