@@ -34,7 +34,7 @@ TOKENS, LAYERS, THREADS = (2048, 4096, 8192), (1, 10, 20), 2
 SELECTIONS: dict[str, BlockSelect] = {
     **{f"pbs_attn {threshold}": PermutedBlocks(128, 256, threshold) for threshold in (1.0, 0.95, 0.9, 0.8)},
     **{f"xattention {threshold}": Antidiagonals(128, 8, threshold) for threshold in (0.95, 0.9, 0.8)},
-    "xattention 0.9, stride 16": Antidiagonals(128, 16, 0.9),
+    **{f"xattention {threshold}, stride 16": Antidiagonals(128, 16, threshold) for threshold in (0.95, 0.9)},
     **{
         f"minference {columns} columns, {diagonals} diagonals": VerticalSlash(64, columns, diagonals, 30, 100)
         for columns, diagonals in ((1000, 6096), (1000, 1000), (500, 700), (100, 750))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -124,8 +125,11 @@ class Ternary(GroupCodec):
         return torch.stack([part * 3**at for at, part in enumerate(codes.chunk(_TRITS, -1))]).sum(0).to(torch.uint8)
 
     def _unpacked(self, packed: Tensor) -> Tensor:
-        wide = packed.int()
-        return torch.cat([torch.div(wide, 3**at, rounding_mode="floor") % 3 for at in range(_TRITS)], -1)
+        # By products, which are vectors where a compiler divides integers one by one; half a step off every bound, so that no rounding
+        # crosses one.
+        byte = packed.float() + 0.5
+        above = [(byte * (1 / 3**at)).floor() for at in range(_TRITS + 1)]
+        return torch.stack([one - 3 * more for one, more in itertools.pairwise(above)], -2).flatten(-2)
 
 
 def mean_size(groups: Tensor, valid: Tensor | None) -> Tensor:
