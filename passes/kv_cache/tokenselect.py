@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from accelpass.ir.attention.lowering.one_row import unnormalised_softmax
 from accelpass.ir.attention.spec.block_select import BlockSelect
 from accelpass.ir.attention.spec.spec import AttentionSpec
 from accelpass.ir.core.program import Program
@@ -67,7 +68,8 @@ class Voted(RowSelect):
         between = (place >= self.sinks) & (place < total - self.newest)
         scores = query.logits(Positions().segment(held, new, query, layout, format)) / query.spec.scale
         hidden = between.logical_not()[:, None, None, None]
-        votes = torch.nan_to_num(scores.masked_fill(hidden, float("-inf")).softmax(-1)).sum((1, 2, 3))
+        (weights,), share = unnormalised_softmax([scores.masked_fill(hidden, float("-inf"))])
+        votes = (weights * share).sum((1, 2, 3))
         if self.kernel > 1:
             votes = pooled(votes, self.kernel, "max")
         best = torch.topk(votes.masked_fill(between.logical_not(), -1.0), min(self.budget, layout.capacity), -1)
