@@ -47,6 +47,9 @@ def _at(budget: float) -> dict[str, list[Any]]:
 
 
 KEEPING: dict[str, list[Any]] = {
+    "h2o, 60 %, mean, 4 bits": [{"name": "h2o", "budget": 0.6, "score": "mean"}, {"name": "kv_quant", "bits": 4}],
+    "kv_quant, 4 bits": [{"name": "kv_quant", "bits": 4}],
+    "kv_quant, 4 bits, keys by channel": [{"name": "kv_quant", "bits": 4, "per_channel_keys": True}],
     "zipvl, others in 2 bits": [{"name": "zipvl"}],
     "zipvl, others in 4 bits": [{"name": "zipvl", "bits": 4}],
     "tokenselect, 256 rows": [{"name": "tokenselect", "budget": 256}],
@@ -55,7 +58,7 @@ KEEPING: dict[str, list[Any]] = {
     "vidkv, keys 1.5 and values 2 bits": [{"name": "vidkv", "value_bits": 2.0}],
     "vidkv, keys and values 2 bits": [{"name": "vidkv", "bits": 2.0, "value_bits": 2.0}],
 }
-"""Methods that keep something of every token: in few bits, or to be chosen from."""
+"""Methods that keep something of every token, or of more tokens: in few bits, or to be chosen from."""
 METHODS: dict[str, list[Any]] = {"dense": [], **_at(0.2), **_at(0.1), **KEEPING}
 
 

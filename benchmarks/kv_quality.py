@@ -47,6 +47,8 @@ METHODS: dict[str, list[Any]] = {
     "mikv, 20 %, rest 4 bits": [{"name": "mikv", "budget": 0.2, "bits": 4}],
     "mikv, 20 %, rest 2 bits": [{"name": "mikv", "budget": 0.2, "bits": 2}],
     "kv_quant, 4 bits": [{"name": "kv_quant", "bits": 4}],
+    "kv_quant, 4 bits, keys by channel": [{"name": "kv_quant", "bits": 4, "per_channel_keys": True}],
+    "h2o, 60 %, mean, 4 bits": [{"name": "h2o", "budget": 0.6, "score": "mean"}, {"name": "kv_quant", "bits": 4}],
     "kv_quant, 2 bits": [{"name": "kv_quant", "bits": 2}],
     "cskv, 20 % of channels": ["cskv"],
     "cskv, 20 %, calibrated": [{**FITTED, "first_token": 1.0}],
