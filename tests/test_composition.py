@@ -24,8 +24,6 @@ TOGETHER = {
 SAMPLE = [
     ("h2o", "kv_window"),
     ("tokencache", "ditfastattn"),
-    ("gemfilter", "int4_weights"),
-    ("smoothquant", "horizontal_fusion"),
     ("keyformer", "kv_quant"),
 ]
 BENCH = bench()

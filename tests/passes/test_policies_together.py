@@ -114,9 +114,10 @@ class Unforeseen(LazyLLM):
             "20 rows",
             r"unforeseen: model.layers.1 was not compiled as '20 rows'; name it in ways\(\), which gave 16 rows",
         ),
-        (
+        pytest.param(
             "16 rows",
             r"unforeseen: model.layers.1 as '16 rows' takes positions:1 of \[1, 16\], and was given \[1, 20\]; give",
+            marks=pytest.mark.slow,
         ),
     ],
 )
