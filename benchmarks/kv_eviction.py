@@ -6,13 +6,9 @@ keys in 1k tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
-from benchmarks.kv_quality import measure
-from benchmarks.kv_tasks import Row, Sizes
+from benchmarks import kv_quality
 from benchmarks.random_eviction import RandomEviction
 
 SNAP: dict[str, Any] = {"window": 32, "kernel": 5}
@@ -47,9 +43,9 @@ def _at(budget: float) -> dict[str, list[Any]]:
 
 
 KEEPING: dict[str, list[Any]] = {
-    "h2o, 60 %, mean, 4 bits": [{"name": "h2o", "budget": 0.6, "score": "mean"}, {"name": "kv_quant", "bits": 4}],
-    "kv_quant, 4 bits": [{"name": "kv_quant", "bits": 4}],
-    "kv_quant, 4 bits, keys by channel": [{"name": "kv_quant", "bits": 4, "per_channel_keys": True}],
+    name: kv_quality.METHODS[name]
+    for name in ("h2o, 60 %, mean, 4 bits", "kv_quant, 4 bits", "kv_quant, 4 bits, keys by channel")
+} | {
     "zipvl, others in 2 bits": [{"name": "zipvl"}],
     "zipvl, others in 4 bits": [{"name": "zipvl", "bits": 4}],
     "tokenselect, 256 rows": [{"name": "tokenselect", "budget": 256}],
@@ -60,11 +56,3 @@ KEEPING: dict[str, list[Any]] = {
 }
 """Methods that keep something of every token, or of more tokens: in few bits, or to be chosen from."""
 METHODS: dict[str, list[Any]] = {"dense": [], **_at(0.2), **_at(0.1), **KEEPING}
-
-
-def rows(
-    model: torch.nn.Module, tokenizer: Any, names: Sequence[str], sizes: Sizes, say: Callable[[str], None]
-) -> list[Row]:
-    """One row for each method of :data:`METHODS` that is named."""
-    measured = measure(model, tokenizer, list(names), sizes, say, METHODS)
-    return [{key: value for key, value in row.items() if key != "cache_bytes"} for row in measured]

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accelpass.backends import graphs_of
 from accelpass.cli.text_data import ids_of
 
 WINDOW, TOKENS = 1024, 4096
@@ -22,6 +24,14 @@ PROMPTS = (
     "Write a short greeting for a birthday card.", "What is photosynthesis?", "Which month has 28 days?",
     "What does a thermometer measure?", "Finish the sentence: the early bird catches the",
 )  # fmt: skip
+PASSES: dict[str, list[Any] | None] = {
+    "dense": None,
+    "int8_weights": ["int8_weights"],
+    "int8_dynamic": ["int8_dynamic"],
+    "int4_weights, groups of 64": ["int4_weights"],
+    "int4_weights, groups of 32": [{"name": "int4_weights", "group_size": 32}],
+    "int4_weights, groups of 64, asymmetric": [{"name": "int4_weights", "symmetric": False}],
+}
 
 
 def prose(tokenizer: Any, tokens: int = TOKENS) -> Tensor:
@@ -58,3 +68,24 @@ def agreement(call: Callable[[Tensor], Tensor], dense: list[tuple[Tensor, int]])
         same += int((chosen == ids[0, start:]).sum())
         count += ids.shape[1] - start
     return same / count
+
+
+def measure(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """Perplexity, agreement and weight bytes of each pass set; the lowered graphs are run without Inductor."""
+    ids, dense = prose(tokenizer), answers(model, tokenizer)
+    rows: list[dict[str, Any]] = []
+    for name, passes in PASSES.items():
+        torch._dynamo.reset()
+        run = model if passes is None else torch.compile(
+            model, backend="accelpass", options={"passes": passes, "lowering": "aten"}, dynamic=True
+        )  # fmt: skip
+        call = lambda ids, run=run: run(input_ids=ids, use_cache=False).logits  # noqa: E731
+        row = {"name": name, "perplexity": perplexity(call, ids), "agreement": agreement(call, dense)}
+        reports = [g.report for g in graphs_of(model)] if passes else []
+        full = sum(p.numel() * p.element_size() for p in model.parameters())
+        row["weight_bytes"] = reports[-1].after.weight_bytes if reports else full
+        row["share_of_f32"] = row["weight_bytes"] / full
+        rows.append(row)
+        print(f"{name:40s} perplexity {row['perplexity']:.3f}  agreement {row['agreement']:.3f}  "
+              f"bytes {row['share_of_f32']:.3f}", flush=True)  # fmt: skip
+    return rows

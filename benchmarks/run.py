@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,37 +58,7 @@ ABOUT = {
     "kind of step is timed in turns with dense Inductor.",
 }
 """What precedes the first table of a model."""
-QUALITY = {
-    "dense": None,
-    "int8_weights": ["int8_weights"],
-    "int8_dynamic": ["int8_dynamic"],
-    "int4_weights, groups of 64": ["int4_weights"],
-    "int4_weights, groups of 32": [{"name": "int4_weights", "group_size": 32}],
-    "int4_weights, groups of 64, asymmetric": [{"name": "int4_weights", "symmetric": False}],
-}
-
 PRUNED = [name for name in prompt_pruning.CANDIDATES if prompt_pruning.has_quality(name)]
-
-
-def measure_quality(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """Perplexity, agreement and weight bytes of each pass set; the lowered graphs are run without Inductor."""
-    ids, dense = quality.prose(tokenizer), quality.answers(model, tokenizer)
-    rows: list[dict[str, Any]] = []
-    for name, passes in QUALITY.items():
-        torch._dynamo.reset()
-        run = model if passes is None else torch.compile(
-            model, backend="accelpass", options={"passes": passes, "lowering": "aten"}, dynamic=True
-        )  # fmt: skip
-        call = lambda ids, run=run: run(input_ids=ids, use_cache=False).logits  # noqa: E731
-        row = {"name": name, "perplexity": quality.perplexity(call, ids), "agreement": quality.agreement(call, dense)}
-        reports = [g.report for g in graphs_of(model)] if passes else []
-        full = sum(p.numel() * p.element_size() for p in model.parameters())
-        row["weight_bytes"] = reports[-1].after.weight_bytes if reports else full
-        row["share_of_f32"] = row["weight_bytes"] / full
-        rows.append(row)
-        print(f"{name:40s} perplexity {row['perplexity']:.3f}  agreement {row['agreement']:.3f}  "
-              f"bytes {row['share_of_f32']:.3f}", flush=True)  # fmt: skip
-    return rows
 
 
 def weight_bytes(candidates: list[decode.Candidate]) -> dict[str, int]:
@@ -133,7 +103,7 @@ class Given:
 
 
 def _quality(model: Any, tokenizer: Any, given: Given) -> Content:
-    return {"rows": measure_quality(model, tokenizer)}
+    return {"rows": quality.measure(model, tokenizer)}
 
 
 def _memory(model: Any, tokenizer: Any, given: Given) -> Content:
@@ -155,25 +125,26 @@ def _prefill(model: Any, tokenizer: Any, given: Given) -> Content:
     return {"rows": decode.prefill_rows(decode.measure_prefill(model, names, _say))}
 
 
+def _caches(
+    model: Any, tokenizer: Any, given: Given, methods: Mapping[str, list[Any]], peers: Sequence[str], sizes: str
+) -> list[kv_tasks.Row]:
+    """Rows of our caches, and of the other library's if its Python is given."""
+    rows = kv_quality.measure(model, tokenizer, given.among(list(methods)), kv_tasks.SIZES[sizes], _say, methods)
+    asked = given.among(peers)
+    return rows + kv_quality.measure_peer(model, given.peer, sizes, asked) if given.peer and asked else rows
+
+
 def _kv_quality(model: Any, tokenizer: Any, given: Given) -> Content:
     named = "quick" if given.quick else "short" if given.short else "all"
-    sizes = kv_tasks.SIZES[named]
-    rows = kv_quality.measure(model, tokenizer, given.among(list(kv_quality.METHODS)), sizes, _say)
-    peers = given.among(kv_tasks.PEERS)
-    if given.peer is not None and peers:
-        rows += kv_quality.measure_peer(model, given.peer, named, peers)
+    sizes, rows = kv_tasks.SIZES[named], _caches(model, tokenizer, given, kv_quality.METHODS, kv_tasks.PEERS, named)
     return {"rows": rows, "capacity": sizes.capacity, "scored": sizes.scored}
 
 
 def _kv_eviction(model: Any, tokenizer: Any, given: Given) -> Content:
     named = "quick eviction" if given.quick else "eviction"
-    sizes = kv_tasks.SIZES[named]
-    rows = kv_eviction.rows(model, tokenizer, given.among(list(kv_eviction.METHODS)), sizes, _say)
-    peers = given.among(kv_tasks.EVICTION_PEERS)
-    if given.peer is not None and peers:
-        measured = kv_quality.measure_peer(model, given.peer, named, peers)
-        rows += [{key: value for key, value in row.items() if key != "cache_bytes"} for row in measured]
-    return {"rows": rows, "scored": sizes.scored}
+    rows = _caches(model, tokenizer, given, kv_eviction.METHODS, kv_tasks.EVICTION_PEERS, named)
+    short = [{key: value for key, value in row.items() if key != "cache_bytes"} for row in rows]
+    return {"rows": short, "scored": kv_tasks.SIZES[named].scored}
 
 
 def _sparse_quality(model: Any, tokenizer: Any, given: Given) -> Content:
@@ -326,7 +297,9 @@ def main() -> None:
         "--quick", action="store_true", help="of the KV and diffusion parts: short, results under build/"
     )
     parser.add_argument("--short", action="store_true", help="of kv_quality, sparse_quality: less of it, none at 8k")
-    parser.add_argument("--peer", help="a Python with kvpress (kv_quality) or cache-dit (digits_steps), measured too")
+    parser.add_argument(
+        "--peer", help="a Python with kvpress (kv_quality, kv_eviction) or cache-dit (digits_steps), measured too"
+    )
     parser.add_argument("--per-class", type=int, default=Given.per_class, help="of digits_steps: images of each digit")
     given = parser.parse_args()
     if given.quick:
